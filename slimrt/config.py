@@ -1,0 +1,192 @@
+"""Frozen settings. Config, weights and state never mix; unknown keys and values out of range are refused here.
+
+One alphabet of shapes, used in every docstring: T tokens, D model width, H query heads, Hkv KV heads, Dh head width,
+F feed-forward width, V vocabulary, L layers, B blocks, U units, N keys in a cache.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from slimrt.errors import SettingError
+
+__all__ = ["CacheConfig", "ModelConfig", "PrunePlan", "RopeConfig", "SamplingConfig", "Stage", "parse_size"]
+
+RopeScaling = Literal["none", "linear", "yarn", "llama3"]
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary embedding (RoFormer, arXiv 2104.09864) and its stretching to longer contexts.
+
+    ``interleaved``: pairs are (0, 1), (2, 3), ... (GGUF's llama layout), else (0, Dh/2), (1, Dh/2+1), ... (qwen2's).
+    ``factor`` divides positions (linear) or the slow frequencies (YaRN, arXiv 2309.00071; ``original_ctx`` is the
+    context before stretching). ``llama3`` takes its per-frequency divisors from the file's ``rope_freqs`` tensor.
+    """
+
+    base: float = 10000.0
+    dims: int = 64
+    interleaved: bool = True
+    scaling: RopeScaling = "none"
+    factor: float = 1.0
+    original_ctx: int = 0
+    attn_factor: float = 1.0
+    ext_factor: float = 1.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The sizes of one model. ``n_params`` counts the weights in the file."""
+
+    arch: str
+    name: str
+    n_layers: int
+    d_model: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    d_ff: int
+    vocab_size: int
+    ctx_train: int
+    norm_eps: float
+    rope: RopeConfig
+    n_params: int = 0
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of keys and values that one token leaves in the cache, over all layers (float32)."""
+        return self.n_layers * 2 * self.n_kv_heads * self.head_dim * 4
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """Where keys and values lie. ``ctx`` is the most tokens a conversation may hold."""
+
+    ctx: int
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How the next token is drawn. The defaults draw the likeliest token (greedy).
+
+    ``temperature`` 0 is greedy. ``top_k`` 0, ``top_p`` 1, ``min_p`` 0, ``typical_p`` 1 switch a filter off.
+    ``repeat_penalty`` divides positive and multiplies negative logits of tokens among the last ``penalty_last_n``
+    (-1: the whole context); ``presence_penalty`` and ``frequency_penalty`` are subtracted, as in OpenAI's API.
+    ``logit_bias`` is added to the logits of the named tokens. ``seed`` None draws a fresh one.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    typical_p: float = 1.0
+    repeat_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    penalty_last_n: int = 64
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        _check(self.temperature, "temperature", 0, math.inf)
+        _check(self.top_k, "top_k", 0, math.inf)
+        _check(self.top_p, "top_p", 0, 1)
+        _check(self.min_p, "min_p", 0, 1)
+        _check(self.typical_p, "typical_p", 0, 1)
+        if not (math.isfinite(self.repeat_penalty) and self.repeat_penalty > 0):
+            raise SettingError(f"repeat_penalty {self.repeat_penalty!r}: must be above 0; 1 switches it off")
+        _check(self.presence_penalty, "presence_penalty", -math.inf, math.inf)
+        _check(self.frequency_penalty, "frequency_penalty", -math.inf, math.inf)
+        _check(self.penalty_last_n, "penalty_last_n", -1, math.inf)
+
+
+def _check(value: float, name: str, low: float, high: float) -> None:
+    if not isinstance(value, (int, float)) or math.isnan(value) or not low <= value <= high:
+        raise SettingError(f"{name} {value!r}: must be a number from {low:g} to {high:g}")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One cut: after the attention of ``layer``, ``keep`` prompt tokens go on (a fraction if float, a count if int)."""
+
+    layer: int
+    keep: float | int
+
+
+@dataclass(frozen=True)
+class PrunePlan:
+    """Which prompt tokens leave the forward pass, and after which layers (SlimInfer, arXiv 2508.06447).
+
+    Tokens are grouped into blocks of ``block``, blocks into units of ``unit``. The first ``sink_blocks`` and the last
+    ``local_blocks`` blocks always stay; the others compete by ``score``, computed from the queries of the last
+    ``query_window`` prompt tokens.
+    """
+
+    stages: tuple[Stage, ...] = ()
+    block: int = 64
+    unit: int = 8
+    sink_blocks: int = 1
+    local_blocks: int = 1
+    score: str = "token_max"
+    query_window: int = 16
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stages", tuple(s if isinstance(s, Stage) else Stage(**s) for s in self.stages))
+        for name in ("block", "unit", "query_window", "local_blocks"):
+            if getattr(self, name) < 1:
+                raise SettingError(f"prune plan: {name} {getattr(self, name)} must be at least 1")
+        if self.sink_blocks < 0:
+            raise SettingError(f"prune plan: sink_blocks {self.sink_blocks} must be at least 0")
+        if self.block % self.unit:
+            raise SettingError(f"prune plan: block {self.block} must be a multiple of unit {self.unit}")
+        layers = [stage.layer for stage in self.stages]
+        if layers != sorted(set(layers)) or any(layer < 0 for layer in layers):
+            raise SettingError(f"prune plan: layers {layers} must be non-negative and ascending")
+        for stage in self.stages:
+            if isinstance(stage.keep, float):
+                if not 0 < stage.keep <= 1:
+                    raise SettingError(f"prune plan: layer {stage.layer} keeps {stage.keep}; a fraction lies in (0, 1]")
+            elif stage.keep < (self.sink_blocks + self.local_blocks) * self.block:
+                raise SettingError(
+                    f"prune plan: layer {stage.layer} keeps {stage.keep} tokens, fewer than its sink and local blocks hold "
+                    f"({(self.sink_blocks + self.local_blocks) * self.block}); keep more or lower sink_blocks, local_blocks"
+                )
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> PrunePlan:
+        unknown = set(data) - {f.name for f in dataclasses.fields(cls)}
+        if unknown:
+            raise SettingError(f"prune plan: unknown keys {sorted(unknown)}; known are {[f.name for f in dataclasses.fields(cls)]}")
+        return cls(**data)
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> PrunePlan:
+        return cls.from_dict(json.loads(Path(path).read_text()))
+
+
+def parse_size(text: str | int) -> int:
+    """``"64k"`` -> 65536: a count with an optional suffix k (1024) or m (1024**2), as --ctx takes it."""
+    if isinstance(text, int):
+        return text
+    number, suffix = text.strip().lower(), 1
+    if number[-1:] in ("k", "m"):
+        suffix = 1024 if number[-1] == "k" else 1024**2
+        number = number[:-1]
+    try:
+        value = float(number) * suffix
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and value == int(value) and value >= 1):
+        raise SettingError(f"size {text!r}: must be a whole number above 0, or one with k (1024) or m, such as 8192 or 64k")
+    return int(value)

@@ -1,0 +1,31 @@
+"""The errors that a user sees. Each is one line: the value, the rule it breaks, the remedy."""
+
+from __future__ import annotations
+
+
+class SlimrtError(Exception):
+    """Something the caller can mend; the command line prints it as one line and exits with status 1."""
+
+
+class ModelFileError(SlimrtError):
+    """The file is not a usable model: wrong magic, truncated, inconsistent, or of an unknown kind."""
+
+
+class TokenizerError(SlimrtError):
+    """The vocabulary in the file cannot be rebuilt, or a token id lies outside it."""
+
+
+class ContextError(SlimrtError):
+    """The tokens do not fit into the context."""
+
+
+class SettingError(SlimrtError, ValueError):
+    """An option's value is outside its range, or two options contradict each other."""
+
+
+class FetchError(SlimrtError):
+    """A model could not be fetched or stored."""
+
+
+class ComputeError(SlimrtError):
+    """The arithmetic left the finite numbers (NaN weights, corrupt tensors)."""

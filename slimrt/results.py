@@ -1,0 +1,62 @@
+"""What a generation returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """One generated token, its log-probability, and the ``top`` likeliest (id, log-probability), best first.
+
+    Log-probabilities are those of the model's own distribution, before penalties, filters and temperature.
+    """
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens read and written."""
+
+    prompt_tokens: int
+    completion_tokens: int
+
+    @property
+    def total_tokens(self) -> int:
+        return self.prompt_tokens + self.completion_tokens
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Where the time and the memory went.
+
+    ``ttft_s``: seconds from the call to the first token. ``decode_tok_s``: tokens a second after the first (0 if there
+    was none). ``stages``: tokens kept after each cut of the plan (empty: dense). ``kv_bytes_*``: bytes of keys and
+    values at the end. ``reused_tokens``: prompt tokens whose work an earlier call had done, ``reuse_note`` says why.
+    """
+
+    ttft_s: float = 0.0
+    decode_tok_s: float = 0.0
+    stages: tuple[int, ...] = ()
+    kv_bytes_device: int = 0
+    kv_bytes_host: int = 0
+    reused_tokens: int = 0
+    reuse_note: str = ""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A finished generation: ``text``, its ``tokens`` (the end token excluded), why it ended, and what it cost."""
+
+    text: str
+    tokens: list[int]
+    finish_reason: FinishReason
+    usage: Usage
+    timings: Timings
+    logprobs: list[TokenLogprob] | None = field(default=None)
