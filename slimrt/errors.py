@@ -15,7 +15,7 @@ class TokenizerError(SlimrtError):
     """The vocabulary in the file cannot be rebuilt, or a token id lies outside it."""
 
 
-class ContextError(SlimrtError):
+class ContextError(SlimrtError, ValueError):
     """The tokens do not fit into the context."""
 
 

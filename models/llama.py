@@ -1,0 +1,175 @@
+"""The LLaMA family on one screen: LLaMA 1-3.2, SmolLM2, TinyLlama, Mistral, and Qwen2 (QKV bias, the other RoPE layout).
+
+A layer is ``qkv``, attention (the engine's), ``finish``. Each treats every row alone, so the engine may cut the rows
+as it likes; positions come in as angles, because after pruning rows are not contiguous.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from slimrt.config import ModelConfig
+from slimrt.errors import ModelFileError
+from slimrt.gguf import GGUFFile, TensorInfo
+from slimrt.models.rope import RopeTable
+from slimrt.quants import dequantize
+
+Array = Any  # the backend's array
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The weights of one layer; matrices are [out, in] handles of the backend, the rest are vectors or None."""
+
+    attn_norm: Array  # [D]
+    qkv: Any  # [(H + 2 Hkv) Dh, D]
+    qkv_bias: Array | None
+    out: Any  # [D, H Dh]
+    out_bias: Array | None
+    ffn_norm: Array  # [D]
+    gate_up: Any  # [2 F, D]
+    gate_up_bias: Array | None
+    down: Any  # [D, F]
+    down_bias: Array | None
+
+
+class Llama:
+    """Weights of one model on one backend, and the arithmetic of a layer."""
+
+    def __init__(
+        self, config: ModelConfig, file: GGUFFile, ops: Any, progress: Callable[[int, int], None] | None = None
+    ) -> None:
+        self.config, self.ops = config, ops
+        load = _Loader(config, file, ops)
+        embedding = load.checked("token_embd.weight", config.vocab_size, config.d_model)
+        self.embedding = ops.weight(embedding)
+        self.layers = []
+        for number in range(config.n_layers):
+            self.layers.append(load.layer(number))
+            if progress:
+                progress(number + 1, config.n_layers)
+        self.norm = load.vector("output_norm.weight", config.d_model)
+        tied = "output.weight" not in file.tensors
+        self.head = (
+            self.embedding if tied else ops.weight(load.checked("output.weight", config.vocab_size, config.d_model))
+        )
+        self.rope = RopeTable(config.rope, load.rope_divisors())
+
+    def embed(self, ids: Array) -> Array:
+        """ids [T] -> hidden states [T, D]."""
+        return self.ops.embed(self.embedding, ids)
+
+    def unpacked(self, layer: Layer) -> Layer:
+        """``layer`` with its matrices ready for many rows (a scratch copy where they are held packed)."""
+        ready = self.ops.unpacked
+        return Layer(
+            **{
+                **vars(layer),
+                "qkv": ready(layer.qkv),
+                "out": ready(layer.out),
+                "gate_up": ready(layer.gate_up),
+                "down": ready(layer.down),
+            }
+        )
+
+    def qkv(self, layer: Layer, x: Array, cos: Array, sin: Array) -> tuple[Array, Array, Array]:
+        """x [T, D] -> rotated q [T, H, Dh], rotated k and v [T, Hkv, Dh]."""
+        c, ops = self.config, self.ops
+        joint = ops.linear(ops.rmsnorm(x, layer.attn_norm, c.norm_eps), layer.qkv, layer.qkv_bias)
+        joint = joint.reshape(len(x), c.n_heads + 2 * c.n_kv_heads, c.head_dim)
+        ops.rope(joint[:, : c.n_heads + c.n_kv_heads], cos, sin)
+        return joint[:, : c.n_heads], joint[:, c.n_heads : -c.n_kv_heads], joint[:, -c.n_kv_heads :]
+
+    def finish(self, layer: Layer, x: Array, attention: Array) -> Array:
+        """x [T, D] and attention [T, H, Dh] -> x after output projection, feed-forward and both residuals [T, D]."""
+        ops = self.ops
+        delta = ops.linear(attention.reshape(len(x), -1), layer.out, layer.out_bias)
+        x, normed = ops.add_rmsnorm(x, delta, layer.ffn_norm, self.config.norm_eps)
+        x += ops.linear(ops.swiglu(ops.linear(normed, layer.gate_up, layer.gate_up_bias)), layer.down, layer.down_bias)
+        return x
+
+    def logits(self, x: Array) -> Array:
+        """Hidden states [T, D] after the last layer -> [T, V]."""
+        return self.ops.linear(self.ops.rmsnorm(x, self.norm, self.config.norm_eps), self.head)
+
+
+class _Loader:
+    """Takes tensors out of a file, each held against the shape that the configuration calls for."""
+
+    def __init__(self, config: ModelConfig, file: GGUFFile, ops: Any) -> None:
+        self.config, self.file, self.ops = config, file, ops
+
+    def checked(self, name: str, *shape: int) -> TensorInfo:
+        tensor = self.file.tensor(name)
+        if tensor.shape != shape:
+            raise ModelFileError(
+                f"{self.file.path}: tensor '{name}' has shape {tensor.shape}, the metadata calls for {shape}; "
+                "the file is inconsistent; convert the model anew"
+            )
+        return tensor
+
+    def vector(self, name: str, size: int) -> Array:
+        return self.ops.vector(self.checked(name, size))
+
+    def biases(self, prefix: str, sizes: dict[str, int]) -> Array | None:
+        """The biases of several stacked matrices, stacked; None if the file has none of them."""
+        names = [f"{prefix}.{part}.bias" for part in sizes]
+        present = [name for name in names if name in self.file.tensors]
+        if not present:
+            return None
+        parts = []
+        for part, size in sizes.items():
+            name = f"{prefix}.{part}.bias"
+            if name not in self.file.tensors:
+                parts.append(np.zeros(size, np.float32))
+                continue
+            bias = self.checked(name, size)
+            parts.append(self.ops.vector(self._reordered(bias) if part in ("attn_q", "attn_k") else bias))
+        return np.concatenate(parts)
+
+    def layer(self, number: int) -> Layer:
+        c, blk = self.config, f"blk.{number}"
+        q, kv = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
+        return Layer(
+            attn_norm=self.vector(f"{blk}.attn_norm.weight", c.d_model),
+            qkv=self.ops.weight(
+                self._reordered(self.checked(f"{blk}.attn_q.weight", q, c.d_model)),
+                self._reordered(self.checked(f"{blk}.attn_k.weight", kv, c.d_model)),
+                self.checked(f"{blk}.attn_v.weight", kv, c.d_model),
+            ),
+            qkv_bias=self.biases(blk, {"attn_q": q, "attn_k": kv, "attn_v": kv}),
+            out=self.ops.weight(self.checked(f"{blk}.attn_output.weight", c.d_model, q)),
+            out_bias=self.biases(blk, {"attn_output": c.d_model}),
+            ffn_norm=self.vector(f"{blk}.ffn_norm.weight", c.d_model),
+            gate_up=self.ops.weight(
+                self.checked(f"{blk}.ffn_gate.weight", c.d_ff, c.d_model),
+                self.checked(f"{blk}.ffn_up.weight", c.d_ff, c.d_model),
+            ),
+            gate_up_bias=self.biases(blk, {"ffn_gate": c.d_ff, "ffn_up": c.d_ff}),
+            down=self.ops.weight(self.checked(f"{blk}.ffn_down.weight", c.d_model, c.d_ff)),
+            down_bias=self.biases(blk, {"ffn_down": c.d_model}),
+        )
+
+    def _reordered(self, tensor: TensorInfo) -> TensorInfo:
+        """Rows of a query or key tensor moved from RoPE's interleaved layout to the half-split one.
+
+        GGUF's llama layout rotates rows (2i, 2i+1) of a head together. Both projections are reordered alike, so every
+        product q.k is the same sum in another order; the backends then need one RoPE kernel. Rows are the unit of
+        packing, so packed tensors are reordered without unpacking.
+        """
+        rope = self.config.rope
+        if not rope.interleaved:
+            return tensor
+        width = self.config.head_dim
+        within = np.concatenate([np.arange(0, rope.dims, 2), np.arange(1, rope.dims, 2), np.arange(rope.dims, width)])
+        rows = (np.arange(0, tensor.shape[0], width)[:, None] + within).reshape(-1)
+        return TensorInfo(tensor.name, tensor.shape, tensor.type, tensor.data[rows])
+
+    def rope_divisors(self) -> np.ndarray | None:
+        if self.config.rope.scaling != "llama3":
+            return None
+        return dequantize(self.checked("rope_freqs.weight", self.config.rope.dims // 2)).reshape(-1)

@@ -1,0 +1,52 @@
+"""slimrt: long prompts answered now, from GGUF models, in Python, without a deep-learning framework."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LLM",
+    "ChatTemplate",
+    "Completion",
+    "Llama",
+    "PrunePlan",
+    "SamplingConfig",
+    "SlimrtError",
+    "Stage",
+    "load",
+]
+
+if TYPE_CHECKING:
+    from slimrt.chat import ChatTemplate
+    from slimrt.config import PrunePlan, SamplingConfig, Stage
+    from slimrt.errors import SlimrtError
+    from slimrt.llama_compat import Llama
+    from slimrt.llm import LLM, load
+    from slimrt.results import Completion
+
+_HOMES = {
+    "LLM": "slimrt.llm",
+    "ChatTemplate": "slimrt.chat",
+    "Completion": "slimrt.results",
+    "Llama": "slimrt.llama_compat",
+    "PrunePlan": "slimrt.config",
+    "SamplingConfig": "slimrt.config",
+    "SlimrtError": "slimrt.errors",
+    "Stage": "slimrt.config",
+    "load": "slimrt.llm",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Names are imported on first use: `slimrt --help` must not wait for NumPy, gguf and tokenizers.
+    if name in _HOMES:
+        from importlib import import_module
+
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'slimrt' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

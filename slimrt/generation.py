@@ -1,0 +1,220 @@
+"""Generation as a generator: prefill, then one token at a time, stop strings and byte-safe text."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+from slimrt.config import SamplingConfig
+from slimrt.engine import Progress
+from slimrt.errors import SettingError
+from slimrt.results import Completion, FinishReason, Timings, TokenLogprob, Usage
+from slimrt.sampler import LogitsProcessor, Sampler, top_logprobs
+from slimrt.session import Session
+from slimrt.tokenizer import Tokenizer
+
+__all__ = ["CompletionStream", "GenerationRequest", "Step", "generate_tokens"]
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """How far to generate and how. ``max_tokens`` None: until the model stops or the context is full."""
+
+    max_tokens: int | None = 128
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    stop: tuple[str, ...] = ()
+    processors: tuple[LogitsProcessor, ...] = ()
+    logprobs: int | None = None
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_tokens is not None and self.max_tokens < 0:
+            raise SettingError(f"max_tokens {self.max_tokens}: must be at least 0, or None for no limit")
+        if self.logprobs is not None and self.logprobs < 0:
+            raise SettingError(f"logprobs {self.logprobs}: must be at least 0 (how many alternatives), or None for none")
+        if any(not text for text in self.stop):
+            raise SettingError("stop strings must not be empty; leave the empty one out")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a generation.
+
+    ``token`` is None where the step only ends the text. ``text`` is what has become safe to show: complete UTF-8 that
+    is not the beginning of a stop string. ``finish_reason`` is set on the last step.
+    """
+
+    token: int | None
+    text: str = ""
+    logprob: TokenLogprob | None = None
+    finish_reason: FinishReason | None = None
+
+
+def generate_tokens(
+    session: Session, tokenizer: Tokenizer, request: GenerationRequest
+) -> Generator[Step, None, None]:
+    """Draw tokens from ``session``, which has read the prompt, until a stop; the last step carries the reason.
+
+    A token joins the session when the next one is asked for, so an abandoned generator leaves no half-done work.
+    Raises SettingError if the session is moved on by another call meanwhile.
+    """
+    if session.logits is None:
+        raise SettingError("nothing was read yet; a generation starts from a prompt; call prefill first")
+    revision, logits = session.revision, session.logits
+    sampler = Sampler(request.sampling, session.engine.config.vocab_size, request.processors)
+    decoder = tokenizer.stream_decoder()
+    held = _StopStrings(request.stop)
+    drawn = 0
+    while True:
+        if request.max_tokens is not None and drawn >= request.max_tokens:
+            break
+        token = sampler(logits, session.tokens)
+        if token in tokenizer.stop_ids and not request.ignore_eos:
+            yield Step(None, held.push(decoder.flush()) + held.flush(), None, "stop")
+            return
+        drawn += 1
+        logprob = None if request.logprobs is None else top_logprobs(logits, token, request.logprobs)
+        text = held.push(decoder.push(token))
+        if held.stopped:
+            yield Step(token, text, logprob, "stop")
+            return
+        yield Step(token, text, logprob)
+        if session.revision != revision:
+            raise SettingError("the session read another prompt while this text was generated; use a session for each")
+        if len(session.tokens) >= session.ctx:
+            break
+        # The last token asked for need not be read: nothing is drawn after it.
+        if request.max_tokens is None or drawn < request.max_tokens:
+            session.extend([token])
+            assert session.logits is not None
+            logits = session.logits
+    yield Step(None, held.push(decoder.flush()) + held.flush(), None, "stop" if held.stopped else "length")
+
+
+class _StopStrings:
+    """Passes text on, but holds back what may turn out to be the beginning of a stop string."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self.stops, self.held, self.stopped = stops, "", False
+
+    def push(self, text: str) -> str:
+        self.held += text
+        found = [at for at in (self.held.find(stop) for stop in self.stops) if at >= 0]
+        if found:
+            self.stopped = True
+            text, self.held = self.held[: min(found)], ""
+            return text
+        longest = max((len(stop) - 1 for stop in self.stops), default=0)
+        for length in range(min(longest, len(self.held)), 0, -1):
+            if any(stop.startswith(self.held[-length:]) for stop in self.stops):
+                text, self.held = self.held[:-length], self.held[-length:]
+                return text
+        return self.flush()
+
+    def flush(self) -> str:
+        text, self.held = self.held, ""
+        return text
+
+
+class CompletionStream:
+    """Pieces of text as they come; ``completion`` holds the whole once the iteration is over (or was closed).
+
+    Closing it (also by leaving the loop and dropping it) stops the generation.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        tokenizer: Tokenizer,
+        ids: Sequence[int],
+        request: GenerationRequest,
+        progress: Progress | None = None,
+    ) -> None:
+        self._session, self._prompt = session, len(ids)
+        self._tokens: list[int] = []
+        self._pieces: list[str] = []
+        self._logprobs: list[TokenLogprob] = []
+        self._reason: FinishReason = "length"
+        self._first = self._last = 0.0
+        self._begun = time.perf_counter()
+        self._reuse = session.prefill(ids, progress=progress)
+        self._steps = generate_tokens(session, tokenizer, request)
+        self._wants_logprobs = request.logprobs is not None
+        self._pieces_left = self._run()
+
+    def _run(self) -> Generator[str, None, None]:
+        for step in self._steps:
+            self._last = time.perf_counter()
+            self._first = self._first or self._last
+            if step.token is not None:
+                self._tokens.append(step.token)
+            if step.logprob is not None:
+                self._logprobs.append(step.logprob)
+            if step.finish_reason is not None:
+                self._reason = step.finish_reason
+            if step.text:
+                self._pieces.append(step.text)
+                yield step.text
+
+    def __iter__(self) -> Iterator[str]:
+        return self._pieces_left
+
+    def __next__(self) -> str:
+        return next(self._pieces_left)
+
+    def close(self) -> None:
+        """Stop generating; ``completion`` then holds the text so far."""
+        self._pieces_left.close()
+        self._steps.close()
+
+    @property
+    def completion(self) -> Completion:
+        """The text so far, whole once the iteration has ended."""
+        written = len(self._tokens)
+        decoding = self._last - self._first
+        return Completion(
+            text="".join(self._pieces),
+            tokens=list(self._tokens),
+            finish_reason=self._reason,
+            usage=Usage(self._prompt, written),
+            timings=Timings(
+                ttft_s=self._first - self._begun if self._first else 0.0,
+                decode_tok_s=(written - 1) / decoding if written > 1 and decoding > 0 else 0.0,
+                kv_bytes_device=self._session.cache.nbytes,
+                reused_tokens=self._reuse.tokens,
+                reuse_note=self._reuse.note,
+            ),
+            logprobs=list(self._logprobs) if self._wants_logprobs else None,
+        )
+
+    def finished(self) -> Completion:
+        """Run to the end; returns the completion."""
+        for _ in self._pieces_left:
+            pass
+        return self.completion
+
+
+def request_from_options(
+    *,
+    max_tokens: int | None = 128,
+    stop: str | Sequence[str] = (),
+    logits_processors: Sequence[LogitsProcessor] = (),
+    logprobs: int | None = None,
+    ignore_eos: bool = False,
+    **sampling: object,
+) -> GenerationRequest:
+    """Keyword arguments of ``LLM.generate`` -> GenerationRequest; unknown ones are refused."""
+    known = SamplingConfig.__dataclass_fields__
+    unknown = [name for name in sampling if name not in known]
+    if unknown:
+        raise SettingError(f"unknown option '{unknown[0]}'; sampling options are {', '.join(known)}")
+    config = replace(SamplingConfig(), **{k: v for k, v in sampling.items() if v is not None})  # type: ignore[arg-type]
+    return GenerationRequest(
+        max_tokens=max_tokens,
+        sampling=config,
+        stop=(stop,) if isinstance(stop, str) else tuple(stop),
+        processors=tuple(logits_processors),
+        logprobs=logprobs,
+        ignore_eos=ignore_eos,
+    )

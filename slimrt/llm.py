@@ -1,0 +1,267 @@
+"""The Python interface: load a model, ask it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, overload
+
+import numpy as np
+
+from slimrt.chat import ChatTemplate
+from slimrt.config import CacheConfig, ModelConfig, PrunePlan
+from slimrt.engine import Engine, Progress
+from slimrt.errors import ContextError, SettingError
+from slimrt.generation import CompletionStream, request_from_options
+from slimrt.gguf import GGUFFile
+from slimrt.memory import available_memory
+from slimrt.models import build, read_config, stretch_rope
+from slimrt.ops.numpy_ops import NumpyOps
+from slimrt.results import Completion
+from slimrt.session import Session
+from slimrt.tokenizer import Tokenizer
+
+__all__ = ["LLM", "load"]
+
+DEFAULT_CTX = 8192  # not the trained context: 128k of it would take the memory of a short question's user
+_LOGIT_ROWS = 256  # rows of [V] logits held at a time by logprobs
+
+Prompt = str | Sequence[int]
+Plan = PrunePlan | str | Path
+
+
+def load(
+    path: str | Path | None = None,
+    *,
+    ctx: int | None = None,
+    device: str = "auto",
+    prune: Plan = "auto",
+    threads: int | None = None,
+    rope_base: float | None = None,
+    rope_scaling: str | None = None,
+    rope_factor: float | None = None,
+    chat_template: str | None = None,
+    progress: Progress | None = None,
+) -> LLM:
+    """Open a GGUF model.
+
+    ``path``: a file, "hf:owner/repo/file.gguf", or None for the default model, fetched where needed. ``ctx``: the most
+    tokens of a conversation (default: the trained context, at most 8192); past the trained context RoPE is stretched
+    by YaRN unless ``rope_scaling`` says "none" or "linear". ``device``: "cpu", "cuda" or "auto". ``threads``: cores to
+    use (default: all that the process may). ``chat_template``: a Jinja template or the name of a built-in one, in
+    place of the file's. ``progress`` is called with (layers loaded, layers).
+
+    Raises ModelFileError for an unusable file, SettingError for options out of range.
+    """
+    from slimrt.hub import resolve
+
+    file = GGUFFile(resolve(path))
+    return LLM(
+        file,
+        ctx=ctx,
+        device=device,
+        prune=prune,
+        threads=threads,
+        rope_base=rope_base,
+        rope_scaling=rope_scaling,
+        rope_factor=rope_factor,
+        chat_template=chat_template,
+        progress=progress,
+    )
+
+
+class LLM:
+    """A loaded model and one running conversation.
+
+    ``config`` (sizes), ``tokenizer``, ``ctx``, ``file`` (metadata), ``notes`` (what was decided at load and is worth
+    saying, such as a stretched context). Calls on one LLM from several threads are serialised, streams excepted: two
+    streams at a time need a ``session()`` each.
+    """
+
+    def __init__(
+        self,
+        file: GGUFFile,
+        *,
+        ctx: int | None = None,
+        device: str = "auto",
+        prune: Plan = "auto",
+        threads: int | None = None,
+        rope_base: float | None = None,
+        rope_scaling: str | None = None,
+        rope_factor: float | None = None,
+        chat_template: str | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        self.file = file
+        config = read_config(file)
+        self.ctx = min(config.ctx_train, DEFAULT_CTX) if ctx is None else ctx
+        if self.ctx < 1:
+            raise SettingError(f"ctx {self.ctx}: must be at least 1")
+        if threads is not None and threads < 1:
+            raise SettingError(f"threads {threads}: must be at least 1")
+        if device not in ("cpu", "auto"):
+            raise SettingError(f"device '{device}': this version computes on the CPU; use 'cpu' or 'auto'")
+        self.notes: list[str] = []
+        self.config: ModelConfig = stretch_rope(
+            config, self.ctx, base=rope_base, scaling=rope_scaling, factor=rope_factor
+        )
+        if self.config.rope.scaling == "yarn" and config.rope.scaling == "none" and rope_scaling is None:
+            self.notes.append(
+                f"context {self.ctx} exceeds the {config.ctx_train} that the model was trained on: RoPE is stretched "
+                f"{self.config.rope.factor:g}x by YaRN (rope_scaling='none' switches that off)"
+            )
+        self.tokenizer = Tokenizer.from_gguf(file)
+        self._check_plan(prune)
+        self._chat_template = chat_template
+        self._template: ChatTemplate | None = None
+        self._lock = threading.RLock()
+        packed = _keep_packed(self.config)
+        if packed:
+            self.notes.append("weights stay packed: unpacked they would not fit into half of the free memory; expect slow decoding")
+        self._ops = NumpyOps(threads, packed=packed)
+        self._engine = Engine(build(self.config, file, self._ops, progress), self._ops)
+        self._session = self.session()
+
+    def _check_plan(self, plan: Plan) -> None:
+        if plan not in ("auto", "off"):
+            raise SettingError(f"prune {plan!r}: this version runs prompts dense; use 'off' or 'auto'")
+
+    # -- tokens -----------------------------------------------------------------------------------------------------
+
+    def tokenize(self, text: str, special: bool = False) -> list[int]:
+        """``text`` -> token ids, with the begin token if the model wants one. Control tokens count only if ``special``."""
+        return self.tokenizer.encode(text, special=special)
+
+    def detokenize(self, ids: Sequence[int], special: bool = False) -> str:
+        """Token ids -> text; control tokens are shown only if ``special``, incomplete UTF-8 becomes U+FFFD."""
+        return self.tokenizer.decode(ids, special=special)
+
+    def _ids(self, prompt: Prompt, special: bool = False) -> list[int]:
+        return self.tokenize(prompt, special) if isinstance(prompt, str) else [int(token) for token in prompt]
+
+    # -- logits -----------------------------------------------------------------------------------------------------
+
+    def logits(self, ids: Sequence[int], *, prune: Plan | None = None) -> np.ndarray:
+        """Next-token logits [V] float32 after ``ids``, by a prefill of its own (the running conversation is untouched)."""
+        self._check_plan(prune or "auto")
+        with self._lock:
+            session = self.session()
+            session.prefill(self._ids(ids))
+            assert session.logits is not None
+            return session.logits
+
+    def logprobs(self, ids: Sequence[int], start: int, *, prune: Plan | None = None) -> np.ndarray:
+        """log p(ids[i] | ids[:i]) for i >= ``start`` -> float32 [len(ids) - start].
+
+        ``ids[:start]`` is the prompt, the rest is read as if it had been generated. Raises SettingError unless
+        1 <= start <= len(ids), ContextError if the ids exceed the context.
+        """
+        self._check_plan(prune or "auto")
+        ids = self._ids(ids)
+        if not 1 <= start <= len(ids):
+            raise SettingError(f"start {start}: must lie in 1..{len(ids)}, the first token has nothing before it")
+        if len(ids) > self.ctx:
+            raise ContextError(
+                f"{len(ids)} tokens, the context holds {self.ctx}; load the model with ctx={len(ids)} or more (--ctx)"
+            )
+        with self._lock:
+            session = self.session()
+            session.prefill(ids[:start])
+            rest = ids[start:]
+            assert session.logits is not None
+            result = [_logprobs(session.logits[None], rest[:1])] if rest else []
+            if len(rest) > 1:
+                engine = self._engine
+                hidden = engine.prefill(session.cache, rest[:-1], start, wanted=len(rest) - 1)
+                for lo in range(0, len(hidden), _LOGIT_ROWS):
+                    block = hidden[lo : lo + _LOGIT_ROWS]
+                    result.append(_logprobs(engine.logits(block), rest[1 + lo : 1 + lo + len(block)]))
+            return np.concatenate(result) if result else np.empty(0, np.float32)
+
+    # -- generation -------------------------------------------------------------------------------------------------
+
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        prune: Plan | None = None,
+        special: bool = False,
+        session: Session | None = None,
+        progress: Progress | None = None,
+        **options: Any,
+    ) -> CompletionStream:
+        """Generate after ``prompt``: an iterator of pieces of text, with ``.completion`` and ``.close()``.
+
+        Options: ``max_tokens`` (128; None: up to the context), ``stop`` (a string or several), ``seed``,
+        ``temperature`` (0: greedy), ``top_k``, ``top_p``, ``min_p``, ``typical_p``, ``repeat_penalty``,
+        ``presence_penalty``, ``frequency_penalty``, ``penalty_last_n``, ``logit_bias``, ``logits_processors``
+        (callables (ids, logits) -> logits), ``logprobs`` (how many alternatives), ``ignore_eos``. ``special``: control
+        tokens in a text prompt count as such. ``progress`` is called with (layers done, layers) during prefill.
+        """
+        self._check_plan(prune or "auto")
+        request = request_from_options(**options)
+        with self._lock:
+            return CompletionStream(
+                session or self._session, self.tokenizer, self._ids(prompt, special), request, progress
+            )
+
+    def generate(self, prompt: Prompt, **options: Any) -> Completion:
+        """Generate after ``prompt`` and return the whole; options as for ``stream``."""
+        with self._lock:
+            return self.stream(prompt, **options).finished()
+
+    @overload
+    def chat(self, messages: Sequence[Mapping[str, Any]], *, stream: Literal[False] = False, **options: Any) -> Completion: ...
+    @overload
+    def chat(self, messages: Sequence[Mapping[str, Any]], *, stream: Literal[True], **options: Any) -> CompletionStream: ...
+    def chat(
+        self, messages: Sequence[Mapping[str, Any]], *, stream: bool = False, **options: Any
+    ) -> Completion | CompletionStream:
+        """Answer ``messages`` ([{"role": ..., "content": ...}, ...]) through the model's chat template."""
+        ids = self.chat_tokens(messages)
+        return self.stream(ids, **options) if stream else self.generate(ids, **options)
+
+    @property
+    def chat_template(self) -> ChatTemplate:
+        """The model's chat template, or the one given at load. Raises SettingError if there is none."""
+        if self._template is None:
+            self._template = ChatTemplate.from_tokenizer(self.tokenizer, self._chat_template)
+        return self._template
+
+    def chat_tokens(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """``messages`` as the model reads them: rendered, then tokenised with control tokens."""
+        text = self.chat_template.render(messages)
+        tokens = self.tokenizer
+        begin = tokens.token_text(tokens.bos_id) if tokens.bos_id is not None else ""
+        # A template that writes the begin token itself must not get a second one.
+        written = bool(begin) and text.startswith(begin)
+        return tokens.encode(text, special=True, add_bos=False if written else None)
+
+    # -- the running context, for callers that drive it token by token --------------------------------------------------
+
+    def session(self) -> Session:
+        """A conversation of its own on the same weights."""
+        return Session(self._engine, CacheConfig(self.ctx).ctx)
+
+    @property
+    def current(self) -> Session:
+        """The running conversation that ``generate``, ``stream`` and ``chat`` share."""
+        return self._session
+
+    def reset(self) -> None:
+        """Forget the running conversation."""
+        self._session.reset()
+
+
+def _keep_packed(config: ModelConfig) -> bool:
+    """Whether the weights in float32 would take more than half of the memory that is free."""
+    available = available_memory()
+    return available is not None and config.n_params * 4 > available / 2
+
+
+def _logprobs(logits: np.ndarray, tokens: Sequence[int]) -> np.ndarray:
+    """logits [T, V], tokens [T] -> log-softmax at the tokens [T] float32."""
+    peak = logits.max(axis=1)
+    total = np.exp(logits - peak[:, None]).sum(axis=1, dtype=np.float64)
+    return (logits[np.arange(len(tokens)), list(tokens)] - peak - np.log(total)).astype(np.float32)

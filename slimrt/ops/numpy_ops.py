@@ -1,0 +1,285 @@
+"""The CPU backend in NumPy: the executable specification of every kernel, tuned as far as NumPy goes.
+
+Weights lie as float32 rows where memory allows, else packed as in the file. All arithmetic is float32; shapes use the
+alphabet of ``slimrt.config``. Every array an operation returns is new unless it says otherwise.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from slimrt.gguf import TensorInfo
+from slimrt.ops.workers import Workers, available_cores
+from slimrt.quants import dequantize
+
+__all__ = ["NumpyOps", "Weight"]
+
+Array = np.ndarray
+
+# Tiles measured best on two cores with 1 MiB of L2 each: a [128 * H/Hkv, 512] score tile stays in L2.
+QUERY_TILE = 128
+KEY_TILE = 512
+ROW_CHUNK = 256  # tokens that go through the row-wise part of a layer together
+_FEW_ROWS = 64  # below this the BLAS library's own threads do better than the team
+_FEW_QUERIES = 16  # below this attention is a few thin products over all keys
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A matrix [out, in], or several stacked along ``out``; opaque to everything but this backend.
+
+    ``dense`` is the float32 matrix, or None where only the packed ``parts`` are held (views of the mapped file).
+    """
+
+    parts: tuple[TensorInfo, ...]
+    dense: Array | None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return sum(part.shape[0] for part in self.parts), self.parts[0].shape[-1]
+
+    @property
+    def nbytes(self) -> int:
+        return self.dense.nbytes if self.dense is not None else sum(part.nbytes for part in self.parts)
+
+
+class NumpyOps:
+    """Compute and memory operations on NumPy arrays.
+
+    ``threads``: how many cores to use (None: all that the process may). ``packed``: keep weights as they lie in the
+    file and unpack them on use, a layer at a time in prefill: slow, for models whose float32 form exceeds the memory.
+    """
+
+    name = "numpy"
+
+    def __init__(self, threads: int | None = None, *, packed: bool = False) -> None:
+        self.threads = threads or available_cores()
+        self.packed = packed
+        self._workers = Workers(self.threads)
+
+    # -- memory -----------------------------------------------------------------------------------------------------
+
+    def weight(self, *parts: TensorInfo) -> Weight:
+        """A handle on ``parts`` [out_i, in] stacked along out."""
+        if self.packed:
+            return Weight(parts, None)
+        return Weight(parts, self._unpack(parts))
+
+    def vector(self, tensor: TensorInfo) -> Array:
+        """A small tensor (norm, bias) as float32 [n]."""
+        return dequantize(tensor).reshape(-1)
+
+    def unpacked(self, weight: Weight) -> Weight:
+        """``weight`` ready for many rows: itself if dense, else an unpacked copy that the caller drops after use."""
+        return weight if weight.dense is not None else Weight(weight.parts, self._unpack(weight.parts))
+
+    def _unpack(self, parts: Sequence[TensorInfo]) -> Array:
+        if len(parts) == 1:
+            return dequantize(parts[0])
+        return np.concatenate([dequantize(part) for part in parts])
+
+    def empty(self, shape: tuple[int, ...]) -> Array:
+        """Uninitialised float32."""
+        return np.empty(shape, np.float32)
+
+    def to_host(self, x: Array) -> Array:
+        """``x`` as a NumPy array."""
+        return x
+
+    # -- parallel structure -----------------------------------------------------------------------------------------
+
+    def rows(self, task: Callable[[slice], object], count: int) -> None:
+        """Call ``task(slice)`` for slices that cover ``count`` rows once, in parallel.
+
+        Everything in a layer but attention treats each token alone, so the engine runs it this way: a slice goes
+        through all of its products while it is warm in the cache, and scratch is bounded by the slice.
+        """
+        if count <= _FEW_ROWS:
+            self._workers.blas_threads()
+            task(slice(0, count))
+            return
+        # Equal slices: a last slice much shorter than the others would leave threads idle.
+        chunks = -(-count // ROW_CHUNK)
+        chunks = -(-chunks // self.threads) * self.threads
+        size = -(-count // chunks)
+        self._workers.map(task, [slice(lo, min(lo + size, count)) for lo in range(0, count, size)])
+
+    # -- compute ----------------------------------------------------------------------------------------------------
+
+    def embed(self, weight: Weight, ids: Array) -> Array:
+        """Rows ``ids`` [T] of ``weight`` [V, D] -> [T, D]."""
+        if weight.dense is not None:
+            return weight.dense[ids]
+        (part,) = weight.parts
+        unique, inverse = np.unique(ids, return_inverse=True)
+        picked = TensorInfo(part.name, (len(unique), part.shape[-1]), part.type, part.data[unique])
+        return dequantize(picked)[inverse]
+
+    def linear(self, x: Array, weight: Weight, bias: Array | None = None, out: Array | None = None) -> Array:
+        """x [T, in] @ weight.T [in, out] (+ bias [out]) -> [T, out], into ``out`` where given."""
+        if weight.dense is not None:
+            out = np.matmul(x, weight.dense.T, out=out)
+        else:
+            if out is None:
+                out = np.empty((x.shape[0], weight.shape[0]), np.float32)
+            at = 0
+            for part in weight.parts:
+                step = max(1, (1 << 22) // part.shape[-1])  # 16 MiB of float32 at a time
+                for lo in range(0, part.shape[0], step):
+                    block = dequantize(part, slice(lo, lo + step))
+                    np.matmul(x, block.T, out=out[:, at : at + len(block)])
+                    at += len(block)
+        if bias is not None:
+            out += bias
+        return out
+
+    def rmsnorm(self, x: Array, gain: Array, eps: float) -> Array:
+        """x / sqrt(mean(x^2) + eps) * gain over the last axis (arXiv 1910.07467); x [T, D]."""
+        square = np.einsum("td,td->t", x, x)
+        square /= x.shape[-1]
+        square += eps
+        np.sqrt(square, out=square)
+        normed = x / square[:, None]
+        normed *= gain
+        return normed
+
+    def add_rmsnorm(self, x: Array, delta: Array, gain: Array, eps: float) -> tuple[Array, Array]:
+        """The residual sum x + delta (written into ``delta``) and its rmsnorm; x, delta [T, D]."""
+        delta += x
+        return delta, self.rmsnorm(delta, gain, eps)
+
+    def rope(self, x: Array, cos: Array, sin: Array) -> Array:
+        """Rotate the first 2*cos.shape[1] dimensions of each head in place: pairs (i, i + half) by the row's angle.
+
+        x [T, heads, Dh], cos and sin [T, half]. Weights of the interleaved layout are reordered to this one at load.
+        """
+        half = cos.shape[-1]
+        cos, sin = cos[:, None], sin[:, None]
+        a, b = x[..., :half], x[..., half : 2 * half]
+        turned = a * sin
+        a *= cos
+        a -= b * sin
+        b *= cos
+        b += turned
+        return x
+
+    def swiglu(self, gate_up: Array) -> Array:
+        """silu(gate) * up; gate_up [T, 2F] with gate first -> [T, F]."""
+        gate, up = np.split(gate_up, 2, axis=-1)
+        with np.errstate(over="ignore"):  # exp(-gate) = inf for gate < -88 gives the right limit, gate / inf = 0
+            denominator = np.exp(-gate)
+        denominator += 1
+        result = gate / denominator
+        result *= up
+        return result
+
+    def take(self, x: Array, rows: Array) -> Array:
+        """x[rows]: the rows that go on; rows ascending."""
+        return x[rows]
+
+    def attend(self, q: Array, k: Array, v: Array, out: Array | None = None) -> Array:
+        """Causal grouped-query attention by index: query row t sees key rows 0 .. N-T+t.
+
+        q [T, H, Dh], k and v [Hkv, N, Dh], query head h reads KV head h // (H/Hkv) -> [T, H, Dh]. After pruning rows
+        are not contiguous in position, but they keep their order, so an index-causal mask is right.
+        """
+        if out is None:
+            out = np.empty(q.shape, np.float32)
+        if q.shape[0] <= _FEW_QUERIES:
+            self._attend_few(q, k, v, out)
+        else:
+            self._attend_tiles(q, k, v, out)
+        return out
+
+    def _attend_few(self, q: Array, k: Array, v: Array, out: Array) -> None:
+        """Decode: all the keys of a KV head in one product for the query heads that share it."""
+        tokens, heads, width = q.shape
+        kv_heads, keys, _ = k.shape
+        group = heads // kv_heads
+        scaled = (q * np.float32(1 / math.sqrt(width))).reshape(tokens, kv_heads, group, width)
+        scores = np.matmul(scaled.transpose(1, 0, 2, 3).reshape(kv_heads, tokens * group, width), k.transpose(0, 2, 1))
+        if tokens > 1:
+            hidden = np.arange(keys)[None, :] > (keys - tokens + np.arange(tokens))[:, None]
+            scores.reshape(kv_heads, tokens, group, keys)[np.broadcast_to(hidden[None, :, None], (kv_heads, tokens, group, keys))] = -np.inf
+        scores -= scores.max(axis=-1, keepdims=True)
+        np.exp(scores, out=scores)
+        mixed = np.matmul(scores, v)
+        mixed /= scores.sum(axis=-1, keepdims=True)
+        out[...] = mixed.reshape(kv_heads, tokens, group, width).transpose(1, 0, 2, 3).reshape(tokens, heads, width)
+
+    def _attend_tiles(self, q: Array, k: Array, v: Array, out: Array) -> None:
+        """Prefill: tiles of QUERY_TILE tokens x KEY_TILE keys, all tiles of one query tile on one thread.
+
+        Instead of a running maximum (FlashAttention, arXiv 2205.14135) each row uses the maximum of its diagonal tile
+        as the reference, folded into the product as column Dh + 1, so that ``exp`` is the only pass over a tile
+        besides the two products. A row whose later scores exceed the reference by more than exp can hold becomes
+        non-finite, and its tile is done again with the running maximum.
+        """
+        tokens, heads, width = q.shape
+        kv_heads, keys, _ = k.shape
+        group = heads // kv_heads
+        offset = keys - tokens
+        scale = np.float32(1 / math.sqrt(width))
+        extended = np.ones((kv_heads, keys, width + 1), np.float32)
+        extended[..., :width] = k
+        ones = np.ones(KEY_TILE, np.float32)
+
+        def tile(job: tuple[int, int]) -> None:
+            lo, head = job
+            hi = min(lo + QUERY_TILE, tokens)
+            rows = (hi - lo) * group
+            queries = np.empty((rows, width + 1), np.float32)
+            np.multiply(
+                q[lo:hi, head * group : (head + 1) * group], scale, out=queries.reshape(hi - lo, group, width + 1)[..., :width]
+            )
+            diagonal = (offset + lo) // KEY_TILE * KEY_TILE
+            scores = queries[:, :width] @ k[head, diagonal : offset + hi].T
+            seen = np.arange(diagonal, offset + hi)[None, :] <= np.arange(offset + lo, offset + hi)[:, None]
+            scores.reshape(hi - lo, group, -1)[~np.broadcast_to(seen[:, None], (hi - lo, group, seen.shape[1]))] = -np.inf
+            peak = scores.max(axis=1)
+            np.negative(peak, out=queries[:, width])
+            scores -= peak[:, None]
+            np.exp(scores, out=scores)
+            mixed = scores @ v[head, diagonal : offset + hi]
+            total = scores.sum(axis=1)
+            scores = np.empty((rows, KEY_TILE), np.float32)
+            part = np.empty((rows, width), np.float32)
+            with np.errstate(over="ignore", invalid="ignore"):  # checked below
+                for at in range(0, diagonal, KEY_TILE):
+                    np.matmul(queries, extended[head, at : at + KEY_TILE].T, out=scores)
+                    np.exp(scores, out=scores)
+                    total += scores @ ones
+                    mixed += np.matmul(scores, v[head, at : at + KEY_TILE], out=part)
+                mixed /= total[:, None]
+            if not (np.isfinite(total).all() and np.isfinite(mixed).all()):
+                mixed = _attend_online(queries[:, :width], k[head], v[head], seen, diagonal, group)
+            out[lo:hi, head * group : (head + 1) * group] = mixed.reshape(hi - lo, group, width)
+
+        starts = range(0, tokens, QUERY_TILE)
+        self._workers.map(tile, [(lo, head) for lo in reversed(starts) for head in range(kv_heads)])
+
+
+def _attend_online(queries: Array, k: Array, v: Array, seen: Array, diagonal: int, group: int) -> Array:
+    """One query tile with the running maximum: queries [rows, Dh] scaled, k and v [N, Dh], seen [tokens, diagonal width]."""
+    rows, width = queries.shape
+    peak = np.full(rows, -np.inf, np.float32)
+    total = np.zeros(rows, np.float32)
+    mixed = np.zeros((rows, width), np.float32)
+    end = diagonal + seen.shape[1]
+    for at in (diagonal, *range(0, diagonal, KEY_TILE)):
+        stop = end if at == diagonal else at + KEY_TILE
+        scores = queries @ k[at:stop].T
+        if at == diagonal:
+            scores[np.repeat(~seen, group, axis=0)] = -np.inf
+        higher = np.maximum(peak, scores.max(axis=1))
+        shrink = np.exp(peak - higher)
+        scores -= higher[:, None]
+        np.exp(scores, out=scores)
+        total = total * shrink + scores.sum(axis=1)
+        mixed = mixed * shrink[:, None] + scores @ v[at:stop]
+        peak = higher
+    return mixed / total[:, None]
