@@ -1,0 +1,95 @@
+"""A GGUF file into one of another type: the entry point of ``slimrt quantize``."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import numpy as np
+from gguf import GGML_QUANT_VERSION, GGMLQuantizationType, GGUFWriter, quants
+from slimrt.convert.checkpoint import Rows
+from slimrt.convert.value_types import value_types
+from slimrt.convert.writer import OutputTensor, Progress, check_target, choose_type, encoded, parse_type, write_gguf
+
+from slimrt.errors import ModelFileError
+from slimrt.gguf import GGUFFile, TensorInfo
+
+__all__ = ["quantize_file"]
+
+logger = logging.getLogger(__name__)
+
+_ARCHITECTURES = ("llama", "qwen2")
+_FLOATS = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16, GGMLQuantizationType.F64)
+
+
+def quantize_file(source: Path, target: Path, type: str, progress: Progress | None = None) -> None:
+    """Write the GGUF model ``source`` (one file or several parts) to ``target`` with its matrices as ``type``.
+
+    Metadata is kept as it is, but for ``general.file_type``, ``general.quantization_version`` and the ``split.*`` keys
+    (the result is one file). Tensors that have their type already are copied bit for bit. Memory stays bounded.
+
+    Raises SettingError for an unknown type, ModelFileError for a source that cannot be read, FetchError if the target
+    cannot be written.
+    """
+    wanted, file_type = parse_type(type)
+    file = GGUFFile(source)
+    check_target(target, [source])
+    arch = file.get("general.architecture", str)
+    if arch not in _ARCHITECTURES:
+        raise ModelFileError(
+            f"{source}: architecture '{arch}'; {', '.join(_ARCHITECTURES)} can be quantised; use llama.cpp's "
+            "llama-quantize"
+        )
+    tensors = [_output_tensor(tensor, wanted, source) for tensor in file.tensors.values()]
+    if any(file.tensors[t.name].type not in (*_FLOATS, t.type) for t in tensors):
+        logger.warning(
+            "%s: is quantised already; quantising twice costs quality; start from f16 or f32 where you can", source
+        )
+    types = value_types(source)
+    changed = {"general.file_type": int(file_type), "general.quantization_version": GGML_QUANT_VERSION}
+
+    def describe(writer: GGUFWriter) -> None:
+        for key, value in file.metadata.items():
+            if key == "general.alignment":
+                writer.add_custom_alignment(value)
+            elif key != "general.architecture" and key not in changed and not key.startswith("split."):
+                plain = value.tolist() if isinstance(value, np.ndarray) else value
+                writer.add_key_value(key, plain, *types[key])
+        for key, value in changed.items():
+            writer.add_uint32(key, value)
+
+    write_gguf(target, arch, describe, tensors, progress)
+
+
+def _output_tensor(tensor: TensorInfo, wanted: GGMLQuantizationType, source: Path) -> OutputTensor:
+    kind = choose_type(tensor.name, tensor.shape, wanted)
+    rows = tensor.data.reshape(-1, tensor.data.shape[-1]) if tensor.data.ndim > 1 else tensor.data
+    if tensor.type == kind or tensor.name == "rope_freqs.weight":
+        return OutputTensor(
+            tensor.name, tensor.shape, tensor.type, lambda start, stop: np.ascontiguousarray(rows[start:stop])
+        )
+    return OutputTensor(
+        tensor.name,
+        tensor.shape,
+        kind,
+        encoded(tensor.name, _floats(tensor, rows, source), kind, f"{source}: tensor '{tensor.name}'"),
+    )
+
+
+def _floats(tensor: TensorInfo, rows: np.ndarray, source: Path) -> Rows:
+    if tensor.type == GGMLQuantizationType.F64:
+        return lambda start, stop: rows[start:stop].astype(np.float32)
+    if tensor.type in (GGMLQuantizationType.F32, GGMLQuantizationType.F16):
+        return lambda start, stop: np.asarray(rows[start:stop], np.float32)
+    try:
+        quants.dequantize(rows[:0].view(np.uint8), tensor.type)
+    except NotImplementedError:
+        raise ModelFileError(
+            f"{source}: tensor '{tensor.name}' has type {tensor.type.name}, which cannot be unpacked; quantise "
+            "from f16 or f32"
+        ) from None
+
+    def dequantized(start: int, stop: int) -> np.ndarray:
+        return quants.dequantize(np.ascontiguousarray(rows[start:stop]).view(np.uint8), tensor.type)
+
+    return dequantized

@@ -1,0 +1,230 @@
+"""GGUF files written tensor by tensor: header first, then rows in chunks, under a temporary name until complete."""
+
+from __future__ import annotations
+
+import errno
+import glob
+import logging
+import math
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, LlamaFileType, quants
+from slimrt.convert.checkpoint import Rows
+
+from slimrt.errors import FetchError, ModelFileError, SettingError
+
+__all__ = [
+    "FILE_TYPES",
+    "OUTPUT_TYPES",
+    "OutputTensor",
+    "Progress",
+    "check_target",
+    "choose_type",
+    "encoded",
+    "parse_type",
+    "write_gguf",
+]
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[int, int, str], None]
+"""Called with (bytes written, bytes in all, name of the tensor being written)."""
+
+FILE_TYPES = {
+    "f32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
+    "f16": (GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
+    "bf16": (GGMLQuantizationType.BF16, LlamaFileType.MOSTLY_BF16),
+    "q8_0": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
+    "q4_0": (GGMLQuantizationType.Q4_0, LlamaFileType.MOSTLY_Q4_0),
+    "q4_1": (GGMLQuantizationType.Q4_1, LlamaFileType.MOSTLY_Q4_1),
+    "q5_0": (GGMLQuantizationType.Q5_0, LlamaFileType.MOSTLY_Q5_0),
+    "q5_1": (GGMLQuantizationType.Q5_1, LlamaFileType.MOSTLY_Q5_1),
+}
+OUTPUT_TYPES = tuple(FILE_TYPES)
+"""The types that conversion and quantisation can write, from wide to narrow within each family."""
+
+_CHUNK_VALUES = 4 << 20  # 16 MiB of float32; quantising takes a few times that
+_F16_MAX = 65504.0
+
+
+@dataclass(frozen=True)
+class OutputTensor:
+    """One tensor of the file: ``encode(start, stop)`` gives the packed bytes of these rows (values, for a vector)."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: GGMLQuantizationType
+    encode: Rows
+
+    @property
+    def n_rows(self) -> int:
+        return math.prod(self.shape[:-1]) if len(self.shape) > 1 else self.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        block, block_bytes = GGML_QUANT_SIZES[self.type]
+        return math.prod(self.shape) // block * block_bytes
+
+
+def parse_type(name: str) -> tuple[GGMLQuantizationType, LlamaFileType]:
+    """Tensor type and ``general.file_type`` of an output type; raises SettingError for a name outside OUTPUT_TYPES."""
+    try:
+        return FILE_TYPES[name.lower()]
+    except KeyError:
+        raise SettingError(f"type {name!r}: must be one of {', '.join(OUTPUT_TYPES)}") from None
+
+
+def choose_type(name: str, shape: tuple[int, ...], wanted: GGMLQuantizationType) -> GGMLQuantizationType:
+    """The type that a tensor gets in a file of type ``wanted``.
+
+    Vectors and norms stay float32. The token embedding and the output matrix, where errors cost most, never go under
+    Q8_0 (llama.cpp keeps them at Q6_K or above). Rows that do not divide into blocks become float16, which is logged.
+    """
+    if len(shape) == 1 or name.endswith("_norm.weight") or not name.endswith(".weight"):
+        return GGMLQuantizationType.F32
+    if wanted in (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16):
+        return wanted
+    chosen = GGMLQuantizationType.Q8_0 if name in ("token_embd.weight", "output.weight") else wanted
+    block, _ = GGML_QUANT_SIZES[chosen]
+    if shape[-1] % block:
+        logger.warning(
+            "%s: rows of %d do not divide into %s blocks of %d; written as F16", name, shape[-1], chosen.name, block
+        )
+        return GGMLQuantizationType.F16
+    return chosen
+
+
+def encoded(name: str, rows: Rows, kind: GGMLQuantizationType, source: str) -> Rows:
+    """Rows packed as ``kind``; ``source`` names the tensor in errors.
+
+    Raises ModelFileError for NaN and infinite weights, and for those that float16 (in F16 itself, and in the scales of
+    quantised blocks) cannot hold.
+    """
+    narrow = kind not in (GGMLQuantizationType.F32, GGMLQuantizationType.BF16)
+
+    def encode(start: int, stop: int) -> np.ndarray:
+        values = rows(start, stop)
+        # NaN survives min and max, so two reductions without a temporary check everything.
+        low, high = float(values.min()), float(values.max())
+        if not (math.isfinite(low) and math.isfinite(high)):
+            row = start + int(np.argmin(np.isfinite(values).reshape(stop - start, -1).all(axis=1)))
+            raise ModelFileError(
+                f"{source}: row {row} holds NaN or infinite weights; a model needs finite ones; the file is "
+                "corrupt; fetch it anew"
+            )
+        if narrow and max(-low, high) > _F16_MAX:
+            raise ModelFileError(
+                f"{source}: a weight of {max(-low, high):g} exceeds what float16 holds ({_F16_MAX:g}), and "
+                f"{kind.name} uses it; "
+                f"convert {name} as f32 or bf16"
+            )
+        return np.ascontiguousarray(quants.quantize(values, kind))
+
+    return encode
+
+
+def check_target(target: Path, sources: Sequence[Path]) -> None:
+    """Raises FetchError if no file can be put at ``target``, or one of the ``sources`` lies there."""
+    if target.is_dir():
+        raise FetchError(f"{target}: a folder; the result is one file; name it, for example {target / 'model.gguf'}")
+    if not target.parent.is_dir():
+        raise FetchError(f"{target}: the folder {target.parent} does not exist; create it first")
+    if any(target.exists() and source.exists() and target.samefile(source) for source in sources):
+        raise FetchError(f"{target}: source and result are the same file; name another for the result")
+
+
+def write_gguf(
+    target: Path,
+    arch: str,
+    describe: Callable[[GGUFWriter], None],
+    tensors: Sequence[OutputTensor],
+    progress: Progress | None,
+) -> None:
+    """Write a complete file to ``target``, replacing what is there; memory stays bounded by one chunk of rows.
+
+    ``describe`` adds the metadata. Nothing appears under the final name before every byte is on disk.
+    Raises FetchError if the target cannot be written or the disk is full.
+    """
+    writer = GGUFWriter(None, arch)
+    describe(writer)
+    for tensor in tensors:
+        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes, raw_dtype=tensor.type)
+    total = sum(tensor.nbytes for tensor in tensors)
+    _remove_leftovers(target)
+    _check_space(target, total)
+    with _complete_or_nothing(target) as part:
+        try:
+            writer.write_header_to_file(part)
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+        finally:
+            writer.close()
+        with part.open("ab") as file:
+            done = 0
+            for tensor in tensors:
+                file.write(bytes(-file.tell() % writer.data_alignment))
+                if progress is not None:
+                    progress(done, total, tensor.name)
+                step = max(1, _CHUNK_VALUES * tensor.n_rows // math.prod(tensor.shape))
+                for start in range(0, tensor.n_rows, step):
+                    chunk = tensor.encode(start, min(start + step, tensor.n_rows))
+                    file.write(chunk.data)
+                    done += chunk.nbytes
+                    if progress is not None:
+                        progress(done, total, tensor.name)
+            file.write(bytes(-file.tell() % writer.data_alignment))
+            file.flush()
+            os.fsync(file.fileno())
+
+
+@contextmanager
+def _complete_or_nothing(target: Path) -> Iterator[Path]:
+    """A temporary path beside ``target``, renamed to it on success and removed on any failure or interruption."""
+    part = target.with_name(f"{target.name}.{secrets.token_hex(4)}.part")
+    try:
+        yield part
+        part.replace(target)
+        _sync_folder(target.parent)
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+        remedy = "free some space or choose another disk" if full else "check the folder and its permissions"
+        raise FetchError(f"{target}: cannot be written ({error.strerror}); nothing was left behind; {remedy}") from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the rename durable; only POSIX lets a folder be opened for that."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _remove_leftovers(target: Path) -> None:
+    """Remove what a killed run left for the same target."""
+    for part in target.parent.glob(f"{glob.escape(target.name)}.{'[0-9a-f]' * 8}.part"):
+        try:
+            part.unlink(missing_ok=True)
+        except OSError as error:
+            raise FetchError(
+                f"{part}: a leftover that cannot be removed ({error.strerror}); is another run writing it? remove it"
+            ) from None
+
+
+def _check_space(target: Path, needed: int) -> None:
+    free = shutil.disk_usage(target.parent).free
+    if free < needed:
+        raise FetchError(
+            f"{target}: needs {needed / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB left; free some space or "
+            "choose another disk"
+        )
