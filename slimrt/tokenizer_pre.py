@@ -1,0 +1,125 @@
+"""Pre-tokenizers: how text is cut into pieces before byte pairs are merged inside each piece.
+
+GGUF names the rule in ``tokenizer.ggml.pre``; the names and the rules are those of llama.cpp's ``llama-vocab.cpp``,
+where each rule is a sequence of regular expressions: every piece so far is cut into the matches of the next
+expression and the gaps between them. A lookahead sees the end of its piece as the end of the text.
+
+One rule differs from llama.cpp on purpose: ``tekken``, ``gpt-4o`` and ``llama4`` keep the letter classes of the models' own
+files (upper, lower, mark), which llama.cpp approximates with ``[^a-z]`` because ``std::regex`` has no such classes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import chain
+
+import regex
+
+__all__ = ["PRE_TOKENIZERS", "PreTokenizer", "pre_tokenizer"]
+
+# Contractions are spelt out: (?i:'s) would also match U+017F, the long s, which folds to s.
+_CONTRACTION = r"'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD]"
+_SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_LLAMA3 = rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_SPACES}"
+_QWEN2 = rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_SPACES}"
+_QWEN35 = (
+    rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{_SPACES}"
+)
+_SEED = rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}| ?[^\s\p{{L}}\p{{N}}\r\n]+|{_SPACES}"
+
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_TEKKEN = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
+    rf"|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACES}"
+)
+_GPT4O = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+(?:{_CONTRACTION})?|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*(?:{_CONTRACTION})?"
+    rf"|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACES}"
+)
+
+_DEEPSEEK_LLM = (
+    r"[\r\n]",
+    r"\s?["
+    r"A-Za-z\u00b5\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u01ba\u01bc-\u01bf\u01c4-\u0293\u0295-\u02af"
+    r"\u0370-\u0373\u0376\u0377\u037b-\u037d\u037f\u0386\u0388-\u038a\u038c\u038e-\u03a1\u03a3-\u03f5"
+    r"\u03f7-\u0481\u048a-\u052f\u0531-\u0556\u10a0-\u10c5\u13a0-\u13f5\u13f8-\u13fd\u1c90-\u1cba"
+    r"\u1cbd-\u1cbf\u1d00-\u1d2b\u1d6b-\u1d77\u1d79-\u1d9a\u1e00-\u1f15\u1f18-\u1f1d\u1f20-\u1f45"
+    r"\u1f48-\u1f4d\u1f50-\u1f57\u1f59\u1f5b\u1f5d\u1f5f-\u1f7d\u1f80-\u1fb4\u1fb6-\u1fbc\u1fbe"
+    r"\u1fc2-\u1fc4\u1fc6-\u1fcc\u1fd0-\u1fd3\u1fd6-\u1fdb\u1fe0-\u1fec\u1ff2-\u1ff4\u1ff6-\u1ffc\u2102"
+    r"\u2107\u210a-\u2113\u2115\u2119-\u211d\u2124\u2126\u2128\u212a-\u212d\u212f-\u2134\u2139"
+    r"\u213c-\u213f\u2145-\u2149\u214e\u2183\u2184\u2c00-\u2c7b\u2c7e-\u2ce4\u2ceb-\u2cee\u2cf2\u2cf3"
+    r"\ua640-\ua66d\ua680-\ua69b\ua722-\ua76f\ua771-\ua787\ua78b-\ua78e\uab70-\uabbf\ufb00-\ufb06"
+    r"\ufb13-\ufb17\uff21-\uff3a\uff41-\uff5a\U00010400-\U0001044f\U000104b0-\U000104d3"
+    r"\U000104d8-\U000104fb\U00010c80-\U00010cb2\U00010cc0-\U00010cf2\U000118a0-\U000118df"
+    r"\U0001e900-\U0001e943"
+    r"]+",
+    r"\s?[!-/:-~！-／：-～‘-‟　-。]+",
+    r"(?<!\s)\s+$",  # the lookbehind keeps a run of n spaces from being tried n times
+    r"[一-龥ࠀ-一가-퟿]+",
+    r"\p{N}+",
+)
+_DEEPSEEK_CODER = (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", r"[一-龥ࠀ-一가-퟿]+", r"\p{N}")
+_DEEPSEEK_V3 = (
+    r"\p{N}{1,3}",
+    r"[一-龥぀-ゟ゠-ヿ]+",
+    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|" + _SPACES,
+)
+_FALCON = (r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, r"[0-9][0-9][0-9]")
+_DEFAULT = (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")
+_DIGITS_APART = (r"\p{N}", _GPT2)
+
+
+@dataclass(frozen=True)
+class PreTokenizer:
+    """One rule: ``patterns`` applied in order; whether a piece that is a vocabulary entry skips merging
+    (``ignore_merges``); whether BOS is put in front where the metadata does not say (``add_bos``)."""
+
+    patterns: tuple[str, ...]
+    ignore_merges: bool = False
+    add_bos: bool = False
+
+    def split(self, text: str) -> list[str]:
+        """The pieces of ``text``, in order; joined they are ``text`` again."""
+        pieces = [text]
+        for pattern in self.patterns:
+            # A pattern in one group makes split() return gaps and matches in turn; gaps may be empty.
+            split = regex.compile(f"({pattern})").split
+            pieces = list(filter(None, chain.from_iterable(map(split, pieces))))
+        return pieces
+
+
+_RULES: list[tuple[PreTokenizer, tuple[str, ...]]] = [
+    (PreTokenizer(_DEFAULT), ("default",)),
+    (
+        PreTokenizer((_LLAMA3,), ignore_merges=True, add_bos=True),
+        ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"),
+    ),
+    (PreTokenizer((_LLAMA3,), ignore_merges=True), ("glm4", "glm5")),
+    (PreTokenizer((_LLAMA3,)), ("dbrx", "smaug-bpe", "chatglm-bpe")),
+    (PreTokenizer(_DIGITS_APART), ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b", "mellum2")),
+    (
+        PreTokenizer((_QWEN2,)),
+        ("qwen2", "deepseek-r1-qwen", "kormo", "stablelm2", "megrez", "hunyuan", "grok-2", "solar-open"),
+    ),
+    (PreTokenizer((_QWEN35,)), ("qwen35",)),
+    (
+        PreTokenizer((_GPT2,)),
+        ("gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "granite-docling", "gigachat", "a.x-4.0", "mellum", "exaone4"),
+    ),
+    (PreTokenizer((_TEKKEN,), ignore_merges=True, add_bos=True), ("tekken",)),
+    (PreTokenizer((_GPT4O,)), ("gpt-4o", "llama4", "kanana2")),
+    (PreTokenizer((_SEED,)), ("seed-coder",)),
+    (PreTokenizer(_DEEPSEEK_LLM), ("deepseek-llm",)),
+    (PreTokenizer(_DEEPSEEK_CODER), ("deepseek-coder",)),
+    (PreTokenizer(_DEEPSEEK_V3), ("deepseek-v3", "hunyuan-dense", "joyai-llm")),
+    (PreTokenizer(_FALCON), ("falcon",)),
+]
+
+PRE_TOKENIZERS: dict[str, PreTokenizer] = {name: rule for rule, names in _RULES for name in names}
+"""Every value of ``tokenizer.ggml.pre`` that is understood."""
+
+
+def pre_tokenizer(name: str) -> PreTokenizer | None:
+    """The rule called ``name``, or None."""
+    return PRE_TOKENIZERS.get(name)
