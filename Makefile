@@ -1,0 +1,64 @@
+# make chat    a conversation with the default model, from nothing but Python 3.11+
+# make test    everything that CI runs
+# Options: make chat PYTHON=python3.13 ARGS="--ctx 8k"; make test TESTS="tests/test_hub.py -k hf"
+
+PYTHON ?= python3
+ARGS ?=
+TESTS ?=
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+OURS := slimrt models convert kernels_cu tests click_cli.py
+
+.PHONY: help chat test lint types unit format clean
+help:
+	@sed -n 's/^# //p' Makefile
+
+chat: .venv/installed
+	@$(BIN)/slimrt pull
+	@$(BIN)/slimrt chat $(ARGS)
+
+test: lint types unit
+	@echo "== all checks passed"
+
+lint: .venv/installed-dev
+	@echo "== ruff"
+	@$(BIN)/ruff check $(OURS)
+	@$(BIN)/ruff format --check $(OURS)
+
+# mypy has no notion of a folder installed under another name (pyproject.toml: package-dir), so it is shown a folder of
+# links that has the installed layout. The links always lead to the sources at hand.
+types: .venv/installed-dev
+	@echo "== mypy"
+	@rm -rf build/layout && mkdir -p build/layout/slimrt
+	@cd build/layout && ln -s ../../click_cli.py . && cd slimrt && \
+		ln -s ../../../slimrt/* ../../../models ../../../convert ../../../kernels_cu .
+	@cd build/layout && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache \
+		-p slimrt -m click_cli
+
+unit: .venv/installed-dev
+	@echo "== pytest"
+	@$(BIN)/pytest -q -n 2 $(TESTS)
+
+format: .venv/installed-dev
+	@$(BIN)/ruff check --fix $(OURS)
+	@$(BIN)/ruff format $(OURS)
+
+# Editable: a change of a source needs no new installation, a change of pyproject.toml causes one.
+.venv/installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "slimrt needs Python 3.11 or newer, $(PYTHON) is " \
+		+ sys.version.split()[0] + "; name another one: make chat PYTHON=/path/to/python3.11")'
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { echo "== creating .venv"; $(PYTHON) -m venv .venv; }
+	@echo "== installing slimrt and its dependencies into .venv (a minute or two)"
+	@$(PIP) install -q --upgrade 'pip>=25.1'
+	@$(PIP) install -q -e '.[all]'
+	@touch $@
+
+# --group needs pip 25.1.
+.venv/installed-dev: .venv/installed
+	@echo "== installing the development tools"
+	@$(PIP) install -q --group dev
+	@touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find $(OURS) -name __pycache__ -type d -prune -exec rm -rf {} +
