@@ -6,13 +6,16 @@ package. Its ``GGUFReader`` is the reference in the tests but not the reader her
 the counts in the file (an array that claims 2**60 elements keeps it busy for ever), and it builds a NumPy view for each
 vocabulary entry (1.7 s for 49k tokens, where this walk takes 0.1 s).
 
-Nothing is allocated in proportion to a number in the file before that number has been held against the file's size.
+Nothing is allocated in proportion to a number in the file before that number has been held against the file's size,
+and what the header may hold is bounded too: else a few wrong bytes at the front of a large file would have gigabytes of
+weights read as text.
 """
 
 from __future__ import annotations
 
 import mmap
 import re
+import stat
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +46,9 @@ _SCALARS: dict[int, tuple[struct.Struct, str]] = {
 _U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
 _MAX_DIMS = 4  # GGML_MAX_DIMS
 _MAX_NESTING = 4  # arrays of arrays; the format allows any depth, no file uses more than one
+_MAX_NAME = 65535  # bytes of a key, by the specification; taken for tensor names too
+_MAX_TEXT = 1 << 24  # bytes of a text; the longest chat templates have some ten thousand
+_MAX_ENTRIES = 1 << 22  # texts and arrays within arrays, in all; the largest vocabularies take under a million
 _SPLIT_NAME = re.compile(r"^(?P<stem>.+)-(?P<no>\d{5})-of-(?P<count>\d{5})\.gguf$")
 
 
@@ -81,13 +87,20 @@ class GGUFFile:
         self.metadata: dict[str, Any] = first.metadata
         self.tensors: dict[str, TensorInfo] = dict(first.tensors)
         self.file_size = first.size
-        for other in self._other_parts():
+        for number, other in enumerate(self._other_parts(), 1):
             part = _Part(other)
             self.file_size += part.size
+            claim = part.metadata.get("split.no", number)
+            if not isinstance(claim, int) or claim != number:
+                raise ModelFileError(
+                    f"{other}: split.no is {_shown(claim)}, the name says {number} (from 0); "
+                    "give the parts their own names again, or fetch the model anew"
+                )
             for name, tensor in part.tensors.items():
                 if name in self.tensors:
                     raise ModelFileError(
-                        f"{other}: tensor '{name}' is in an earlier part too; parts must not overlap; split the model anew"
+                        f"{other}: tensor {_shown(name)} is in an earlier part too; "
+                        "parts must not overlap; split the model anew"
                     )
                 self.tensors[name] = tensor
         expected = self.metadata.get("split.tensors.count")
@@ -152,6 +165,14 @@ class GGUFFile:
             ) from None
 
 
+def _shown(value: Any) -> str:
+    """``value`` for an error message: on one line, without control characters, of bounded length."""
+    if isinstance(value, (list, np.ndarray)):
+        return f"an array of {len(value)}"
+    text = repr(value[:81] if isinstance(value, str) else value)
+    return text if len(text) <= 84 else f"{text[:80]}...'"
+
+
 def _kind_name(value: Any) -> str:
     return "an array" if isinstance(value, (list, np.ndarray)) else type(value).__name__
 
@@ -162,18 +183,26 @@ class _Part:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
+            mode = path.stat().st_mode
+            if stat.S_ISDIR(mode):
+                raise self._error("a folder; a model is a .gguf file; 'slimrt convert' makes one of a checkpoint")
+            if not stat.S_ISREG(mode):  # opening a pipe would wait for a writer
+                raise self._error("a device or a pipe; a model is mapped into memory, so it must be a regular file")
             with path.open("rb") as file:
                 self.size = file.seek(0, 2)
                 if self.size < 24:
-                    raise self._error(f"{self.size} bytes; a GGUF header takes 24; the file is truncated or not a model")
+                    raise self._error(
+                        f"{self.size} bytes; a GGUF header takes 24; the file is truncated or not a model"
+                    )
                 self.buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except IsADirectoryError:
-            raise self._error("a folder; a model is a .gguf file; 'slimrt convert' makes one of a checkpoint") from None
         except FileNotFoundError:
             raise self._error("no such file; name a .gguf file, or fetch a model with 'slimrt pull'") from None
         except OSError as error:
             raise self._error(f"cannot be read ({error.strerror}); check the file and its permissions") from None
+        except ValueError:  # a NUL byte
+            raise ModelFileError(f"{str(path)!r}: no file can have this name; name a .gguf file") from None
         self.at = 0
+        self.entries = 0
         self._read_header()
 
     def _error(self, what: str) -> ModelFileError:
@@ -198,25 +227,45 @@ class _Part:
         self.at += 8
         return value
 
-    def _text(self, what: str) -> str:
+    def _text(self, what: str, limit: int = _MAX_TEXT) -> str:
         length = self._u64(what)
         self._need(length, what)
+        if length > limit:
+            raise self._error(f"{what} has {length} bytes; at most {limit} are allowed; the file is corrupt")
         raw = self.buffer[self.at : self.at + length]
         self.at += length
         try:
             return raw.decode()
         except UnicodeDecodeError:
-            raise self._error(f"{what} is not valid UTF-8; GGUF text must be; the file is corrupt or of another format") from None
+            raise self._error(
+                f"{what} is not valid UTF-8; GGUF text must be; the file is corrupt or of another format"
+            ) from None
+
+    def _count_entries(self, count: int, what: str) -> None:
+        self.entries += count
+        if self.entries > _MAX_ENTRIES:
+            raise self._error(
+                f"{what} brings the texts in arrays to {self.entries}; at most {_MAX_ENTRIES} are allowed; "
+                "the file is corrupt"
+            )
 
     def _read_header(self) -> None:
         magic = self.buffer[:4]
         if magic != b"GGUF":
-            raise self._error(f"starts with {magic!r}; a GGUF file starts with b'GGUF'; convert the model with 'slimrt convert'")
+            raise self._error(
+                f"starts with {magic!r}; a GGUF file starts with b'GGUF'; convert the model with 'slimrt convert'"
+            )
         self.at = 4
         self.version = self._u32("version")
         if self.version not in (2, 3):
-            hint = "it is big-endian" if self.version in (2 << 24, 3 << 24) else "it is newer than this program, older or corrupt"
-            raise self._error(f"GGUF version {self.version}; little-endian versions 2 and 3 are readable; {hint}; convert it anew")
+            hint = (
+                "it is big-endian"
+                if self.version in (2 << 24, 3 << 24)
+                else "it is newer than this program, older or corrupt"
+            )
+            raise self._error(
+                f"GGUF version {self.version}; little-endian versions 2 and 3 are readable; {hint}; convert it anew"
+            )
         tensor_count = self._u64("tensor count")
         key_count = self._u64("metadata count")
         # The smallest entries: an empty key with a one-byte value, an empty name with no dimensions.
@@ -224,34 +273,37 @@ class _Part:
         self._need(tensor_count * 24, f"a tensor count of {tensor_count}")
         self.metadata: dict[str, Any] = {}
         for _ in range(key_count):
-            key = self._text("a metadata key")
+            key = self._text("a metadata key", _MAX_NAME)
+            label = f"metadata key {_shown(key)}"
             if key in self.metadata:
-                raise self._error(f"metadata key '{key[:80]}' occurs twice; keys are unique; convert the model anew")
-            self.metadata[key] = self._value(self._u32(f"the type of '{key[:80]}'"), key[:80])
+                raise self._error(f"{label} occurs twice; keys are unique; convert the model anew")
+            self.metadata[key] = self._value(self._u32(f"the type of {label}"), label)
         alignment = self.metadata.get("general.alignment", 32)
         if not isinstance(alignment, int) or alignment < 8 or alignment % 8 or alignment > 1 << 20:
-            raise self._error(f"general.alignment is {alignment!r}; it must be a multiple of 8; convert the model anew")
+            raise self._error(
+                f"general.alignment is {_shown(alignment)}; it must be a multiple of 8; convert the model anew"
+            )
         self._read_tensors(tensor_count, alignment)
 
-    def _value(self, kind: int, key: str, depth: int = 0) -> Any:
+    def _value(self, kind: int, label: str) -> Any:
         if kind in _SCALARS:
             unpack, _ = _SCALARS[kind]
-            self._need(unpack.size, f"the value of '{key}'")
+            self._need(unpack.size, f"the value of {label}")
             (value,) = unpack.unpack_from(self.buffer, self.at)
             self.at += unpack.size
             return value
         if kind == GGUFValueType.STRING:
-            return self._text(f"the value of '{key}'")
+            return self._text(f"the value of {label}")
         if kind == GGUFValueType.ARRAY:
-            return self._array(key, depth)
-        raise self._error(f"metadata key '{key}' has value type {kind}; types 0 to 12 are known; the file is corrupt or newer")
+            return self._array(label, 0)
+        raise self._error(f"{label} has value type {kind}; types 0 to 12 are known; the file is corrupt or newer")
 
-    def _array(self, key: str, depth: int) -> Any:
+    def _array(self, label: str, depth: int) -> Any:
         if depth >= _MAX_NESTING:
-            raise self._error(f"metadata key '{key}' nests arrays deeper than {_MAX_NESTING}; the file is corrupt")
-        kind = self._u32(f"the element type of '{key}'")
-        count = self._u64(f"the length of '{key}'")
-        what = f"'{key}' with {count} elements"
+            raise self._error(f"{label} nests arrays deeper than {_MAX_NESTING}; the file is corrupt")
+        kind = self._u32(f"the element type of {label}")
+        count = self._u64(f"the length of {label}")
+        what = f"{label} with {count} elements"
         if kind in _SCALARS:
             dtype = np.dtype(_SCALARS[kind][1])
             self._need(count * dtype.itemsize, what)
@@ -260,36 +312,47 @@ class _Part:
             return values
         if kind == GGUFValueType.STRING:
             self._need(count * 8, what)
+            self._count_entries(count, what)
             return self._texts(count, what)
         if kind == GGUFValueType.ARRAY:
             self._need(count * 12, what)
-            return [self._array(key, depth + 1) for _ in range(count)]
-        raise self._error(f"metadata key '{key}' has element type {kind}; types 0 to 12 are known; the file is corrupt or newer")
+            self._count_entries(count, what)
+            return [self._array(label, depth + 1) for _ in range(count)]
+        raise self._error(f"{label} has element type {kind}; types 0 to 12 are known; the file is corrupt or newer")
 
     def _texts(self, count: int, what: str) -> list[str]:
         # The one loop that runs once per vocabulary entry: everything is local.
         buffer, at, size, unpack = self.buffer, self.at, self.size, _U64.unpack_from
-        texts = []
+        texts: list[str] = []
         try:
             for _ in range(count):
                 (length,) = unpack(buffer, at)
                 end = at + 8 + length
                 if end > size:
                     raise struct.error
+                if length > _MAX_TEXT:
+                    raise self._error(
+                        f"{what}: entry {len(texts)} has {length} bytes; at most {_MAX_TEXT} are allowed; "
+                        "the file is corrupt"
+                    )
                 texts.append(buffer[at + 8 : end].decode())
                 at = end
         except struct.error:
-            raise self._error(f"{what} runs past the end of the file; it is truncated or corrupt; fetch or convert it anew") from None
+            raise self._error(
+                f"{what} runs past the end of the file; it is truncated or corrupt; fetch or convert it anew"
+            ) from None
         except UnicodeDecodeError:
-            raise self._error(f"{what}: entry {len(texts)} is not valid UTF-8; the file is corrupt or of another format") from None
+            raise self._error(
+                f"{what}: entry {len(texts)} is not valid UTF-8; the file is corrupt or of another format"
+            ) from None
         self.at = at
         return texts
 
     def _read_tensors(self, count: int, alignment: int) -> None:
         entries: dict[str, tuple[tuple[int, ...], GGMLQuantizationType, int]] = {}
         for _ in range(count):
-            name = self._text("a tensor name")
-            label = f"tensor '{name[:80]}'"
+            name = self._text("a tensor name", _MAX_NAME)
+            label = f"tensor {_shown(name)}"
             if name in entries:
                 raise self._error(f"{label} occurs twice; names are unique; convert the model anew")
             dims = self._u32(f"the dimensions of {label}")
@@ -303,22 +366,34 @@ class _Part:
                 kind = GGMLQuantizationType(number)
             except ValueError:
                 raise self._error(
-                    f"{label} has type number {number}; the installed gguf package knows "
-                    f"{', '.join(t.name for t in GGMLQuantizationType)}; upgrade it or quantise the model to one of these"
+                    f"{label} has type number {number}, which the installed gguf package does not know; "
+                    "upgrade it, or quantise the model to a common type (Q8_0, Q4_K, ...)"
                 ) from None
             entries[name] = (shape, kind, self._u64(f"the offset of {label}"))
         start = -(-self.at // alignment) * alignment
         self.tensors = {
-            name: self._tensor(name, shape, kind, start, offset, alignment) for name, (shape, kind, offset) in entries.items()
+            name: self._tensor(name, shape, kind, start, offset, alignment)
+            for name, (shape, kind, offset) in entries.items()
         }
+        # Tensors on the same bytes would let a small file ask for any amount of memory.
+        end, before = 0, ""
+        for name, (_, _, offset) in sorted(entries.items(), key=lambda entry: entry[1][2]):
+            if offset < end:
+                raise self._error(
+                    f"tensor {_shown(name)} overlaps tensor {_shown(before)}; each has bytes of its own; "
+                    "the file is corrupt"
+                )
+            end, before = offset + self.tensors[name].nbytes, name
 
     def _tensor(
         self, name: str, shape: tuple[int, ...], kind: GGMLQuantizationType, start: int, offset: int, alignment: int
     ) -> TensorInfo:
-        label = f"tensor '{name[:80]}'"
+        label = f"tensor {_shown(name)}"
         block, block_bytes = GGML_QUANT_SIZES[kind]
         if shape[-1] % block:
-            raise self._error(f"{label}: rows of {shape[-1]} do not divide into {kind.name} blocks of {block}; the file is corrupt")
+            raise self._error(
+                f"{label}: rows of {shape[-1]} do not divide into {kind.name} blocks of {block}; the file is corrupt"
+            )
         elements = 1
         for dim in shape:
             elements *= dim
