@@ -137,7 +137,7 @@ def largest(scores: np.ndarray, k: int) -> np.ndarray:
 
 
 def _typical(ids: np.ndarray, scores: np.ndarray, p: float) -> np.ndarray:
-    """Locally typical sampling (arXiv 2202.00666): the tokens whose surprise is nearest to the entropy, up to mass p."""
+    """Locally typical sampling (arXiv 2202.00666): the tokens of a surprise nearest to the entropy, up to mass p."""
     order = np.lexsort((ids, -scores))
     ids, logs = ids[order], log_softmax(scores[order]).astype(np.float64)
     probs = np.exp(logs)
@@ -154,9 +154,11 @@ def _top_p(ids: np.ndarray, scores: np.ndarray, p: float) -> np.ndarray:
         # Equal scores must be cut by id, also where an earlier filter has put the ids into another order.
         by_id = np.argsort(ids)
         ids, scores, probs = ids[by_id], scores[by_id], probs[by_id]
-        order = largest(scores, _FIRST_GUESS)
-        if probs[order].sum() < p:
-            order = np.argsort(-scores, kind="stable")
+        guess = _FIRST_GUESS
+        order = largest(scores, guess)
+        while guess < len(ids) and probs[order].sum() < p:
+            guess = min(16 * guess, len(ids))
+            order = largest(scores, guess)
     else:
         order = np.lexsort((ids, -scores))
     kept = int(np.searchsorted(probs[order].cumsum(), p, side="left")) + 1
