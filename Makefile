@@ -44,13 +44,15 @@ format: .venv/installed-dev
 	@$(BIN)/ruff format $(OURS)
 
 # Editable: a change of a source needs no new installation, a change of pyproject.toml causes one.
+# PYTHONWARNINGS: setuptools warns, at length, of any editable installation of folders under other names.
 .venv/installed: pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "slimrt needs Python 3.11 or newer, $(PYTHON) is " \
-		+ sys.version.split()[0] + "; name another one: make chat PYTHON=/path/to/python3.11")'
-	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { echo "== creating .venv"; $(PYTHON) -m venv .venv; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { \
+		$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "slimrt needs Python 3.11 or newer, $(PYTHON) is " \
+			+ sys.version.split()[0] + "; name another one: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11")' && \
+		echo "== creating .venv" && $(PYTHON) -m venv .venv; }
 	@echo "== installing slimrt and its dependencies into .venv (a minute or two)"
 	@$(PIP) install -q --upgrade 'pip>=25.1'
-	@$(PIP) install -q -e '.[all]'
+	@PYTHONWARNINGS=ignore $(PIP) install -q -e '.[all]'
 	@touch $@
 
 # --group needs pip 25.1.
