@@ -1,7 +1,7 @@
 """The LLaMA family on one screen: LLaMA 1-3.2, SmolLM2, TinyLlama, Mistral, and Qwen2 (QKV bias, the other RoPE layout).
 
-A layer is ``qkv``, attention (the engine's), ``finish``. Each treats every row alone, so the engine may cut the rows
-as it likes; positions come in as angles, because after pruning rows are not contiguous.
+A layer is ``qkv``, attention (the engine's), ``project``, ``feed_forward``. Each treats every row alone, so the engine
+may cut the rows as it likes; positions come in as angles, because after pruning rows are not contiguous.
 """
 
 from __future__ import annotations
@@ -84,13 +84,15 @@ class Llama:
         ops.rope(joint[:, : c.n_heads + c.n_kv_heads], cos, sin)
         return joint[:, : c.n_heads], joint[:, c.n_heads : -c.n_kv_heads], joint[:, -c.n_kv_heads :]
 
-    def finish(self, layer: Layer, x: Array, attention: Array) -> Array:
-        """x [T, D] and attention [T, H, Dh] -> x after output projection, feed-forward and both residuals [T, D]."""
+    def project(self, layer: Layer, x: Array, attention: Array) -> Array:
+        """x [T, D] and attention [T, H, Dh] -> x after the output projection and its residual [T, D]."""
+        return x + self.ops.linear(attention.reshape(len(x), -1), layer.out, layer.out_bias)
+
+    def feed_forward(self, layer: Layer, x: Array) -> Array:
+        """x [T, D] after ``project`` -> x after the gated feed-forward and its residual [T, D]."""
         ops = self.ops
-        delta = ops.linear(attention.reshape(len(x), -1), layer.out, layer.out_bias)
-        x, normed = ops.add_rmsnorm(x, delta, layer.ffn_norm, self.config.norm_eps)
-        x += ops.linear(ops.swiglu(ops.linear(normed, layer.gate_up, layer.gate_up_bias)), layer.down, layer.down_bias)
-        return x
+        gate_up = ops.linear(ops.rmsnorm(x, layer.ffn_norm, self.config.norm_eps), layer.gate_up, layer.gate_up_bias)
+        return x + ops.linear(ops.swiglu(gate_up), layer.down, layer.down_bias)
 
     def logits(self, x: Array) -> Array:
         """Hidden states [T, D] after the last layer -> [T, V]."""

@@ -127,7 +127,7 @@ class PrunePlan:
 
     Tokens are grouped into blocks of ``block``, blocks into units of ``unit``. The first ``sink_blocks`` and the last
     ``local_blocks`` blocks always stay; the others compete by ``score``, computed from the queries of the last
-    ``query_window`` prompt tokens.
+    ``query_window`` prompt tokens. Prompts of fewer than ``min_tokens`` run dense.
     """
 
     stages: tuple[Stage, ...] = ()
@@ -135,8 +135,14 @@ class PrunePlan:
     unit: int = 8
     sink_blocks: int = 1
     local_blocks: int = 1
-    score: str = "token_max"
+    score: str = "token_mass"
     query_window: int = 16
+    min_tokens: int = 0
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether every stage keeps every token: the plan that must equal the dense run bit for bit."""
+        return all(isinstance(stage.keep, float) and stage.keep == 1 for stage in self.stages)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stages", tuple(s if isinstance(s, Stage) else Stage(**s) for s in self.stages))

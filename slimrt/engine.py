@@ -3,60 +3,104 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from slimrt.boundary import BoundaryStates
+from slimrt.config import PrunePlan
 from slimrt.errors import ComputeError
 from slimrt.kv_cache import KVCache
 from slimrt.models import Llama
+from slimrt.prune import Cut, select_rows
 
 Progress = Callable[[int, int], None]  # (layers done, layers in all)
 
 _UNPACK_ROWS = 16  # from so many rows on it pays to unpack a packed layer once, into scratch
 
 
+@dataclass
+class Context:
+    """What the model has read: keys and values, and (for a pruned prompt) the hidden states where pruning begins."""
+
+    cache: KVCache
+    boundary: BoundaryStates | None = None
+    length: int = 0
+
+    def truncate(self, length: int) -> None:
+        """Forget all tokens from index ``length`` on."""
+        self.length = min(self.length, length)
+        self.cache.truncate(length)
+        if self.boundary is not None:
+            self.boundary.truncate(length)
+
+
 class Engine:
-    """One model on one backend. It holds no conversation: the cache and the positions are arguments."""
+    """One model on one backend. It holds no conversation: the context is an argument."""
 
     def __init__(self, model: Llama, ops: Any) -> None:
         self.model, self.ops, self.config = model, ops, model.config
 
-    def new_cache(self) -> KVCache:
-        return KVCache(self.config)
+    def new_context(self, boundary_layer: int | None = None) -> Context:
+        """An empty context; ``boundary_layer`` is the layer of the first cut if prompts are to be pruned in it."""
+        boundary = None if boundary_layer is None else BoundaryStates(boundary_layer, self.config.d_model)
+        return Context(KVCache(self.config), boundary)
 
     def prefill(
         self,
-        cache: KVCache,
+        context: Context,
         ids: Sequence[int] | np.ndarray,
-        start: int = 0,
         *,
+        plan: PrunePlan | None = None,
+        cuts: Sequence[Cut] = (),
         wanted: int = 1,
         progress: Progress | None = None,
-    ) -> np.ndarray:
-        """Run tokens ``ids`` [T], the first at position ``start``, through all layers, one layer at a time.
+    ) -> tuple[np.ndarray, tuple[int, ...]]:
+        """Read tokens ``ids`` [T] after what ``context`` holds, all of them through one layer at a time.
 
-        Keys and values are appended to ``cache``, which holds what came before. Returns the hidden states [wanted, D]
-        of the last ``wanted`` tokens, for ``logits``: the last layer computes those rows only.
+        Returns the hidden states [wanted, D] of the last ``wanted`` tokens, for ``logits`` (the last layer computes
+        those rows only), and how many tokens each cut kept.
+
+        With ``cuts`` (of ``plan``; the first at the context's boundary layer) the whole context counts as the prompt:
+        up to the boundary only ``ids`` are computed, then blocks are chosen among all tokens by the last queries, and
+        the stages behind it are computed anew over the choice. Keys and values of a layer are those of the tokens
+        that were active there. Without cuts ``ids`` pass all layers, as in decode.
         """
-        model, ops = self.model, self.ops
-        positions = np.arange(start, start + len(ids))
-        cos, sin = model.rope(positions)
+        model, ops, cache = self.model, self.ops, context.cache
+        positions = np.arange(context.length, context.length + len(ids))
+        cut_at = {cut.layer: cut for cut in cuts}
+        kept = []
         x = model.embed(np.asarray(ids))
+        cos, sin = model.rope(positions)
         for number, packed in enumerate(model.layers):
-            layer = model.unpacked(packed) if len(ids) >= _UNPACK_ROWS else packed
+            layer = model.unpacked(packed) if len(x) >= _UNPACK_ROWS else packed
             q, k, v = self._qkv(layer, x, cos, sin)
             keys, values, _ = cache.update(number, k, v, positions)
             if number == len(model.layers) - 1:
                 x, q = x[len(x) - wanted :], q[len(q) - wanted :]
-            x = self._finish(layer, x, ops.attend(q, keys, values))
+            x = self._project(layer, x, ops.attend(q, keys, values))
+            if context.boundary is not None and number == context.boundary.layer:
+                context.boundary.append(ops.to_host(x))
+                if cuts:
+                    x, positions = context.boundary.rows(), np.arange(context.boundary.length)
+                    cache.clear(number + 1)
+            if number in cut_at:
+                assert plan is not None
+                scores = ops.score_blocks(plan.score, q[-plan.query_window :], keys, plan.block, plan.unit)
+                rows = select_rows(plan, cut_at[number], scores, len(x))
+                kept.append(len(rows))
+                x, positions = ops.take(x, rows), positions[rows]
+                cos, sin = model.rope(positions)
+            x = self._feed_forward(layer, x)
             if progress:
                 progress(number + 1, len(model.layers))
-        return x
+        context.length += len(ids)
+        return x, tuple(kept)
 
-    def decode_step(self, cache: KVCache, token: int, position: int) -> np.ndarray:
-        """Run one token through all layers; returns its next-token logits [V] (a host array)."""
-        return self.logits(self.prefill(cache, [token], position))[0]
+    def decode_step(self, context: Context, token: int) -> np.ndarray:
+        """Read one token; returns the next-token logits [V] (a host array)."""
+        return self.logits(self.prefill(context, [token])[0])[0]
 
     def logits(self, x: np.ndarray) -> np.ndarray:
         """Hidden states [T, D] -> logits [T, V] float32 on the host; raises ComputeError if they are not finite."""
@@ -80,19 +124,30 @@ class Engine:
         k = empty((len(x), c.n_kv_heads, c.head_dim))
         v = empty((len(x), c.n_kv_heads, c.head_dim))
 
-        def project(rows: slice) -> None:
-            q[rows], k[rows], v[rows] = self.model.qkv(layer, x[rows], cos[rows], sin[rows])
+        def rows(at: slice) -> None:
+            q[at], k[at], v[at] = self.model.qkv(layer, x[at], cos[at], sin[at])
 
-        self.ops.rows(project, len(x))
+        self.ops.rows(rows, len(x))
         return q, k, v
 
-    def _finish(self, layer: Any, x: Any, attention: Any) -> Any:
+    def _project(self, layer: Any, x: Any, attention: Any) -> Any:
         if len(x) == 1:
-            return self.model.finish(layer, x, attention)
+            return self.model.project(layer, x, attention)
+        result = self.ops.empty(x.shape)
 
-        def finish(rows: slice) -> None:
-            attended[rows] = self.model.finish(layer, x[rows], attention[rows])
+        def rows(at: slice) -> None:
+            result[at] = self.model.project(layer, x[at], attention[at])
 
-        attended = self.ops.empty(x.shape)
-        self.ops.rows(finish, len(x))
-        return attended
+        self.ops.rows(rows, len(x))
+        return result
+
+    def _feed_forward(self, layer: Any, x: Any) -> Any:
+        if len(x) == 1:
+            return self.model.feed_forward(layer, x)
+        result = self.ops.empty(x.shape)
+
+        def rows(at: slice) -> None:
+            result[at] = self.model.feed_forward(layer, x[at])
+
+        self.ops.rows(rows, len(x))
+        return result

@@ -6,7 +6,7 @@ import time
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from slimrt.config import SamplingConfig
+from slimrt.config import PrunePlan, SamplingConfig
 from slimrt.engine import Progress
 from slimrt.errors import SettingError
 from slimrt.results import Completion, FinishReason, Timings, TokenLogprob, Usage
@@ -129,6 +129,7 @@ class CompletionStream:
         tokenizer: Tokenizer,
         ids: Sequence[int],
         request: GenerationRequest,
+        plan: PrunePlan | None = None,
         progress: Progress | None = None,
     ) -> None:
         self._session, self._prompt = session, len(ids)
@@ -138,7 +139,7 @@ class CompletionStream:
         self._reason: FinishReason = "length"
         self._first = self._last = 0.0
         self._begun = time.perf_counter()
-        self._reuse = session.prefill(ids, progress=progress)
+        self._reading = session.prefill(ids, plan, progress=progress)
         self._steps = generate_tokens(session, tokenizer, request)
         self._wants_logprobs = request.logprobs is not None
         self._pieces_left = self._run()
@@ -181,9 +182,10 @@ class CompletionStream:
             timings=Timings(
                 ttft_s=self._first - self._begun if self._first else 0.0,
                 decode_tok_s=(written - 1) / decoding if written > 1 and decoding > 0 else 0.0,
-                kv_bytes_device=self._session.cache.nbytes,
-                reused_tokens=self._reuse.tokens,
-                reuse_note=self._reuse.note,
+                stages=self._reading.stages,
+                kv_bytes_device=self._session.kv_bytes,
+                reused_tokens=self._reading.reused,
+                reuse_note=self._reading.note,
             ),
             logprobs=list(self._logprobs) if self._wants_logprobs else None,
         )

@@ -48,6 +48,15 @@ class KVCache:
         for layer, positions in enumerate(self._positions):
             self._positions[layer] = positions[: np.searchsorted(positions, length)]
 
+    def clear(self, first_layer: int) -> None:
+        """Forget every row of the layers from ``first_layer`` on."""
+        for layer in range(first_layer, len(self._positions)):
+            self._positions[layer] = self._positions[layer][:0]
+
+    def length(self, layer: int) -> int:
+        """How many rows a layer holds."""
+        return len(self._positions[layer])
+
     @property
     def nbytes(self) -> int:
         """Bytes of the rows held (slack not counted)."""

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 
-from slimrt.chat import ChatTemplate
 from slimrt.config import CacheConfig, ModelConfig, PrunePlan
 from slimrt.engine import Engine, Progress
 from slimrt.errors import ContextError, SettingError
@@ -18,9 +17,13 @@ from slimrt.gguf import GGUFFile
 from slimrt.memory import available_memory
 from slimrt.models import build, read_config, stretch_rope
 from slimrt.ops.numpy_ops import NumpyOps
+from slimrt.presets import choose_plan
 from slimrt.results import Completion
 from slimrt.session import Session
 from slimrt.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from slimrt.chat import ChatTemplate
 
 __all__ = ["LLM", "load"]
 
@@ -112,7 +115,7 @@ class LLM:
                 f"{self.config.rope.factor:g}x by YaRN (rope_scaling='none' switches that off)"
             )
         self.tokenizer = Tokenizer.from_gguf(file)
-        self._check_plan(prune)
+        self.plan = choose_plan(prune, file.path, self.config)
         self._chat_template = chat_template
         self._template: ChatTemplate | None = None
         self._lock = threading.RLock()
@@ -123,9 +126,9 @@ class LLM:
         self._engine = Engine(build(self.config, file, self._ops, progress), self._ops)
         self._session = self.session()
 
-    def _check_plan(self, plan: Plan) -> None:
-        if plan not in ("auto", "off"):
-            raise SettingError(f"prune {plan!r}: this version runs prompts dense; use 'off' or 'auto'")
+    def _plan(self, prune: Plan | None) -> PrunePlan | None:
+        """The plan of one call: its own, or the one chosen at load."""
+        return (self.plan if prune is None else choose_plan(prune, self.file.path, self.config)).plan
 
     # -- tokens -----------------------------------------------------------------------------------------------------
 
@@ -144,40 +147,52 @@ class LLM:
 
     def logits(self, ids: Sequence[int], *, prune: Plan | None = None) -> np.ndarray:
         """Next-token logits [V] float32 after ``ids``, by a prefill of its own (the running conversation is untouched)."""
-        self._check_plan(prune or "auto")
+        plan = self._plan(prune)
         with self._lock:
             session = self.session()
-            session.prefill(self._ids(ids))
+            session.prefill(self._ids(ids), plan)
             assert session.logits is not None
             return session.logits
 
     def logprobs(self, ids: Sequence[int], start: int, *, prune: Plan | None = None) -> np.ndarray:
         """log p(ids[i] | ids[:i]) for i >= ``start`` -> float32 [len(ids) - start].
 
-        ``ids[:start]`` is the prompt, the rest is read as if it had been generated. Raises SettingError unless
+        ``ids[:start]`` is the (pruned) prompt, the rest is read as if it had been generated. Raises SettingError unless
         1 <= start <= len(ids), ContextError if the ids exceed the context.
         """
-        self._check_plan(prune or "auto")
         ids = self._ids(ids)
+        result, at = np.empty(max(0, len(ids) - start), np.float32), 0
+        for block in self._continuation(ids, start, prune):
+            result[at : at + len(block)] = _logprobs(block, ids[start + at : start + at + len(block)])
+            at += len(block)
+        return result
+
+    def continuation_logits(self, ids: Sequence[int], start: int, *, prune: Plan | None = None) -> np.ndarray:
+        """The logits behind ``logprobs``: row i [V] predicts ids[start + i] -> float32 [len(ids) - start, V]."""
+        blocks = list(self._continuation(self._ids(ids), start, prune))
+        return np.concatenate(blocks) if blocks else np.empty((0, self.config.vocab_size), np.float32)
+
+    def _continuation(self, ids: list[int], start: int, prune: Plan | None) -> Iterator[np.ndarray]:
+        """Logits [rows, V] that predict ids[start:], a bounded number of rows at a time."""
         if not 1 <= start <= len(ids):
             raise SettingError(f"start {start}: must lie in 1..{len(ids)}, the first token has nothing before it")
         if len(ids) > self.ctx:
             raise ContextError(
                 f"{len(ids)} tokens, the context holds {self.ctx}; load the model with ctx={len(ids)} or more (--ctx)"
             )
+        plan = self._plan(prune)
+        if start == len(ids):
+            return
         with self._lock:
             session = self.session()
-            session.prefill(ids[:start])
-            rest = ids[start:]
+            session.prefill(ids[:start], plan)
             assert session.logits is not None
-            result = [_logprobs(session.logits[None], rest[:1])] if rest else []
-            if len(rest) > 1:
-                engine = self._engine
-                hidden = engine.prefill(session.cache, rest[:-1], start, wanted=len(rest) - 1)
+            yield session.logits[None]
+            rest = ids[start:-1]
+            if rest:
+                hidden, _ = self._engine.prefill(session.context, rest, wanted=len(rest))
                 for lo in range(0, len(hidden), _LOGIT_ROWS):
-                    block = hidden[lo : lo + _LOGIT_ROWS]
-                    result.append(_logprobs(engine.logits(block), rest[1 + lo : 1 + lo + len(block)]))
-            return np.concatenate(result) if result else np.empty(0, np.float32)
+                    yield self._engine.logits(hidden[lo : lo + _LOGIT_ROWS])
 
     # -- generation -------------------------------------------------------------------------------------------------
 
@@ -199,11 +214,11 @@ class LLM:
         (callables (ids, logits) -> logits), ``logprobs`` (how many alternatives), ``ignore_eos``. ``special``: control
         tokens in a text prompt count as such. ``progress`` is called with (layers done, layers) during prefill.
         """
-        self._check_plan(prune or "auto")
+        plan = self._plan(prune)
         request = request_from_options(**options)
         with self._lock:
             return CompletionStream(
-                session or self._session, self.tokenizer, self._ids(prompt, special), request, progress
+                session or self._session, self.tokenizer, self._ids(prompt, special), request, plan, progress
             )
 
     def generate(self, prompt: Prompt, **options: Any) -> Completion:
@@ -226,6 +241,8 @@ class LLM:
     def chat_template(self) -> ChatTemplate:
         """The model's chat template, or the one given at load. Raises SettingError if there is none."""
         if self._template is None:
+            from slimrt.chat import ChatTemplate  # jinja2 takes a while to import, and plain completion needs none
+
             self._template = ChatTemplate.from_tokenizer(self.tokenizer, self._chat_template)
         return self._template
 

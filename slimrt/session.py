@@ -7,16 +7,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from slimrt.config import PrunePlan
 from slimrt.engine import Engine, Progress
 from slimrt.errors import ContextError, TokenizerError
+from slimrt.prune import schedule
 
 
 @dataclass(frozen=True)
-class Reuse:
-    """How many tokens of a prompt an earlier call had read already, and why not more."""
+class Reading:
+    """How a prompt was read: tokens that an earlier call had done already and why not more; tokens each cut kept."""
 
-    tokens: int
+    reused: int
     note: str
+    stages: tuple[int, ...] = ()
 
 
 class Session:
@@ -30,46 +33,71 @@ class Session:
         self.engine, self.ctx = engine, ctx
         self.tokens: list[int] = []
         self.logits: np.ndarray | None = None
-        self.cache = engine.new_cache()
+        self.context = engine.new_context()
         self.revision = 0
 
-    def prefill(self, ids: Sequence[int], *, progress: Progress | None = None) -> Reuse:
+    def prefill(
+        self, ids: Sequence[int], plan: PrunePlan | None = None, *, progress: Progress | None = None
+    ) -> Reading:
         """Make the conversation equal ``ids``, computing only what its longest common prefix with them does not cover.
 
-        The last token is always computed, for its logits. Raises ContextError if ``ids`` is empty or exceeds the
-        context, TokenizerError for ids outside the vocabulary; the conversation is then as it was.
+        With a ``plan`` that cuts at this length, the dense layers run for the new tokens only, and the pruned stages
+        anew for all, over the blocks that the new last tokens choose: the result is that of a fresh prefill. The last
+        token is always computed, for its logits.
+
+        Raises ContextError if ``ids`` is empty or exceeds the context, TokenizerError for ids outside the vocabulary;
+        the conversation is then as it was.
         """
         self._check(ids, len(ids))
         self.revision += 1
+        cuts = schedule(plan, len(ids)) if plan is not None else ()
+        boundary_layer = cuts[0].layer if cuts else None
+        # The query window is always computed, so that the choice is made by the queries of the new last tokens.
+        fresh = plan.query_window if plan is not None and cuts else 1
         same = _common_prefix(self.tokens, ids)
-        reuse = self._reuse(same, len(ids))
-        self.truncate(reuse.tokens)
-        self.extend(ids[reuse.tokens :], progress=progress)
-        return reuse
+        if boundary_layer != self._boundary_layer:
+            reused, note = 0, "the last conversation was pruned otherwise" if self.tokens else "nothing read before"
+            self.reset()
+            self.context = self.engine.new_context(boundary_layer)
+        else:
+            reused, note = max(0, min(same, len(ids) - fresh)), self._reuse_note(same, len(ids))
+        self.truncate(reused)
+        stages = self._read(ids[reused:], plan, cuts, progress)
+        return Reading(reused, note, stages)
 
-    def _reuse(self, same: int, length: int) -> Reuse:
+    @property
+    def _boundary_layer(self) -> int | None:
+        boundary = self.context.boundary
+        return None if boundary is None else boundary.layer
+
+    def _reuse_note(self, same: int, length: int) -> str:
         if not self.tokens:
-            return Reuse(0, "nothing read before")
+            return "nothing read before"
         if same == 0:
-            return Reuse(0, "the first token differs from the last conversation's")
-        if same == len(self.tokens) and same < length:
-            return Reuse(same, "the prompt continues the last conversation")
+            return "the first token differs from the last conversation's"
         if same == length:
-            return Reuse(length - 1, "the prompt was read before; its last token runs again for its logits")
-        return Reuse(same, f"the prompt departs from the last conversation after token {same}")
+            return "the prompt was read before; only its end runs again"
+        if same == len(self.tokens):
+            return "the prompt continues the last conversation"
+        return f"the prompt departs from the last conversation after token {same}"
 
     def extend(self, ids: Sequence[int], *, progress: Progress | None = None) -> None:
-        """Read further tokens. Raises as ``prefill`` does."""
+        """Read further tokens through all layers, as decode does. Raises as ``prefill`` does."""
         self._check(ids, len(self.tokens) + len(ids))
+        self._read(ids, None, (), progress)
+
+    def _read(self, ids: Sequence[int], plan: PrunePlan | None, cuts: Sequence, progress: Progress | None) -> tuple[int, ...]:
+        # Until the work is done the tokens are not part of the conversation: an interrupted call leaves the rest valid.
         start = len(self.tokens)
-        # Until the work is done the tokens are not part of the conversation: an interrupted call leaves it as it was.
         try:
-            hidden = self.engine.prefill(self.cache, ids, start, progress=progress)
+            hidden, stages = self.engine.prefill(self.context, ids, plan=plan, cuts=cuts, progress=progress)
             self.logits = self.engine.logits(hidden)[0]
         except BaseException:
-            self.truncate(start)
+            # A cut had dropped the pruned stages of the old tokens, so nothing of them can serve again.
+            self.truncate(0 if cuts else start)
             raise
         self.tokens.extend(ids)
+        return stages
 
     def _check(self, ids: Sequence[int], length: int) -> None:
         if not len(ids):
@@ -87,13 +115,18 @@ class Session:
     def truncate(self, length: int) -> None:
         """Forget all tokens from index ``length`` on."""
         del self.tokens[length:]
-        self.cache.truncate(length)
+        self.context.truncate(length)
         self.logits = None
 
     def reset(self) -> None:
         """Forget everything."""
         self.truncate(0)
         self.revision += 1
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of keys and values held."""
+        return self.context.cache.nbytes
 
 
 def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from slimrt.gguf import TensorInfo
+from slimrt.ops.numpy_scores import BLOCK_SCORES
 from slimrt.ops.workers import Workers, available_cores
 from slimrt.quants import dequantize
 
@@ -147,11 +148,6 @@ class NumpyOps:
         normed *= gain
         return normed
 
-    def add_rmsnorm(self, x: Array, delta: Array, gain: Array, eps: float) -> tuple[Array, Array]:
-        """The residual sum x + delta (written into ``delta``) and its rmsnorm; x, delta [T, D]."""
-        delta += x
-        return delta, self.rmsnorm(delta, gain, eps)
-
     def rope(self, x: Array, cos: Array, sin: Array) -> Array:
         """Rotate the first 2*cos.shape[1] dimensions of each head in place: pairs (i, i + half) by the row's angle.
 
@@ -176,6 +172,10 @@ class NumpyOps:
         result = gate / denominator
         result *= up
         return result
+
+    def score_blocks(self, kind: str, q: Array, k: Array, block: int, unit: int) -> np.ndarray:
+        """How much the queries q [W, H, Dh] of the last rows want each block of k [Hkv, N, Dh] -> [B] on the host."""
+        return BLOCK_SCORES[kind](q, k, block, unit)
 
     def take(self, x: Array, rows: Array) -> Array:
         """x[rows]: the rows that go on; rows ascending."""

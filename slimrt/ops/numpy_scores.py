@@ -1,0 +1,83 @@
+"""How much the last queries of a prompt want each block of keys: the scores that decide what stays.
+
+Every score maps the rotated queries q [W, H, Dh] of the last W of N rows and the keys k [Hkv, N, Dh] to one number per
+block of ``block`` rows, [B] float32, higher is wanted more. ``unit`` divides ``block``. A row sees keys up to itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+__all__ = ["BLOCK_SCORES", "unit_means"]
+
+Array = np.ndarray
+
+
+def unit_means(k: Array, unit: int) -> Array:
+    """Mean key of each run of ``unit`` rows: k [Hkv, N, Dh] -> [Hkv, U, Dh]; the last unit may be shorter."""
+    starts = np.arange(0, k.shape[1], unit)
+    sums = np.add.reduceat(k, starts, axis=1)
+    sums /= np.diff(np.append(starts, k.shape[1]))[None, :, None].astype(np.float32)
+    return sums
+
+
+def _products(q: Array, k: Array) -> Array:
+    """q . k / sqrt(Dh) -> [H, W, N]; query head h reads KV head h // (H/Hkv)."""
+    window, heads, width = q.shape
+    kv_heads = k.shape[0]
+    scaled = (q * np.float32(1 / math.sqrt(width))).transpose(1, 0, 2).reshape(kv_heads, heads // kv_heads * window, width)
+    return np.matmul(scaled, k.transpose(0, 2, 1)).reshape(heads, window, k.shape[1])
+
+
+def _softmax(scores: Array) -> Array:
+    scores -= scores.max(axis=-1, keepdims=True)
+    np.exp(scores, out=scores)
+    scores /= scores.sum(axis=-1, keepdims=True)
+    return scores
+
+
+def _attention(q: Array, k: Array) -> Array:
+    """Attention of the last W rows over all keys, causal -> [H, W, N]."""
+    scores = _products(q, k)
+    window, keys = scores.shape[1:]
+    later = np.arange(keys)[None, :] > (keys - window + np.arange(window))[:, None]
+    scores[:, later] = -np.inf
+    return _softmax(scores)
+
+
+def _per_block(values: Array, size: int, reduce: np.ufunc) -> Array:
+    """Reduce the last axis in runs of ``size``."""
+    return reduce.reduceat(values, np.arange(0, values.shape[-1], size), axis=-1)
+
+
+def mean_qk(q: Array, k: Array, block: int, unit: int) -> Array:
+    """SlimInfer's published score: |q . mean key| averaged over queries and heads, the best unit of the block."""
+    units = np.abs(_products(q, unit_means(k, unit))).mean(axis=(0, 1))
+    return _per_block(units, block // unit, np.maximum)
+
+
+def unit_softmax(q: Array, k: Array, block: int, unit: int) -> Array:
+    """Softmax over the units' mean keys, averaged over queries, the best head, summed over the block's units."""
+    units = _softmax(_products(q, unit_means(k, unit))).mean(axis=1)
+    return _per_block(units, block // unit, np.add).max(axis=0)
+
+
+def token_max(q: Array, k: Array, block: int, unit: int) -> Array:
+    """The strongest attention that any of the queries, in any head, pays to any token of the block."""
+    return _per_block(_attention(q, k).max(axis=(0, 1)), block, np.maximum)
+
+
+def token_mass(q: Array, k: Array, block: int, unit: int) -> Array:
+    """The attention that the block receives in all, averaged over queries, in the head that wants it most."""
+    return _per_block(_attention(q, k).mean(axis=1), block, np.add).max(axis=0)
+
+
+BLOCK_SCORES: dict[str, Callable[[Array, Array, int, int], Array]] = {
+    "mean_qk": mean_qk,
+    "unit_softmax": unit_softmax,
+    "token_max": token_max,
+    "token_mass": token_mass,
+}

@@ -1,0 +1,75 @@
+"""Which rows of the prompt go on: plan + scores -> kept row indices. Pure functions (SlimInfer, arXiv 2508.06447)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from slimrt.config import ModelConfig, PrunePlan
+from slimrt.errors import SettingError
+from slimrt.ops.numpy_scores import BLOCK_SCORES
+
+__all__ = ["Cut", "check_plan", "schedule", "select_rows"]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A stage of a plan for a prompt of known length: after ``layer``'s attention ``blocks`` blocks go on."""
+
+    layer: int
+    blocks: int
+
+
+def check_plan(plan: PrunePlan, config: ModelConfig) -> None:
+    """Raise SettingError if ``plan`` cannot be run on a model of these sizes."""
+    if plan.score not in BLOCK_SCORES:
+        raise SettingError(f"prune plan: score '{plan.score}'; known are {', '.join(BLOCK_SCORES)}")
+    for stage in plan.stages:
+        # The last layer computes the wanted rows only, so a cut there would cut nothing.
+        if stage.layer >= config.n_layers - 1:
+            raise SettingError(
+                f"prune plan: layer {stage.layer}; this model has layers 0..{config.n_layers - 1} and cuts come before "
+                "the last; use a plan made for this model ('slimrt calibrate')"
+            )
+
+
+def schedule(plan: PrunePlan, tokens: int) -> tuple[Cut, ...]:
+    """The cuts of ``plan`` for a prompt of ``tokens``; empty where every stage would keep everything (dense)."""
+    if tokens < plan.min_tokens:
+        return ()
+    total = -(-tokens // plan.block)
+    always = plan.sink_blocks + _local_blocks(plan, tokens)
+    cuts: list[Cut] = []
+    for stage in plan.stages:
+        keep = math.ceil(stage.keep * tokens) if isinstance(stage.keep, float) else stage.keep
+        blocks = max(always, -(-keep // plan.block))
+        before = cuts[-1].blocks if cuts else total
+        if blocks < before:
+            cuts.append(Cut(stage.layer, blocks))
+    if not cuts and plan.keeps_all:  # a plan that keeps everything runs through the same code, to be compared with dense
+        cuts = [Cut(stage.layer, total) for stage in plan.stages]
+    return tuple(cuts)
+
+
+def _local_blocks(plan: PrunePlan, rows: int) -> int:
+    """The last blocks that always stay: ``local_blocks`` whole ones, a ragged last one, all that the query window touches."""
+    ragged = 1 if rows % plan.block else 0
+    window = -(-rows // plan.block) - max(0, rows - plan.query_window) // plan.block
+    return max(plan.local_blocks + ragged, window)
+
+
+def select_rows(plan: PrunePlan, cut: Cut, scores: np.ndarray, rows: int) -> np.ndarray:
+    """The rows that go on, ascending: the sink, the local blocks, and the best-scored of the rest.
+
+    ``scores`` [B] belong to the blocks of the ``rows`` rows that are active now. Ties go to the earlier block.
+    """
+    total = len(scores)
+    local = _local_blocks(plan, rows)
+    wanted = scores.astype(np.float64)
+    wanted[: plan.sink_blocks] = np.inf
+    wanted[max(0, total - local) :] = np.inf
+    kept = np.sort(np.argsort(-wanted, kind="stable")[: cut.blocks])
+    picked = (kept[:, None] * plan.block + np.arange(plan.block)).reshape(-1)
+    return picked[picked < rows]
