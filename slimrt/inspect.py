@@ -1,0 +1,112 @@
+"""What a model file holds, as plain data: the command line prints it as JSON or as tables."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+
+from slimrt.errors import ModelFileError
+from slimrt.gguf import GGUFFile
+from slimrt.memory import DEFAULT_CTX, plan
+from slimrt.models import read_config
+
+__all__ = ["describe"]
+
+
+def describe(file: GGUFFile, ctx: int | None = None, *, threads: int | None = None) -> dict[str, Any]:
+    """The file's contents: only str, int, float, bool, None, dict and list, so that it goes into JSON as it is.
+
+    ``ctx``: context of the memory plan (default: the trained one, at most 8192). Keys: file, architecture, name,
+    runnable, problem (why not, or None), sizes (None if not runnable), rope, context_length, parameters,
+    bits_per_weight, tensor_types ({type: {tensors, parameters, bytes}}, most bytes first), tokenizer, chat_template,
+    memory (None if not runnable).
+
+    A file that slimrt cannot run is described all the same. Raises SettingError if ``ctx`` is below 1.
+    """
+    config, problem = None, None
+    try:
+        config = read_config(file)
+    except ModelFileError as error:
+        problem = str(error)
+    parameters = sum(math.prod(tensor.shape) for tensor in file.tensors.values())
+    nbytes = sum(tensor.nbytes for tensor in file.tensors.values())
+    memory = None
+    if config is not None:
+        planned = plan(config, file, ctx or min(config.ctx_train, DEFAULT_CTX), threads=threads)
+        memory = {
+            **dataclasses.asdict(planned),
+            "total": planned.total,
+            "fits": planned.fits(),
+            "rows": [dataclasses.asdict(row) for row in planned.rows()],
+        }
+    arch = _text(file, "general.architecture")
+    return {
+        "file": {"path": str(file.path), "bytes": file.file_size, "gguf_version": file.version},
+        "architecture": arch,
+        "name": _text(file, "general.name"),
+        "license": _text(file, "general.license"),
+        "runnable": config is not None,
+        "problem": problem,
+        "sizes": config
+        and {
+            "layers": config.n_layers,
+            "width": config.d_model,
+            "heads": config.n_heads,
+            "kv_heads": config.n_kv_heads,
+            "head_width": config.head_dim,
+            "feed_forward": config.d_ff,
+            "vocabulary": config.vocab_size,
+            "tied_output": "output.weight" not in file.tensors,
+        },
+        "rope": config and {key: _finite(value) for key, value in dataclasses.asdict(config.rope).items()},
+        "context_length": config.ctx_train if config else _whole(file, f"{arch}.context_length"),
+        "parameters": parameters,
+        "bits_per_weight": round(8 * nbytes / parameters, 3) if parameters else None,
+        "tensor_types": _tensor_types(file),
+        "tokenizer": _tokenizer(file),
+        "chat_template": "tokenizer.chat_template" in file.metadata,
+        "memory": memory,
+    }
+
+
+def _tensor_types(file: GGUFFile) -> dict[str, dict[str, int]]:
+    types: dict[str, dict[str, int]] = {}
+    for tensor in file.tensors.values():
+        entry = types.setdefault(tensor.type.name, {"tensors": 0, "parameters": 0, "bytes": 0})
+        entry["tensors"] += 1
+        entry["parameters"] += math.prod(tensor.shape)
+        entry["bytes"] += tensor.nbytes
+    return dict(sorted(types.items(), key=lambda item: -item[1]["bytes"]))
+
+
+def _tokenizer(file: GGUFFile) -> dict[str, Any]:
+    def length(key: str) -> int | None:
+        value = file.metadata.get(key)
+        return len(value) if isinstance(value, (list, np.ndarray)) else None
+
+    return {
+        "model": _text(file, "tokenizer.ggml.model"),
+        "pre": _text(file, "tokenizer.ggml.pre"),
+        "tokens": length("tokenizer.ggml.tokens"),
+        "merges": length("tokenizer.ggml.merges"),
+        "begin": _whole(file, "tokenizer.ggml.bos_token_id"),
+        "end": _whole(file, "tokenizer.ggml.eos_token_id"),
+    }
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows no NaN and no infinity; a setting that is not in force may be either in a damaged file."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _text(file: GGUFFile, key: str) -> str | None:
+    value = file.metadata.get(key)
+    return value if isinstance(value, str) else None
+
+
+def _whole(file: GGUFFile, key: str) -> int | None:
+    value = file.metadata.get(key)
+    return value if isinstance(value, int) else None

@@ -1,0 +1,180 @@
+"""How much memory a model will take, worked out before anything is loaded, and how much there is. Pure arithmetic."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from slimrt.config import ModelConfig
+from slimrt.errors import SettingError
+from slimrt.gguf import GGUFFile
+from slimrt.ops.numpy_ops import KEY_TILE, QUERY_TILE, ROW_CHUNK
+from slimrt.ops.workers import available_cores
+
+__all__ = ["DEFAULT_CTX", "MemoryPlan", "MemoryRow", "available_memory", "plan"]
+
+DEFAULT_CTX = 8192  # not the trained context: 128k of it would take the memory of a short question's user
+_FLOAT = 4  # bytes of the float32 that everything is computed in
+
+
+@dataclass(frozen=True)
+class MemoryRow:
+    """One line of the plan: ``part``, its ``nbytes``, and ``note``, what it depends on."""
+
+    part: str
+    nbytes: int
+    note: str
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes that a model takes on the CPU backend, for a prompt that fills the context of ``ctx`` tokens.
+
+    ``weights``: float32 where they are unpacked, else (``packed``) the bytes of the file, mapped. ``kv_per_token``:
+    keys and values of one token over all layers; ``kv``: those of ``ctx`` tokens. ``scratch``: what prefill of the
+    whole context takes besides. ``available``: free memory when the plan was made, None where that is unknown.
+    """
+
+    ctx: int
+    packed: bool
+    weights: int
+    kv_per_token: int
+    kv: int
+    scratch: int
+    available: int | None
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.kv + self.scratch
+
+    def fits(self) -> bool:
+        """Whether ``total`` is available; True where it is unknown what is."""
+        return self.available is None or self.total <= self.available
+
+    def rows(self) -> list[MemoryRow]:
+        """The plan as the lines of a table, the total last."""
+        if self.available is None:
+            note = "free memory unknown on this system"
+        else:
+            note = f"{'fits into' if self.fits() else 'exceeds'} the {self.available / 2**30:.1f} GiB that are free"
+        return [
+            MemoryRow("weights", self.weights, "packed as in the file" if self.packed else "unpacked to float32"),
+            MemoryRow("KV cache, 1k tokens", 1024 * self.kv_per_token, "float32; part of the next line"),
+            MemoryRow("KV cache, whole context", self.kv, f"{self.ctx} tokens; grows as they come"),
+            MemoryRow("scratch", self.scratch, "while a prompt of the whole context is read"),
+            MemoryRow("total", self.total, note),
+        ]
+
+
+def plan(
+    config: ModelConfig,
+    file: GGUFFile,
+    ctx: int,
+    *,
+    threads: int | None = None,
+    packed: bool | None = None,
+    available: int | None = None,
+) -> MemoryPlan:
+    """The memory plan of a model on the CPU backend.
+
+    ``threads`` None: all cores. ``packed`` None: weights are unpacked if their float32 form takes at most half of the
+    memory that is free. ``available`` None: ask the system. Raises SettingError if ``ctx`` is below 1.
+    """
+    if ctx < 1:
+        raise SettingError(f"ctx {ctx}: must be at least 1")
+    available = available_memory() if available is None else available
+    dense = config.n_params * _FLOAT
+    if packed is None:
+        packed = available is not None and dense > available / 2
+    return MemoryPlan(
+        ctx=ctx,
+        packed=packed,
+        weights=sum(tensor.nbytes for tensor in file.tensors.values()) if packed else dense,
+        kv_per_token=config.kv_bytes_per_token,
+        kv=ctx * config.kv_bytes_per_token,
+        scratch=_prefill_scratch(config, ctx, threads or available_cores(), packed) * _FLOAT,
+        available=available,
+    )
+
+
+def _prefill_scratch(c: ModelConfig, ctx: int, threads: int, packed: bool) -> int:
+    """Floats alive at the peak of ``Engine.prefill`` with T = ctx, weights and cache excluded."""
+    q, kv = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
+    angles = c.rope.dims
+    # While the layer attends: x, q, k, v, the result, the keys with their extra column, angles. In the feed-forward:
+    # x before and after, q, k, v, angles.
+    rows = ctx * max(c.d_model + 2 * q + 2 * kv + c.n_kv_heads * (c.head_dim + 1) + angles, 2 * c.d_model + q + 2 * kv)
+    group = c.n_heads // c.n_kv_heads
+    tile = QUERY_TILE * group * (KEY_TILE + 4 * c.head_dim)
+    chunk = min(ctx, ROW_CHUNK) * (4 * c.d_ff + 3 * c.d_model)
+    unpacked = 0
+    if packed:
+        layer = c.d_model * (2 * q + 2 * kv + 3 * c.d_ff)
+        unpacked = layer + 2 * c.d_ff * c.d_model  # a stack exists twice while its parts are joined
+    return rows + threads * max(tile, chunk) + c.vocab_size + unpacked
+
+
+def available_memory(root: Path = Path("/")) -> int | None:
+    """Bytes that this process can still take without swapping, None where the system does not say.
+
+    Linux: the least of /proc/meminfo's MemAvailable and what the control groups (v1 and v2) leave, caches that can be
+    dropped counted as free. Windows: free physical memory. Elsewhere (macOS) the standard library knows the installed
+    memory only, and that is returned. ``root``: where /proc and /sys lie.
+    """
+    if sys.platform == "win32":
+        return _windows_memory()
+    meminfo = _numbers(root / "proc/meminfo")
+    if "MemAvailable" in meminfo:
+        return max(0, min([meminfo["MemAvailable"] * 1024, *_control_group_room(root)]))
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):
+        return None
+
+
+def _control_group_room(root: Path) -> list[int]:
+    """Room left in each memory control group that the process is in (a child's limit may be above its parent's)."""
+    room: list[int] = []
+    for line in _text(root / "proc/self/cgroup").splitlines():
+        _, controllers, group = line.split(":", 2)
+        if controllers == "":
+            base, limit, usage = root / "sys/fs/cgroup", "memory.max", "memory.current"
+            droppable = "inactive_file"
+        elif "memory" in controllers.split(","):
+            base, limit, usage = root / "sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+            droppable = "total_inactive_file"
+        else:
+            continue
+        # Inside a container the group's path is often the host's, and the container's own group is mounted at the base.
+        path = PurePosixPath(group.lstrip("/"))
+        for part in [path, *path.parents]:
+            folder = base / part
+            most, used = _text(folder / limit).strip(), _text(folder / usage).strip()
+            if most.isdigit() and used.isdigit():
+                room.append(int(most) - int(used) + _numbers(folder / "memory.stat").get(droppable, 0))
+    return room
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:  # the controller is absent or not for us to read: it sets no limit that we could know
+        return ""
+
+
+def _numbers(path: Path) -> dict[str, int]:
+    """Lines such as ``MemAvailable:  1024 kB`` or ``inactive_file 1024`` -> {name: number}."""
+    fields = (line.replace(":", " ").split() for line in _text(path).splitlines())
+    return {field[0]: int(field[1]) for field in fields if len(field) > 1 and field[1].isdigit()}
+
+
+def _windows_memory() -> int | None:
+    class Status(ctypes.Structure):  # MEMORYSTATUSEX
+        _fields_ = (("length", ctypes.c_uint32), ("load", ctypes.c_uint32), ("sizes", ctypes.c_uint64 * 7))
+
+    status = Status(length=ctypes.sizeof(Status))
+    kernel = getattr(ctypes, "windll").kernel32  # noqa: B009  # absent from the type stubs of other systems
+    return int(status.sizes[1]) if kernel.GlobalMemoryStatusEx(ctypes.byref(status)) else None
