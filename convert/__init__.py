@@ -1,8 +1,8 @@
 """Checkpoints into GGUF files, and GGUF files into smaller ones, without a deep-learning framework.
 
 ``checkpoint`` reads stored tensors row by row (``safetensors_reader``, ``pth_reader`` find them), ``huggingface`` and
-``meta`` turn a folder into hyperparameters, named tensors and a vocabulary (``vocabulary``, ``pretokenizer``),
-``writer`` streams a GGUF file, ``convert`` and ``quantize`` are the two entry points.
+``meta`` turn a folder into hyperparameters, named tensors and a vocabulary (``vocabulary``, ``pretokenizer``,
+``special_tokens``), ``writer`` streams a GGUF file, ``convert`` and ``quantize`` are the two entry points.
 """
 
 from __future__ import annotations

@@ -7,11 +7,11 @@ import math
 from pathlib import Path
 from typing import Any, Literal
 
-from gguf import SpecialVocab
 from slimrt.convert.checkpoint import StoredTensor, permute_heads, read_json
-from slimrt.convert.hyperparameters import Hyperparameters, RopeScaling, number
+from slimrt.convert.hyperparameters import Hyperparameters, RopeScaling, flag, number, whole
 from slimrt.convert.safetensors_reader import read_safetensors_folder
 from slimrt.convert.source import Source, SourceTensor, check_complete, check_layers, gguf_names
+from slimrt.convert.special_tokens import read_special_tokens
 from slimrt.convert.vocabulary import Vocabulary, from_sentencepiece, from_tiktoken, from_tokenizer_json, is_tiktoken
 
 from slimrt.errors import ModelFileError
@@ -26,7 +26,6 @@ _ARCHITECTURES: dict[str, Literal["llama", "qwen2"]] = {
     "MistralForCausalLM": "llama",
     "Qwen2ForCausalLM": "qwen2",
 }
-_BIG = 1 << 31
 _ATTENTION = ("attn_q", "attn_k", "attn_v", "attn_output")
 _MLP = ("ffn_gate", "ffn_up", "ffn_down")
 
@@ -79,19 +78,13 @@ def read_config(config: dict[str, Any], path: Path) -> Hyperparameters:
             f"{path}: hidden_act {str(activation)[:40]!r}; the architecture in GGUF has silu; convert with llama.cpp"
         )
 
-    def size(key: str, default: int | None = None) -> int:
-        value = number(config, key, path, 1, _BIG, default)
-        if value != int(value):
-            raise ModelFileError(f"{path}: '{key}' is {value}; it must be a whole number; mend the file")
-        return int(value)
-
-    d_model, n_heads = size("hidden_size"), size("num_attention_heads")
+    d_model, n_heads = whole(config, "hidden_size", path), whole(config, "num_attention_heads", path)
     explicit = config.get("head_dim") is not None
     if not explicit and d_model % n_heads:
         raise ModelFileError(
             f"{path}: width {d_model} does not divide into {n_heads} heads and head_dim is missing; mend the file"
         )
-    ctx_train = size("max_position_embeddings")
+    ctx_train = whole(config, "max_position_embeddings", path)
     # Newer configurations keep the base inside rope_parameters.
     rope: Any = next(
         (value for key in ("rope_parameters", "rope_scaling") if (value := config.get(key)) is not None), {}
@@ -104,25 +97,25 @@ def read_config(config: dict[str, Any], path: Path) -> Hyperparameters:
             path,
             config["sliding_window"],
         )
-    biases = _ATTENTION[:3] if arch == "qwen2" else _ATTENTION if config.get("attention_bias") else ()
+    biases = _ATTENTION[:3] if arch == "qwen2" else _ATTENTION if flag(config, "attention_bias", path) else ()
     sizes = Hyperparameters(
         arch=arch,
-        n_layers=size("num_hidden_layers"),
+        n_layers=whole(config, "num_hidden_layers", path),
         d_model=d_model,
         n_heads=n_heads,
-        n_kv_heads=size("num_key_value_heads", n_heads),
-        head_dim=size("head_dim", d_model // n_heads),
+        n_kv_heads=whole(config, "num_key_value_heads", path, default=n_heads),
+        head_dim=whole(config, "head_dim", path, default=d_model // n_heads),
         explicit_head_dim=explicit,
-        d_ff=size("intermediate_size"),
-        vocab_size=size("vocab_size"),
+        d_ff=whole(config, "intermediate_size", path),
+        vocab_size=whole(config, "vocab_size", path),
         ctx_train=ctx_train,
         norm_eps=number(config, "rms_norm_eps", path, 1e-12, 0.1, 1e-6),
         rope_base=number(
             rope, "rope_theta", path, 1.0001, 1e12, number(config, "rope_theta", path, 1.0001, 1e12, 10000.0)
         ),
         rope_scaling=_rope_scaling(rope, ctx_train, path),
-        tied=bool(config.get("tie_word_embeddings", False)),
-        biases=frozenset((*biases, *(_MLP if config.get("mlp_bias") else ()))),
+        tied=flag(config, "tie_word_embeddings", path),
+        biases=frozenset((*biases, *(_MLP if flag(config, "mlp_bias", path) else ()))),
     )
     sizes.check(path)
     return sizes
@@ -139,9 +132,7 @@ def _rope_scaling(rope: dict[str, Any], ctx_train: int, path: Path) -> RopeScali
         )
     factor = number(rope, "factor", path, 1e-3, 1e6)
     # As Transformers does: YaRN without an original context stretches the stated one.
-    original = int(
-        number(rope, "original_max_position_embeddings", path, 1, _BIG, ctx_train if kind != "llama3" else None)
-    )
+    original = whole(rope, "original_max_position_embeddings", path, default=ctx_train if kind != "llama3" else None)
     if kind == "linear":
         return RopeScaling("linear", factor)
     if kind == "llama3":
@@ -187,7 +178,7 @@ def _read_vocabulary(folder: Path, size: int) -> Vocabulary:
             "of them"
         )
     vocabulary.resize(size, path)
-    _read_roles(folder, vocabulary)
+    read_special_tokens(folder, vocabulary)
     vocabulary.find_turn_ends()
     return vocabulary
 
@@ -206,35 +197,3 @@ def _added_tokens(folder: Path) -> dict[int, tuple[str, bool]]:
                 )
             added[int(key)] = (entry["content"], bool(entry.get("special")))
     return added
-
-
-def _read_roles(folder: Path, vocabulary: Vocabulary) -> None:
-    """Special token ids, whether they are added, and the chat template, from the folder's JSON files."""
-    try:
-        found = SpecialVocab(folder, n_vocab=len(vocabulary.tokens))
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        raise ModelFileError(
-            f"{folder}: a tokenizer file is malformed ({str(error)[:80]}); fetch the tokenizer files anew"
-        ) from None
-    ids = {text: token for token, text in enumerate(vocabulary.tokens)}
-    by_map: dict[str, int] = {}
-    if (path := folder / "special_tokens_map.json").exists():
-        for key, entry in read_json(path).items():
-            text = entry.get("content") if isinstance(entry, dict) else entry
-            if key.removesuffix("_token") in found.special_token_types and isinstance(text, str) and text in ids:
-                by_map[key.removesuffix("_token")] = ids[text]
-    vocabulary.special |= by_map | found.special_token_ids
-    known = ("bos", "eos", "sep") if vocabulary.model == "gpt2" else ("bos", "eos")
-    vocabulary.add = (
-        {"bos": vocabulary.model == "llama"}
-        | vocabulary.add
-        | {k: v for k, v in found.add_special_token.items() if k in known}
-    )
-    vocabulary.chat_template = found.chat_template
-    template = folder / "chat_template.jinja"
-    if vocabulary.chat_template is None and template.exists():
-        vocabulary.chat_template = template.read_text(encoding="utf-8")
-    if (path := folder / "tokenizer_config.json").exists() and isinstance(
-        prefix := read_json(path).get("add_prefix_space"), bool
-    ):
-        vocabulary.add_space_prefix = prefix

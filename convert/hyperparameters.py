@@ -13,7 +13,7 @@ from gguf import GGUFWriter, RopeScalingType
 
 from slimrt.errors import ModelFileError
 
-__all__ = ["Hyperparameters", "RopeScaling", "number"]
+__all__ = ["Hyperparameters", "RopeScaling", "flag", "number", "whole"]
 
 
 @dataclass(frozen=True)
@@ -154,4 +154,22 @@ def number(
         raise ModelFileError(
             f"{path}: '{key}' is {str(value)[:60]!r}; it must be a number from {low:g} to {high:g}; mend the file"
         )
+    return value
+
+
+def whole(data: Mapping[str, Any], key: str, path: Path, low: int = 1, default: int | None = None) -> int:
+    """Like :func:`number`, for whole numbers from ``low`` to 2**31."""
+    value = number(data, key, path, low, 1 << 31, default)
+    if value != int(value):
+        raise ModelFileError(f"{path}: '{key}' is {value}; it must be a whole number; mend the file")
+    return int(value)
+
+
+def flag(data: Mapping[str, Any], key: str, path: Path, default: bool = False) -> bool:
+    """``data[key]`` as true or false; raises ModelFileError for anything else."""
+    value = data.get(key)
+    if value is None:
+        return default
+    if not isinstance(value, bool):
+        raise ModelFileError(f"{path}: '{key}' is {str(value)[:60]!r}; it must be true or false; mend the file")
     return value

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from slimrt.convert.checkpoint import StoredTensor, concatenate, read_json
-from slimrt.convert.hyperparameters import Hyperparameters, RopeScaling, number
+from slimrt.convert.hyperparameters import Hyperparameters, RopeScaling, flag, number, whole
 from slimrt.convert.pth_reader import read_pth
 from slimrt.convert.source import Source, SourceTensor, check_complete, check_layers, gguf_names
 from slimrt.convert.vocabulary import Vocabulary, from_sentencepiece, from_tiktoken, is_tiktoken
@@ -88,7 +88,7 @@ def _fit(
 def _read_params(folder: Path, parts: dict[str, list[StoredTensor]]) -> Hyperparameters:
     path = folder / "params.json"
     params = read_json(path)
-    d_model, n_heads, n_layers = (int(number(params, key, path, 1, 1 << 31)) for key in ("dim", "n_heads", "n_layers"))
+    d_model, n_heads, n_layers = (whole(params, key, path) for key in ("dim", "n_heads", "n_layers"))
     check_layers(n_layers, len(parts), path)
     if d_model % n_heads:
         raise ModelFileError(f"{path}: width {d_model} does not divide into {n_heads} heads; fetch the file anew")
@@ -98,8 +98,8 @@ def _read_params(folder: Path, parts: dict[str, list[StoredTensor]]) -> Hyperpar
             "be converted"
         )
     base = number(params, "rope_theta", path, 1.0001, 1e12, 10000.0)
-    scaled = bool(params.get("use_scaled_rope"))
-    vocab_size = int(number(params, "vocab_size", path, -1, 1 << 31, -1))
+    scaled = flag(params, "use_scaled_rope", path)
+    vocab_size = whole(params, "vocab_size", path, -1, -1)
     if vocab_size < 1:
         # LLaMA 1 and 2 leave it to the tokenizer; the embedding is split by columns there and by rows in LLaMA 3.
         embedding = parts["tok_embeddings.weight"]
@@ -112,7 +112,7 @@ def _read_params(folder: Path, parts: dict[str, list[StoredTensor]]) -> Hyperpar
         n_layers=n_layers,
         d_model=d_model,
         n_heads=n_heads,
-        n_kv_heads=int(number(params, "n_kv_heads", path, 1, 1 << 31, n_heads)),
+        n_kv_heads=whole(params, "n_kv_heads", path, default=n_heads),
         head_dim=d_model // n_heads,
         explicit_head_dim=False,
         d_ff=sum(part.shape[0] for part in parts["layers.0.feed_forward.w1.weight"]),

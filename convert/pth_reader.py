@@ -1,7 +1,8 @@
 """PyTorch's .pth files without PyTorch, and without running what they contain.
 
-``torch.save`` (since 1.6) writes an uncompressed zip archive: ``*/data.pkl``, a pickle of names, shapes and storages, and ``*/data/N``, the raw bytes of storage N. The pickle is read by an unpickler that knows four harmless
-globals and refuses any other by name, so no code from the file ever runs.
+``torch.save`` (since 1.6) writes an uncompressed zip archive: ``*/data.pkl``, a pickle of names, shapes and storages,
+and ``*/data/N``, the raw bytes of storage N. The pickle is read by an unpickler that knows four harmless kinds of
+global and refuses any other by name, so no code from the file ever runs.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import pickle
 import pickletools
 import struct
 import zipfile
+import zlib
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +27,7 @@ __all__ = ["read_pth"]
 
 _STORAGE_TYPES = {"DoubleStorage": "F64", "FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16"}
 _OTHER_STORAGE_TYPES = ("LongStorage", "IntStorage", "ShortStorage", "CharStorage", "ByteStorage", "BoolStorage")
-_MAX_PICKLE_BYTES = 64 << 20
+_MAX_PICKLE_BYTES = 16 << 20
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, ..., lengths of name and extra field
 
 
@@ -65,7 +67,15 @@ def read_pth(path: Path) -> dict[str, StoredTensor]:
                 )
             with zipfile.ZipFile(file) as archive:
                 state = _StateUnpickler(path, archive, file).load_state()
-    except (zipfile.BadZipFile, NotImplementedError) as error:
+    except (
+        zipfile.BadZipFile,
+        zlib.error,
+        NotImplementedError,
+        RuntimeError,
+        EOFError,
+        ValueError,
+        struct.error,
+    ) as error:
         raise ModelFileError(
             f"{path}: not a readable zip archive ({error}); the file is truncated or corrupt; fetch it anew"
         ) from None
@@ -96,7 +106,7 @@ class _StateUnpickler(pickle.Unpickler):
                 "state dictionary alone"
             )
         byteorder = f"{self._folder}byteorder"
-        if byteorder in archive.namelist() and archive.read(byteorder) != b"little":
+        if byteorder in archive.namelist() and archive.open(byteorder).read(6) != b"little":
             raise ModelFileError(
                 f"{path}: saved on a big-endian machine; little-endian files can be read; save it anew on another"
             )

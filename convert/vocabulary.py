@@ -62,7 +62,7 @@ class Vocabulary:
     special: dict[str, int] = field(default_factory=dict)
     add: dict[str, bool] = field(default_factory=dict)
     add_space_prefix: bool | None = None
-    chat_template: str | list[Mapping[str, str]] | None = None
+    chat_template: str | list[dict[str, str]] | None = None
 
     def resize(self, size: int, path: Path) -> None:
         """Pad to the rows of the embedding, or drop added tokens beyond them.
@@ -138,14 +138,15 @@ def from_tokenizer_json(path: Path) -> Vocabulary:
 
     added = data.get("added_tokens") or []
     if not isinstance(added, list) or not all(
-        isinstance(token, dict) and {"id", "content"} <= token.keys() for token in added
+        isinstance(token, dict) and isinstance(token.get("content"), str) and "id" in token for token in added
     ):
         raise TokenizerError(
             f"{path}: 'added_tokens' must be a list of objects with id and content; fetch the file anew"
         )
     ids = dict(model["vocab"]) | {token["content"]: token["id"] for token in added}
-    by_id = {number: text for text, number in ids.items()}
-    if not all(type(number) is int and number >= 0 for number in by_id) or len(by_id) != len(ids):
+    numbers_valid = all(type(number) is int and number >= 0 for number in ids.values())
+    by_id = {number: text for text, number in ids.items()} if numbers_valid else {}
+    if not ids or len(by_id) != len(ids):
         raise TokenizerError(
             f"{path}: token ids must be distinct whole numbers from 0; the file is corrupt; fetch it anew"
         )

@@ -9,6 +9,7 @@ import math
 import os
 import secrets
 import shutil
+import struct
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -160,12 +161,7 @@ def write_gguf(
     _remove_leftovers(target)
     _check_space(target, total)
     with _complete_or_nothing(target) as part:
-        try:
-            writer.write_header_to_file(part)
-            writer.write_kv_data_to_file()
-            writer.write_ti_data_to_file()
-        finally:
-            writer.close()
+        _write_header(writer, part)
         with part.open("ab") as file:
             done = 0
             for tensor in tensors:
@@ -182,6 +178,21 @@ def write_gguf(
             file.write(bytes(-file.tell() % writer.data_alignment))
             file.flush()
             os.fsync(file.fileno())
+
+
+def _write_header(writer: GGUFWriter, part: Path) -> None:
+    try:
+        writer.write_header_to_file(part)
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+    except (UnicodeEncodeError, TypeError, ValueError, struct.error) as error:
+        # Metadata comes from JSON and YAML files: lone surrogates, or a text where a number belongs.
+        raise ModelFileError(
+            f"the metadata cannot be stored ({str(error)[:100]}); a value has the wrong kind or is not valid Unicode; "
+            "mend the tokenizer files, generation_config.json or README.md"
+        ) from None
+    finally:
+        writer.close()
 
 
 @contextmanager

@@ -1,0 +1,86 @@
+"""Which tokens of a Hugging Face folder play which role, whether they frame a text, and its chat template."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from gguf import TokenType
+from slimrt.convert.checkpoint import read_json
+from slimrt.convert.vocabulary import Vocabulary
+
+from slimrt.errors import ModelFileError
+
+__all__ = ["read_special_tokens"]
+
+_ROLES = ("bos", "eos", "unk", "sep", "pad", "mask")  # those that GGUF has keys for
+
+
+def read_special_tokens(folder: Path, vocabulary: Vocabulary) -> None:
+    """Fill in ``special``, ``add``, ``add_space_prefix`` and ``chat_template`` of ``vocabulary``.
+
+    tokenizer_config.json has the last word, then special_tokens_map.json, then the ids in config.json, as in
+    Transformers. Raises ModelFileError for malformed files.
+    """
+    tokenizer_config = _read(folder / "tokenizer_config.json")
+    token_map = _read(folder / "special_tokens_map.json")
+    model_config = _read(folder / "config.json")
+    ids = {text: i for i, text in enumerate(vocabulary.tokens) if vocabulary.types[i] != TokenType.UNUSED}
+    for role in _ROLES:
+        texts = (_text(source.get(f"{role}_token")) for source in (tokenizer_config, token_map))
+        token = next((ids[text] for text in texts if text in ids), model_config.get(f"{role}_token_id"))
+        if isinstance(token, int) and 0 <= token < len(vocabulary.tokens):
+            vocabulary.special[role] = token
+
+    first, last = _frame(folder / "tokenizer.json")
+    frame = {"bos": first, "eos": last}
+    for role, text in frame.items():
+        stated = tokenizer_config.get(f"add_{role}_token")
+        if isinstance(stated, bool):
+            vocabulary.add[role] = stated
+        elif (folder / "tokenizer.json").exists():
+            vocabulary.add[role] = text is not None and ids.get(text, -1) == vocabulary.special.get(role)
+    if isinstance(prefix := tokenizer_config.get("add_prefix_space"), bool) and vocabulary.scores is not None:
+        vocabulary.add_space_prefix = prefix
+    vocabulary.chat_template = _chat_template(folder, tokenizer_config)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.exists() else {}
+
+
+def _text(entry: Any) -> str | None:
+    text = entry.get("content") if isinstance(entry, dict) else entry
+    return text if isinstance(text, str) else None
+
+
+def _frame(path: Path) -> tuple[str | None, str | None]:
+    """The special tokens that tokenizer.json's post-processor puts before and after a single text."""
+    processor = _read(path).get("post_processor") or {}
+    children = processor.get("processors", [processor]) if isinstance(processor, dict) else []
+    for child in children if isinstance(children, list) else ():
+        single = child.get("single") if isinstance(child, dict) and child.get("type") == "TemplateProcessing" else None
+        if isinstance(single, list) and single:
+            ends = [part.get("SpecialToken") if isinstance(part, dict) else None for part in (single[0], single[-1])]
+            first, last = (end.get("id") if isinstance(end, dict) else None for end in ends)
+            return first, last
+    return None, None
+
+
+def _chat_template(folder: Path, tokenizer_config: dict[str, Any]) -> str | list[dict[str, str]] | None:
+    template = tokenizer_config.get("chat_template")
+    if template is None and (path := folder / "chat_template.jinja").exists():
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ModelFileError(f"{path}: cannot be read as text ({error}); fetch the file anew") from None
+    named = isinstance(template, list) and all(
+        isinstance(entry, dict) and isinstance(entry.get("name"), str) and isinstance(entry.get("template"), str)
+        for entry in template
+    )
+    if not (template is None or isinstance(template, str) or named):
+        raise ModelFileError(
+            f"{folder / 'tokenizer_config.json'}: chat_template is a {type(template).__name__}; "
+            "a text or a list of named texts is expected; fetch the file anew"
+        )
+    return template
