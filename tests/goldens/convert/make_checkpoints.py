@@ -7,7 +7,8 @@ sentencepiece 0.2.3, numpy): ``python make_checkpoints.py``. It writes, beside i
 * ``meta-*/``: folders in Meta's original format, saved by ``torch.save``;
 * ``expected.npz``: for each folder, ``<folder>/ids<i>`` and the last token's logits as Transformers computes them in
   float64 (``/logits<i>``) and in float32 (``/logits32_<i>``) from the same stored weights;
-* ``expected.json``: for each folder, texts and their token ids by Hugging Face's tokenizer (or SentencePiece, tiktoken).
+* ``expected.json``: for each folder, texts and their token ids by Hugging Face's tokenizers, SentencePiece
+  or tiktoken.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ from transformers import (
 HERE = Path(__file__).parent
 V = 384
 LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 QWEN2 = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 TEMPLATE = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{{ eos_token }}{% endfor %}"
@@ -176,14 +178,16 @@ def main() -> None:
     }  # fmt: skip
     llama3_rope = {
         "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 16,
+        "original_max_position_embeddings": 32,
     }  # fmt: skip
     yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
     cases = {
         "hf-llama-gqa": (LlamaForCausalLM, LlamaConfig(**common, rope_theta=500000.0), torch.bfloat16, "llama-bpe"),
         "hf-llama3-rope-tied-shards": (
             LlamaForCausalLM,
-            LlamaConfig(**common | {"hidden_size": 64}, rope_theta=10000.0, rope_scaling=llama3_rope, tie_word_embeddings=True),
+            LlamaConfig(
+                **common | {"hidden_size": 64}, rope_theta=10000.0, rope_scaling=llama3_rope, tie_word_embeddings=True
+            ),
             torch.bfloat16,
             "smollm",
         ),
@@ -235,7 +239,15 @@ def main() -> None:
             processor = train_sentencepiece(folder / "tokenizer.model")
             tokenizer = llama_json_from_sentencepiece(processor)
             (folder / "tokenizer_config.json").write_text(
-                json.dumps({"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True, "chat_template": TEMPLATE})
+                json.dumps(
+                    {
+                        "bos_token": "<s>",
+                        "eos_token": "</s>",
+                        "unk_token": "<unk>",
+                        "add_bos_token": True,
+                        "chat_template": TEMPLATE,
+                    }
+                )
             )
             if kind == "sentencepiece":
                 texts[name] = {text: [1, *processor.encode(text)] for text in TEXTS}
@@ -247,7 +259,9 @@ def main() -> None:
             tokenizer = TOKENIZERS[kind]()
             bos = "<|begin_of_text|>" if kind == "llama-bpe" else None
             eos = "<|end_of_text|>" if bos else "<|endoftext|>"
-            fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=bos, eos_token=eos, chat_template=TEMPLATE)
+            fast = PreTrainedTokenizerFast(
+                tokenizer_object=tokenizer, bos_token=bos, eos_token=eos, chat_template=TEMPLATE
+            )
             fast.save_pretrained(folder)
             texts[name] = {text: tokenizer.encode(text).ids for text in TEXTS}
 
@@ -286,8 +300,16 @@ def write_meta(folder: Path, state: dict, config, n_shards: int, llama3: bool) -
     put("output.weight", state["lm_head.weight"], 0)
     for layer in range(config.num_hidden_layers):
         source, target = f"model.layers.{layer}.", f"layers.{layer}."
-        put(f"{target}attention.wq.weight", to_meta(state[f"{source}self_attn.q_proj.weight"], config.num_attention_heads), 0)
-        put(f"{target}attention.wk.weight", to_meta(state[f"{source}self_attn.k_proj.weight"], config.num_key_value_heads), 0)
+        put(
+            f"{target}attention.wq.weight",
+            to_meta(state[f"{source}self_attn.q_proj.weight"], config.num_attention_heads),
+            0,
+        )
+        put(
+            f"{target}attention.wk.weight",
+            to_meta(state[f"{source}self_attn.k_proj.weight"], config.num_key_value_heads),
+            0,
+        )
         put(f"{target}attention.wv.weight", state[f"{source}self_attn.v_proj.weight"], 0)
         put(f"{target}attention.wo.weight", state[f"{source}self_attn.o_proj.weight"], 1)
         put(f"{target}feed_forward.w1.weight", state[f"{source}mlp.gate_proj.weight"], 0)

