@@ -7,10 +7,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from slimrt.models.llama import Llama
+
 from slimrt.config import ModelConfig, RopeConfig
 from slimrt.errors import ModelFileError, SettingError
 from slimrt.gguf import GGUFFile
-from slimrt.models.llama import Llama
 
 __all__ = ["ARCHITECTURES", "Llama", "build", "read_config", "stretch_rope"]
 
@@ -57,7 +58,9 @@ def read_config(file: GGUFFile) -> ModelConfig:
         )
     eps = file.get(f"{arch}.attention.layer_norm_rms_epsilon", float, 1e-5)
     if not 0 < eps < 1:
-        raise ModelFileError(f"{file.path}: layer_norm_rms_epsilon is {eps}; it must lie in (0, 1); the file is corrupt")
+        raise ModelFileError(
+            f"{file.path}: layer_norm_rms_epsilon is {eps}; it must lie in (0, 1); the file is corrupt"
+        )
     vocab = file.tensor("token_embd.weight").shape[0]
     ctx_train = size("context_length")
     return ModelConfig(
@@ -93,7 +96,8 @@ def _read_rope(file: GGUFFile, arch: str, head_dim: int, ctx_train: int) -> Rope
         kind = "llama3"
     if kind not in ("none", "linear", "yarn", "llama3"):
         raise ModelFileError(
-            f"{file.path}: {arch}.rope.scaling.type is '{kind}'; none, linear, yarn and the rope_freqs tensor are known; "
+            f"{file.path}: {arch}.rope.scaling.type is '{kind}'; none, linear, yarn and the rope_freqs tensor are "
+            "known; "
             "override it with rope_scaling"
         )
     rope = RopeConfig(
@@ -137,7 +141,7 @@ def stretch_rope(
     scaling: str | None = None,
     factor: float | None = None,
 ) -> ModelConfig:
-    """``config`` with the caller's RoPE overrides, or stretched to ``ctx`` by YaRN where the model's own context is shorter.
+    """``config`` with the caller's RoPE overrides, or stretched by YaRN where the model's own context is below ``ctx``.
 
     ``scaling`` None stretches only a model that has no scaling of its own and only past its trained context; "none"
     never stretches. ``factor`` None is ctx / trained context for a scaling that the caller names.

@@ -1,4 +1,4 @@
-"""The LLaMA family on one screen: LLaMA 1-3.2, SmolLM2, TinyLlama, Mistral, and Qwen2 (QKV bias, the other RoPE layout).
+"""The LLaMA family on one screen: LLaMA 1-3.2, SmolLM2, TinyLlama, Mistral; Qwen2 (QKV bias, other RoPE layout).
 
 A layer is ``qkv``, attention (the engine's), ``project``, ``feed_forward``. Each treats every row alone, so the engine
 may cut the rows as it likes; positions come in as angles, because after pruning rows are not contiguous.
@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from slimrt.models.rope import RopeTable
 
 from slimrt.config import ModelConfig
 from slimrt.errors import ModelFileError
 from slimrt.gguf import GGUFFile, TensorInfo
-from slimrt.models.rope import RopeTable
 from slimrt.quants import dequantize
 
 Array = Any  # the backend's array

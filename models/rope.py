@@ -37,7 +37,7 @@ class RopeTable:
 
 
 def _yarn_ramp(config: RopeConfig) -> np.ndarray:
-    """How much of each frequency stays unscaled: 1 for fast ones, 0 for slow ones, linear between (YaRN, section 3.2)."""
+    """How much of each frequency stays unscaled: 1 for fast ones, 0 for slow ones (YaRN, section 3.2)."""
 
     def dimension(turns: float) -> float:
         return config.dims * math.log(config.original_ctx / (turns * 2 * math.pi)) / (2 * math.log(config.base))

@@ -161,9 +161,10 @@ class PrunePlan:
                 if not 0 < stage.keep <= 1:
                     raise SettingError(f"prune plan: layer {stage.layer} keeps {stage.keep}; a fraction lies in (0, 1]")
             elif stage.keep < (self.sink_blocks + self.local_blocks) * self.block:
+                always = (self.sink_blocks + self.local_blocks) * self.block
                 raise SettingError(
-                    f"prune plan: layer {stage.layer} keeps {stage.keep} tokens, fewer than its sink and local blocks hold "
-                    f"({(self.sink_blocks + self.local_blocks) * self.block}); keep more or lower sink_blocks, local_blocks"
+                    f"prune plan: layer {stage.layer} keeps {stage.keep} tokens, fewer than its sink and local blocks "
+                    f"hold ({always}); keep more or lower sink_blocks, local_blocks"
                 )
 
     def to_json(self) -> str:
@@ -173,7 +174,9 @@ class PrunePlan:
     def from_dict(cls, data: Mapping[str, Any]) -> PrunePlan:
         unknown = set(data) - {f.name for f in dataclasses.fields(cls)}
         if unknown:
-            raise SettingError(f"prune plan: unknown keys {sorted(unknown)}; known are {[f.name for f in dataclasses.fields(cls)]}")
+            raise SettingError(
+                f"prune plan: unknown keys {sorted(unknown)}; known are {[f.name for f in dataclasses.fields(cls)]}"
+            )
         return cls(**data)
 
     @classmethod
@@ -194,5 +197,7 @@ def parse_size(text: str | int) -> int:
     except ValueError:
         value = math.nan
     if not (math.isfinite(value) and value == int(value) and value >= 1):
-        raise SettingError(f"size {text!r}: must be a whole number above 0, or one with k (1024) or m, such as 8192 or 64k")
+        raise SettingError(
+            f"size {text!r}: must be a whole number above 0, or one with k (1024) or m, such as 8192 or 64k"
+        )
     return int(value)

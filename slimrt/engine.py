@@ -112,7 +112,8 @@ class Engine:
         self.ops.rows(head, len(x))
         if not np.isfinite(logits).all():
             raise ComputeError(
-                "the model's logits are not finite; its weights hold NaN or infinity, or overflow; fetch or convert it anew"
+                "the model's logits are not finite; its weights hold NaN or infinity, or overflow; "
+                "fetch or convert it anew"
             )
         return logits
 

@@ -32,7 +32,9 @@ class GenerationRequest:
         if self.max_tokens is not None and self.max_tokens < 0:
             raise SettingError(f"max_tokens {self.max_tokens}: must be at least 0, or None for no limit")
         if self.logprobs is not None and self.logprobs < 0:
-            raise SettingError(f"logprobs {self.logprobs}: must be at least 0 (how many alternatives), or None for none")
+            raise SettingError(
+                f"logprobs {self.logprobs}: must be at least 0 (how many alternatives), or None for none"
+            )
         if any(not text for text in self.stop):
             raise SettingError("stop strings must not be empty; leave the empty one out")
 
@@ -51,9 +53,7 @@ class Step:
     finish_reason: FinishReason | None = None
 
 
-def generate_tokens(
-    session: Session, tokenizer: Tokenizer, request: GenerationRequest
-) -> Generator[Step, None, None]:
+def generate_tokens(session: Session, tokenizer: Tokenizer, request: GenerationRequest) -> Generator[Step, None, None]:
     """Draw tokens from ``session``, which has read the prompt, until a stop; the last step carries the reason.
 
     A token joins the session when the next one is asked for, so an abandoned generator leaves no half-done work.

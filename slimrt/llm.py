@@ -121,7 +121,9 @@ class LLM:
         self._lock = threading.RLock()
         packed = _keep_packed(self.config)
         if packed:
-            self.notes.append("weights stay packed: unpacked they would not fit into half of the free memory; expect slow decoding")
+            self.notes.append(
+                "weights stay packed: unpacked they would not fit into half of the free memory; expect slow decoding"
+            )
         self._ops = NumpyOps(threads, packed=packed)
         self._engine = Engine(build(self.config, file, self._ops, progress), self._ops)
         self._session = self.session()
@@ -133,7 +135,7 @@ class LLM:
     # -- tokens -----------------------------------------------------------------------------------------------------
 
     def tokenize(self, text: str, special: bool = False) -> list[int]:
-        """``text`` -> token ids, with the begin token if the model wants one. Control tokens count only if ``special``."""
+        """``text`` -> token ids, with the begin token if the model wants one; control tokens count if ``special``."""
         return self.tokenizer.encode(text, special=special)
 
     def detokenize(self, ids: Sequence[int], special: bool = False) -> str:
@@ -146,7 +148,7 @@ class LLM:
     # -- logits -----------------------------------------------------------------------------------------------------
 
     def logits(self, ids: Sequence[int], *, prune: Plan | None = None) -> np.ndarray:
-        """Next-token logits [V] float32 after ``ids``, by a prefill of its own (the running conversation is untouched)."""
+        """Next-token logits [V] float32 after ``ids``, by a prefill of its own (the running conversation stays)."""
         plan = self._plan(prune)
         with self._lock:
             session = self.session()
@@ -227,9 +229,13 @@ class LLM:
             return self.stream(prompt, **options).finished()
 
     @overload
-    def chat(self, messages: Sequence[Mapping[str, Any]], *, stream: Literal[False] = False, **options: Any) -> Completion: ...
+    def chat(
+        self, messages: Sequence[Mapping[str, Any]], *, stream: Literal[False] = False, **options: Any
+    ) -> Completion: ...
     @overload
-    def chat(self, messages: Sequence[Mapping[str, Any]], *, stream: Literal[True], **options: Any) -> CompletionStream: ...
+    def chat(
+        self, messages: Sequence[Mapping[str, Any]], *, stream: Literal[True], **options: Any
+    ) -> CompletionStream: ...
     def chat(
         self, messages: Sequence[Mapping[str, Any]], *, stream: bool = False, **options: Any
     ) -> Completion | CompletionStream:
@@ -255,7 +261,7 @@ class LLM:
         written = bool(begin) and text.startswith(begin)
         return tokens.encode(text, special=True, add_bos=False if written else None)
 
-    # -- the running context, for callers that drive it token by token --------------------------------------------------
+    # -- conversations -----------------------------------------------------------------------------------------------
 
     def session(self) -> Session:
         """A conversation of its own on the same weights."""

@@ -55,7 +55,9 @@ def choose_plan(spec: PrunePlan | str | Path, model: Path, config: ModelConfig) 
     if isinstance(spec, Path) or spec not in PRESETS:
         path = Path(spec)
         if not path.exists():
-            raise SettingError(f"prune '{spec}': must be off, {', '.join(PRESETS)} or a plan's file; there is no such file")
+            raise SettingError(
+                f"prune '{spec}': must be off, {', '.join(PRESETS)} or a plan's file; there is no such file"
+            )
         data = _read(path)
         plan = _preset(data, "auto", path, config) if "presets" in data else PrunePlan.from_dict(data)
         check_plan(plan, config)
@@ -68,7 +70,10 @@ def choose_plan(spec: PrunePlan | str | Path, model: Path, config: ModelConfig) 
             data = json.loads(shipped.read_text())
             if data["model"] == fingerprint(config):
                 return PlanChoice(_preset(data, spec, Path(shipped.name), config), f"'{spec}' shipped for this model")
-    return PlanChoice(_cautious(config), f"'{spec}': not calibrated for this model, cautious default ('slimrt calibrate' finds a faster one)")
+    return PlanChoice(
+        _cautious(config),
+        f"'{spec}': not calibrated for this model, cautious default ('slimrt calibrate' finds a faster one)",
+    )
 
 
 def _cautious(config: ModelConfig) -> PrunePlan | None:

@@ -48,13 +48,15 @@ def schedule(plan: PrunePlan, tokens: int) -> tuple[Cut, ...]:
         before = cuts[-1].blocks if cuts else total
         if blocks < before:
             cuts.append(Cut(stage.layer, blocks))
-    if not cuts and plan.keeps_all:  # a plan that keeps everything runs through the same code, to be compared with dense
+    if (
+        not cuts and plan.keeps_all
+    ):  # a plan that keeps everything runs through the same code, to be compared with dense
         cuts = [Cut(stage.layer, total) for stage in plan.stages]
     return tuple(cuts)
 
 
 def _local_blocks(plan: PrunePlan, rows: int) -> int:
-    """The last blocks that always stay: ``local_blocks`` whole ones, a ragged last one, all that the query window touches."""
+    """The last blocks that always stay: ``local_blocks`` whole ones, a ragged last one, all of the query window."""
     ragged = 1 if rows % plan.block else 0
     window = -(-rows // plan.block) - max(0, rows - plan.query_window) // plan.block
     return max(plan.local_blocks + ragged, window)

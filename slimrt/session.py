@@ -86,7 +86,9 @@ class Session:
         self._check(ids, len(self.tokens) + len(ids))
         self._read(ids, None, (), progress)
 
-    def _read(self, ids: Sequence[int], plan: PrunePlan | None, cuts: Sequence, progress: Progress | None) -> tuple[int, ...]:
+    def _read(
+        self, ids: Sequence[int], plan: PrunePlan | None, cuts: Sequence, progress: Progress | None
+    ) -> tuple[int, ...]:
         # Until the work is done the tokens are not part of the conversation: an interrupted call leaves the rest valid.
         start = len(self.tokens)
         try:

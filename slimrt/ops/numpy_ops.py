@@ -204,7 +204,9 @@ class NumpyOps:
         scores = np.matmul(scaled.transpose(1, 0, 2, 3).reshape(kv_heads, tokens * group, width), k.transpose(0, 2, 1))
         if tokens > 1:
             hidden = np.arange(keys)[None, :] > (keys - tokens + np.arange(tokens))[:, None]
-            scores.reshape(kv_heads, tokens, group, keys)[np.broadcast_to(hidden[None, :, None], (kv_heads, tokens, group, keys))] = -np.inf
+            scores.reshape(kv_heads, tokens, group, keys)[
+                np.broadcast_to(hidden[None, :, None], (kv_heads, tokens, group, keys))
+            ] = -np.inf
         scores -= scores.max(axis=-1, keepdims=True)
         np.exp(scores, out=scores)
         mixed = np.matmul(scores, v)
@@ -234,12 +236,16 @@ class NumpyOps:
             rows = (hi - lo) * group
             queries = np.empty((rows, width + 1), np.float32)
             np.multiply(
-                q[lo:hi, head * group : (head + 1) * group], scale, out=queries.reshape(hi - lo, group, width + 1)[..., :width]
+                q[lo:hi, head * group : (head + 1) * group],
+                scale,
+                out=queries.reshape(hi - lo, group, width + 1)[..., :width],
             )
             diagonal = (offset + lo) // KEY_TILE * KEY_TILE
             scores = queries[:, :width] @ k[head, diagonal : offset + hi].T
             seen = np.arange(diagonal, offset + hi)[None, :] <= np.arange(offset + lo, offset + hi)[:, None]
-            scores.reshape(hi - lo, group, -1)[~np.broadcast_to(seen[:, None], (hi - lo, group, seen.shape[1]))] = -np.inf
+            scores.reshape(hi - lo, group, -1)[
+                ~np.broadcast_to(seen[:, None], (hi - lo, group, seen.shape[1]))
+            ] = -np.inf
             peak = scores.max(axis=1)
             np.negative(peak, out=queries[:, width])
             scores -= peak[:, None]
@@ -264,7 +270,7 @@ class NumpyOps:
 
 
 def _attend_online(queries: Array, k: Array, v: Array, seen: Array, diagonal: int, group: int) -> Array:
-    """One query tile with the running maximum: queries [rows, Dh] scaled, k and v [N, Dh], seen [tokens, diagonal width]."""
+    """One query tile with the running maximum: scaled queries [rows, Dh], k and v [N, Dh], seen [tokens, diagonal]."""
     rows, width = queries.shape
     peak = np.full(rows, -np.inf, np.float32)
     total = np.zeros(rows, np.float32)

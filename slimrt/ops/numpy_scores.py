@@ -28,7 +28,9 @@ def _products(q: Array, k: Array) -> Array:
     """q . k / sqrt(Dh) -> [H, W, N]; query head h reads KV head h // (H/Hkv)."""
     window, heads, width = q.shape
     kv_heads = k.shape[0]
-    scaled = (q * np.float32(1 / math.sqrt(width))).transpose(1, 0, 2).reshape(kv_heads, heads // kv_heads * window, width)
+    scaled = (
+        (q * np.float32(1 / math.sqrt(width))).transpose(1, 0, 2).reshape(kv_heads, heads // kv_heads * window, width)
+    )
     return np.matmul(scaled, k.transpose(0, 2, 1)).reshape(heads, window, k.shape[1])
 
 

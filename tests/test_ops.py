@@ -1,0 +1,109 @@
+"""NumPy operations against plain float64 formulas, at ragged sizes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from slimrt.ops import numpy_scores
+from slimrt.ops.numpy_ops import KEY_TILE, QUERY_TILE, NumpyOps
+from slimrt.ops.workers import Workers
+from tests import reference
+
+SLACK = 4  # times the error of the naive float32 computation, see test_engine
+
+
+def random(shape: tuple[int, ...], seed: int = 0, scale: float = 1.0) -> np.ndarray:
+    return (np.random.default_rng(seed).standard_normal(shape) * scale).astype(np.float32)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize(("heads", "kv_heads", "width"), [(9, 3, 64), (4, 4, 80), (8, 1, 128)])
+@pytest.mark.parametrize(("tokens", "keys"), [(1, 1), (1, 700), (5, 5), (16, 900), (17, 17), (129, 129), (300, 1100)])
+def test_attention(threads: int, heads: int, kv_heads: int, width: int, tokens: int, keys: int) -> None:
+    q, k, v = random((tokens, heads, width)), random((kv_heads, keys, width), 1), random((kv_heads, keys, width), 2)
+    rows = [x.transpose(1, 0, 2) for x in (k, v)]
+    truth = reference.attention(q.astype(np.float64), *(x.astype(np.float64) for x in rows))
+    unit = np.abs(reference.attention(q, *rows) - truth).max()
+    ours = NumpyOps(threads).attend(q, k, v)
+    assert ours.dtype == np.float32
+    assert np.abs(ours - truth).max() <= SLACK * max(unit, np.finfo(np.float32).eps)
+
+
+def test_attention_where_the_diagonal_is_no_reference() -> None:
+    """Early keys outscore the diagonal tile by more than exp can hold in float32: the running maximum must step in."""
+    tokens, width = KEY_TILE + QUERY_TILE, 64
+    q, k, v = random((tokens, 2, width)), random((1, tokens, width), 1, 0.01), random((1, tokens, width), 2)
+    k[0, 3] = q[-1, 0] * 40
+    rows = [x.transpose(1, 0, 2) for x in (k, v)]
+    truth = reference.attention(q.astype(np.float64), *(x.astype(np.float64) for x in rows))
+    assert (q[-1, 0] @ k[0, 3] / 8) - (q[-1, 0] @ k[0, -100:].T / 8).max() > 89
+    with np.errstate(all="raise", under="ignore"):
+        ours = NumpyOps(2).attend(q, k, v)
+    # Scores of size 320 resolve 3e-5 in float32, and so do the weights after exp.
+    assert np.abs(ours - truth).max() <= 320 * np.finfo(np.float32).eps * np.abs(v).max()
+
+
+def test_swiglu_far_out() -> None:
+    gate_up = np.array([[-200.0, -88.5, 0.0, 3.0, 200.0, 1.0, 1.0, 1.0, 2.0, 1.0]], np.float32)
+    with np.errstate(all="raise", under="ignore"):
+        ours = NumpyOps(1).swiglu(gate_up)
+    gate, up = gate_up[0, :5].astype(np.float64), gate_up[0, 5:]
+    assert ours[0] == pytest.approx(gate / (1 + np.exp(-gate)) * up, rel=1e-6, abs=1e-37)
+
+
+def test_rows_cover_everything_once() -> None:
+    for threads in (1, 2, 5):
+        for count in (1, 63, 64, 65, 257, 1000):
+            seen = np.zeros(count, int)
+
+            def task(at: slice, seen: np.ndarray = seen) -> None:
+                seen[at] += 1
+
+            NumpyOps(threads).rows(task, count)
+            assert (seen == 1).all()
+
+
+def test_workers_raise_and_stop() -> None:
+    done: list[int] = []
+
+    def task(item: int) -> None:
+        if item == 3:
+            raise ZeroDivisionError("three")
+        done.append(item)
+
+    with pytest.raises(ZeroDivisionError, match="three"):
+        Workers(2).map(task, range(10_000))
+    assert len(done) < 10_000
+
+
+def test_scores_agree_with_their_definitions() -> None:
+    heads, kv_heads, width, keys, window, block, unit = 4, 2, 8, 150, 5, 32, 8
+    q, k = random((window, heads, width)), random((kv_heads, keys, width), 1)
+    blocks = -(-keys // block)
+    attention = np.zeros((heads, window, keys))
+    for head in range(heads):
+        for row in range(window):
+            seen = keys - window + row + 1
+            scores = k[head // 2, :seen].astype(np.float64) @ q[row, head] / np.sqrt(width)
+            attention[head, row, :seen] = np.exp(scores - scores.max()) / np.exp(scores - scores.max()).sum()
+    spans = [slice(b * block, min(keys, (b + 1) * block)) for b in range(blocks)]
+    mass = [max(attention[h, :, s].sum() / window for h in range(heads)) for s in spans]
+    peak = [attention[:, :, s].max() for s in spans]
+    means = [
+        [k[g, u : u + unit].astype(np.float64).mean(axis=0) for u in range(0, keys, unit)] for g in range(kv_heads)
+    ]
+    published = []
+    for b in range(blocks):
+        units = range(b * block // unit, -(-min(keys, (b + 1) * block) // unit))
+        published.append(
+            max(
+                np.mean([abs(q[w, h] @ means[h // 2][u]) for h in range(heads) for w in range(window)]) / np.sqrt(width)
+                for u in units
+            )
+        )
+    for name, expected in (("token_mass", mass), ("token_max", peak), ("mean_qk", published)):
+        assert numpy_scores.BLOCK_SCORES[name](q, k, block, unit) == pytest.approx(expected, rel=1e-4)
+    soft = numpy_scores.unit_softmax(q, k, block, unit)
+    assert soft.shape == (blocks,)
+    assert soft.sum() >= 1 - 1e-5  # the best head of each block takes at least what any one head gives in all

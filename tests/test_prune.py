@@ -1,0 +1,210 @@
+"""Pruned prefill: what stays, that nothing changes where nothing is cut, and that follow-up questions are right."""
+
+from __future__ import annotations
+
+import json
+import pydoc_data.topics
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import slimrt
+from slimrt import PrunePlan, Stage
+from slimrt.errors import SettingError
+from slimrt.presets import choose_plan, fingerprint, preset_path
+from slimrt.prune import Cut, schedule, select_rows
+from tests.tiny_gguf import write_tiny_llama
+
+HALVES = PrunePlan(stages=(Stage(14, 0.5), Stage(22, 0.25)))
+
+
+@pytest.fixture(scope="module")
+def llm(default_model: Path) -> slimrt.LLM:
+    return slimrt.load(default_model, ctx=4096, prune="off")
+
+
+@pytest.fixture(scope="module")
+def document(llm: slimrt.LLM) -> list[int]:
+    return llm.tokenize("".join(text for _, text in sorted(pydoc_data.topics.topics.items())))[:1500]
+
+
+def test_keeping_everything_is_dense_bit_for_bit(llm: slimrt.LLM, document: list[int]) -> None:
+    plan = PrunePlan(stages=(Stage(3, 1.0), Stage(14, 1.0), Stage(22, 1.0)))
+    dense = llm.generate(document, max_tokens=4, logprobs=0)
+    pruned = llm.generate(document, max_tokens=4, logprobs=0, prune=plan)
+    assert pruned.timings.stages == (len(document),) * 3
+    assert np.array_equal(llm.logits(document), llm.logits(document, prune=plan))
+    assert pruned.tokens == dense.tokens
+
+
+def test_kept_tokens_and_bytes(llm: slimrt.LLM, document: list[int]) -> None:
+    result = llm.generate(document, max_tokens=1, prune=HALVES)
+    first, second = result.timings.stages
+    ragged = len(document) % 64
+    assert (first, second) == (
+        11 * 64 + ragged,
+        5 * 64 + ragged,
+    )  # ceil(750 / 64), ceil(375 / 64) blocks, the last ragged
+    rows = 15 * len(document) + 8 * first + 7 * second
+    assert result.timings.kv_bytes_device == rows * llm.config.kv_bytes_per_token // llm.config.n_layers
+
+
+def test_rope_positions_stay(llm: slimrt.LLM, document: list[int]) -> None:
+    session = llm.session()
+    session.prefill(document, HALVES)
+    cache = session.context.cache
+    kept = cache._positions[23]
+    assert (np.diff(kept) > 0).all()
+    assert kept[0] == 0 and kept[-1] == len(document) - 1
+    assert set(kept) <= set(cache._positions[15]) < set(range(len(document)))
+    assert np.array_equal(cache._positions[14], np.arange(len(document)))
+
+
+def test_another_question_equals_a_fresh_prefill(llm: slimrt.LLM, document: list[int]) -> None:
+    session = llm.session()
+    session.prefill(document, HALVES)
+    for _ in range(4):
+        session.extend([int(session.logits.argmax())])
+    for question in (" What is a coroutine?", " Who wrote", "?"):  # the last is shorter than the query window
+        conversation = session.tokens + llm.tokenize(question)
+        reading = session.prefill(conversation, HALVES)
+        assert reading.reused == len(conversation) - max(HALVES.query_window, len(llm.tokenize(question)))
+        fresh = llm.logits(conversation, prune=HALVES)
+        dense = llm.logits(conversation)
+        # Chunks of other sizes sum in another order: what that alone does to dense logits is the unit.
+        chunked = llm.session()
+        chunked.prefill(conversation[: reading.reused])
+        chunked.extend(conversation[reading.reused :])
+        unit = np.abs(chunked.logits - dense).max()
+        assert np.abs(session.logits - fresh).max() <= 4 * unit
+        assert np.abs(fresh - dense).max() > 100 * unit  # so the comparison tells pruned from dense
+
+
+def test_plan_changes_start_anew(llm: slimrt.LLM, document: list[int]) -> None:
+    session = llm.session()
+    session.prefill(document, HALVES)
+    reading = session.prefill([*document, 5], None)
+    assert (reading.reused, reading.note) == (0, "the last conversation was pruned otherwise")
+    assert np.array_equal(session.logits, llm.logits([*document, 5]))
+
+
+def test_short_prompts_run_dense(llm: slimrt.LLM, document: list[int]) -> None:
+    plan = PrunePlan(stages=(Stage(14, 512), Stage(22, 256)))
+    assert llm.generate(document[:250], max_tokens=1, prune=plan).timings.stages == ()
+    assert llm.generate(document[:400], max_tokens=1, prune=plan).timings.stages == (
+        208,
+    )  # four blocks, the last ragged
+    waiting = PrunePlan(stages=(Stage(14, 0.5),), min_tokens=1000)
+    assert llm.generate(document[:999], max_tokens=1, prune=waiting).timings.stages == ()
+    for length in (1, 5, 63, 64, 65):
+        assert np.array_equal(llm.logits(document[:length], prune=HALVES), llm.logits(document[:length]))
+
+
+@given(
+    tokens=st.integers(1, 5000),
+    keep=st.lists(st.floats(0.01, 1.0), min_size=1, max_size=4),
+    block=st.sampled_from([16, 32, 64]),
+    sink=st.integers(0, 3),
+    local=st.integers(1, 3),
+    window=st.integers(1, 200),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_what_always_stays(
+    tokens: int, keep: list[float], block: int, sink: int, local: int, window: int, seed: int
+) -> None:
+    plan = PrunePlan(
+        stages=tuple(Stage(i, k) for i, k in enumerate(keep)),
+        block=block,
+        unit=8,
+        sink_blocks=sink,
+        local_blocks=local,
+        query_window=window,
+    )
+    rng = np.random.default_rng(seed)
+    active = np.arange(tokens)
+    for cut in schedule(plan, tokens):
+        blocks = -(-len(active) // block)
+        scores = rng.random(blocks).astype(np.float32)
+        rows = select_rows(plan, cut, scores, len(active))
+        assert (np.diff(rows) > 0).all()
+        assert len(set(rows // block)) == cut.blocks
+        assert set(range(min(len(active), sink * block))) <= set(rows)
+        assert set(range(max(0, len(active) - max(window, local * block)), len(active))) <= set(rows)
+        # No block that stays by its score is worse than one that leaves.
+        free = [b for b in range(sink, blocks) if scores[b] is not None]
+        left = [scores[b] for b in free if b * block not in set(rows)]
+        chosen = [
+            scores[b]
+            for b in free
+            if b * block in set(rows) and (b + 1) * block <= len(active) - max(window, local * block)
+        ]
+        if left and chosen:
+            assert min(chosen) >= max(left)
+        active = active[rows]
+
+
+def test_best_blocks_stay() -> None:
+    plan = PrunePlan(stages=(Stage(0, 256),), query_window=1)
+    scores = np.array([0, 5, 1, 9, 1, 7, 2, 0], np.float32)
+    rows = select_rows(plan, Cut(0, 4), scores, 512)
+    assert sorted(set(rows // 64)) == [0, 3, 5, 7]
+
+
+def test_plans_are_checked(tmp_path: Path, llm: slimrt.LLM) -> None:
+    for stages, message in (
+        ((Stage(14, 0.0),), "keeps 0.0"),
+        ((Stage(14, 1.5),), "keeps 1.5"),
+        ((Stage(14, 0),), "fewer than its sink and local"),
+        ((Stage(14, 100),), "fewer than its sink and local"),
+        ((Stage(22, 0.5), Stage(14, 0.25)), "ascending"),
+        ((Stage(14, 0.5), Stage(14, 0.25)), "ascending"),
+        ((Stage(-1, 0.5),), "non-negative"),
+    ):
+        with pytest.raises(SettingError, match=message):
+            PrunePlan(stages=stages)
+    for options in ({"block": 0}, {"unit": 7}, {"query_window": 0}, {"local_blocks": 0}, {"sink_blocks": -1}):
+        with pytest.raises(SettingError):
+            PrunePlan(**options)
+    with pytest.raises(SettingError, match="layer 29; this model has layers"):
+        llm.logits([1, 2], prune=PrunePlan(stages=(Stage(29, 0.5),)))
+    with pytest.raises(SettingError, match="score 'best'"):
+        llm.logits([1, 2], prune=PrunePlan(stages=(Stage(9, 0.5),), score="best"))
+    with pytest.raises(SettingError, match="no such file"):
+        llm.logits([1, 2], prune="fastest")
+    with pytest.raises(SettingError, match="unknown keys"):
+        PrunePlan.from_dict({"stages": [], "blocks": 64})
+    broken = tmp_path / "plan.json"
+    broken.write_text("{")
+    with pytest.raises(SettingError, match="not a readable prune plan"):
+        llm.logits([1, 2], prune=str(broken))
+
+
+def test_json_both_ways(tmp_path: Path, llm: slimrt.LLM, document: list[int]) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text(HALVES.to_json())
+    assert PrunePlan.from_file(path) == HALVES
+    assert np.array_equal(llm.logits(document, prune=str(path)), llm.logits(document, prune=HALVES))
+
+
+def test_presets(tmp_path: Path) -> None:
+    model = tmp_path / "tiny.gguf"
+    write_tiny_llama(model, n_layers=8)
+    loaded = slimrt.load(model)
+    assert "cautious default" in loaded.plan.source
+    data = {
+        "model": fingerprint(loaded.config),
+        "presets": {
+            "auto": {"plan": {"stages": [{"layer": 2, "keep": 0.5}]}},
+            "fast": {"plan": {"stages": [{"layer": 1, "keep": 0.25}]}},
+        },
+    }
+    preset_path(model).write_text(json.dumps(data))
+    assert choose_plan("fast", model, loaded.config).plan == PrunePlan(stages=(Stage(1, 0.25),))
+    assert slimrt.load(model).plan.plan == PrunePlan(stages=(Stage(2, 0.5),))
+    data["model"]["n_layers"] = 7
+    preset_path(model).write_text(json.dumps(data))
+    with pytest.raises(SettingError, match="calibrated on another model"):
+        slimrt.load(model)
