@@ -14,7 +14,8 @@ from slimrt.engine import Engine, Progress
 from slimrt.errors import ContextError, SettingError
 from slimrt.generation import CompletionStream, request_from_options
 from slimrt.gguf import GGUFFile
-from slimrt.memory import available_memory
+from slimrt.memory import DEFAULT_CTX, MemoryPlan
+from slimrt.memory import plan as plan_memory
 from slimrt.models import build, read_config, stretch_rope
 from slimrt.ops.numpy_ops import NumpyOps
 from slimrt.presets import choose_plan
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
 __all__ = ["LLM", "load"]
 
-DEFAULT_CTX = 8192  # not the trained context: 128k of it would take the memory of a short question's user
 _LOGIT_ROWS = 256  # rows of [V] logits held at a time by logprobs
 
 Prompt = str | Sequence[int]
@@ -119,12 +119,14 @@ class LLM:
         self._chat_template = chat_template
         self._template: ChatTemplate | None = None
         self._lock = threading.RLock()
-        packed = _keep_packed(self.config)
-        if packed:
+        self.memory = plan_memory(self.config, file, self.ctx, threads=threads)
+        if not self.memory.fits():
+            raise SettingError(_does_not_fit(self.memory))
+        if self.memory.packed:
             self.notes.append(
-                "weights stay packed: unpacked they would not fit into half of the free memory; expect slow decoding"
+                "weights stay packed: unpacked they would take more than half of the free memory; expect slow decoding"
             )
-        self._ops = NumpyOps(threads, packed=packed)
+        self._ops = NumpyOps(threads, packed=self.memory.packed)
         self._engine = Engine(build(self.config, file, self._ops, progress), self._ops)
         self._session = self.session()
 
@@ -277,10 +279,19 @@ class LLM:
         self._session.reset()
 
 
-def _keep_packed(config: ModelConfig) -> bool:
-    """Whether the weights in float32 would take more than half of the memory that is free."""
-    available = available_memory()
-    return available is not None and config.n_params * 4 > available / 2
+def _does_not_fit(plan: MemoryPlan) -> str:
+    """The refusal of a memory plan, with the context that would fit."""
+    assert plan.available is not None
+    per_token = (plan.kv + plan.scratch) / plan.ctx
+    room = int((plan.available - plan.weights) / per_token) // 256 * 256
+    remedy = (
+        f"a context of {room} fits (ctx={room}, --ctx {room})" if room >= 256 else "use a smaller model or quantisation"
+    )
+    return (
+        f"the model needs {plan.total / 2**30:.1f} GiB at a context of {plan.ctx} (weights {plan.weights / 2**30:.1f}, "
+        f"KV cache {plan.kv / 2**30:.1f}, scratch {plan.scratch / 2**30:.1f}), {plan.available / 2**30:.1f} GiB are "
+        f"free; {remedy}"
+    )
 
 
 def _logprobs(logits: np.ndarray, tokens: Sequence[int]) -> np.ndarray:

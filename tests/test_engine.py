@@ -92,7 +92,8 @@ def test_small_models_against_float64(tmp_path: Path, options: dict) -> None:
 def test_packed_weights_give_the_same_logits(
     default_model: Path, llm: slimrt.LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("slimrt.llm._keep_packed", lambda config: True)
+    # So little memory is free that the unpacked weights (513 MiB) would take more than half of it.
+    monkeypatch.setattr("slimrt.memory.available_memory", lambda: 800 << 20)
     packed = slimrt.load(default_model, ctx=512, prune="off")
     assert any("packed" in note for note in packed.notes)
     ids = packed.tokenize("The quick brown fox jumps over the lazy dog. " * 4)
@@ -188,6 +189,17 @@ def test_two_streams_need_two_sessions(llm: slimrt.LLM) -> None:
 def test_seed_repeats_the_text(llm: slimrt.LLM) -> None:
     texts = {llm.generate("My favourite food is", max_tokens=12, temperature=1.0, seed=seed).text for seed in (1, 1, 2)}
     assert len(texts) == 2
+
+
+def test_a_plan_that_does_not_fit_is_refused(default_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("slimrt.memory.available_memory", lambda: 400 << 20)
+    with pytest.raises(SettingError, match=r"needs .* GiB at a context of 8192 .*; a context of \d+ fits") as refused:
+        slimrt.load(default_model, prune="off")
+    fitting = int(str(refused.value).rsplit("--ctx ", 1)[1].rstrip(")"))
+    assert slimrt.load(default_model, ctx=fitting, prune="off").memory.fits()
+    monkeypatch.setattr("slimrt.memory.available_memory", lambda: 50 << 20)
+    with pytest.raises(SettingError, match="smaller model"):
+        slimrt.load(default_model, prune="off")
 
 
 def test_nan_weights_are_named(tmp_path: Path) -> None:
