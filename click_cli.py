@@ -1,0 +1,200 @@
+"""The command ``slimrt``: parse options -> frozen settings -> one call. Whatever is slow to import waits in its command."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from slimrt import __version__
+from slimrt.terminal.guard import GuardedGroup
+from slimrt.terminal.options import (
+    AnswerSettings,
+    LazyChoice,
+    LoadSettings,
+    answer_options,
+    ctx_option,
+    file_option,
+    json_option,
+    load_options,
+    model_option,
+    output_path,
+)
+
+CHAT_MAX_TOKENS, GENERATE_MAX_TOKENS = 1024, 128
+output_type = LazyChoice("slimrt.convert", "OUTPUT_TYPES")
+
+
+@click.group(cls=GuardedGroup, context_settings={"help_option_names": ["--help", "-h"], "max_content_width": 100})
+@click.version_option(__version__, "--version", "-V", prog_name="slimrt")
+def cli() -> None:
+    """Run LLaMA-family GGUF models, without a deep-learning framework.
+
+    With no --model, a small default model is used, and fetched the first time.
+    """
+
+
+def print_json(data: Any) -> None:
+    """``data`` as one line on stdout."""
+    click.echo(json.dumps(data, ensure_ascii=False))
+
+
+# -- asking a model ----------------------------------------------------------------------------------------------------
+
+
+@cli.command()
+@click.argument("prompt", required=False)
+@file_option("A document; PROMPT follows it as the question.")
+@click.option("--chat", is_flag=True, help="Put the text through the chat template, as a message.")
+@click.option("--system", metavar="TEXT", help="System prompt; implies --chat.")
+@answer_options(max_tokens=GENERATE_MAX_TOKENS)
+@load_options
+@json_option
+def generate(
+    prompt: str | None, file: Path | None, chat: bool, system: str | None, answer: AnswerSettings, load: LoadSettings,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """Continue PROMPT, or answer it (--chat).
+
+    PROMPT may be - for standard input, which is also read when nothing else is given. The text goes to stdout as it
+    comes, what it cost to stderr.
+
+    \b
+    slimrt generate "Three uses of a brick:" --max-tokens 60
+    slimrt generate --chat --file report.txt "What does the report recommend?"
+    """
+    from slimrt.terminal.text_input import checked_argument, prompt_text, size_limit
+
+    text = prompt_text(prompt, file, size_limit(load.ctx))
+    if system is not None:
+        checked_argument(system, "--system")
+    from slimrt.terminal import generate as command
+
+    command.generate(text, load, answer, chat=chat or system is not None, system=system, as_json=as_json)
+
+
+@cli.command()
+@file_option("A document to read first, as /load does.")
+@click.option("--system", metavar="TEXT", help="System prompt.")
+@answer_options(max_tokens=CHAT_MAX_TOKENS)
+@load_options
+@json_option
+def chat(file: Path | None, system: str | None, answer: AnswerSettings, load: LoadSettings, as_json: bool) -> None:
+    """Talk to a model.
+
+    /help lists the commands: /load FILE reads a document. From a pipe each line is a message, and stdout gets the
+    answers alone.
+    """
+    from slimrt.terminal.chat_start import start_chat
+
+    start_chat(file, system, answer, load, as_json=as_json)
+
+
+@cli.command()
+@click.argument("text", required=False)
+@file_option("The text.")
+@model_option
+@click.option("--special", is_flag=True, help="Control tokens spelt in the text count as such.")
+@click.option("--no-bos", is_flag=True, help="No begin token, whatever the model wants.")
+@click.option("--pieces", is_flag=True, help="A table of ids and texts.")
+@click.option("--count", is_flag=True, help="The number of tokens only.")
+@click.option("--decode", is_flag=True, help="The other way round: TEXT is ids.")
+@json_option
+def tokenize(text: str | None, file: Path | None, model: str | None, as_json: bool, **how: bool) -> None:
+    """Turn TEXT (- or nothing: standard input) into token ids."""
+    from slimrt.terminal.text_input import prompt_text
+
+    source = prompt_text(text, file)
+    from slimrt.terminal import models
+
+    models.tokenize(source, model, as_json=as_json, **how)
+
+
+# -- model files -------------------------------------------------------------------------------------------------------
+
+
+@cli.command()
+@click.argument("file", required=False, metavar="[MODEL]")
+@model_option
+@ctx_option
+@click.option("--threads", "-t", type=click.IntRange(1), help="CPU threads that the memory plan counts with.")
+@click.option("--metadata", is_flag=True, help="Every metadata key.")
+@click.option("--tensors", is_flag=True, help="Every tensor.")
+@json_option
+def inspect(
+    file: str | None,
+    model: str | None,
+    ctx: int | None,
+    threads: int | None,
+    metadata: bool,
+    tensors: bool,
+    as_json: bool,
+) -> None:
+    """Show what is in MODEL and the memory that a context of --ctx takes."""
+    if file is not None and model is not None:
+        raise click.UsageError("MODEL and --model both name a model; give one")
+    from slimrt.terminal import models
+
+    models.inspect(file or model, ctx, threads, metadata=metadata, tensors=tensors, as_json=as_json)
+
+
+@cli.command()
+@click.argument("name", required=False, metavar="[MODEL]")
+@click.option("--list", "listing", is_flag=True, help="Show what is there and its size; fetch nothing.")
+@click.option("--force", is_flag=True, help="Fetch even what is there.")
+@json_option
+def pull(name: str | None, listing: bool, force: bool, as_json: bool) -> None:
+    """Fetch MODEL (hf:owner/repo/file.gguf or a catalogue name), or check what is there; print its path."""
+    from slimrt.terminal import models
+
+    if listing:
+        models.list_models(as_json=as_json)
+    else:
+        models.pull(name, force=force, as_json=as_json)
+
+
+@cli.command()
+@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("target", type=output_path)
+@click.option("--type", "kind", type=output_type, default="f16", show_default=True, help="Type of the matrices.")
+@json_option
+def convert(source: Path, target: Path, kind: str, as_json: bool) -> None:
+    """Convert SOURCE, a Hugging Face or Meta checkpoint folder, to the GGUF file TARGET."""
+    from slimrt.terminal import models
+
+    models.convert(source, target, kind, as_json=as_json)
+
+
+@cli.command()
+@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("target", type=output_path)
+@click.option("--type", "kind", type=output_type, required=True, help="Type of the matrices.")
+@json_option
+def quantize(source: Path, target: Path, kind: str, as_json: bool) -> None:
+    """Write the GGUF file SOURCE to TARGET with its matrices in another type."""
+    from slimrt.terminal import models
+
+    models.quantize(source, target, kind, as_json=as_json)
+
+
+# -- measuring ---------------------------------------------------------------------------------------------------------
+
+
+@cli.group()
+def bench() -> None:
+    """Measure speed."""
+
+
+def main() -> None:
+    """The console script."""
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal of another encoding shows escapes; text in UTF-8 is not touched by this.
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    cli(prog_name="slimrt")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,247 @@
+"""``slimrt chat``: the loop, its commands, and what it keeps of the conversation."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import shlex
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from slimrt.errors import ContextError, SettingError, SlimrtError
+from slimrt.llm import LLM
+from slimrt.results import Completion
+from slimrt.terminal.answer import cut_note, stream_answer
+from slimrt.terminal.guard import one_line
+from slimrt.terminal.line_input import LineInput, read_message
+from slimrt.terminal.options import AnswerSettings
+from slimrt.terminal.screen import Screen, human_bytes, resident_bytes, stats_line
+from slimrt.terminal.text_input import join_document, read_document, size_limit
+
+__all__ = ["Chat"]
+
+_COMMAND = re.compile(r"^/([a-z?]+)(?:\s+(.*))?$", re.DOTALL)  # "/etc/hosts is what?" is a message, not a command
+
+HELP = '''\
+/help            this text
+/load FILE       read a document; it goes before your next message
+/system TEXT     set the system prompt (/system shows it, /system off removes it)
+/clear           forget the conversation and loaded documents
+/save FILE       write the conversation to FILE.json or FILE.md
+/stats           context, speed and memory
+/quit            leave (as Ctrl-D does)
+Several lines: end a line with \\, or write """ before and after; {newline}Ctrl-C stops an answer.'''
+
+
+class Chat:
+    """A conversation in the terminal. Whatever goes wrong is one line, and the conversation is then as it was before."""
+
+    def __init__(
+        self, llm: LLM, settings: AnswerSettings, source: LineInput, screen: Screen, system: str | None
+    ) -> None:
+        self._llm, self._settings, self._source, self._screen = llm, settings, source, screen
+        self._system = system
+        self._messages: list[dict[str, str]] = []
+        self._documents: list[tuple[str, str]] = []  # (name, text), waiting for the next message
+        self._written: set[Path] = set()  # files that /save made, and may replace
+        self._open = True
+        self.answers: list[Completion] = []
+        self.failures = 0
+        self._commands: dict[str, Callable[[str], None]] = {
+            "help": self._help, "load": self.load, "system": self._set_system, "clear": self._clear, "save": self._save,
+            "stats": self._stats, "quit": self._quit, "exit": self._quit, "?": self._help,
+        }  # fmt: skip
+
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        """The conversation, system prompt first, as ``LLM.chat`` takes it."""
+        system = [{"role": "system", "content": self._system}] if self._system else []
+        return [*system, *self._messages]
+
+    def run(self) -> None:
+        """Read and answer until the input ends or /quit."""
+        while self._open:
+            try:
+                text = read_message(self._source.read)
+                self._handle(text)
+            except EOFError:
+                return
+            except KeyboardInterrupt:
+                if not self._screen.interactive:
+                    raise
+                self._screen.remark("(stopped; Ctrl-D or /quit leaves)")
+            except UnicodeDecodeError:
+                self._fail("that line is not valid UTF-8; set the terminal to UTF-8")
+            except (SlimrtError, OSError, MemoryError) as error:
+                if isinstance(error, BrokenPipeError):
+                    raise
+                self._fail(one_line(error))
+
+    def _fail(self, text: str) -> None:
+        self.failures += 1
+        self._screen.error(text)
+
+    def _handle(self, text: str) -> None:
+        command = _COMMAND.match(text.strip())
+        if command is None:
+            if text.strip():
+                self._ask(text)
+            return
+        name, argument = command[1], (command[2] or "").strip()
+        if name not in self._commands:
+            raise SettingError(f"/{name}: no such command; /help lists them")
+        self._commands[name](argument)
+
+    # -- messages ---------------------------------------------------------------------------------------------------
+
+    def _ask(self, text: str) -> None:
+        content = text
+        if self._documents:
+            content = join_document("\n\n".join(document.rstrip() for _, document in self._documents), text)
+        ids = self._fitting([*self.messages, {"role": "user", "content": content}])
+        try:
+            answer = stream_answer(self._llm, ids, self._settings, self._screen)
+        except KeyboardInterrupt:
+            self._screen.remark("(stopped before the answer; the message was not kept)")
+            return
+        completion = answer.completion
+        self._messages += [{"role": "user", "content": content}, {"role": "assistant", "content": completion.text}]
+        self._documents.clear()
+        self.answers.append(completion)
+        cut = "stopped" if answer.stopped else cut_note(self._llm, completion, self._settings)
+        self._screen.remark(stats_line(completion) + (f" · {cut}" if cut else ""))
+
+    def _fitting(self, messages: list[dict[str, str]]) -> list[int]:
+        """The messages' tokens; raises ContextError if they leave no room for an answer."""
+        ids = self._llm.chat_tokens(messages)
+        ctx = self._llm.ctx
+        if len(ids) >= ctx:
+            raise ContextError(
+                f"the conversation would take {len(ids):,} tokens, the context holds {ctx:,} with the answer; the message was "
+                f"not kept; /clear starts anew, or start with --ctx {_next_size(len(ids))}"
+            )
+        return ids
+
+    # -- commands ---------------------------------------------------------------------------------------------------
+
+    def _help(self, _: str) -> None:
+        from slimrt.terminal.line_input import PromptToolkitInput
+
+        keys = "Alt-Enter starts a new line;\n" if isinstance(self._source, PromptToolkitInput) else "\n"
+        self._screen.remark(HELP.format(newline=keys))
+
+    def load(self, argument: str) -> None:
+        """Read a document, to go before the next message. Raises SettingError or ContextError, and keeps nothing then."""
+        path = _path(argument, "/load report.txt")
+        ctx = self._llm.ctx
+        text = read_document(path, size_limit(ctx))
+        size = len(self._llm.tokenizer.encode(text, add_bos=False))
+        waiting = "\n\n".join([document for _, document in self._documents] + [text])
+        used = len(self._llm.chat_tokens([*self.messages, {"role": "user", "content": waiting}]))
+        if used >= ctx:
+            remedy = "/clear starts anew, or start" if used - size > ctx // 8 else "load a part of it, or start"
+            raise ContextError(
+                f"{path}: {size:,} tokens bring the conversation to {used:,}, the context holds {ctx:,}; not loaded; "
+                f"{remedy} with --ctx {_next_size(used)}"
+            )
+        self._documents.append((path.name, text))
+        self._screen.remark(
+            f"{path.name}: {size:,} tokens read ({used:,} of {ctx:,} in use); it goes before your next message"
+        )
+
+    def _set_system(self, text: str) -> None:
+        if not text:
+            self._screen.remark(
+                f"system prompt: {self._system}" if self._system else "no system prompt; /system TEXT sets one"
+            )
+            return
+        self._system = None if text == "off" else text
+        self._screen.remark("system prompt removed" if text == "off" else "system prompt set")
+
+    def _clear(self, _: str) -> None:
+        self._messages.clear()
+        self._documents.clear()
+        self._llm.reset()
+        self._screen.remark("conversation cleared" + ("; the system prompt stays" if self._system else ""))
+
+    def _save(self, argument: str) -> None:
+        path = _path(argument, "/save talk.md").expanduser()
+        if path.suffix not in (".json", ".md"):
+            raise SettingError(f"{path}: the name must end in .json or .md, which says how to write it")
+        if path.exists() and path.resolve() not in self._written:
+            raise SettingError(f"{path}: exists already and is not this chat's; choose another name")
+        text = self._as_json() if path.suffix == ".json" else self._as_markdown()
+        _write_whole(path, text)
+        self._written.add(path.resolve())
+        self._screen.remark(f"{len(self._messages)} messages written to {path}")
+
+    def _as_json(self) -> str:
+        return (
+            json.dumps({"model": self._llm.config.name, "messages": self.messages}, ensure_ascii=False, indent=2) + "\n"
+        )
+
+    def _as_markdown(self) -> str:
+        parts = [f"# Chat with {self._llm.config.name}"]
+        for message in self.messages:
+            parts.append(f"## {message['role'].capitalize()}\n\n{message['content'].strip()}")
+        return "\n\n".join(parts) + "\n"
+
+    def _stats(self, _: str) -> None:
+        used, memory = len(self._llm.current.tokens), resident_bytes()
+        lines = [
+            f"context   {used:,} of {self._llm.ctx:,} tokens, keys and values {human_bytes(self._llm.current.kv_bytes)}",
+            f"messages  {len(self._messages)}" + "".join(f", {name} waiting" for name, _ in self._documents),
+            f"answers   {len(self.answers)}, {sum(a.usage.completion_tokens for a in self.answers):,} tokens",
+        ]
+        if self.answers:
+            last = self.answers[-1]
+            lines += [f"last      {stats_line(last)}", f"reuse     {last.timings.reuse_note}"]
+        if memory is not None:
+            lines.append(f"memory    {human_bytes(memory)}")
+        self._screen.remark("\n".join(lines))
+
+    def _quit(self, _: str) -> None:
+        self._open = False
+
+    def to_json(self) -> dict[str, Any]:
+        """The conversation and what each answer cost."""
+        return {
+            "model": self._llm.config.name,
+            "messages": self.messages,
+            "answers": [dataclasses.asdict(answer) for answer in self.answers],
+        }
+
+
+def _path(argument: str, example: str) -> Path:
+    """The file named after a command, perhaps in quotes."""
+    if not argument:
+        raise SettingError(f"no file named; write for example {example}")
+    if argument[0] in "\"'":
+        try:
+            words = shlex.split(argument)
+        except ValueError:
+            raise SettingError(f"{argument}: the quotation mark is not closed; close it or leave it out") from None
+        if len(words) == 1:
+            return Path(words[0])
+    return Path(argument)
+
+
+def _next_size(tokens: int) -> str:
+    """A context with room for ``tokens`` and an answer, as --ctx takes it."""
+    return f"{-(-(tokens + 1024) // 1024)}k"
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Write ``text`` to ``path``, whole or not at all. Raises OSError."""
+    number, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(number, "w", encoding="utf-8") as file:
+            file.write(text)
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise

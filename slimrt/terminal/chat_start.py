@@ -1,0 +1,60 @@
+"""From the options of ``slimrt chat`` to a running conversation."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from pathlib import Path
+
+import click
+
+from slimrt.gguf import GGUFFile
+from slimrt.memory import DEFAULT_CTX, plan
+from slimrt.models import read_config
+from slimrt.terminal.chat import Chat
+from slimrt.terminal.line_input import open_input
+from slimrt.terminal.loading import load_model
+from slimrt.terminal.options import AnswerSettings, LoadSettings
+from slimrt.terminal.screen import Screen, human_bytes
+from slimrt.terminal.text_input import checked_argument
+
+__all__ = ["start_chat"]
+
+
+def start_chat(
+    file: Path | None, system: str | None, answer: AnswerSettings, load: LoadSettings, *, as_json: bool
+) -> None:
+    """Load the model, talk until the input ends; status 1 if a message from a pipe failed."""
+    if system is not None:
+        checked_argument(system, "--system")
+    interactive = sys.stdin.isatty() and sys.stdout.isatty() and not as_json
+    screen = Screen(interactive=interactive, quiet=as_json)
+    llm = load_model(load, lambda model: screen.remark(memory_line(model, load)) if interactive else None)
+    source = open_input(interactive)
+    chat = Chat(llm, answer, source, screen, system)
+    try:
+        if file is not None:
+            chat.load(shlex.quote(str(file)))
+        if interactive:
+            screen.remark("Ask away; /load FILE reads a document, /help shows the rest, /quit leaves.")
+        chat.run()
+    finally:
+        source.close()
+    if as_json:
+        click.echo(json.dumps(chat.to_json(), ensure_ascii=False))
+    if chat.failures and not interactive:
+        raise click.exceptions.Exit(1)
+
+
+def memory_line(file: GGUFFile, load: LoadSettings) -> str:
+    """What the model will take, before it takes it."""
+    config = read_config(file)
+    ctx = load.ctx or min(config.ctx_train, DEFAULT_CTX)
+    needs = plan(config, file, ctx, threads=load.threads)
+    room = "" if needs.available is None else f" of {human_bytes(needs.available)} free"
+    return (
+        f"{config.name} · context {ctx:,} tokens · memory up to {human_bytes(needs.total)}{room} "
+        f"(weights {human_bytes(needs.weights)}, keys and values {human_bytes(needs.kv)}, scratch {human_bytes(needs.scratch)})"
+        + ("" if needs.fits() else "\nwarning: that exceeds the free memory; a smaller --ctx takes less")
+    )

@@ -1,0 +1,38 @@
+"""``slimrt generate``: one prompt, one answer."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import click
+
+from slimrt.terminal.answer import cut_note, stream_answer
+from slimrt.terminal.guard import INTERRUPTED
+from slimrt.terminal.loading import load_model
+from slimrt.terminal.options import AnswerSettings, LoadSettings
+from slimrt.terminal.screen import Screen, stats_line
+
+__all__ = ["generate"]
+
+
+def generate(
+    prompt: str, load: LoadSettings, answer: AnswerSettings, *, chat: bool, system: str | None, as_json: bool
+) -> None:
+    """Answer ``prompt`` on stdout: as plain text to be continued, or (``chat``) as a message through the chat template."""
+    llm = load_model(load)
+    if chat:
+        messages = [{"role": "system", "content": system}] if system else []
+        ids = llm.chat_tokens([*messages, {"role": "user", "content": prompt}])
+    else:
+        ids = llm.tokenize(prompt)
+    screen = Screen(quiet=as_json)
+    result = stream_answer(llm, ids, answer, screen)
+    if result.stopped:
+        raise click.exceptions.Exit(INTERRUPTED)
+    completion = result.completion
+    if as_json:
+        click.echo(json.dumps({"model": llm.config.name, **dataclasses.asdict(completion)}, ensure_ascii=False))
+        return
+    cut = cut_note(llm, completion, answer)
+    screen.remark(stats_line(completion) + (f" · {cut}" if cut else ""))

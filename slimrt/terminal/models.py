@@ -1,0 +1,140 @@
+"""The commands about model files: tokenize, inspect, pull, convert, quantize."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from slimrt.errors import SettingError
+from slimrt.terminal.loading import open_file
+from slimrt.terminal.progress import progress_bar
+from slimrt.terminal.screen import human_bytes
+from slimrt.tokenizer import Tokenizer
+
+__all__ = ["convert", "inspect", "list_models", "pull", "quantize", "tokenize"]
+
+
+def tokenize(
+    text: str, model: str | None, *, special: bool, no_bos: bool, pieces: bool, count: bool, decode: bool, as_json: bool
+) -> None:
+    """Text to ids or back; the weights are not loaded."""
+    from slimrt.terminal.tables import print_pieces
+
+    given = _ids(text) if decode else None  # a slip is told before the model is opened
+    tokenizer = Tokenizer.from_gguf(open_file(model))
+    ids = tokenizer.encode(text, special=special, add_bos=False if no_bos else None) if given is None else given
+    texts = _pieces(tokenizer, ids) if as_json or pieces else []
+    if as_json:
+        data = {"count": len(ids), "tokens": ids, "pieces": texts}
+        _json({**data, "text": tokenizer.decode(ids, special=special)} if decode else data)
+    elif count:
+        click.echo(len(ids))
+    elif pieces:
+        print_pieces(zip(ids, texts, strict=True))
+    elif decode:
+        click.echo(tokenizer.decode(ids, special=special))
+    else:
+        click.echo(" ".join(map(str, ids)))
+
+
+def _pieces(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
+    r"""The text of each token; bytes that are part of a character only appear as ``\xf0``."""
+    return [tokenizer.token_bytes(id, special=True).decode(errors="backslashreplace") for id in ids]
+
+
+def _ids(text: str) -> list[int]:
+    """Numbers between blanks, commas or brackets: what ``tokenize`` prints, with or without --json."""
+    words = text.replace(",", " ").replace("[", " ").replace("]", " ").split()
+    for word in words:
+        if not word.isascii() or not word.isdigit():
+            raise SettingError(f"{word[:40]!r} is not a token id; --decode takes whole numbers, such as 1 42 7")
+    return [int(word) for word in words]
+
+
+def inspect(
+    model: str | None, ctx: int | None, threads: int | None, *, metadata: bool, tensors: bool, as_json: bool
+) -> None:
+    """The model's contents and memory plan."""
+    from slimrt.inspect import describe
+    from slimrt.terminal.tables import print_model
+
+    file = open_file(model)
+    about = describe(file, ctx, threads=threads)
+    if as_json:
+        if tensors:
+            about["tensors"] = [
+                {"name": t.name, "type": t.type.name, "shape": list(t.shape), "bytes": t.nbytes}
+                for t in file.tensors.values()
+            ]
+        if metadata:
+            about["metadata"] = {key: _plain(value) for key, value in file.metadata.items()}
+        _json(about)
+    else:
+        print_model(about, file, metadata=metadata, tensors=tensors)
+
+
+def _plain(value: Any) -> Any:
+    """A metadata value as JSON knows it; numbers that are not finite become text."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, float) and value - value != 0 else value
+
+
+def pull(name: str | None, *, force: bool, as_json: bool) -> None:
+    """Fetch or check a model; its path goes to stdout."""
+    from slimrt import hub
+
+    with progress_bar(f"fetching {name or 'the default model'}", unit="bytes") as progress:
+        path = hub.pull(name, progress, force)
+    if as_json:
+        _json({"name": name or hub.DEFAULT_MODEL, "path": str(path), "bytes": path.stat().st_size})
+    else:
+        click.echo(path)
+
+
+def list_models(*, as_json: bool) -> None:
+    """What is there without fetching."""
+    from slimrt import hub
+    from slimrt.terminal.tables import print_models
+
+    models = hub.models()
+    if as_json:
+        _json({"models": [{"name": model.name, "path": str(model.path), "bytes": model.size} for model in models]})
+    elif models:
+        print_models(models)
+    else:
+        click.echo("no models yet; 'slimrt pull' fetches the default one", err=True)
+
+
+def convert(source: Path, target: Path, kind: str, *, as_json: bool) -> None:
+    """A checkpoint folder to GGUF."""
+    from slimrt.convert import convert_checkpoint
+
+    _write("converting", convert_checkpoint, source, target, kind, as_json)
+
+
+def quantize(source: Path, target: Path, kind: str, *, as_json: bool) -> None:
+    """A GGUF file to another type."""
+    from slimrt.convert import quantize_file
+
+    _write("quantising", quantize_file, source, target, kind, as_json)
+
+
+def _write(label: str, work: Callable[..., None], source: Path, target: Path, kind: str, as_json: bool) -> None:
+    with progress_bar(label, unit="bytes") as progress:
+        work(source, target, kind, progress)
+    size = target.stat().st_size
+    if as_json:
+        _json({"source": str(source), "path": str(target), "type": kind, "bytes": size})
+    else:
+        click.echo(f"{target}: {kind}, {human_bytes(size)}", err=True)
+
+
+def _json(data: Any) -> None:
+    click.echo(json.dumps(data, ensure_ascii=False))

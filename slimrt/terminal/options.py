@@ -1,0 +1,184 @@
+"""Options that mean the same in every command, and the frozen settings they become."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from slimrt.config import SamplingConfig, parse_size
+from slimrt.errors import SettingError
+
+__all__ = [
+    "AnswerSettings",
+    "LazyChoice",
+    "LoadSettings",
+    "answer_options",
+    "ctx_option",
+    "file_option",
+    "json_option",
+    "load_options",
+    "model_option",
+    "output_path",
+]
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+Decorator = Callable[[Command], Command]
+
+
+@dataclass(frozen=True)
+class LoadSettings:
+    """Which model, and how it is laid out. ``ctx`` None: what the model was trained on, at most 8192."""
+
+    model: str | None = None
+    ctx: int | None = None
+    device: str = "auto"
+    prune: str = "auto"
+    threads: int | None = None
+    rope_base: float | None = None
+    rope_scaling: str | None = None
+    rope_factor: float | None = None
+    chat_template: str | None = None
+
+
+@dataclass(frozen=True)
+class AnswerSettings:
+    """How an answer is drawn and when it ends. ``max_tokens`` None: until the model stops or the context is full."""
+
+    sampling: SamplingConfig
+    max_tokens: int | None
+    stop: tuple[str, ...]
+
+    def keywords(self) -> dict[str, Any]:
+        """As ``LLM.stream`` takes them."""
+        sampling = {name: getattr(self.sampling, name) for name in SamplingConfig.__dataclass_fields__}
+        return {"max_tokens": self.max_tokens, "stop": self.stop, **sampling}
+
+
+class Size(click.ParamType):
+    """A count with an optional k (1024) or m (1024**2)."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        try:
+            return parse_size(value)
+        except SettingError as error:
+            self.fail(str(error), param, ctx)
+
+
+class LazyChoice(click.ParamType):
+    """One of the names in ``attribute`` of ``module``, which is imported only when the option is used or explained."""
+
+    name = "type"
+
+    def __init__(self, module: str, attribute: str) -> None:
+        self._module, self._attribute = module, attribute
+
+    def _choices(self) -> tuple[str, ...]:
+        return tuple(getattr(import_module(self._module), self._attribute))
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
+        return f"[{'|'.join(self._choices())}]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if value.lower() not in self._choices():
+            self.fail(f"{value!r} is not one of {', '.join(self._choices())}", param, ctx)
+        return str(value.lower())
+
+
+class LogitBias(click.ParamType):
+    """``TOKEN=BIAS``: a token id and what is added to its logit; ``-inf`` forbids it."""
+
+    name = "token=bias"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, float]:
+        if isinstance(value, tuple):
+            return value
+        token, _, bias = value.partition("=")
+        try:
+            return int(token), float(bias)
+        except ValueError:
+            self.fail(f"{value!r} must read TOKEN=BIAS, a token id and a number, such as 42=-inf", param, ctx)
+
+
+model_option = click.option(
+    "--model", "-m", metavar="MODEL", help="A .gguf file, hf:owner/repo/file.gguf or a catalogue name.  [smollm2-135m]"
+)
+ctx_option = click.option("--ctx", "-c", type=Size(), help="Most tokens of a conversation, such as 8192 or 64k.")
+json_option = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout and nothing else there.")
+output_path = click.Path(path_type=Path, dir_okay=False)
+
+
+def file_option(text: str) -> Decorator[Any]:
+    """``--file/-f``; its content is UTF-8 text."""
+    return click.option("--file", "-f", "file", type=click.Path(path_type=Path), metavar="FILE", help=text)
+
+
+def load_options(command: Command) -> Command:
+    """The options of LoadSettings; the command receives ``load: LoadSettings``."""
+
+    @functools.wraps(command)
+    def wrapped(**options: Any) -> Any:
+        names = LoadSettings.__dataclass_fields__
+        load = LoadSettings(**{name: options.pop(name) for name in names if name in options})
+        return command(load=load, **options)
+
+    return _decorated(
+        wrapped,
+        model_option,
+        ctx_option,
+        click.option("--prune", default="auto", show_default=True, metavar="auto|fast|off|PLAN.json",
+                     help="Which prompt tokens leave the forward pass early."),
+        click.option("--device", type=click.Choice(["cpu", "cuda", "auto"]), default="auto", show_default=True),
+        click.option("--threads", "-t", type=click.IntRange(1), help="CPU threads.  [all that the process may use]"),
+        click.option("--rope-scaling", type=click.Choice(["none", "linear", "yarn"]),
+                     help="How RoPE is stretched.  [yarn past the trained context]"),
+        click.option("--rope-base", type=float, metavar="BASE", help="RoPE's base frequency.  [the model's]"),
+        click.option("--rope-factor", type=float, metavar="X", help="How far RoPE is stretched.  [as --ctx needs]"),
+        click.option("--chat-template", metavar="NAME|JINJA", help="In place of the model's own chat template."),
+    )  # fmt: skip
+
+
+def answer_options(max_tokens: int) -> Decorator[Any]:
+    """Length, stop strings and sampling; the command receives ``answer: AnswerSettings``."""
+
+    def decorate(command: Command) -> Command:
+        @functools.wraps(command)
+        def wrapped(**options: Any) -> Any:
+            sampling = {name: options.pop(name) for name in SamplingConfig.__dataclass_fields__ if name in options}
+            sampling["logit_bias"] = dict(sampling["logit_bias"])
+            limit = options.pop("max_tokens")
+            answer = AnswerSettings(SamplingConfig(**sampling), None if limit == -1 else limit, options.pop("stop"))
+            return command(answer=answer, **options)
+
+        return _decorated(
+            wrapped,
+            click.option("--max-tokens", "-n", type=click.IntRange(-1), default=max_tokens, show_default=True,
+                         help="Most tokens of an answer; -1: until the model stops or the context is full."),
+            click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before TEXT; repeatable."),
+            click.option("--temperature", type=float, default=0.0, show_default=True, help="0: the likeliest token."),
+            click.option("--seed", type=int, help="Same seed, same text.  [a fresh one]"),
+            click.option("--top-k", type=int, default=0, help="Draw from the K likeliest tokens.  [0: off]"),
+            click.option("--top-p", type=float, default=1.0, help="Draw from the likeliest mass P.  [1: off]"),
+            click.option("--min-p", type=float, default=0.0, help="Least share of the top probability.  [0: off]"),
+            click.option("--typical-p", type=float, default=1.0, help="Locally typical sampling.  [1: off]"),
+            click.option("--repeat-penalty", type=float, default=1.0, help="Divides logits of recent tokens.  [1: off]"),
+            click.option("--presence-penalty", type=float, default=0.0, help="Subtracted once per token.  [0: off]"),
+            click.option("--frequency-penalty", type=float, default=0.0, help="Subtracted per occurrence.  [0: off]"),
+            click.option("--logit-bias", type=LogitBias(), multiple=True, metavar="TOKEN=BIAS",
+                         help="Added to a token's logit; -inf forbids it; repeatable."),
+        )  # fmt: skip
+
+    return decorate
+
+
+def _decorated(command: Any, *decorators: Callable[[Any], Any]) -> Any:
+    for decorator in reversed(decorators):
+        command = decorator(command)
+    return command

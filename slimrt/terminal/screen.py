@@ -1,0 +1,95 @@
+"""Answers on stdout; remarks on stderr, dim where a person watches."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+
+import click
+
+from slimrt.results import Completion
+
+__all__ = ["Screen", "human_bytes", "printable", "resident_bytes", "stats_line"]
+
+# Control characters that a terminal obeys: a model's answer must not move the cursor or rename the window.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def printable(text: str) -> str:
+    """``text`` with its control characters, line ends and tabs excepted, replaced by U+FFFD."""
+    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
+class Screen:
+    """``interactive``: a person sits at both ends. ``quiet``: answers are not written (``--json`` collects them)."""
+
+    def __init__(self, *, interactive: bool = False, quiet: bool = False) -> None:
+        self.interactive, self.quiet = interactive, quiet
+        self._on_terminal = sys.stdout.isatty()
+
+    def answer(self, piece: str) -> None:
+        """A piece of an answer, as it comes."""
+        if not self.quiet:
+            sys.stdout.write(printable(piece) if self._on_terminal else piece)
+            sys.stdout.flush()
+
+    def end_answer(self, text: str) -> None:
+        """The answer ``text`` is over: the next output starts on a line of its own."""
+        if not text.endswith("\n"):
+            self.answer("\n")
+
+    def remark(self, text: str) -> None:
+        """Numbers, hints and confirmations."""
+        click.echo(dim(text), err=True)
+
+    def error(self, text: str) -> None:
+        """What went wrong, on one line."""
+        red = {} if os.environ.get("NO_COLOR") else {"fg": "red", "bold": True}
+        click.echo(f"{click.style('error:', **red)} {' '.join(text.split())}", err=True)  # type: ignore[arg-type]
+
+
+def dim(text: str) -> str:
+    """``text`` in grey, unless the user wants no colours (https://no-color.org)."""
+    return text if os.environ.get("NO_COLOR") else click.style(text, dim=True)
+
+
+def stats_line(completion: Completion) -> str:
+    """What an answer cost: time to first token, speed, tokens, memory."""
+    usage, timings = completion.usage, completion.timings
+    parts = [f"TTFT {timings.ttft_s:.2f} s"]
+    if timings.decode_tok_s:
+        parts.append(f"{timings.decode_tok_s:.1f} tokens/s")
+    reused = f" ({timings.reused_tokens:,} reused)" if timings.reused_tokens else ""
+    parts.append(f"prompt {usage.prompt_tokens:,}{reused}")
+    if timings.stages:
+        parts.append(f"kept {' > '.join(f'{kept:,}' for kept in timings.stages)}")
+    parts.append(f"answer {usage.completion_tokens:,}")
+    memory = resident_bytes()
+    if memory is not None:
+        parts.append(f"memory {human_bytes(memory)}")
+    return " · ".join(parts)
+
+
+def human_bytes(count: float) -> str:
+    """``98362432`` -> ``"93.8 MiB"``."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} GiB"
+
+
+def resident_bytes() -> int | None:
+    """Bytes of memory that this process holds now (its peak where the system tells no more); None if it tells nothing."""
+    try:
+        with open("/proc/self/statm") as file:  # noqa: PTH123
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        pass
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
