@@ -37,7 +37,7 @@ types: .venv/installed-dev
 
 unit: .venv/installed-dev
 	@echo "== pytest"
-	@$(BIN)/pytest -q -n 2 $(TESTS)
+	@$(BIN)/pytest -q -n 2 --durations=5 --durations-min=5 $(TESTS)
 
 format: .venv/installed-dev
 	@$(BIN)/ruff check --fix $(OURS)
