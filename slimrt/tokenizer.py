@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import operator
 from collections.abc import Iterable
+from itertools import chain
 from typing import Protocol
 
 from slimrt.errors import ModelFileError, TokenizerError
@@ -25,8 +26,8 @@ _BLANKS = " \t\n\v\f\r"  # isspace() in C
 class _Coder(Protocol):
     """What a kind of vocabulary must do; text given to ``encode`` holds no control tokens any more."""
 
-    add_bos: bool
-
+    @property
+    def add_bos(self) -> bool: ...
     def encode(self, text: str) -> list[int]: ...
     def token_bytes(self, id: int) -> bytes: ...
 
@@ -35,7 +36,8 @@ class Tokenizer:
     """The tokenizer of one model.
 
     ``bos_id``, ``eos_id``: None where the model has none. ``add_bos``, ``add_eos``: what the model's metadata wants
-    around a text. ``space_prefix``: whether each text gets a space in front of it. ``stop_ids``: every token that ends a generation. ``chat_template``: jinja2 source, or None.
+    around a text. ``space_prefix``: whether each text gets a space in front of it. ``stop_ids``: every token that ends
+    a generation. ``chat_template``: jinja2 source, or None.
     """
 
     def __init__(self, vocab: Vocabulary, coder: _Coder, *, space_prefix: bool, strip_after_special: bool) -> None:
@@ -56,8 +58,8 @@ class Tokenizer:
         for wanted, id, name in ((self.add_bos, self.bos_id, "bos"), (self.add_eos, self.eos_id, "eos")):
             if wanted and id is None:
                 raise ModelFileError(
-                    f"{vocab.path}: tokenizer.ggml.add_{name}_token is set and tokenizer.ggml.{name}_token_id is missing; "
-                    "the one needs the other; convert the model anew"
+                    f"{vocab.path}: tokenizer.ggml.add_{name}_token is set and tokenizer.ggml.{name}_token_id is "
+                    "missing; the one needs the other; convert the model anew"
                 )
 
     @classmethod
@@ -69,8 +71,8 @@ class Tokenizer:
         kind = file.get("tokenizer.ggml.model", str)
         if kind not in ("llama", "gpt2"):
             raise ModelFileError(
-                f"{file.path}: tokenizer.ggml.model is '{kind[:80]}'; known are llama (SentencePiece, byte-pair type) and gpt2 "
-                "(byte-level BPE); use a model with one of these"
+                f"{file.path}: tokenizer.ggml.model is {kind[:80]!r}; known are llama (SentencePiece, byte-pair type) "
+                "and gpt2 (byte-level BPE); use a model with one of these"
             )
         vocab = Vocabulary(file)
         coder: _Coder = SentencePieceBPE(vocab) if kind == "llama" else ByteLevelBPE(vocab)
@@ -97,7 +99,9 @@ class Tokenizer:
         ids: list[int] = []
         if self.add_bos if add_bos is None else add_bos:
             if self.bos_id is None:
-                raise TokenizerError(f"{self._vocab.path} has no BOS token; add_bos must be False or None for this model")
+                raise TokenizerError(
+                    f"add_bos=True: {self._vocab.path} has no BOS token; leave add_bos out for this model"
+                )
             ids.append(self.bos_id)
         after_special = True  # the beginning counts as such
         for part in self._cut_out_special(text, special):
@@ -116,8 +120,8 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError as error:
             raise TokenizerError(
-                f"character {error.start} of the text is the lone surrogate U+{ord(text[error.start]):04X}; text must be valid "
-                "Unicode; decode the input as UTF-8 with errors='replace'"
+                f"character {error.start} of the text is the lone surrogate U+{ord(text[error.start]):04X}; text must "
+                "be valid Unicode; decode the input as UTF-8 with errors='replace'"
             ) from None
 
     def _cut_out_special(self, text: str, special: bool) -> list[str | int]:
@@ -128,7 +132,8 @@ class Tokenizer:
             token = tokens[id]
             if token not in text or not (special or types[id] == USER_DEFINED):
                 continue
-            parts = [piece for part in parts for piece in ([part] if isinstance(part, int) else self._cut(part, token, id))]
+            cut = [[part] if isinstance(part, int) else self._cut(part, token, id) for part in parts]
+            parts = list(chain.from_iterable(cut))
         return parts
 
     def _cut(self, text: str, token: str, id: int) -> list[str | int]:
@@ -174,7 +179,9 @@ class Tokenizer:
         except TypeError:
             index = -1
         if not 0 <= index < self.vocab_size:
-            raise TokenizerError(f"token id {id!r}: this model's vocabulary has ids 0 to {self.vocab_size - 1}; use one of these")
+            raise TokenizerError(
+                f"token id {id!r}: this model's vocabulary has ids 0 to {self.vocab_size - 1}; use one of these"
+            )
         return index
 
     def stream_decoder(self, *, special: bool = False) -> StreamDecoder:

@@ -99,7 +99,7 @@ class ByteLevelBPE:
         if kind in (CONTROL, UNKNOWN, USER_DEFINED):
             return text.encode()
         if kind == BYTE:
-            return self._vocab.byte_value(id)
+            return self._vocab.byte_values[id]
         if kind == UNUSED:
             return b""
         try:
@@ -120,7 +120,7 @@ def _pre_tokenizer(vocab: Vocabulary) -> PreTokenizer:
     rule = PRE_TOKENIZERS.get(vocab.pre)
     if rule is None:
         raise ModelFileError(
-            f"{vocab.path}: tokenizer.ggml.pre is '{vocab.pre[:80]}'; known are {', '.join(sorted(PRE_TOKENIZERS))}; "
+            f"{vocab.path}: tokenizer.ggml.pre is {vocab.pre[:80]!r}; known are {', '.join(sorted(PRE_TOKENIZERS))}; "
             "use a model with one of these, or convert it with a converter that names one"
         )
     return rule
@@ -146,8 +146,8 @@ def _parse_merges(vocab: Vocabulary, byte_ids: list[int]) -> MergesList:
             if cut < 1 or not {left, right, left + right} <= vocab.ids.keys()
         )
         raise ModelFileError(
-            f"{vocab.path}: tokenizer.ggml.merges entry {no} is '{merges[no][:80]}'; an entry is two vocabulary entries with a "
-            "space between, and joined they are one too; the file is corrupt; convert the model anew"
+            f"{vocab.path}: tokenizer.ggml.merges entry {no} is {merges[no][:80]!r}; an entry is two vocabulary "
+            "entries with a space between, and joined they are one too; the file is corrupt; convert the model anew"
         ) from None
     return MergesList(left, right, result, vocab.tokens, np.array([id for id in byte_ids if id != _NO_TOKEN], np.int64))
 

@@ -2,7 +2,7 @@
 
 A merges list (Sennrich et al., arXiv 1508.07909) applies the pair that stands first in it, leftmost first. ``tiktoken``
 knows no pairs: it joins any two neighbours whose bytes are a ranked token, lowest rank first, leftmost first. The two
-differ where the list lacks a split of a token that tiktoken takes, or where a token's rank is not the place of its pair.
+differ where the list lacks a split of a token that tiktoken takes, or where a token's rank is not its pair's place.
 
 *One split.* Merging only ever removes boundaries between tokens, so the events inside a span whose ends are still
 boundaries are those of that span alone. Hence two neighbours that together spell token t can only be *the* two into
@@ -91,14 +91,15 @@ def _order_of_all_splits(merges: MergesList) -> np.ndarray | None:
     if len(starts) == len(merges.result) or len(np.unique(order)) < len(order):
         return None  # one split each, or the splits of a token do not stand together
     texts = [merges.tokens[id] for id in order.tolist()]
-    if not set("".join(texts)) <= {merges.tokens[id] for id in merges.byte_ids.tolist()}:
+    singles = {merges.tokens[id] for id in merges.byte_ids.tolist()}
+    if not set("".join(texts)) <= singles:
         return None  # an entry that is not written in bytes
     ranked = np.zeros(len(merges.tokens), np.bool_)
     ranked[order] = ranked[merges.byte_ids] = True
     arises = ranked[merges.left] & ranked[merges.right]
     pairs = np.unique(merges.left[arises] * len(ranked) + merges.right[arises])
     # Listed splits are splits, so equal numbers mean equal sets; a hash collision can only make the numbers differ.
-    return order if len(pairs) == _count_splits([*(merges.tokens[id] for id in merges.byte_ids.tolist()), *texts]) else None
+    return order if len(pairs) == _count_splits([*singles, *texts]) else None
 
 
 def _count_splits(texts: list[str]) -> int:

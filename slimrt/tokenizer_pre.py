@@ -4,7 +4,7 @@ GGUF names the rule in ``tokenizer.ggml.pre``; the names and the rules are those
 where each rule is a sequence of regular expressions: every piece so far is cut into the matches of the next
 expression and the gaps between them. A lookahead sees the end of its piece as the end of the text.
 
-One rule differs from llama.cpp on purpose: ``tekken``, ``gpt-4o`` and ``llama4`` keep the letter classes of the models' own
+``tekken``, ``gpt-4o`` and their like differ from llama.cpp on purpose: they keep the letter classes of the models' own
 files (upper, lower, mark), which llama.cpp approximates with ``[^a-z]`` because ``std::regex`` has no such classes.
 """
 
@@ -15,7 +15,7 @@ from itertools import chain
 
 import regex
 
-__all__ = ["PRE_TOKENIZERS", "PreTokenizer", "pre_tokenizer"]
+__all__ = ["PRE_TOKENIZERS", "PreTokenizer"]
 
 # Contractions are spelt out: (?i:'s) would also match U+017F, the long s, which folds to s.
 _CONTRACTION = r"'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD]"
@@ -63,7 +63,8 @@ _DEEPSEEK_CODER = (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", r"[一-龥ࠀ-一가-�
 _DEEPSEEK_V3 = (
     r"\p{N}{1,3}",
     r"[一-龥぀-ゟ゠-ヿ]+",
-    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|" + _SPACES,
+    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|"
+    rf"{_SPACES}",
 )
 _FALCON = (r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, r"[0-9][0-9][0-9]")
 _DEFAULT = (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")
@@ -89,37 +90,29 @@ class PreTokenizer:
         return pieces
 
 
-_RULES: list[tuple[PreTokenizer, tuple[str, ...]]] = [
-    (PreTokenizer(_DEFAULT), ("default",)),
+_RULES: list[tuple[PreTokenizer, str]] = [
+    (PreTokenizer(_DEFAULT), "default"),
     (
         PreTokenizer((_LLAMA3,), ignore_merges=True, add_bos=True),
-        ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"),
+        "llama3 llama-v3 llama-bpe falcon3 falcon-h1 pixtral midm-2.0 lfm2",
     ),
-    (PreTokenizer((_LLAMA3,), ignore_merges=True), ("glm4", "glm5")),
-    (PreTokenizer((_LLAMA3,)), ("dbrx", "smaug-bpe", "chatglm-bpe")),
-    (PreTokenizer(_DIGITS_APART), ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b", "mellum2")),
-    (
-        PreTokenizer((_QWEN2,)),
-        ("qwen2", "deepseek-r1-qwen", "kormo", "stablelm2", "megrez", "hunyuan", "grok-2", "solar-open"),
-    ),
-    (PreTokenizer((_QWEN35,)), ("qwen35",)),
+    (PreTokenizer((_LLAMA3,), ignore_merges=True), "glm4 glm5"),
+    (PreTokenizer((_LLAMA3,)), "dbrx smaug-bpe chatglm-bpe"),
+    (PreTokenizer(_DIGITS_APART), "smollm starcoder refact command-r codeshell exaone minerva-7b mellum2"),
+    (PreTokenizer((_QWEN2,)), "qwen2 deepseek-r1-qwen kormo stablelm2 megrez hunyuan grok-2 solar-open"),
+    (PreTokenizer((_QWEN35,)), "qwen35"),
     (
         PreTokenizer((_GPT2,)),
-        ("gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "granite-docling", "gigachat", "a.x-4.0", "mellum", "exaone4"),
+        "gpt-2 phi-2 mpt olmo jais trillion granite-docling gigachat a.x-4.0 mellum exaone4",
     ),
-    (PreTokenizer((_TEKKEN,), ignore_merges=True, add_bos=True), ("tekken",)),
-    (PreTokenizer((_GPT4O,)), ("gpt-4o", "llama4", "kanana2")),
-    (PreTokenizer((_SEED,)), ("seed-coder",)),
-    (PreTokenizer(_DEEPSEEK_LLM), ("deepseek-llm",)),
-    (PreTokenizer(_DEEPSEEK_CODER), ("deepseek-coder",)),
-    (PreTokenizer(_DEEPSEEK_V3), ("deepseek-v3", "hunyuan-dense", "joyai-llm")),
-    (PreTokenizer(_FALCON), ("falcon",)),
+    (PreTokenizer((_TEKKEN,), ignore_merges=True, add_bos=True), "tekken"),
+    (PreTokenizer((_GPT4O,)), "gpt-4o llama4 kanana2"),
+    (PreTokenizer((_SEED,)), "seed-coder"),
+    (PreTokenizer(_DEEPSEEK_LLM), "deepseek-llm"),
+    (PreTokenizer(_DEEPSEEK_CODER), "deepseek-coder"),
+    (PreTokenizer(_DEEPSEEK_V3), "deepseek-v3 hunyuan-dense joyai-llm"),
+    (PreTokenizer(_FALCON), "falcon"),
 ]
 
-PRE_TOKENIZERS: dict[str, PreTokenizer] = {name: rule for rule, names in _RULES for name in names}
+PRE_TOKENIZERS: dict[str, PreTokenizer] = {name: rule for rule, names in _RULES for name in names.split()}
 """Every value of ``tokenizer.ggml.pre`` that is understood."""
-
-
-def pre_tokenizer(name: str) -> PreTokenizer | None:
-    """The rule called ``name``, or None."""
-    return PRE_TOKENIZERS.get(name)

@@ -32,14 +32,15 @@ class SentencePieceBPE:
 
     def __init__(self, vocab: Vocabulary) -> None:
         self._vocab = vocab
-        scores = vocab.numbers("tokenizer.ggml.scores", np.number)
+        scores = vocab.numbers("tokenizer.ggml.scores", kinds="iuf")
         if scores is None or np.isnan(scores).any():
+            fault = "missing" if scores is None else "NaN in places"
             raise ModelFileError(
-                f"{vocab.path}: metadata key 'tokenizer.ggml.scores' is {'missing' if scores is None else 'not a number in places'}; "
-                "a SentencePiece vocabulary has a score for every entry; convert the model anew"
+                f"{vocab.path}: metadata key 'tokenizer.ggml.scores' is {fault}; a SentencePiece vocabulary has a "
+                "score for every entry; convert the model anew"
             )
-        self._bytes = {vocab.byte_value(id) for id, kind in enumerate(vocab.types) if kind == BYTE}
-        proto = b"".join(_model_proto(vocab, scores.astype(np.float32).tolist(), byte_fallback=len(self._bytes) == 256))
+        self._byte_fallback = len(set(vocab.byte_values.values())) == 256
+        proto = b"".join(_model_proto(vocab, scores.astype(np.float32).tolist(), byte_fallback=self._byte_fallback))
         self._processor = sentencepiece.SentencePieceProcessor()
         try:
             self._processor.LoadFromSerializedProto(proto)
@@ -50,12 +51,15 @@ class SentencePieceBPE:
             ) from None
 
     def encode(self, text: str) -> list[int]:
-        """The ids of ``text``, which holds no control tokens. Raises TokenizerError where the vocabulary lacks a character."""
+        """The ids of ``text``, which holds no control tokens.
+
+        Raises TokenizerError where the vocabulary lacks a character and has no entry for the unknown.
+        """
         ids: list[int] = self._processor.encode(text)
-        if len(self._bytes) < 256 and ids and max(ids) >= len(self._vocab.tokens):
+        if not self._byte_fallback and ids and max(ids) >= len(self._vocab.tokens):
             raise TokenizerError(
-                f"{text[:20]!r} holds a character that the vocabulary of {self._vocab.path} lacks, and it has neither byte entries "
-                "nor one for the unknown; remove the character or use another model"
+                f"{text[:20]!r} holds a character that the vocabulary of {self._vocab.path} lacks, and it has "
+                "neither byte entries nor one for the unknown; remove the character or use another model"
             )
         return ids
 
@@ -65,7 +69,7 @@ class SentencePieceBPE:
         if kind in (CONTROL, UNKNOWN, USER_DEFINED):
             return text.encode()
         if kind == BYTE:
-            return self._vocab.byte_value(id)
+            return self._vocab.byte_values[id]
         if kind == UNUSED:
             return b""
         return text.replace(_SPACE, " ").encode()
@@ -95,7 +99,8 @@ def _model_proto(vocab: Vocabulary, scores: list[float], byte_fallback: bool) ->
         + _number(40, unknown_id)
         + _text(45, "<slimrt-unknown>" if unknown is None else vocab.tokens[unknown])
     )
-    normalizer = _text(1, "identity") + _number(3, 0) + _number(4, 0) + _number(5, 1)  # prefix no, trim no, escape spaces
+    # No space in front, no trimming, spaces escaped.
+    normalizer = _text(1, "identity") + _number(3, 0) + _number(4, 0) + _number(5, 1)
     yield _block(2, trainer)
     yield _block(3, normalizer)
 

@@ -1,7 +1,7 @@
 """The vocabulary in a GGUF file: entries, their types, special ids, and which tokens end a generation.
 
 Keys: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md ("Tokenizer"). Which tokens end a generation and which
-entries count as control tokens whatever the file says is decided by their text, as llama.cpp's ``llama-vocab.cpp`` does.
+entries count as control tokens whatever the file says is decided by their text, as in llama.cpp's ``llama-vocab.cpp``.
 """
 
 from __future__ import annotations
@@ -27,14 +27,26 @@ _END_TEXTS = (
 )  # fmt: skip
 
 # Fill-in-the-middle tokens: metadata keys, texts that name one where no key does, whether it ends a generation.
-_INFILL: tuple[tuple[tuple[str, ...], tuple[str, ...], bool], ...] = (
-    (("fim_pre", "prefix"), ("<|fim_prefix|>", "<fim-prefix>", "<fim_prefix>", "<｜fim▁begin｜>", "<PRE>", "▁<PRE>", "<|code_prefix|>", "<|prefix|>"), False),
-    (("fim_suf", "suffix"), ("<|fim_suffix|>", "<fim-suffix>", "<fim_suffix>", "<｜fim▁hole｜>", "<SUF>", "▁<SUF>", "<|code_suffix|>", "<|suffix|>"), False),
-    (("fim_mid", "middle"), ("<|fim_middle|>", "<fim-middle>", "<fim_middle>", "<｜fim▁end｜>", "<MID>", "▁<MID>", "<|code_middle|>", "<|middle|>"), False),
-    (("fim_pad",), ("<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]"), True),
-    (("fim_rep",), ("<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>"), True),
-    (("fim_sep",), ("<|file_sep|>",), True),
-)  # fmt: skip
+_INFILL: tuple[tuple[str, str, bool], ...] = (
+    (
+        "fim_pre prefix",
+        "<|fim_prefix|> <fim-prefix> <fim_prefix> <｜fim▁begin｜> <PRE> ▁<PRE> <|code_prefix|> <|prefix|>",
+        False,
+    ),
+    (
+        "fim_suf suffix",
+        "<|fim_suffix|> <fim-suffix> <fim_suffix> <｜fim▁hole｜> <SUF> ▁<SUF> <|code_suffix|> <|suffix|>",
+        False,
+    ),
+    (
+        "fim_mid middle",
+        "<|fim_middle|> <fim-middle> <fim_middle> <｜fim▁end｜> <MID> ▁<MID> <|code_middle|> <|middle|>",
+        False,
+    ),
+    ("fim_pad", "<|fim_pad|> <fim-pad> <fim_pad> <PAD> [PAD]", True),
+    ("fim_rep", "<|fim_repo|> <|repo_name|> <fim-repo> <REPO> <reponame>", True),
+    ("fim_sep", "<|file_sep|>", True),
+)
 
 _ALWAYS_SHOWN = ("<|channel|>", "<|message|>", "<|start|>", "<|constrain|>")  # gpt-oss writes its answer between these
 _BYTE_TEXT = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -43,8 +55,9 @@ _BYTE_TEXT = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 class Vocabulary:
     """The entries of a vocabulary and what they mean.
 
-    ``tokens``: text per id; ``types``: token type per id; ``ids``: id per text. ``bos_id``, ``eos_id``: None where there
-    is none. ``stop_ids``: tokens that end a generation. ``pre``: name of the pre-tokenizer, None where the file has none.
+    ``tokens``: text per id; ``types``: token type per id; ``ids``: id per text; ``byte_values``: the byte that each
+    entry of type byte stands for. ``bos_id``, ``eos_id``: None where there is none. ``stop_ids``: tokens that end a
+    generation. ``pre``: name of the pre-tokenizer, None where the file has none.
 
     Raises ModelFileError where entries are missing or duplicate, arrays too short, or special ids outside.
     """
@@ -54,25 +67,31 @@ class Vocabulary:
         self.path = file.path
         self.tokens = self.text_list("tokenizer.ggml.tokens")
         if not self.tokens:
-            raise ModelFileError(f"{self.path}: tokenizer.ggml.tokens is empty; a vocabulary has entries; convert the model anew")
+            raise ModelFileError(
+                f"{self.path}: tokenizer.ggml.tokens is empty; a vocabulary has entries; convert the model anew"
+            )
         if "" in self.tokens:
             self.tokens = [text or f"[EMPTY_{id}]" for id, text in enumerate(self.tokens)]
         self.ids = {text: id for id, text in enumerate(self.tokens)}
         if len(self.ids) < len(self.tokens):
-            id = next(id for id, text in enumerate(self.tokens) if self.ids[text] != id)
+            id, text = next((id, text) for id, text in enumerate(self.tokens) if self.ids[text] != id)
             raise ModelFileError(
-                f"{self.path}: vocabulary entry '{self.tokens[id][:80]}' occurs twice, as {id} and {self.ids[self.tokens[id]]}; "
+                f"{self.path}: vocabulary entry {text[:80]!r} occurs twice, as {id} and {self.ids[text]}; "
                 "entries are unique; convert the model anew"
             )
-        types = self.numbers("tokenizer.ggml.token_type", np.integer)
+        types = self.numbers("tokenizer.ggml.token_type", kinds="iu")
         self.types: list[int] = [NORMAL] * len(self.tokens) if types is None else types.tolist()
-        self.pre = file.get("tokenizer.ggml.pre", str) if "tokenizer.ggml.pre" in file.metadata else None
-        self.chat_template = file.get("tokenizer.chat_template", str) if "tokenizer.chat_template" in file.metadata else None
+        self.byte_values = {id: self._byte_value(id) for id, kind in enumerate(self.types) if kind == BYTE}
+        self.pre = self._text("tokenizer.ggml.pre")
+        self.chat_template = self._text("tokenizer.chat_template")
         # The SentencePiece defaults are LLaMA's; byte-level vocabularies have none.
         spm = file.get("tokenizer.ggml.model", str) == "llama"
         self.bos_id = self.special_id("bos", 1 if spm else None)
         self.eos_id = self.special_id("eos", 2 if spm else None)
         self.stop_ids = self._find_stop_ids()
+
+    def _text(self, key: str) -> str | None:
+        return self._file.get(key, str) if key in self._file.metadata else None
 
     def text_list(self, key: str) -> list[str]:
         """The metadata array of strings called ``key``; raises ModelFileError if there is none."""
@@ -84,15 +103,18 @@ class Vocabulary:
             )
         return value
 
-    def numbers(self, key: str, kind: type[np.generic]) -> np.ndarray | None:
-        """The metadata array of numbers called ``key``, one per entry, or None; raises ModelFileError if it is no such."""
+    def numbers(self, key: str, kinds: str) -> np.ndarray | None:
+        """The metadata array of numbers called ``key``, one per entry, or None if there is none.
+
+        ``kinds``: the NumPy kinds allowed, such as "iu". Raises ModelFileError for another array or too short a one.
+        """
         value = self._file.metadata.get(key)
         if value is None:
             return None
-        if not isinstance(value, np.ndarray) or not np.issubdtype(value.dtype, kind) or len(value) < len(self.tokens):
+        if not isinstance(value, np.ndarray) or value.dtype.kind not in kinds or len(value) < len(self.tokens):
             raise ModelFileError(
-                f"{self.path}: metadata key '{key}' must be an array of {len(self.tokens)} numbers, one per vocabulary entry; "
-                "the file is corrupt; convert the model anew"
+                f"{self.path}: metadata key '{key}' must be an array of {len(self.tokens)} numbers, one per vocabulary "
+                "entry; the file is corrupt; convert the model anew"
             )
         return value[: len(self.tokens)]
 
@@ -108,17 +130,17 @@ class Vocabulary:
         id = self._file.get(key, int)
         if not 0 <= id < len(self.tokens):
             raise ModelFileError(
-                f"{self.path}: {key} is {id}; the vocabulary has ids 0 to {len(self.tokens) - 1}; convert the model anew"
+                f"{self.path}: {key} is {id}; the vocabulary has ids 0 to {len(self.tokens) - 1}; "
+                "convert the model anew"
             )
         return id
 
-    def byte_value(self, id: int) -> bytes:
-        """The byte that an entry of type BYTE, written <0xNN>, stands for."""
+    def _byte_value(self, id: int) -> bytes:
         match = _BYTE_TEXT.fullmatch(self.tokens[id])
         if match is None:
             raise ModelFileError(
-                f"{self.path}: vocabulary entry {id}, '{self.tokens[id][:80]}', is of type byte; such entries read <0x00> to "
-                "<0xFF>; convert the model anew"
+                f"{self.path}: vocabulary entry {id}, {self.tokens[id][:80]!r}, is of type byte; such entries read "
+                "<0x00> to <0xFF>; convert the model anew"
             )
         return bytes.fromhex(match[1])
 
@@ -126,8 +148,8 @@ class Vocabulary:
         stops = {self.ids[text] for text in _END_TEXTS if text in self.ids}
         control = set(stops)
         for names, texts, ends in _INFILL:
-            keyed = next((id for id in map(self.special_id, names) if id is not None), None)
-            found = [self.ids[text] for text in texts if text in self.ids][:1] if keyed is None else []
+            keyed = next((id for id in map(self.special_id, names.split()) if id is not None), None)
+            found = [self.ids[text] for text in texts.split() if text in self.ids][:1] if keyed is None else []
             control.update(found)
             if ends:
                 stops.update(found if keyed is None else [keyed])
