@@ -82,7 +82,7 @@ def _floats(tensor: TensorInfo, rows: np.ndarray, source: Path) -> Rows:
     if tensor.type in (GGMLQuantizationType.F32, GGMLQuantizationType.F16):
         return lambda start, stop: np.asarray(rows[start:stop], np.float32)
     try:
-        quants.dequantize(rows[:0].view(np.uint8), tensor.type)
+        quants.dequantize(np.ascontiguousarray(rows[:1]).view(np.uint8), tensor.type)
     except NotImplementedError:
         raise ModelFileError(
             f"{source}: tensor '{tensor.name}' has type {tensor.type.name}, which cannot be unpacked; quantise "

@@ -84,7 +84,7 @@ def test_llama3_rope_divisors(tmp_path: Path) -> None:
             smooth = (32 / wavelength - 1) / (4 - 1)
             expected.append(1 / ((1 - smooth) / 8 + smooth))
     assert {1.0, 8.0} < set(expected)  # all three cases occur
-    np.testing.assert_array_equal(divisors, np.float32(expected))
+    np.testing.assert_array_equal(divisors, np.array(expected, np.float32))
 
 
 @pytest.mark.parametrize("kind", OUTPUT_TYPES)
