@@ -96,7 +96,7 @@ class Vocabulary:
     def text_list(self, key: str) -> list[str]:
         """The metadata array of strings called ``key``; raises ModelFileError if there is none."""
         value = self._file.metadata.get(key)
-        if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+        if not isinstance(value, list) or not isinstance(value[0] if value else "", str):  # arrays are of one type
             raise ModelFileError(
                 f"{self.path}: metadata key '{key}' is {'missing' if value is None else 'not an array of strings'}; "
                 "this tokenizer requires it; convert the model anew"
