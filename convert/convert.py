@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 from gguf import GGML_QUANT_VERSION, GGMLQuantizationType, GGUFType, GGUFWriter, LlamaFileType, Metadata, size_label
+from yaml import YAMLError
+
 from slimrt.convert.huggingface import open_huggingface
 from slimrt.convert.meta import open_meta
 from slimrt.convert.source import Source
 from slimrt.convert.writer import OutputTensor, Progress, check_target, choose_type, encoded, parse_type, write_gguf
-from yaml import YAMLError
-
 from slimrt.errors import ModelFileError
 
 __all__ = ["convert_checkpoint"]

@@ -7,13 +7,12 @@ import math
 from pathlib import Path
 from typing import Any, Literal
 
-from slimrt.convert.checkpoint import StoredTensor, permute_heads, read_json
+from slimrt.convert.checkpoint import Rows, StoredTensor, permute_heads, read_json
 from slimrt.convert.hyperparameters import Hyperparameters, RopeScaling, flag, number, whole
 from slimrt.convert.safetensors_reader import read_safetensors_folder
 from slimrt.convert.source import Source, SourceTensor, check_complete, check_layers, gguf_names
 from slimrt.convert.special_tokens import read_special_tokens
 from slimrt.convert.vocabulary import Vocabulary, from_sentencepiece, from_tiktoken, from_tokenizer_json, is_tiktoken
-
 from slimrt.errors import ModelFileError
 
 __all__ = ["open_huggingface"]
@@ -53,7 +52,7 @@ def open_huggingface(folder: Path) -> Source:
 
 
 def _source_tensor(name: str, tensor: StoredTensor, sizes: Hyperparameters) -> SourceTensor:
-    rows = tensor.rows
+    rows: Rows = tensor.rows
     if sizes.arch == "llama" and (".attn_q." in name or ".attn_k." in name):
         rows = permute_heads(rows, tensor.shape[0], sizes.n_heads if ".attn_q." in name else sizes.n_kv_heads)
     return SourceTensor(rows, f"{tensor.path}: tensor '{tensor.name}'")

@@ -15,7 +15,6 @@ from slimrt.convert.hyperparameters import Hyperparameters, RopeScaling, flag, n
 from slimrt.convert.pth_reader import read_pth
 from slimrt.convert.source import Source, SourceTensor, check_complete, check_layers, gguf_names
 from slimrt.convert.vocabulary import Vocabulary, from_sentencepiece, from_tiktoken, is_tiktoken
-
 from slimrt.errors import ModelFileError
 
 __all__ = ["open_meta"]

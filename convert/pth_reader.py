@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 from slimrt.convert.checkpoint import FLOAT_TYPES, StoredTensor
-
 from slimrt.errors import ModelFileError
 
 __all__ = ["read_pth"]

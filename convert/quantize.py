@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 from gguf import GGML_QUANT_VERSION, GGMLQuantizationType, GGUFWriter, quants
+
 from slimrt.convert.checkpoint import Rows
 from slimrt.convert.value_types import value_types
 from slimrt.convert.writer import OutputTensor, Progress, check_target, choose_type, encoded, parse_type, write_gguf
-
 from slimrt.errors import ModelFileError
 from slimrt.gguf import GGUFFile, TensorInfo
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from slimrt.convert.checkpoint import FLOAT_TYPES, StoredTensor, read_json
-
 from slimrt.errors import ModelFileError
 
 __all__ = ["read_safetensors", "read_safetensors_folder"]

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gguf import MODEL_ARCH, get_tensor_name_map
+
 from slimrt.convert.checkpoint import Rows
 from slimrt.convert.hyperparameters import Hyperparameters
 from slimrt.convert.vocabulary import Vocabulary
-
 from slimrt.errors import ModelFileError
 
 __all__ = ["Source", "SourceTensor", "check_complete", "check_layers", "gguf_names"]

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from gguf import TokenType
+
 from slimrt.convert.checkpoint import read_json
 from slimrt.convert.vocabulary import Vocabulary
-
 from slimrt.errors import ModelFileError
 
 __all__ = ["read_special_tokens"]

@@ -16,9 +16,9 @@ from typing import Any
 
 from gguf import GGUFWriter, TokenType
 from sentencepiece import SentencePieceProcessor
+
 from slimrt.convert.checkpoint import read_json
 from slimrt.convert.pretokenizer import name_pre_tokenizer
-
 from slimrt.errors import ModelFileError, TokenizerError
 
 __all__ = ["Vocabulary", "from_sentencepiece", "from_tiktoken", "from_tokenizer_json", "is_tiktoken"]

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, LlamaFileType, quants
-from slimrt.convert.checkpoint import Rows
 
+from slimrt.convert.checkpoint import Rows
 from slimrt.errors import FetchError, ModelFileError, SettingError
 
 __all__ = [

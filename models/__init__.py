@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
-from slimrt.models.llama import Llama
-
-from slimrt.config import ModelConfig, RopeConfig
+from slimrt.config import ModelConfig, RopeConfig, RopeScaling
 from slimrt.errors import ModelFileError, SettingError
 from slimrt.gguf import GGUFFile
+from slimrt.models.llama import Llama
 
 __all__ = ["ARCHITECTURES", "Llama", "build", "read_config", "stretch_rope"]
 
@@ -104,7 +103,7 @@ def _read_rope(file: GGUFFile, arch: str, head_dim: int, ctx_train: int) -> Rope
         base=base,
         dims=dims,
         interleaved=ARCHITECTURES[arch],
-        scaling=kind,  # type: ignore[arg-type]  # held against the list above
+        scaling=cast(RopeScaling, kind),
         factor=factor,
         original_ctx=file.get(f"{arch}.rope.scaling.original_context_length", int, ctx_train),
         attn_factor=file.get(f"{arch}.rope.scaling.attn_factor", float, 1.0),
@@ -156,7 +155,10 @@ def stretch_rope(
             rope = replace(rope, scaling="none", factor=1.0)
         else:
             rope = replace(
-                rope, scaling=scaling, factor=factor or max(1.0, ctx / config.ctx_train), original_ctx=config.ctx_train
+                rope,
+                scaling=cast(RopeScaling, scaling),
+                factor=factor or max(1.0, ctx / config.ctx_train),
+                original_ctx=config.ctx_train,
             )
     elif factor is not None:
         kind = rope.scaling if rope.scaling in ("linear", "yarn") else "linear"

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from slimrt.models.rope import RopeTable
 
 from slimrt.config import ModelConfig
 from slimrt.errors import ModelFileError
 from slimrt.gguf import GGUFFile, TensorInfo
+from slimrt.models.rope import RopeTable
 from slimrt.quants import dequantize
 
 Array = Any  # the backend's array

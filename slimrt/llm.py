@@ -51,7 +51,7 @@ def load(
 
     ``path``: a file, "hf:owner/repo/file.gguf", or None for the default model, fetched where needed. ``ctx``: the most
     tokens of a conversation (default: the trained context, at most 8192); past the trained context RoPE is stretched
-    by YaRN unless ``rope_scaling`` says "none" or "linear". ``device``: "cpu", "cuda" or "auto". ``threads``: cores to
+    by YaRN unless ``rope_scaling`` says "none" or "linear". ``device``: "cpu" or "auto". ``threads``: cores to
     use (default: all that the process may). ``chat_template``: a Jinja template or the name of a built-in one, in
     place of the file's. ``progress`` is called with (layers loaded, layers).
 

@@ -1,4 +1,4 @@
-"""Which prune plan a model runs with: the one beside it, the one shipped for it, or a cautious default."""
+"""Which prune plan a model runs with: the one beside it, the one shipped for it, or none."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def fingerprint(config: ModelConfig) -> dict[str, Any]:
 
 
 def preset_path(model: Path) -> Path:
-    """Where ``slimrt calibrate`` writes the presets of a model file."""
+    """Where the presets of a model file are looked for."""
     return model.with_name(model.name.removesuffix(".gguf") + ".slim.json")
 
 
@@ -70,14 +70,13 @@ def choose_plan(spec: PrunePlan | str | Path, model: Path, config: ModelConfig) 
             data = json.loads(shipped.read_text())
             if data["model"] == fingerprint(config):
                 return PlanChoice(_preset(data, spec, Path(shipped.name), config), f"'{spec}' shipped for this model")
-    return PlanChoice(
-        _cautious(config),
-        f"'{spec}': not calibrated for this model, cautious default ('slimrt calibrate' finds a faster one)",
-    )
+    if spec == "auto":
+        return PlanChoice(None, "'auto': no plan is calibrated for this model, prompts run dense")
+    return PlanChoice(_cautious(config), f"'{spec}': no plan is calibrated for this model, cautious default")
 
 
 def _cautious(config: ModelConfig) -> PrunePlan | None:
-    """Half of the tokens after three quarters of the layers: where every model measured had its information spread."""
+    """Half of the tokens after three quarters of the layers, or None for a model too shallow for that."""
     layer = round(0.75 * config.n_layers)
     if layer >= config.n_layers - 1:
         return None
@@ -88,9 +87,9 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise SettingError(f"{path}: not a readable prune plan ({error}); 'slimrt calibrate' writes one") from None
+        raise SettingError(f"{path}: not a readable prune plan ({error}); see PrunePlan.to_json") from None
     if not isinstance(data, dict):
-        raise SettingError(f"{path}: a prune plan is a JSON object; 'slimrt calibrate' writes one")
+        raise SettingError(f"{path}: a prune plan is a JSON object; see PrunePlan.to_json")
     return data
 
 

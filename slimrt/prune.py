@@ -31,7 +31,7 @@ def check_plan(plan: PrunePlan, config: ModelConfig) -> None:
         if stage.layer >= config.n_layers - 1:
             raise SettingError(
                 f"prune plan: layer {stage.layer}; this model has layers 0..{config.n_layers - 1} and cuts come before "
-                "the last; use a plan made for this model ('slimrt calibrate')"
+                "the last; use a plan made for this model"
             )
 
 
