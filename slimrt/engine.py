@@ -17,6 +17,8 @@ from slimrt.prune import Cut, select_rows
 
 Progress = Callable[[int, int], None]  # (layers done, layers in all)
 
+# Damaged weights may overflow anywhere: that is reported once, with the logits, and not as a warning by each operation.
+_UNCHECKED = np.errstate(over="ignore", invalid="ignore")
 _UNPACK_ROWS = 16  # from so many rows on it pays to unpack a packed layer once, into scratch
 
 
@@ -47,6 +49,7 @@ class Engine:
         boundary = None if boundary_layer is None else BoundaryStates(boundary_layer, self.config.d_model)
         return Context(KVCache(self.config), boundary)
 
+    @_UNCHECKED
     def prefill(
         self,
         context: Context,
@@ -102,6 +105,7 @@ class Engine:
         """Read one token; returns the next-token logits [V] (a host array)."""
         return self.logits(self.prefill(context, [token])[0])[0]
 
+    @_UNCHECKED
     def logits(self, x: np.ndarray) -> np.ndarray:
         """Hidden states [T, D] -> logits [T, V] float32 on the host; raises ComputeError if they are not finite."""
         logits = np.empty((len(x), self.config.vocab_size), np.float32)

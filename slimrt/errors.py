@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+_LONGEST = 1200  # characters of a message: a path may take some hundred, what a file says must be cut
+
 
 class SlimrtError(Exception):
     """Something the caller can mend; the command line prints it as one line and exits with status 1."""
+
+    def __init__(self, message: str) -> None:
+        # Names out of a damaged file must not break the line, move the terminal's cursor or fill the screen.
+        shown = message if len(message) <= _LONGEST else f"{message[: _LONGEST // 2]} ... {message[-_LONGEST // 2 :]}"
+        super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown))
 
 
 class ModelFileError(SlimrtError):

@@ -41,7 +41,7 @@ def is_readable(kind: GGMLQuantizationType) -> bool:
 
 
 def dequantize(tensor: TensorInfo, rows: slice | None = None, *, out: Array | None = None) -> Array:
-    """``tensor`` (or its ``rows``) as float32 [rows, columns], a new array or ``out``.
+    """``tensor`` (or ``rows`` of one that has columns) as float32 [rows, columns], a new array or ``out``.
 
     ``out`` must be a C-contiguous float32 array of that shape. Scratch is bounded by the chunk, whatever the tensor's
     size.
@@ -54,7 +54,7 @@ def dequantize(tensor: TensorInfo, rows: slice | None = None, *, out: Array | No
             f"tensor '{tensor.name}' has type {tensor.type.name}; it cannot be turned into float32; "
             "quantise the model to one of the common types (Q8_0, Q4_K, ...)"
         )
-    shape = (len(data), *tensor.shape[1:])
+    shape = tensor.shape if rows is None else (len(data), *tensor.shape[1:])
     if out is None:
         out = np.empty(shape, np.float32)
     elif out.shape != shape or out.dtype != np.float32 or not out.flags.c_contiguous:

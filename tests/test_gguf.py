@@ -128,6 +128,13 @@ def test_all_halves_and_bfloats_are_exact() -> None:
         np.testing.assert_array_equal(result.view(np.uint32), expected.view(np.uint32))
 
 
+def test_a_packed_vector_unpacks() -> None:
+    kind = GGMLQuantizationType.Q4_1
+    data = random_blocks(kind, (1, 96), np.random.default_rng(0))
+    result = dequantize(TensorInfo("t", (96,), kind, data[0]))
+    np.testing.assert_array_equal(result, gguf.dequantize(data, kind)[0])
+
+
 def test_float64_narrows() -> None:
     data = np.array([[1 / 3, -2.5]])
     result = dequantize(TensorInfo("t", data.shape, GGMLQuantizationType.F64, data))

@@ -126,7 +126,7 @@ def test_available_memory_here_is_plausible() -> None:
     assert available is None or 1 << 26 < available < 1 << 50
 
 
-# -- inspect ------------------------------------------------------------------------------------------------------------
+# -- inspect ----------------------------------------------------------------------------------------------------------
 
 
 def test_describe_the_default_model(default_model: Path) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
+import numpy as np
 from threadpoolctl import ThreadpoolController
 
 Item = TypeVar("Item")
@@ -41,18 +42,20 @@ class Workers:
         thread has begun, and waits for those that are under way: they may be writing into the caller's arrays.
         """
         left = deque(items)
+        floating_point = np.geterr()  # the caller's; threads would start with NumPy's own
 
         def work() -> None:
-            while left:
-                try:
-                    item = left.popleft()
-                except IndexError:  # another thread took the last one
-                    return
-                try:
-                    task(item)
-                except BaseException:
-                    left.clear()
-                    raise
+            with np.errstate(**floating_point):
+                while left:
+                    try:
+                        item = left.popleft()
+                    except IndexError:  # another thread took the last one
+                        return
+                    try:
+                        task(item)
+                    except BaseException:
+                        left.clear()
+                        raise
 
         if self._pool is None or len(left) < 2:
             work()
