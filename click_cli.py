@@ -1,4 +1,7 @@
-"""The command ``slimrt``: parse options -> frozen settings -> one call. Whatever is slow to import waits in its command."""
+"""The command ``slimrt``: parse options -> frozen settings -> one call.
+
+Whatever is slow to import waits in its command: ``slimrt --help`` must not load NumPy.
+"""
 
 from __future__ import annotations
 

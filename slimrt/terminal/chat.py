@@ -9,6 +9,7 @@ import re
 import shlex
 import tempfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from slimrt.terminal.answer import cut_note, stream_answer
 from slimrt.terminal.guard import one_line
 from slimrt.terminal.line_input import LineInput, read_message
 from slimrt.terminal.options import AnswerSettings
-from slimrt.terminal.screen import Screen, human_bytes, resident_bytes, stats_line
+from slimrt.terminal.screen import Screen, human_bytes, quiet_keyboard, resident_bytes, stats_line
 from slimrt.terminal.text_input import join_document, read_document, size_limit
 
 __all__ = ["Chat"]
@@ -38,7 +39,10 @@ Several lines: end a line with \\, or write """ before and after; {newline}Ctrl-
 
 
 class Chat:
-    """A conversation in the terminal. Whatever goes wrong is one line, and the conversation is then as it was before."""
+    """A conversation in the terminal.
+
+    Whatever goes wrong is one line, and the conversation is then as it was before.
+    """
 
     def __init__(
         self, llm: LLM, settings: AnswerSettings, source: LineInput, screen: Screen, system: str | None
@@ -73,7 +77,7 @@ class Chat:
             except KeyboardInterrupt:
                 if not self._screen.interactive:
                     raise
-                self._screen.remark("(stopped; Ctrl-D or /quit leaves)")
+                self._screen.remark("(Ctrl-C stops an answer; Ctrl-D or /quit leaves)")
             except UnicodeDecodeError:
                 self._fail("that line is not valid UTF-8; set the terminal to UTF-8")
             except (SlimrtError, OSError, MemoryError) as error:
@@ -104,7 +108,8 @@ class Chat:
             content = join_document("\n\n".join(document.rstrip() for _, document in self._documents), text)
         ids = self._fitting([*self.messages, {"role": "user", "content": content}])
         try:
-            answer = stream_answer(self._llm, ids, self._settings, self._screen)
+            with quiet_keyboard() if self._screen.interactive else nullcontext():
+                answer = stream_answer(self._llm, ids, self._settings, self._screen)
         except KeyboardInterrupt:
             self._screen.remark("(stopped before the answer; the message was not kept)")
             return
@@ -114,6 +119,8 @@ class Chat:
         self.answers.append(completion)
         cut = "stopped" if answer.stopped else cut_note(self._llm, completion, self._settings)
         self._screen.remark(stats_line(completion) + (f" · {cut}" if cut else ""))
+        if self._screen.interactive:
+            self._screen.remark("")
 
     def _fitting(self, messages: list[dict[str, str]]) -> list[int]:
         """The messages' tokens; raises ContextError if they leave no room for an answer."""
@@ -121,8 +128,8 @@ class Chat:
         ctx = self._llm.ctx
         if len(ids) >= ctx:
             raise ContextError(
-                f"the conversation would take {len(ids):,} tokens, the context holds {ctx:,} with the answer; the message was "
-                f"not kept; /clear starts anew, or start with --ctx {_next_size(len(ids))}"
+                f"the conversation would take {len(ids):,} tokens, the context holds {ctx:,} with the answer; "
+                f"the message was not kept; /clear starts anew, or start with --ctx {_next_size(len(ids))}"
             )
         return ids
 
@@ -135,7 +142,7 @@ class Chat:
         self._screen.remark(HELP.format(newline=keys))
 
     def load(self, argument: str) -> None:
-        """Read a document, to go before the next message. Raises SettingError or ContextError, and keeps nothing then."""
+        """Read a document, to go before the next message. Raises SettingError or ContextError, and keeps nothing."""
         path = _path(argument, "/load report.txt")
         ctx = self._llm.ctx
         text = read_document(path, size_limit(ctx))
@@ -191,9 +198,9 @@ class Chat:
         return "\n\n".join(parts) + "\n"
 
     def _stats(self, _: str) -> None:
-        used, memory = len(self._llm.current.tokens), resident_bytes()
+        now, memory = self._llm.current, resident_bytes()
         lines = [
-            f"context   {used:,} of {self._llm.ctx:,} tokens, keys and values {human_bytes(self._llm.current.kv_bytes)}",
+            f"context   {len(now.tokens):,} of {now.ctx:,} tokens, keys and values {human_bytes(now.kv_bytes)}",
             f"messages  {len(self._messages)}" + "".join(f", {name} waiting" for name, _ in self._documents),
             f"answers   {len(self.answers)}, {sum(a.usage.completion_tokens for a in self.answers):,} tokens",
         ]

@@ -16,7 +16,7 @@ from slimrt.terminal.chat import Chat
 from slimrt.terminal.line_input import open_input
 from slimrt.terminal.loading import load_model
 from slimrt.terminal.options import AnswerSettings, LoadSettings
-from slimrt.terminal.screen import Screen, human_bytes
+from slimrt.terminal.screen import Screen, human_bytes, printable
 from slimrt.terminal.text_input import checked_argument
 
 __all__ = ["start_chat"]
@@ -54,7 +54,7 @@ def memory_line(file: GGUFFile, load: LoadSettings) -> str:
     needs = plan(config, file, ctx, threads=load.threads)
     room = "" if needs.available is None else f" of {human_bytes(needs.available)} free"
     return (
-        f"{config.name} · context {ctx:,} tokens · memory up to {human_bytes(needs.total)}{room} "
-        f"(weights {human_bytes(needs.weights)}, keys and values {human_bytes(needs.kv)}, scratch {human_bytes(needs.scratch)})"
-        + ("" if needs.fits() else "\nwarning: that exceeds the free memory; a smaller --ctx takes less")
+        f"{printable(config.name)} · context {ctx:,} tokens · memory up to {human_bytes(needs.total)}{room}\n"
+        f"(weights {human_bytes(needs.weights)}, keys and values {human_bytes(needs.kv)}, "
+        f"scratch {human_bytes(needs.scratch)})"
     )

@@ -19,7 +19,7 @@ __all__ = ["generate"]
 def generate(
     prompt: str, load: LoadSettings, answer: AnswerSettings, *, chat: bool, system: str | None, as_json: bool
 ) -> None:
-    """Answer ``prompt`` on stdout: as plain text to be continued, or (``chat``) as a message through the chat template."""
+    """Answer ``prompt`` on stdout: continued as plain text, or (``chat``) as a message through the chat template."""
     llm = load_model(load)
     if chat:
         messages = [{"role": "system", "content": system}] if system else []

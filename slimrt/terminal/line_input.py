@@ -1,4 +1,4 @@
-"""Where the chat's messages come from: prompt_toolkit, readline, or a pipe; all with the same rules for several lines."""
+"""Where the chat's messages come from: prompt_toolkit, readline, or a pipe, with one rule for several lines."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def _history_folder() -> Path | None:
 
 
 class PipeInput:
-    """Lines of stdin, without decoration. Raises SettingError for a line that is not UTF-8; the next one can be read."""
+    """Lines of stdin, undecorated. Raises SettingError for a line that is not UTF-8; the next one can be read."""
 
     def __init__(self) -> None:
         self._number = 0

@@ -168,7 +168,7 @@ def answer_options(max_tokens: int) -> Decorator[Any]:
             click.option("--top-p", type=float, default=1.0, help="Draw from the likeliest mass P.  [1: off]"),
             click.option("--min-p", type=float, default=0.0, help="Least share of the top probability.  [0: off]"),
             click.option("--typical-p", type=float, default=1.0, help="Locally typical sampling.  [1: off]"),
-            click.option("--repeat-penalty", type=float, default=1.0, help="Divides logits of recent tokens.  [1: off]"),
+            click.option("--repeat-penalty", type=float, default=1.0, help="Weakens recent tokens.  [1: off]"),
             click.option("--presence-penalty", type=float, default=0.0, help="Subtracted once per token.  [0: off]"),
             click.option("--frequency-penalty", type=float, default=0.0, help="Subtracted per occurrence.  [0: off]"),
             click.option("--logit-bias", type=LogitBias(), multiple=True, metavar="TOKEN=BIAS",

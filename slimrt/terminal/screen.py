@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import sys
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import click
 
 from slimrt.results import Completion
+from slimrt.terminal.wrap import WordWrap
 
-__all__ = ["Screen", "human_bytes", "printable", "resident_bytes", "stats_line"]
+__all__ = ["Screen", "human_bytes", "printable", "quiet_keyboard", "resident_bytes", "stats_line"]
 
 # Control characters that a terminal obeys: a model's answer must not move the cursor or rename the window.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -27,26 +32,58 @@ class Screen:
     def __init__(self, *, interactive: bool = False, quiet: bool = False) -> None:
         self.interactive, self.quiet = interactive, quiet
         self._on_terminal = sys.stdout.isatty()
+        self._wrap = WordWrap(_columns) if interactive else None
 
     def answer(self, piece: str) -> None:
         """A piece of an answer, as it comes."""
-        if not self.quiet:
-            sys.stdout.write(printable(piece) if self._on_terminal else piece)
-            sys.stdout.flush()
+        self._write(self._wrap.push(piece) if self._wrap else piece)
 
     def end_answer(self, text: str) -> None:
         """The answer ``text`` is over: the next output starts on a line of its own."""
+        self._write(self._wrap.flush() if self._wrap else "")
         if not text.endswith("\n"):
-            self.answer("\n")
+            self._write("\n")
+
+    def _write(self, text: str) -> None:
+        if not self.quiet:
+            sys.stdout.write(printable(text) if self._on_terminal else text)
+            sys.stdout.flush()
 
     def remark(self, text: str) -> None:
         """Numbers, hints and confirmations."""
-        click.echo(dim(text), err=True)
+        lines = text.splitlines() or [""]
+        if self.interactive:
+            lines = [part for line in lines for part in textwrap.wrap(line, _columns()) or [""]]
+        click.echo(dim("\n".join(lines)), err=True)
 
     def error(self, text: str) -> None:
         """What went wrong, on one line."""
         red = {} if os.environ.get("NO_COLOR") else {"fg": "red", "bold": True}
         click.echo(f"{click.style('error:', **red)} {' '.join(text.split())}", err=True)  # type: ignore[arg-type]
+
+
+@contextmanager
+def quiet_keyboard() -> Iterator[None]:
+    """What is typed meanwhile is not shown in the answer but waits for the next prompt; stdin must be a terminal."""
+    try:
+        import termios
+    except ImportError:  # Windows
+        yield
+        return
+    number = sys.stdin.fileno()
+    before = termios.tcgetattr(number)
+    during = before.copy()
+    during[3] &= ~termios.ECHO
+    termios.tcsetattr(number, termios.TCSANOW, during)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(number, termios.TCSANOW, before)
+
+
+def _columns() -> int:
+    # The last column stays free: some terminals move on to a new line once it is filled.
+    return max(20, shutil.get_terminal_size().columns - 1)
 
 
 def dim(text: str) -> str:
@@ -81,7 +118,7 @@ def human_bytes(count: float) -> str:
 
 
 def resident_bytes() -> int | None:
-    """Bytes of memory that this process holds now (its peak where the system tells no more); None if it tells nothing."""
+    """Bytes of memory that this process holds now (its peak, or None, where the system does not say)."""
     try:
         with open("/proc/self/statm") as file:  # noqa: PTH123
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")

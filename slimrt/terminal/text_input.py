@@ -1,4 +1,4 @@
-"""Prompts and documents as the shell hands them over: arguments, files, standard input. Always UTF-8, always bounded."""
+"""Prompts and documents as the shell hands them over: arguments, files, standard input; UTF-8, and bounded."""
 
 from __future__ import annotations
 
@@ -56,7 +56,8 @@ def decode(raw: bytes, name: str) -> str:
     except UnicodeDecodeError as error:
         byte = raw[error.start]
         raise SettingError(
-            f"{name}: byte {error.start} (0x{byte:02x}) is not valid UTF-8; convert it to plain UTF-8 text first (iconv, pdftotext)"
+            f"{name}: byte {error.start} (0x{byte:02x}) is not valid UTF-8; "
+            "convert it to plain UTF-8 text first (iconv, pdftotext)"
         ) from None
 
 
