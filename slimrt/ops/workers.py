@@ -58,6 +58,7 @@ class Workers:
                         raise
 
         if self._pool is None or len(left) < 2:
+            self.blas_threads()
             work()
             return
         with self._blas.limit(limits=1):
