@@ -1,0 +1,1 @@
+"""Quality of pruned runs against the dense run on identical prompts: tasks, metrics, paired evaluation, report."""

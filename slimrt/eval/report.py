@@ -1,0 +1,201 @@
+"""What an evaluation found: every value of every sample, paired summaries, time to first token, the Pareto front."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import statistics
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from slimrt.eval.metrics import CONFIDENCE, RESAMPLES, bootstrap_interval
+
+__all__ = [
+    "DENSE",
+    "HIGHER_IS_BETTER",
+    "RULER_MEAN",
+    "EvalReport",
+    "Result",
+    "Summary",
+    "Timing",
+    "front",
+    "write_atomically",
+]
+
+DENSE = "dense"
+RULER_MEAN = "ruler"  # the summary over all of RULER's tasks
+HIGHER_IS_BETTER = {"score": True, "accuracy": True, "nll": False, "kl": False}
+
+
+@dataclass(frozen=True)
+class Result:
+    """One sample under one plan. ``metrics``: means over the continuation, or the score of the drawn ``answer``."""
+
+    length: int
+    task: str
+    index: int
+    plan: str
+    metrics: Mapping[str, float]
+    answer: str | None = None
+    references: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Time to first token of one plan at one prompt length, one figure a repeat, and what the plan left behind.
+
+    ``stages``: tokens kept after each cut, empty where the prompt ran dense. ``kv_bytes``: keys and values afterwards.
+    """
+
+    length: int
+    plan: str
+    ttft_s: tuple[float, ...]
+    stages: tuple[int, ...]
+    kv_bytes: int
+
+    @property
+    def median_s(self) -> float:
+        return statistics.median(self.ttft_s)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One metric of one task: the plan's mean, the dense run's, and the mean of the paired differences (plan - dense).
+
+    ``low`` and ``high`` bound the mean difference (95 %, percentile bootstrap over the ``n`` samples).
+    """
+
+    length: int
+    task: str
+    metric: str
+    plan: str
+    n: int
+    mean: float
+    dense: float
+    difference: float
+    low: float
+    high: float
+
+    @property
+    def verdict(self) -> str:
+        """What the whole interval says about the plan against dense, "worse" or "better", else empty.
+
+        The KL to the dense run has no better side than zero: its size is to be judged, not its sign.
+        """
+        if self.metric == "kl" or self.low <= 0 <= self.high:
+            return ""
+        return "better" if (self.low > 0) == HIGHER_IS_BETTER[self.metric] else "worse"
+
+
+@dataclass(frozen=True)
+class EvalReport:
+    """``plans`` maps a plan's name to what it is: its settings, or null for a dense run, and where it comes from."""
+
+    model: str
+    version: str
+    text: Mapping[str, str]
+    seed: int
+    samples: int
+    plans: Mapping[str, Mapping[str, Any]]
+    ruler_tasks: tuple[str, ...]
+    results: tuple[Result, ...]
+    timings: tuple[Timing, ...]
+
+    @cached_property
+    def summaries(self) -> tuple[Summary, ...]:
+        """Every metric of every task at every length, plan by plan; RULER's tasks also taken together."""
+        groups: dict[tuple[int, str, str, str], dict[tuple[str, int], float]] = {}
+        for result in self.results:
+            for task in (result.task, *([RULER_MEAN] if result.task in self.ruler_tasks else [])):
+                for metric, value in result.metrics.items():
+                    values = groups.setdefault((result.length, task, metric, result.plan), {})
+                    values[result.task, result.index] = value
+        summaries = [
+            _summary(length, task, metric, plan, values, groups[length, task, metric, DENSE])
+            for (length, task, metric, plan), values in groups.items()
+            if plan != DENSE
+        ]
+        # Groups appear as the work went; tasks read better together, the mean behind its parts.
+        tasks = [*dict.fromkeys(result.task for result in self.results), RULER_MEAN]
+        measures = [*HIGHER_IS_BETTER]
+        return tuple(sorted(summaries, key=lambda row: (row.length, tasks.index(row.task), measures.index(row.metric))))
+
+    def timing(self, length: int, plan: str) -> Timing:
+        """Raises KeyError if there is none."""
+        for timing in self.timings:
+            if (timing.length, timing.plan) == (length, plan):
+                return timing
+        raise KeyError((length, plan))
+
+    def speedup(self, timing: Timing) -> float:
+        """The dense run's median time to first token over this one's."""
+        return self.timing(timing.length, DENSE).median_s / timing.median_s
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: the summary first, then all values."""
+        return {
+            "model": self.model,
+            "slimrt": self.version,
+            "text": dict(self.text),
+            "seed": self.seed,
+            "samples": self.samples,
+            "interval": f"{CONFIDENCE:.0%} percentile bootstrap of the mean paired difference, {RESAMPLES} resamples",
+            "plans": {name: dict(plan) for name, plan in self.plans.items()},
+            "summary": [dataclasses.asdict(row) | {"verdict": row.verdict} for row in self.summaries],
+            "ttft": [
+                dataclasses.asdict(timing) | {"median_s": timing.median_s, "speedup": self.speedup(timing)}
+                for timing in self.timings
+            ],
+            "results": [dataclasses.asdict(result) for result in self.results],
+        }
+
+    def save_json(self, path: str | Path) -> None:
+        """Write ``to_dict``, whole or not at all. Raises OSError."""
+        write_atomically(path, json.dumps(self.to_dict(), indent=1, ensure_ascii=False, allow_nan=False).encode())
+
+
+def _summary(
+    length: int,
+    task: str,
+    metric: str,
+    plan: str,
+    values: Mapping[tuple[str, int], float],
+    dense: Mapping[tuple[str, int], float],
+) -> Summary:
+    pairs = np.array([(value, dense[sample]) for sample, value in values.items()])
+    differences = pairs[:, 0] - pairs[:, 1]
+    low, high = bootstrap_interval(differences)
+    mean, mean_dense = pairs.mean(axis=0)
+    return Summary(
+        length, task, metric, plan, len(pairs), float(mean), float(mean_dense), float(differences.mean()), low, high
+    )
+
+
+def front(costs: Sequence[tuple[float, float]]) -> list[bool]:
+    """Which of the points (both coordinates: less is better) no other point beats, being no worse in both."""
+    return [not any(b[0] <= a[0] and b[1] <= a[1] and b != a for b in costs) for a in costs]
+
+
+def write_atomically(path: str | Path, data: bytes) -> None:
+    """``data`` in the file ``path``, whole or not at all. Raises OSError."""
+    path = Path(path)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    part = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        # mkstemp lets nobody else read; a report is as readable as any file that the user writes.
+        mask = os.umask(0)
+        os.umask(mask)
+        part.chmod(0o666 & ~mask)
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise

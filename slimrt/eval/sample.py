@@ -1,0 +1,57 @@
+"""What a task hands to the evaluation: a prompt of token ids and what should follow it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from slimrt.eval.text import Corpus
+from slimrt.tokenizer import Tokenizer
+
+__all__ = ["Kind", "Sample", "Source", "Task"]
+
+Kind = Literal["generation", "continuation"]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One prompt.
+
+    "generation": up to ``max_tokens`` tokens are drawn greedily, the answer should contain every one of ``references``.
+    "continuation": the tokens ``continuation`` are read after the prompt, and the logits that predict them are judged.
+    """
+
+    task: str
+    index: int
+    kind: Kind
+    prompt: tuple[int, ...]
+    references: tuple[str, ...] = ()
+    continuation: tuple[int, ...] = ()
+    max_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Source:
+    """What tasks draw from: the model's tokenizer, and running text (``corpus``) for those that need it."""
+
+    tokenizer: Tokenizer
+    corpus: Corpus
+
+
+@dataclass(frozen=True)
+class Task:
+    """A family of prompts.
+
+    ``make(source, length, count, rng)`` yields ``count`` samples whose prompts have exactly ``length`` tokens. Every
+    random choice comes from ``rng``. It raises SettingError where ``length`` is too short for the task, or the text too
+    short for the samples. ``extra`` is the most tokens that follow a prompt.
+    """
+
+    name: str
+    summary: str
+    kind: Kind
+    extra: int
+    make: Callable[[Source, int, int, np.random.Generator], Iterator[Sample]]
