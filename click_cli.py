@@ -18,6 +18,7 @@ from slimrt.terminal.options import (
     AnswerSettings,
     LazyChoice,
     LoadSettings,
+    Size,
     answer_options,
     ctx_option,
     file_option,
@@ -184,6 +185,63 @@ def quantize(source: Path, target: Path, kind: str, as_json: bool) -> None:
 
 
 # -- measuring ---------------------------------------------------------------------------------------------------------
+
+
+@cli.command("eval")
+@model_option
+@click.option(
+    "--prune",
+    "plans",
+    multiple=True,
+    default=("auto", "fast"),
+    show_default=True,
+    metavar="auto|fast|PLAN.json",
+    help="A plan to compare with the dense run; repeatable.",
+)
+@click.option(
+    "--task",
+    "tasks",
+    multiple=True,
+    default=("all",),
+    show_default=True,
+    metavar="NAME",
+    help="A task, or the group text, ruler or all; repeatable.",
+)
+@click.option(
+    "--length",
+    "lengths",
+    type=Size(),
+    multiple=True,
+    default=(2000,),
+    show_default=True,
+    help="Tokens of a prompt; repeatable.",
+)
+@click.option("--samples", type=click.IntRange(1), default=10, show_default=True, help="Prompts a task and length.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Same seed, same prompts.")
+@click.option(
+    "--text", type=click.Path(path_type=Path), metavar="FILE", help="Running text, UTF-8.  [Python's documentation]"
+)
+@click.option("--output", "-o", type=output_path, metavar="FILE.json", help="Write the report with every value.")
+@click.option("--png", type=output_path, metavar="FILE.png", help="Draw quality against time to first token.")
+@ctx_option
+@click.option("--device", type=click.Choice(["cpu", "cuda", "auto"]), default="auto", show_default=True)
+@click.option("--threads", "-t", type=click.IntRange(1), help="CPU threads.  [all that the process may use]")
+@json_option
+def evaluate(
+    model: str | None, ctx: int | None, device: str, threads: int | None, as_json: bool, **settings: Any
+) -> None:  # fmt: skip
+    """Measure what pruning costs in quality and saves in time.
+
+    Every plan answers the same prompts as the dense run: RULER's tasks, text quoted and continued. Differences come
+    with 95 % intervals (paired bootstrap).
+
+    \b
+    slimrt eval --task text --length 4000 --prune fast --prune mine.json --png front.png
+    """
+    from slimrt.terminal import evaluation
+
+    load = LoadSettings(model, ctx, device, "off", threads)
+    evaluation.evaluate(evaluation.EvalSettings(**settings), load, as_json=as_json)
 
 
 @cli.group()

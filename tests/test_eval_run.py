@@ -40,7 +40,7 @@ def llm(tmp_path_factory: pytest.TempPathFactory) -> LLM:
 
 @pytest.fixture(scope="module")
 def report(llm: LLM) -> EvalReport:
-    plans = {"off": "off", "keep": KEEP_ALL, "deep": DEEP}
+    plans: dict[str, PrunePlan | str | Path] = {"off": "off", "keep": KEEP_ALL, "deep": DEEP}
     return evaluate(llm, plans, ["text", "niah_single_1"], LENGTHS, samples=3, seed=5, ttft_repeats=2)
 
 

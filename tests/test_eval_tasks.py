@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,7 +31,7 @@ def source(default_model: Path) -> Source:
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Source:
     """All but bytes as tokens, with a begin token in front and an end token behind."""
-    flags = {"tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.add_eos_token": True}
+    flags: dict[str, Any] = {"tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.add_eos_token": True}
     path = write_tiny_llama(tmp_path_factory.mktemp("tiny") / "tiny.gguf", **flags)
     tokenizer = Tokenizer.from_gguf(GGUFFile(path))
     return Source(tokenizer, load_corpus(tokenizer))
@@ -142,7 +143,7 @@ def test_recall_quotes_the_text_and_expects_it_to_go_on(source: Source) -> None:
 def test_continuations_follow_the_prompt_and_do_not_overlap(source: Source) -> None:
     # A text in which every token tells its own place.
     numbered = Source(source.tokenizer, Corpus("numbers", "", np.arange(3000)))
-    targets = []
+    targets: list[int] = []
     for sample in samples(TASKS["continuation"], numbered, 500, 30, seed=8):
         first = sample.prompt[0]
         assert [*sample.prompt, *sample.continuation] == list(range(first, first + 564))

@@ -1,0 +1,89 @@
+"""``slimrt eval``: plans against the dense run on identical prompts."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import click
+
+from slimrt.errors import SettingError
+from slimrt.terminal.guard import note
+from slimrt.terminal.loading import load_model
+from slimrt.terminal.options import LoadSettings
+from slimrt.terminal.progress import progress_bar
+
+__all__ = ["EvalSettings", "evaluate"]
+
+
+@dataclass(frozen=True)
+class EvalSettings:
+    """What is measured, and where it goes beside the terminal. ``plans``: as --prune takes them."""
+
+    plans: tuple[str, ...]
+    tasks: tuple[str, ...]
+    lengths: tuple[int, ...]
+    samples: int
+    seed: int
+    text: Path | None
+    output: Path | None
+    png: Path | None
+
+
+def evaluate(settings: EvalSettings, load: LoadSettings, *, as_json: bool) -> None:
+    """Run the evaluation; tables, or with ``as_json`` the whole report, go to stdout."""
+    from slimrt.eval.plot import check_plotting, save_png
+    from slimrt.eval.run import context_needed
+    from slimrt.eval.run import evaluate as run
+
+    # Whatever can be refused is refused before the model is loaded, and certainly before hours of work.
+    plans = _named(settings.plans)
+    needed = context_needed(settings.tasks, settings.lengths)
+    for path in (settings.output, settings.png):
+        _check_writable(path)
+    if settings.png is not None:
+        check_plotting()
+    llm = load_model(load if load.ctx is not None else replace(load, ctx=needed))
+    with progress_bar("evaluating") as progress:
+        report = run(
+            llm, plans, settings.tasks, settings.lengths, settings.samples, settings.seed, settings.text, progress
+        )
+    if settings.output is not None:
+        report.save_json(settings.output)
+    if settings.png is not None:
+        save_png(report, settings.png)
+    if as_json:
+        click.echo(json.dumps(report.to_dict(), ensure_ascii=False))
+        return
+    from rich.console import Console
+
+    from slimrt.eval.table import quality_tables, ttft_table
+
+    console = Console()
+    for table in (*quality_tables(report), ttft_table(report)):
+        console.print(table)
+        console.print()
+    for name, plan in report.plans.items():
+        if name in plans:
+            note(f"plan {name}: {plan['source']}")
+
+
+def _named(plans: Sequence[str]) -> dict[str, str]:
+    """Presets go by their own name, files by theirs without the ending."""
+    named: dict[str, str] = {}
+    for plan in plans:
+        name = plan if plan in ("off", "auto", "fast") else Path(plan).name.removesuffix(".json")
+        if name in named:
+            raise SettingError(
+                f"--prune {plan}: a plan named '{name}' was given already; rename the file or leave one out"
+            )
+        named[name] = plan
+    return named
+
+
+def _check_writable(path: Path | None) -> None:
+    if path is not None and not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
+        raise SettingError(f"output '{path}': its folder does not exist or cannot be written; name another one")

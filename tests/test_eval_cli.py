@@ -1,0 +1,68 @@
+"""``slimrt eval`` as a user runs it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from click_cli import cli
+from slimrt.config import PrunePlan, Stage
+from tests.tiny_gguf import write_tiny_llama
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_llama(tmp_path_factory.mktemp("tiny") / "tiny.gguf", n_layers=4, ctx=2048)
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Path:
+    path = tmp_path / "mine.json"
+    path.write_text(PrunePlan((Stage(1, 0.25),), block=16, min_tokens=1).to_json())
+    return path
+
+
+def run(model: Path, *arguments: str | Path) -> Result:
+    settings = ("--model", model, "--task", "text", "--length", "300", "--samples", "2", "--threads", "1")
+    return CliRunner().invoke(cli, [str(one) for one in ("eval", *settings, *arguments)])
+
+
+def test_json_alone_on_stdout_and_the_files(model: Path, plan: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    report, picture = tmp_path / "report.json", tmp_path / "front.png"
+    result = run(model, "--prune", plan, "--prune", "off", "--json", "-o", report, "--png", picture)
+    assert result.exit_code == 0, result.output
+    data = json.loads(result.stdout)
+    assert data == json.loads(report.read_text())
+    assert list(data["plans"]) == ["dense", "mine", "off"]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_tables(model: Path, plan: Path) -> None:
+    result = run(model, "--prune", plan)
+    assert result.exit_code == 0, result.output
+    for said in ("Quality against the dense run, 300 tokens", "recall", "continuation", "mine", "Time to first token"):
+        assert said in result.stdout
+    assert "plan mine:" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--task", "nonsense"), "task 'nonsense': known are"),
+        (("--prune", "/no/such.json"), "/no/such.json"),
+        (("--prune", "off", "--prune", "off"), "a plan named 'off' was given already"),
+        (("--length", "100", "--ctx", "120"), "the context holds 120"),
+        (("--text", "/no/such.txt"), "text '/no/such.txt': No such file"),
+        (("--output", "/no/such/report.json"), "output '/no/such/report.json'"),
+        (("--png", "/no/such/front.png"), "output '/no/such/front.png'"),
+        (("--samples", "9999"), "9999 samples of"),
+    ],
+)
+def test_what_cannot_work_is_one_line(model: Path, arguments: tuple[str, ...], said: str) -> None:
+    result = run(model, *arguments)
+    assert result.exit_code == 1 and result.stdout == ""
+    assert said in result.stderr and len(result.stderr.strip().splitlines()) == 1
