@@ -1,0 +1,160 @@
+"""What is measured: a model in slimrt or llama.cpp, loaded once, asked for the time of one prompt."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from slimrt.errors import SettingError
+
+__all__ = ["Contender", "Measurement", "Setup", "check_installed", "open_contender"]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How a contender is loaded: the same for all. ``ctx`` tokens, ``threads`` cores."""
+
+    model: str
+    ctx: int
+    threads: int
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One prompt. ``ttft_s``: seconds from the call to the first token. ``decode_tok_s``: tokens a second after it.
+
+    ``peak_bytes``: resident memory at its highest during the call (on Linux; elsewhere since the process began).
+    ``kept``: tokens kept after each cut of the prune plan. ``first_token``: what was drawn, to compare contenders.
+    """
+
+    ttft_s: float
+    decode_tok_s: float
+    peak_bytes: int
+    first_token: int
+    kept: tuple[int, ...] = ()
+
+
+class Contender(Protocol):
+    """A loaded model."""
+
+    def measure(self, ids: Sequence[int], decode_tokens: int, plan: str) -> Measurement:
+        """Read ``ids`` as if nothing had been read before, draw greedily, decode ``decode_tokens`` more tokens."""
+
+    def about(self) -> dict[str, Any]:
+        """Versions and settings that belong in the report."""
+
+
+class Slimrt:
+    """This package; ``plan`` is what ``prune`` takes (off, auto, fast, a plan's file)."""
+
+    def __init__(self, setup: Setup) -> None:
+        import slimrt
+
+        self._llm = slimrt.load(setup.model, ctx=setup.ctx, threads=setup.threads)
+
+    def measure(self, ids: Sequence[int], decode_tokens: int, plan: str) -> Measurement:
+        self._llm.reset()
+        _reset_peak()
+        done = self._llm.generate(ids, max_tokens=decode_tokens + 1, ignore_eos=True, prune=plan)
+        times = done.timings
+        return Measurement(times.ttft_s, times.decode_tok_s, _peak(), done.tokens[0], times.stages)
+
+    def about(self) -> dict[str, Any]:
+        import numpy as np
+        from threadpoolctl import threadpool_info
+
+        import slimrt
+
+        wanted = ("internal_api", "version", "architecture", "threading_layer")
+        features: Any = np.show_config(mode="dicts")
+        return {
+            "slimrt": slimrt.__version__,
+            "numpy": np.__version__,
+            "blas": [{k: info.get(k) for k in wanted} for info in threadpool_info() if info["user_api"] == "blas"],
+            "cpu_features": features["SIMD Extensions"]["found"],
+            "notes": self._llm.notes,
+        }
+
+
+class LlamaCpp:
+    """llama.cpp through llama-cpp-python: flash attention, default batch sizes; ``plan`` means nothing to it."""
+
+    def __init__(self, setup: Setup) -> None:
+        import llama_cpp
+
+        self._llm = llama_cpp.Llama(
+            setup.model,
+            n_ctx=setup.ctx,
+            n_threads=setup.threads,
+            n_threads_batch=setup.threads,
+            flash_attn=True,
+            verbose=False,
+        )
+
+    def measure(self, ids: Sequence[int], decode_tokens: int, plan: str) -> Measurement:
+        llm = self._llm
+        _reset_peak()
+        begun = time.perf_counter()
+        llm.reset()  # eval then drops every earlier key and value
+        llm.eval(ids)
+        token = first = llm.sample(temp=0)
+        ttft = time.perf_counter() - begun
+        for _ in range(decode_tokens):
+            llm.eval([token])
+            token = llm.sample(temp=0)
+        decoding = time.perf_counter() - begun - ttft
+        return Measurement(ttft, decode_tokens / decoding if decode_tokens else 0.0, _peak(), first)
+
+    def about(self) -> dict[str, Any]:
+        import llama_cpp
+
+        system = llama_cpp.llama_print_system_info().decode(errors="replace").strip()
+        return {"llama_cpp_python": llama_cpp.__version__, "llama_cpp_system": system}
+
+
+_CONTENDERS: dict[str, tuple[str, str, Callable[[Setup], Contender]]] = {
+    "slimrt": ("slimrt", "slimrt", Slimrt),
+    "llama_cpp": ("llama_cpp", "llama-cpp-python", LlamaCpp),
+}
+
+
+def check_installed(name: str) -> None:
+    """Raises SettingError if there is no contender ``name``, or its package is not installed."""
+    if name not in _CONTENDERS:
+        known = ", ".join(other for other in _CONTENDERS if other != "slimrt")
+        raise SettingError(f"--vs {name!r}: not a known program; slimrt can be measured against {known}")
+    module, package, _ = _CONTENDERS[name]
+    if importlib.util.find_spec(module) is None:
+        raise SettingError(f"--vs {name}: {package} is not installed; run 'pip install {package}', or leave --vs out")
+
+
+def open_contender(name: str, setup: Setup) -> Contender:
+    """Load the model of ``setup`` in the program ``name``."""
+    return _CONTENDERS[name][2](setup)
+
+
+def _reset_peak() -> None:
+    """Let the peak of resident memory begin anew, where the system can (Linux 4.0)."""
+    if os.access("/proc/self/clear_refs", os.W_OK):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak() -> int:
+    """Bytes of resident memory at its highest; 0 where the system does not tell."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,270 @@
+"""Time to first token and decode speed of slimrt, side by side with other programs, in one run."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from slimrt.bench.contenders import Measurement, Setup, check_installed
+from slimrt.bench.process import ContenderProcess
+from slimrt.errors import SettingError
+from slimrt.eval.text import corpus_from_text, load_corpus
+from slimrt.gguf import GGUFFile
+from slimrt.models import read_config
+from slimrt.ops.workers import available_cores
+from slimrt.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+__all__ = ["LENGTHS", "BenchResult", "BenchRow", "run"]
+
+LENGTHS = (512, 2048, 4096, 8000)
+_WARM_UP = 256  # tokens: enough to start threads, load code and touch every weight
+_ENVIRONMENT = ("OPENBLAS_CORETYPE", "OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
+
+Progress = Callable[[int, int, str], None]  # (measurements done, in all, what is measured next)
+
+
+@dataclass(frozen=True)
+class BenchRow:
+    """All runs of one contender at one prompt length; ``runs`` in the order in which they were taken."""
+
+    contender: str
+    length: int
+    runs: tuple[Measurement, ...]
+
+    @property
+    def ttft_s(self) -> float:
+        """The median, in seconds."""
+        return statistics.median(run.ttft_s for run in self.runs)
+
+    @property
+    def ttft_range(self) -> tuple[float, float]:
+        """The quickest and the slowest run, in seconds."""
+        return min(run.ttft_s for run in self.runs), max(run.ttft_s for run in self.runs)
+
+    @property
+    def decode_tok_s(self) -> float:
+        """The median, in tokens a second."""
+        return statistics.median(run.decode_tok_s for run in self.runs)
+
+    @property
+    def decode_range(self) -> tuple[float, float]:
+        """The slowest and the quickest run, in tokens a second."""
+        return min(run.decode_tok_s for run in self.runs), max(run.decode_tok_s for run in self.runs)
+
+    @property
+    def peak_bytes(self) -> int:
+        return max(run.peak_bytes for run in self.runs)
+
+
+@dataclass(frozen=True)
+class BenchResult:
+    """``rows`` by length, then by contender; ``settings`` and ``environment`` are plain data.
+
+    Contenders are named "slimrt PLAN" and as in ``vs``. Ratios are against ``reference``: the first program that slimrt
+    was measured against, else slimrt's first plan.
+    """
+
+    rows: tuple[BenchRow, ...]
+    settings: dict[str, Any]
+    environment: dict[str, Any]
+
+    @property
+    def reference(self) -> str:
+        return (*self.settings["vs"], f"slimrt {self.settings['plans'][0]}")[0]
+
+    def row(self, contender: str, length: int) -> BenchRow:
+        return next(row for row in self.rows if (row.contender, row.length) == (contender, length))
+
+    def speedup(self, row: BenchRow) -> float:
+        """How many times sooner than the reference's the first token is there."""
+        return self.row(self.reference, row.length).ttft_s / row.ttft_s
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, for JSON."""
+        return {
+            "settings": self.settings,
+            "environment": self.environment,
+            "reference": self.reference,
+            "rows": [
+                {
+                    "contender": row.contender,
+                    "length": row.length,
+                    "ttft_s": row.ttft_s,
+                    "ttft_range_s": list(row.ttft_range),
+                    "decode_tok_s": row.decode_tok_s,
+                    "decode_range_tok_s": list(row.decode_range),
+                    "ttft_speedup": self.speedup(row),
+                    "peak_bytes": row.peak_bytes,
+                    "runs": [asdict(measurement) for measurement in row.runs],
+                }
+                for row in self.rows
+            ],
+        }
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2)
+
+    def table(self) -> Table:
+        """A rich table: medians, ranges, ratios; the environment as its caption."""
+        from rich.table import Table
+        from rich.text import Text
+
+        title = f"Time to first token, {Path(self.settings['model']).name}, {self.settings['threads']} threads"
+        # Text, not markup: names and versions come from outside.
+        table = Table(title=Text(title), caption=Text(self._caption()), caption_justify="left")
+        for heading in ("prompt", "", "TTFT s", "min..max", "vs", "decode tok/s", "min..max", "vs", "peak MiB", "kept"):
+            table.add_column(heading, justify="left" if heading in ("", "kept") else "right", no_wrap=True)
+        length = 0
+        for row in self.rows:
+            if row.length != length:
+                table.add_section()
+            reference = self.row(self.reference, row.length)
+            decode = f"{row.decode_tok_s / reference.decode_tok_s:.2f}x" if reference.decode_tok_s else ""
+            table.add_row(
+                str(row.length) if row.length != length else "",
+                Text(row.contender),
+                f"{row.ttft_s:.3f}",
+                "{:.3f}..{:.3f}".format(*row.ttft_range),
+                f"{self.speedup(row):.2f}x",
+                f"{row.decode_tok_s:.1f}",
+                "{:.1f}..{:.1f}".format(*row.decode_range),
+                decode,
+                f"{row.peak_bytes / 2**20:.0f}",
+                " ".join(map(str, row.runs[0].kept)),
+            )
+            length = row.length
+        return table
+
+    def _caption(self) -> str:
+        env = self.environment
+        blas = ", ".join(
+            f"{b['internal_api']} {b['version']} ({b.get('architecture') or 'unknown'} kernels)" for b in env["blas"]
+        )
+        versions = [f"{name} {env[name]}" for name in ("slimrt", "numpy", "llama_cpp_python", "python") if name in env]
+        lines = [
+            f"medians of {self.settings['repeats']} runs, programs in turn; x: times as fast as {self.reference}",
+            f"{env['cpu']}, {env['cores']} cores, {' '.join(env['cpu_features'])}; load average before {env['load']}",
+            f"{', '.join(versions)}; {blas or 'BLAS unknown'}",
+            *(f"{name}={value}" for name, value in env["variables"].items()),
+            f"{env['date']}, {env['system']}",
+        ]
+        return "\n".join(lines)
+
+
+def run(
+    model_path: str | Path,
+    lengths: Sequence[int] = LENGTHS,
+    repeats: int = 3,
+    plans: Sequence[str] = ("off",),
+    vs: Sequence[str] = (),
+    threads: int | None = None,
+    decode_tokens: int = 32,
+    text: str | None = None,
+    progress: Progress | None = None,
+) -> BenchResult:
+    """Measure prompts of ``lengths`` tokens under each of ``plans``, and in each program of ``vs`` ("llama_cpp").
+
+    All read the same token ids: ``text``, or by default Python's own documentation, repeated where it is too short.
+    Each program has its own process and its own copy of the model; for each length and repeat they take turns, so that
+    a machine that slows down slows all. Nothing is reused between runs.
+
+    Raises SettingError for values out of range, a program that is not installed or a prompt that exceeds the trained
+    context; ModelFileError for an unusable model; ComputeError if a program fails. The processes are spawned, so a
+    script must call this under ``if __name__ == "__main__"``.
+    """
+    for name, values, least in (
+        ("lengths", lengths, 1),
+        ("repeats", (repeats,), 1),
+        ("decode_tokens", (decode_tokens,), 0),
+        ("threads", (threads,) if threads is not None else (1,), 1),
+    ):
+        if not values or min(values) < least:
+            raise SettingError(f"{name} {list(values)}: at least one number, none below {least}")
+    if not plans:
+        raise SettingError("no prune plan is named; name at least one, such as off")
+    for program in vs:
+        check_installed(program)
+    lengths, plans, vs = sorted(set(lengths)), list(dict.fromkeys(plans)), list(dict.fromkeys(vs))
+    file = GGUFFile(model_path)
+    ctx = lengths[-1] + decode_tokens + 1
+    trained = read_config(file).ctx_train
+    if ctx > trained:
+        raise SettingError(
+            f"{lengths[-1]} prompt tokens and {decode_tokens + 1} more exceed the {trained} that the model was trained "
+            "on; measure shorter prompts (--lengths)"
+        )
+    threads = threads or available_cores()
+    ids = _prompt(Tokenizer.from_gguf(file), text, lengths[-1])
+    settings = {
+        "model": str(file.path),
+        "model_bytes": file.file_size,
+        "lengths": lengths,
+        "repeats": repeats,
+        "plans": plans,
+        "vs": vs,
+        "threads": threads,
+        "decode_tokens": decode_tokens,
+        "text": "given" if text is not None else "pydoc_data.topics",
+    }
+    environment = _environment()
+    turns = [("slimrt", plan, f"slimrt {plan}") for plan in plans] + [(program, "off", program) for program in vs]
+    rows = []
+    done, total = 0, len(lengths) * repeats * len(turns)
+    setup = Setup(str(file.path), ctx, threads)
+    with contextlib.ExitStack() as stack:
+        processes = {name: stack.enter_context(ContenderProcess(name, setup)) for name in ("slimrt", *vs)}
+        for name, plan, _ in turns:
+            environment |= processes[name].about
+            processes[name].measure(ids[:_WARM_UP], min(decode_tokens, 4), plan)
+        for length in lengths:
+            runs: dict[str, list[Measurement]] = {label: [] for _, _, label in turns}
+            for _ in range(repeats):
+                for name, plan, label in turns:
+                    if progress:
+                        progress(done, total, f"{length} tokens, {label}")
+                    runs[label].append(processes[name].measure(ids[:length], decode_tokens, plan))
+                    done += 1
+            rows += [BenchRow(label, length, tuple(measured)) for label, measured in runs.items()]
+    if progress:
+        progress(done, total, "")
+    return BenchResult(tuple(rows), settings, environment)
+
+
+def _prompt(tokenizer: Tokenizer, text: str | None, length: int) -> list[int]:
+    """The first ``length`` tokens of the text, with the begin token if the model wants one."""
+    corpus = load_corpus(tokenizer) if text is None else corpus_from_text(tokenizer, text)
+    begin = tokenizer.encode("")
+    body = corpus.tokens.tolist()
+    return (begin + body * -(-length // len(body)))[:length]
+
+
+def _environment() -> dict[str, Any]:
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "cpu": _cpu_name(),
+        "cores": available_cores(),
+        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "variables": {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
+    }
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine() or "unknown CPU"

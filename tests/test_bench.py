@@ -1,0 +1,174 @@
+"""The benchmark's arithmetic, its processes, and how it fails."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from tiny_gguf import write_tiny_llama
+
+import slimrt
+from slimrt.bench.contenders import Measurement, Setup, check_installed
+from slimrt.bench.plot import save_png
+from slimrt.bench.process import ContenderProcess
+from slimrt.bench.ttft import BenchResult, BenchRow, run
+from slimrt.errors import ComputeError, ModelFileError, SettingError
+
+IDS = list(range(3, 67))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_llama(tmp_path_factory.mktemp("bench") / "tiny.gguf", n_layers=4)
+
+
+@pytest.fixture(scope="module")
+def plan(model: Path) -> str:
+    path = model.with_name("plan.json")
+    stages = (slimrt.Stage(layer=1, keep=0.5),)
+    path.write_text(slimrt.PrunePlan(stages=stages, block=16, unit=8, query_window=4).to_json())
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def result(model: Path, plan: str) -> BenchResult:
+    seen: list[str] = []
+    found = run(
+        model,
+        lengths=(96, 64, 96),
+        repeats=2,
+        plans=("off", plan),
+        threads=1,
+        decode_tokens=3,
+        text="hello the world",
+        progress=lambda done, total, what: seen.append(f"{done}/{total} {what}"),
+    )
+    labels = ["slimrt off", f"slimrt {plan}"] * 2
+    turns = [f"{length} tokens, {label}" for length in (64, 96) for label in labels]
+    assert seen == [*(f"{n}/8 {turn}" for n, turn in enumerate(turns)), "8/8 "], "contenders take turns"
+    return found
+
+
+def test_every_run_is_there(result: BenchResult, plan: str, model: Path) -> None:
+    assert [(row.length, row.contender) for row in result.rows] == [
+        (length, contender) for length in (64, 96) for contender in ("slimrt off", f"slimrt {plan}")
+    ]
+    for row in result.rows:
+        assert len(row.runs) == 2
+        assert row.ttft_range[0] <= row.ttft_s <= row.ttft_range[1]
+        assert row.decode_range[0] <= row.decode_tok_s <= row.decode_range[1]
+        assert row.ttft_range[0] > 0
+        assert row.decode_range[0] > 0
+        assert row.peak_bytes > model.stat().st_size
+    assert [row.runs[0].kept for row in result.rows] == [(), (32,), (), (48,)]
+
+
+def test_the_prompt_is_the_text_repeated(result: BenchResult, model: Path) -> None:
+    llm = slimrt.load(model, threads=1, prune="off")
+    once = llm.tokenize("hello the world")
+    ids = (once * 96)[:96]
+    assert result.row("slimrt off", 96).runs[0].first_token == llm.logits(ids).argmax()
+
+
+def test_report_forms(result: BenchResult) -> None:
+    data = json.loads(result.to_json())
+    assert data["reference"] == "slimrt off"
+    assert data["settings"]["lengths"] == [64, 96]
+    assert data["settings"]["threads"] == 1
+    assert data["environment"]["slimrt"] == slimrt.__version__
+    assert data["environment"]["blas"][0]["internal_api"]
+    assert len(data["rows"]) == 4
+    console = Console(file=io.StringIO(), width=200)
+    console.print(result.table())
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    for text in ("slimrt off", "1.00x", "kernels", "numpy"):
+        assert text in shown
+
+
+def test_medians_and_ratios() -> None:
+    def runs(*pairs: tuple[float, float]) -> tuple[Measurement, ...]:
+        return tuple(Measurement(ttft, rate, 1 << 20, 5) for ttft, rate in pairs)
+
+    rows = (
+        BenchRow("slimrt off", 512, runs((1.0, 10.0), (9.0, 30.0), (2.0, 20.0))),
+        BenchRow("llama_cpp", 512, runs((3.0, 40.0), (4.0, 50.0), (5.0, 60.0))),
+    )
+    result = BenchResult(rows, {"vs": ["llama_cpp"], "plans": ["off"]}, {})
+    assert (rows[0].ttft_s, rows[0].ttft_range) == (2.0, (1.0, 9.0))
+    assert (rows[0].decode_tok_s, rows[0].decode_range) == (20.0, (10.0, 30.0))
+    assert result.reference == "llama_cpp"
+    assert result.speedup(rows[0]) == 2.0
+    assert result.speedup(rows[1]) == 1.0
+
+
+def test_picture(result: BenchResult, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    save_png(result, tmp_path / "ttft.png")
+    assert (tmp_path / "ttft.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("llama_cpp") is None, reason="llama-cpp-python is not installed")
+def test_llama_cpp_draws_the_same_token(model: Path) -> None:
+    found = run(model, lengths=(64,), repeats=1, vs=("llama_cpp",), threads=1, decode_tokens=2, text="hello the world")
+    assert [row.contender for row in found.rows] == ["slimrt off", "llama_cpp"]
+    assert len({row.runs[0].first_token for row in found.rows}) == 1
+
+
+# -- failures ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(importlib.util.find_spec("llama_cpp") is not None, reason="llama-cpp-python is installed")
+def test_a_program_that_is_not_installed_is_named(model: Path) -> None:
+    with pytest.raises(SettingError, match="run 'pip install llama-cpp-python', or leave --vs out"):
+        run(model, vs=("llama_cpp",))
+
+
+def test_an_unknown_program_is_named() -> None:
+    with pytest.raises(SettingError, match="--vs 'vllm': not a known program"):
+        check_installed("vllm")
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ({"lengths": ()}, r"lengths \[\]: at least one"),
+        ({"lengths": (512, 0)}, r"lengths \[512, 0\]"),
+        ({"repeats": 0}, "repeats"),
+        ({"threads": 0}, "threads"),
+        ({"decode_tokens": -1}, "decode_tokens"),
+        ({"plans": ()}, "no prune plan"),
+        ({"lengths": (500,)}, "exceed the 512 that the model was trained on"),
+        ({"lengths": (64,), "text": ""}, "is empty"),
+    ],
+)
+def test_values_out_of_range_are_refused_at_once(model: Path, options: dict, what: str) -> None:
+    with pytest.raises(SettingError, match=what):
+        run(model, **options)
+
+
+def test_a_bad_model_is_refused_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ModelFileError, match="no such file"):
+        run(tmp_path / "nothing.gguf")
+
+
+def test_errors_of_a_process_reach_the_caller(model: Path) -> None:
+    with (
+        ContenderProcess("slimrt", Setup(str(model), 128, 1)) as process,
+        pytest.raises(SettingError, match="there is no such file"),
+    ):
+        process.measure(IDS, 2, "nonsense")
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="POSIX signals")
+def test_a_killed_process_is_reported(model: Path) -> None:
+    with ContenderProcess("slimrt", Setup(str(model), 128, 1)) as process:
+        assert process.measure(IDS, 2, "off").first_token >= 0
+        os.kill(process.pid, signal.SIGKILL)
+        with pytest.raises(ComputeError, match="slimrt: its process ended with exit code -9"):
+            process.measure(IDS, 2, "off")
