@@ -14,6 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
+
 from slimrt.errors import ContextError, FetchError, SettingError
 from slimrt.generation import GenerationRequest, Step, generate_tokens
 from slimrt.llama_context import LlamaContext, LlamaTokenizer
@@ -22,6 +24,7 @@ from slimrt.llama_options import (
     Processors,
     StoppingCriteria,
     StoppingCriteriaList,
+    check_numbers,
     check_refused,
     penalty_processors,
     processor_tuple,
@@ -101,6 +104,8 @@ class Llama(LlamaContext):
         check_refused(
             {"suffix": suffix or None, "mirostat_mode": mirostat_mode, "grammar": grammar}, {"mirostat_mode": 0}
         )
+        if max_tokens is not None:
+            check_numbers(max_tokens=max_tokens)
         ids = self._prompt_ids(prompt)
         room = self._ctx - len(ids)
         if room < 1:
@@ -199,6 +204,8 @@ class Llama(LlamaContext):
 
     def _prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
         if not isinstance(prompt, str):
+            if not isinstance(prompt, (Sequence, np.ndarray)):
+                raise SettingError(f"prompt of type {type(prompt).__name__}: must be text or a list of token ids")
             return [int(token) for token in prompt]
         ids = self._tokenizer.encode(prompt, special=True)
         bos = self._tokenizer.bos_id

@@ -26,6 +26,7 @@ __all__ = [
     "StoppingCriteria",
     "StoppingCriteriaList",
     "chat_template_of",
+    "check_numbers",
     "check_refused",
     "metadata_texts",
     "penalty_processors",
@@ -94,6 +95,13 @@ def check_refused(given: Mapping[str, Any], harmless: Mapping[str, Any]) -> None
             raise SettingError(f"{name}={_short(value)}: {_REFUSED[name]}")
 
 
+def check_numbers(**values: Any) -> None:
+    """Raises SettingError for the first value that is not a number."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
+            raise SettingError(f"{name} {_short(value)}: must be a number")
+
+
 def rope_options(file_scaling: str, scaling_type: int | None, base: float, scale: float) -> dict[str, Any]:
     """llama.cpp's RoPE parameters as ``LLM``'s; a model without scaling of its own is not stretched unless asked to."""
     if scaling_type is None:
@@ -129,6 +137,7 @@ def sampling_config(
     temperature: float, top_k: int, top_p: float, min_p: float, typical_p: float, seed: int | None, **more: Any
 ) -> SamplingConfig:
     """llama_cpp's sampling parameters: values beyond a filter's end switch it off; below 0 temperature, all filters."""
+    check_numbers(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, typical_p=typical_p)
     if temperature < 0:
         return SamplingConfig(temperature=1.0, seed=seed, **more)
     return SamplingConfig(

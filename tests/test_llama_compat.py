@@ -6,6 +6,7 @@ import inspect
 import json
 import math
 import pickle
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -413,9 +414,9 @@ def test_the_context_does_not_overflow(tiny: slimrt.Llama) -> None:
 
 def test_parameters_without_effect_are_taken(tiny_path: Path) -> None:
     slimrt.Llama(
-        model_path=str(tiny_path), n_gpu_layers=-1, main_gpu=0, tensor_split=[1.0], use_mmap=False, use_mlock=True, 
-        n_batch=8, n_ubatch=8, n_threads=1, n_threads_batch=1, offload_kqv=False, flash_attn=True, no_perf=True, numa=True, type_k=8,
-        type_v=8, verbose=False, n_ctx=16, op_offload=True, swa_full=True,
+        model_path=str(tiny_path), n_gpu_layers=-1, main_gpu=0, tensor_split=[1.0], use_mmap=False, use_mlock=True,
+        n_batch=8, n_ubatch=8, n_threads=1, n_threads_batch=1, offload_kqv=False, flash_attn=True, no_perf=True,
+        numa=True, type_k=8, type_v=8, verbose=False, n_ctx=16, op_offload=True, swa_full=True,
     )  # fmt: skip
     with pytest.warns(RuntimeWarning, match="unknown parameters f16_kv"):
         slimrt.Llama(tiny_path, f16_kv=True)
@@ -477,6 +478,27 @@ def test_a_pickled_llama_loads_itself_again(tiny_path: Path) -> None:
     again = pickle.loads(pickle.dumps(llama))
     assert again.n_ctx() == 48
     assert text_of(again("hello", max_tokens=4, temperature=0)) == text_of(llama("hello", max_tokens=4, temperature=0))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"prompt": None}, "prompt of type NoneType"),
+        ({"temperature": "hot"}, "temperature 'hot'"),
+        ({"max_tokens": "5"}, "max_tokens '5'"),
+        ({"top_p": -1}, "top_p -1"),
+        ({"logprobs": -1}, "logprobs -1"),
+        ({"stop": [""]}, "stop strings"),
+        ({"suffix": "end"}, "suffix='end'"),
+        ({"repeat_penalty": 0}, "repeat_penalty 0"),
+    ],
+)
+def test_bad_options_are_refused_before_anything_is_read(
+    tiny: slimrt.Llama, options: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(SettingError, match=f"^{re.escape(words)}"):
+        tiny(**{"prompt": "hello", **options})
+    assert tiny.n_tokens == 0
 
 
 def test_invalid_utf8_is_refused(tiny: slimrt.Llama) -> None:

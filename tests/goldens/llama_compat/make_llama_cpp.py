@@ -17,8 +17,9 @@ import llama_cpp
 
 METHODS = [
     "__init__", "__call__", "create_completion", "create_chat_completion", "generate", "sample", "eval", "reset",
-    "tokenize", "detokenize", "n_ctx", "n_vocab", "n_embd", "token_bos", "token_eos", "token_nl", "tokenizer", "set_seed",
-    "set_cache", "save_state", "load_state", "close", "from_pretrained", "logits_to_logprobs", "longest_token_prefix",
+    "tokenize", "detokenize", "n_ctx", "n_vocab", "n_embd", "token_bos", "token_eos", "token_nl", "tokenizer",
+    "set_seed", "set_cache", "save_state", "load_state", "close", "from_pretrained", "logits_to_logprobs",
+    "longest_token_prefix",
 ]  # fmt: skip
 FRANCE, COUNT, WORDS = "The capital of France is", "1, 2, 3, 4, 5,", "one two three one two three one two three"
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Say hello."}]
