@@ -14,7 +14,7 @@ class SlimrtError(Exception):
         super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown))
 
 
-class ModelFileError(SlimrtError):
+class ModelFileError(SlimrtError, ValueError):
     """The file is not a usable model: wrong magic, truncated, inconsistent, or of an unknown kind."""
 
 
@@ -30,7 +30,7 @@ class SettingError(SlimrtError, ValueError):
     """An option's value is outside its range, or two options contradict each other."""
 
 
-class FetchError(SlimrtError):
+class FetchError(SlimrtError, ValueError):
     """A model could not be fetched or stored."""
 
 
