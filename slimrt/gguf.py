@@ -182,6 +182,8 @@ class _Part:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        if "\0" in str(path):
+            raise self._error("no file can have a NUL byte in its name; name a .gguf file")
         try:
             mode = path.stat().st_mode
             if stat.S_ISDIR(mode):
@@ -199,8 +201,6 @@ class _Part:
             raise self._error("no such file; name a .gguf file, or fetch a model with 'slimrt pull'") from None
         except OSError as error:
             raise self._error(f"cannot be read ({error.strerror}); check the file and its permissions") from None
-        except ValueError:  # a NUL byte
-            raise ModelFileError(f"{str(path)!r}: no file can have this name; name a .gguf file") from None
         self.at = 0
         self.entries = 0
         self._read_header()

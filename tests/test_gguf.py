@@ -336,7 +336,7 @@ def test_what_is_no_file_is_refused(tmp_path: Path, make: Callable[[Path], None]
 
 
 def test_names_that_no_file_can_have_are_refused(tmp_path: Path) -> None:
-    expect(Path("a\0b"), "no file can have this name")
+    expect(Path("a\0b"), "no file can have a NUL byte in its name")
     expect(tmp_path / ("x" * 300), "cannot be read")
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from slimrt.models import read_config
 from tiny_gguf import write_tiny_llama
 
 import slimrt
@@ -16,6 +15,7 @@ from slimrt.errors import SettingError
 from slimrt.gguf import GGUFFile
 from slimrt.inspect import describe
 from slimrt.memory import available_memory, plan
+from slimrt.models import read_config
 
 CTX = 3072
 
