@@ -249,6 +249,48 @@ def bench() -> None:
     """Measure speed."""
 
 
+@bench.command()
+@model_option
+@click.option(
+    "--length",
+    "lengths",
+    type=Size(),
+    multiple=True,
+    default=(512, 2048, 4096, 8000),
+    show_default=True,
+    help="Tokens of a prompt; repeatable.",
+)
+@click.option(
+    "--prune",
+    "plans",
+    multiple=True,
+    default=("off",),
+    show_default=True,
+    metavar="auto|fast|off|PLAN.json",
+    help="A plan to measure; repeatable.",
+)
+@click.option("--vs", multiple=True, metavar="llama_cpp", help="Another program to measure beside it; repeatable.")
+@click.option(
+    "--repeats", type=click.IntRange(1), default=3, show_default=True, help="Runs of each; medians are shown."
+)
+@click.option("--decode-tokens", type=click.IntRange(0), default=32, show_default=True, help="Tokens generated a run.")
+@click.option("--threads", "-t", type=click.IntRange(1), help="CPU threads.  [all that the process may use]")
+@file_option("Text of the prompts.  [Python's documentation]")
+@click.option("--png", type=output_path, metavar="FILE.png", help="Draw time to first token over prompt length.")
+@json_option
+def ttft(model: str | None, file: Path | None, as_json: bool, **settings: Any) -> None:
+    """Time to first token and decode speed.
+
+    All programs read the same token ids, in processes of their own, taking turns.
+
+    \b
+    slimrt bench ttft --length 4k --prune off --prune auto --vs llama_cpp
+    """
+    from slimrt.terminal import benchmark
+
+    benchmark.bench_ttft(model, benchmark.BenchSettings(text=file, **settings), as_json=as_json)
+
+
 def main() -> None:
     """The console script."""
     for stream in (sys.stdout, sys.stderr):

@@ -42,7 +42,8 @@ def read_message(read: Callable[[str], str]) -> str:
         return text.rstrip().removesuffix(_FENCE).strip("\n")
     with contextlib.suppress(EOFError):
         while text.endswith("\\"):
-            text = text[:-1] + "\n" + read(CONTINUATION)
+            text = text[:-1] + "\n"
+            text += read(CONTINUATION)
     return text
 
 

@@ -16,7 +16,7 @@ from slimrt.gguf import GGUFFile
 from slimrt.hub import LocalModel
 from slimrt.terminal.screen import human_bytes, printable
 
-__all__ = ["print_model", "print_models", "print_pieces"]
+__all__ = ["print_model", "print_models", "print_pieces", "print_wide"]
 
 _LONG_VALUE = 60  # characters of a metadata value that are shown
 _PIPE_WIDTH = 1000  # in a pipe a row is a line
@@ -53,6 +53,16 @@ def print_models(models: Sequence[LocalModel]) -> None:
 def print_pieces(rows: Iterable[tuple[int, str]]) -> None:
     """Token ids with their texts, in quotes."""
     _print(_table("", ("id", "text"), [(str(id), f"'{text}'") for id, text in rows], right=(0,)))
+
+
+def print_wide(table: Table | Text) -> None:
+    """A table made elsewhere; in a pipe its rows are not folded."""
+    console = Console()
+    if not console.is_terminal:
+        console.width = _PIPE_WIDTH
+    with console.capture() as text:
+        console.print(table)
+    click.echo("\n".join(line.rstrip() for line in text.get().splitlines()))
 
 
 def _model_rows(about: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -126,10 +136,6 @@ def _table(title: str, headers: Sequence[str], rows: Iterable[Sequence[str]], ri
 
 
 def _print(what: Table | Text) -> None:
-    console = Console()
-    if not console.is_terminal:
-        console.width = _PIPE_WIDTH
-    with console.capture() as text:
-        console.print(what)
-    lines = [line.rstrip() for line in text.get().splitlines()]
-    click.echo("\n".join(lines) + ("\n" if isinstance(what, Table) and what.title else ""))
+    print_wide(what)
+    if isinstance(what, Table) and what.title:
+        click.echo()

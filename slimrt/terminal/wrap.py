@@ -1,4 +1,4 @@
-"""Streamed text broken at blanks, so that a terminal does not break it within words."""
+"""Streamed text broken between words, so that a terminal does not break it within them."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ from rich.cells import cell_len
 
 __all__ = ["WordWrap"]
 
-_WORD = re.compile(r"\n|[^\S\n]+|\S+")
+# East Asian scripts write no blanks: a line may end after any of their characters.
+_WIDE = "\u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff\uff00-\uff60"
+_WORD = re.compile(rf"\n|[^\S\n]+|[{_WIDE}]|[^\s{_WIDE}]+")
 
 
 class WordWrap:
-    """Text in pieces of any size -> the same text, with blanks turned into line ends where a line gets too wide.
+    """Text in pieces of any size -> the same text, with line ends in place of blanks where a line gets too wide.
 
-    ``width`` is asked for each word, as the window may change. Lines of a fenced code block stay as they are.
+    ``width`` is asked for each word, as the window may change. Words wider than that, and lines of a fenced code block,
+    stay as they are.
     """
 
     def __init__(self, width: Callable[[], int]) -> None:
@@ -39,6 +42,9 @@ class WordWrap:
                 self._blank += part
             else:
                 out.append(self._placed(part))
+        if cell_len(self._word) >= self._width():  # fits on no line, so there is nothing to wait for
+            out.append(self._placed(self._word))
+            self._word = ""
         return "".join(out)
 
     def flush(self) -> str:
@@ -51,7 +57,8 @@ class WordWrap:
     def _placed(self, word: str) -> str:
         blank, self._blank = self._blank, ""
         size = cell_len(blank) + cell_len(word)
-        if self._column and blank and not self._code and self._column + size > self._width():
+        may_break = self._column and not self._code and (blank or cell_len(word[0]) == 2)
+        if may_break and self._column + size > self._width():
             blank, size, self._column = "\n", cell_len(word), 0
         self._column += size
         if len(self._line) < 3:

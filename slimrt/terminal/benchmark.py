@@ -1,0 +1,68 @@
+"""``slimrt bench ttft``: time to first token and decode speed, side by side with other programs."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+
+from slimrt.errors import SettingError
+from slimrt.terminal.loading import find_model
+from slimrt.terminal.progress import progress_bar
+from slimrt.terminal.tables import print_wide
+from slimrt.terminal.text_input import read_document
+
+__all__ = ["BenchSettings", "bench_ttft"]
+
+
+@dataclass(frozen=True)
+class BenchSettings:
+    """What is measured. ``plans``: as --prune takes them; ``vs``: other programs; ``png``: where a picture goes."""
+
+    lengths: tuple[int, ...]
+    repeats: int
+    plans: tuple[str, ...]
+    vs: tuple[str, ...]
+    decode_tokens: int
+    threads: int | None
+    text: Path | None
+    png: Path | None
+
+
+def bench_ttft(model: str | None, settings: BenchSettings, *, as_json: bool) -> None:
+    """Measure; a table, or with ``as_json`` every run, goes to stdout."""
+    from slimrt.bench.ttft import run
+
+    if settings.png is not None:
+        # Refused before the long work, not after it.
+        from slimrt.eval.plot import check_plotting
+
+        check_plotting()
+        if not os.access(settings.png.parent, os.W_OK):
+            raise SettingError(
+                f"--png {settings.png}: its folder does not exist or cannot be written; name another one"
+            )
+    text = None if settings.text is None else read_document(settings.text)
+    path = find_model(model)
+    with progress_bar("measuring") as progress:
+        result = run(
+            path,
+            settings.lengths,
+            settings.repeats,
+            settings.plans,
+            settings.vs,
+            settings.threads,
+            settings.decode_tokens,
+            text,
+            progress,
+        )
+    if settings.png is not None:
+        from slimrt.bench.plot import save_png
+
+        save_png(result, settings.png)
+    if as_json:
+        click.echo(result.to_json())
+    else:
+        print_wide(result.table())
