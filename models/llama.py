@@ -16,7 +16,7 @@ from slimrt.config import ModelConfig
 from slimrt.errors import ModelFileError
 from slimrt.gguf import GGUFFile, TensorInfo
 from slimrt.models.rope import RopeTable
-from slimrt.quants import dequantize
+from slimrt.quants import check_readable, dequantize
 
 Array = Any  # the backend's array
 
@@ -112,6 +112,7 @@ class _Loader:
                 f"{self.file.path}: tensor '{name}' has shape {tensor.shape}, the metadata calls for {shape}; "
                 "the file is inconsistent; convert the model anew"
             )
+        check_readable(tensor)  # here, before the time that loading takes
         return tensor
 
     def vector(self, name: str, size: int) -> Array:

@@ -14,7 +14,7 @@ from slimrt.engine import Engine, Progress
 from slimrt.errors import ContextError, SettingError
 from slimrt.generation import CompletionStream, request_from_options
 from slimrt.gguf import GGUFFile
-from slimrt.memory import DEFAULT_CTX, MemoryPlan
+from slimrt.memory import DEFAULT_CTX, MemoryPlan, largest_context
 from slimrt.memory import plan as plan_memory
 from slimrt.models import build, read_config, stretch_rope
 from slimrt.ops.numpy_ops import NumpyOps
@@ -121,7 +121,9 @@ class LLM:
         self._lock = threading.RLock()
         self.memory = plan_memory(self.config, file, self.ctx, threads=threads)
         if not self.memory.fits():
-            raise SettingError(_does_not_fit(self.memory))
+            raise SettingError(
+                _does_not_fit(self.memory, largest_context(self.config, file, self.ctx, threads=threads))
+            )
         if self.memory.packed:
             self.notes.append(
                 "weights stay packed: unpacked they would take more than half of the free memory; expect slow decoding"
@@ -279,14 +281,10 @@ class LLM:
         self._session.reset()
 
 
-def _does_not_fit(plan: MemoryPlan) -> str:
-    """The refusal of a memory plan, with the context that would fit."""
+def _does_not_fit(plan: MemoryPlan, room: int) -> str:
+    """The refusal of a memory plan; ``room`` is the largest context that would fit."""
     assert plan.available is not None
-    per_token = (plan.kv + plan.scratch) / plan.ctx
-    room = int((plan.available - plan.weights) / per_token) // 256 * 256
-    remedy = (
-        f"a context of {room} fits (ctx={room}, --ctx {room})" if room >= 256 else "use a smaller model or quantisation"
-    )
+    remedy = f"a context of {room} fits (ctx={room}, --ctx {room})" if room else "use a smaller model or quantisation"
     return (
         f"the model needs {plan.total / 2**30:.1f} GiB at a context of {plan.ctx} (weights {plan.weights / 2**30:.1f}, "
         f"KV cache {plan.kv / 2**30:.1f}, scratch {plan.scratch / 2**30:.1f}), {plan.available / 2**30:.1f} GiB are "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import ctypes
 import os
 import sys
@@ -14,7 +15,7 @@ from slimrt.gguf import GGUFFile
 from slimrt.ops.numpy_ops import KEY_TILE, QUERY_TILE, ROW_CHUNK
 from slimrt.ops.workers import available_cores
 
-__all__ = ["DEFAULT_CTX", "MemoryPlan", "MemoryRow", "available_memory", "plan"]
+__all__ = ["DEFAULT_CTX", "MemoryPlan", "MemoryRow", "available_memory", "largest_context", "plan"]
 
 DEFAULT_CTX = 8192  # not the trained context: 128k of it would take the memory of a short question's user
 _FLOAT = 4  # bytes of the float32 that everything is computed in
@@ -100,6 +101,21 @@ def plan(
     )
 
 
+def largest_context(
+    config: ModelConfig, file: GGUFFile, ctx: int, *, threads: int | None = None, available: int | None = None
+) -> int:
+    """The most tokens below ``ctx``, in steps of 256, whose plan fits; 0 if not even 256 do."""
+    steps = range(0, ctx, 256)
+    available = available_memory() if available is None else available
+    # Plans grow with the context, so the first that does not fit can be searched by halves.
+    first = bisect.bisect_left(
+        steps,
+        True,
+        key=lambda size: size > 0 and not plan(config, file, size, threads=threads, available=available).fits(),
+    )
+    return steps[first - 1] if first else 0
+
+
 def _prefill_scratch(c: ModelConfig, ctx: int, threads: int, packed: bool) -> int:
     """Floats alive at the peak of ``Engine.prefill`` with T = ctx, weights and cache excluded."""
     q, kv = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
@@ -112,8 +128,7 @@ def _prefill_scratch(c: ModelConfig, ctx: int, threads: int, packed: bool) -> in
     chunk = min(ctx, ROW_CHUNK) * (4 * c.d_ff + 3 * c.d_model)
     unpacked = 0
     if packed:
-        layer = c.d_model * (2 * q + 2 * kv + 3 * c.d_ff)
-        unpacked = layer + 2 * c.d_ff * c.d_model  # a stack exists twice while its parts are joined
+        unpacked = c.d_model * (2 * q + 2 * kv + 3 * c.d_ff)
     return rows + threads * max(tile, chunk) + c.vocab_size + unpacked
 
 

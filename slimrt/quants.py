@@ -18,7 +18,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from slimrt.errors import ComputeError, ModelFileError
 from slimrt.gguf import TensorInfo
 
-__all__ = ["dequantize", "is_readable"]
+__all__ = ["check_readable", "dequantize", "is_readable"]
 
 Array = np.ndarray
 Unpacker = Callable[[Array, Array], None]  # (blocks uint8 [n, block bytes], out float32 [n, block elements])
@@ -40,6 +40,15 @@ def is_readable(kind: GGMLQuantizationType) -> bool:
     return True
 
 
+def check_readable(tensor: TensorInfo) -> None:
+    """Raise ModelFileError if ``tensor`` is of a type that has no float32 reading."""
+    if not is_readable(tensor.type):
+        raise ModelFileError(
+            f"tensor '{tensor.name}' has type {tensor.type.name}; it cannot be turned into float32; "
+            "quantise the model to one of the common types (Q8_0, Q4_K, ...)"
+        )
+
+
 def dequantize(tensor: TensorInfo, rows: slice | None = None, *, out: Array | None = None) -> Array:
     """``tensor`` (or ``rows`` of one that has columns) as float32 [rows, columns], a new array or ``out``.
 
@@ -49,11 +58,7 @@ def dequantize(tensor: TensorInfo, rows: slice | None = None, *, out: Array | No
     Raises ModelFileError for a type that has no float32 reading, ComputeError if a weight is NaN or infinite.
     """
     data = tensor.data if rows is None else tensor.data[rows]
-    if not is_readable(tensor.type):
-        raise ModelFileError(
-            f"tensor '{tensor.name}' has type {tensor.type.name}; it cannot be turned into float32; "
-            "quantise the model to one of the common types (Q8_0, Q4_K, ...)"
-        )
+    check_readable(tensor)
     shape = tensor.shape if rows is None else (len(data), *tensor.shape[1:])
     if out is None:
         out = np.empty(shape, np.float32)

@@ -79,9 +79,12 @@ class NumpyOps:
         return weight if weight.dense is not None else Weight(weight.parts, self._unpack(weight.parts))
 
     def _unpack(self, parts: Sequence[TensorInfo]) -> Array:
-        if len(parts) == 1:
-            return dequantize(parts[0])
-        return np.concatenate([dequantize(part) for part in parts])
+        stacked = np.empty((sum(part.shape[0] for part in parts), parts[0].shape[-1]), np.float32)
+        at = 0
+        for part in parts:
+            dequantize(part, out=stacked[at : at + part.shape[0]])
+            at += part.shape[0]
+        return stacked
 
     def empty(self, shape: tuple[int, ...]) -> Array:
         """Uninitialised float32."""
