@@ -24,7 +24,7 @@ class KVCache:
     def update(
         self, layer: int, k: np.ndarray, v: np.ndarray, positions: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Append rows k, v [T, Hkv, Dh] at ``positions`` [T]; returns all of the layer's K, V [Hkv, N, Dh] and positions [N].
+        """Append rows k, v [T, Hkv, Dh] at ``positions`` [T]; returns the layer's K, V [Hkv, N, Dh], positions [N].
 
         The returned arrays are views, valid until the next update or truncation.
         """

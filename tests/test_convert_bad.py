@@ -13,9 +13,9 @@ import pytest
 from convert_cases import checkpoint, edit_json, read_header, write_safetensors
 from hypothesis import given
 from hypothesis import strategies as st
+
 from slimrt.convert import convert_checkpoint, quantize_file
 from slimrt.convert.safetensors_reader import read_safetensors
-
 from slimrt.errors import FetchError, ModelFileError, SettingError, SlimrtError
 
 WEIGHTS = "model.safetensors"

@@ -15,9 +15,9 @@ import pytest
 from convert_cases import checkpoint, edit_json
 from hypothesis import given
 from hypothesis import strategies as st
+
 from slimrt.convert import convert_checkpoint
 from slimrt.convert.pth_reader import read_pth
-
 from slimrt.errors import ModelFileError, SlimrtError
 from slimrt.gguf import GGUFFile
 

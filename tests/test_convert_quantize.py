@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from convert_cases import checkpoint
 from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter, quants
-from slimrt.convert import OUTPUT_TYPES, convert_checkpoint, quantize_file
 from tiny_gguf import write_tiny_llama
 
+from slimrt.convert import OUTPUT_TYPES, convert_checkpoint, quantize_file
 from slimrt.errors import ModelFileError, SettingError
 from slimrt.gguf import GGUFFile
 

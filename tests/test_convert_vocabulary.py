@@ -11,11 +11,11 @@ import gguf
 import pytest
 from convert_cases import checkpoint, edit_json
 from gguf import TokenType
+from vocabularies import LLAMA3_PATTERN, llama3_metadata, sentencepiece_metadata, vocabulary_bytes
+
 from slimrt.convert import convert_checkpoint
 from slimrt.convert.pretokenizer import name_pre_tokenizer
 from slimrt.convert.vocabulary import Vocabulary, from_sentencepiece, from_tiktoken, from_tokenizer_json
-from vocabularies import LLAMA3_PATTERN, llama3_metadata, sentencepiece_metadata, vocabulary_bytes
-
 from slimrt.errors import TokenizerError
 from slimrt.gguf import GGUFFile
 from slimrt.tokenizer import Tokenizer

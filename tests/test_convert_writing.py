@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 from convert_cases import checkpoint
-from slimrt.convert import convert_checkpoint
 
+from slimrt.convert import convert_checkpoint
 from slimrt.errors import FetchError
 from slimrt.gguf import GGUFFile
 
