@@ -34,5 +34,9 @@ class FetchError(SlimrtError, ValueError):
     """A model could not be fetched or stored."""
 
 
+class SessionFileError(SlimrtError, ValueError):
+    """A session cannot be saved to the file, or restored from it: damaged, foreign, or of another model."""
+
+
 class ComputeError(SlimrtError):
     """The arithmetic left the finite numbers (NaN weights, corrupt tensors)."""
