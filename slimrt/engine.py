@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -16,6 +16,20 @@ from slimrt.models import Llama
 from slimrt.prune import Cut, select_rows
 
 Progress = Callable[[int, int], None]  # (layers done, layers in all)
+
+
+class Trace(Protocol):
+    """Follows one prefill (``slimrt.explain`` does), called from within the layer loop."""
+
+    def begin(self) -> None:
+        """The tokens are embedded, the layers begin."""
+
+    def cut(self, layer: int, positions: np.ndarray, scores: np.ndarray, rows: np.ndarray) -> None:
+        """Of the active ``positions`` [N], whose blocks scored ``scores`` [B], those at ``rows`` go on."""
+
+    def layer(self, layer: int) -> None:
+        """A layer is done."""
+
 
 # Damaged weights may overflow anywhere: that is reported once, with the logits, and not as a warning by each operation.
 _UNCHECKED = np.errstate(over="ignore", invalid="ignore")
@@ -59,6 +73,7 @@ class Engine:
         cuts: Sequence[Cut] = (),
         wanted: int = 1,
         progress: Progress | None = None,
+        trace: Trace | None = None,
     ) -> tuple[np.ndarray, tuple[int, ...]]:
         """Read tokens ``ids`` [T] after what ``context`` holds, all of them through one layer at a time.
 
@@ -76,6 +91,8 @@ class Engine:
         kept = []
         x = model.embed(np.asarray(ids))
         cos, sin = model.rope(positions)
+        if trace:
+            trace.begin()
         for number, packed in enumerate(model.layers):
             layer = model.unpacked(packed) if len(x) >= _UNPACK_ROWS else packed
             q, k, v = self._qkv(layer, x, cos, sin)
@@ -93,9 +110,13 @@ class Engine:
                 scores = ops.score_blocks(plan.score, q[-plan.query_window :], keys, plan.block, plan.unit)
                 rows = select_rows(plan, cut_at[number], scores, len(x))
                 kept.append(len(rows))
+                if trace:
+                    trace.cut(number, positions, scores, rows)
                 x, positions = ops.take(x, rows), positions[rows]
                 cos, sin = model.rope(positions)
             x = self._feed_forward(layer, x)
+            if trace:
+                trace.layer(number)
             if progress:
                 progress(number + 1, len(model.layers))
         context.length += len(ids)

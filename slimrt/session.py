@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from slimrt.config import PrunePlan
-from slimrt.engine import Engine, Progress
+from slimrt.engine import Engine, Progress, Trace
 from slimrt.errors import ContextError, TokenizerError
 from slimrt.prune import schedule
 
@@ -37,7 +37,12 @@ class Session:
         self.revision = 0
 
     def prefill(
-        self, ids: Sequence[int], plan: PrunePlan | None = None, *, progress: Progress | None = None
+        self,
+        ids: Sequence[int],
+        plan: PrunePlan | None = None,
+        *,
+        progress: Progress | None = None,
+        trace: Trace | None = None,
     ) -> Reading:
         """Make the conversation equal ``ids``, computing only what its longest common prefix with them does not cover.
 
@@ -62,7 +67,7 @@ class Session:
         else:
             reused, note = max(0, min(same, len(ids) - fresh)), self._reuse_note(same, len(ids))
         self.truncate(reused)
-        stages = self._read(ids[reused:], plan, cuts, progress)
+        stages = self._read(ids[reused:], plan, cuts, progress, trace)
         return Reading(reused, note, stages)
 
     @property
@@ -87,12 +92,19 @@ class Session:
         self._read(ids, None, (), progress)
 
     def _read(
-        self, ids: Sequence[int], plan: PrunePlan | None, cuts: Sequence, progress: Progress | None
+        self,
+        ids: Sequence[int],
+        plan: PrunePlan | None,
+        cuts: Sequence,
+        progress: Progress | None,
+        trace: Trace | None = None,
     ) -> tuple[int, ...]:
         # Until the work is done the tokens are not part of the conversation: an interrupted call leaves the rest valid.
         start = len(self.tokens)
         try:
-            hidden, stages = self.engine.prefill(self.context, ids, plan=plan, cuts=cuts, progress=progress)
+            hidden, stages = self.engine.prefill(
+                self.context, ids, plan=plan, cuts=cuts, progress=progress, trace=trace
+            )
             self.logits = self.engine.logits(hidden)[0]
         except BaseException:
             # A cut had dropped the pruned stages of the old tokens, so nothing of them can serve again.
