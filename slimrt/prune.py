@@ -11,7 +11,7 @@ from slimrt.config import ModelConfig, PrunePlan
 from slimrt.errors import SettingError
 from slimrt.ops.numpy_scores import BLOCK_SCORES
 
-__all__ = ["Cut", "check_plan", "schedule", "select_rows"]
+__all__ = ["Cut", "check_plan", "local_blocks", "schedule", "select_rows"]
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def schedule(plan: PrunePlan, tokens: int) -> tuple[Cut, ...]:
     if tokens < plan.min_tokens:
         return ()
     total = -(-tokens // plan.block)
-    always = plan.sink_blocks + _local_blocks(plan, tokens)
+    always = plan.sink_blocks + local_blocks(plan, tokens)
     cuts: list[Cut] = []
     for stage in plan.stages:
         keep = math.ceil(stage.keep * tokens) if isinstance(stage.keep, float) else stage.keep
@@ -55,7 +55,7 @@ def schedule(plan: PrunePlan, tokens: int) -> tuple[Cut, ...]:
     return tuple(cuts)
 
 
-def _local_blocks(plan: PrunePlan, rows: int) -> int:
+def local_blocks(plan: PrunePlan, rows: int) -> int:
     """The last blocks that always stay: ``local_blocks`` whole ones, a ragged last one, all of the query window."""
     ragged = 1 if rows % plan.block else 0
     window = -(-rows // plan.block) - max(0, rows - plan.query_window) // plan.block
@@ -68,7 +68,7 @@ def select_rows(plan: PrunePlan, cut: Cut, scores: np.ndarray, rows: int) -> np.
     ``scores`` [B] belong to the blocks of the ``rows`` rows that are active now. Ties go to the earlier block.
     """
     total = len(scores)
-    local = _local_blocks(plan, rows)
+    local = local_blocks(plan, rows)
     wanted = scores.astype(np.float64)
     wanted[: plan.sink_blocks] = np.inf
     wanted[max(0, total - local) :] = np.inf
