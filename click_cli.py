@@ -244,6 +244,27 @@ def evaluate(
     evaluation.evaluate(evaluation.EvalSettings(**settings), load, as_json=as_json)
 
 
+@cli.command()
+@click.option("--file", "-f", type=click.Path(path_type=Path), required=True, metavar="FILE", help="A document, UTF-8.")
+@click.option("--question", "-q", required=True, metavar="TEXT", help="What is asked about it.")
+@click.option("--output", "-o", type=output_path, default="explain.html", show_default=True, help="The page.")
+@click.option("--plain", is_flag=True, help="Do not put the text through the chat template.")
+@load_options
+@json_option
+def explain(file: Path, question: str, output: Path, plain: bool, load: LoadSettings, as_json: bool) -> None:
+    """Show which parts of a document pruning kept for a question.
+
+    Writes one HTML page: the prompt shaded block by block, tokens, time and memory layer by layer. A summary goes to
+    stdout.
+
+    \b
+    slimrt explain --file report.txt --question "What does it recommend?" --prune fast
+    """
+    from slimrt.terminal import explaining
+
+    explaining.explain_prompt(file, question, output, load, plain=plain, as_json=as_json)
+
+
 @cli.group()
 def bench() -> None:
     """Measure speed."""

@@ -1,0 +1,67 @@
+"""The explanation as one HTML page that needs nothing else: no script, no font, no address."""
+
+from __future__ import annotations
+
+import math
+from importlib import resources
+
+from slimrt.explain.report import Explanation, LayerReport
+
+__all__ = ["html_page"]
+
+# Control characters have no place in HTML; Unicode has a picture of each.
+_PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"} | {0x7F: 0x2421}
+_PICTURES |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
+
+
+def html_page(explanation: Explanation) -> str:
+    """The page; all text in it is escaped."""
+    import jinja2  # takes a while, and most commands need no page
+
+    environment = jinja2.Environment(
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+        keep_trailing_newline=True,
+    )
+    environment.filters.update(visible=visible, bytes=readable_bytes, score=readable_score, seconds=readable_seconds)
+    source = (resources.files(__package__) / "page.html.jinja").read_text(encoding="utf-8")
+    slowest = max(layer.seconds for layer in explanation.layers)
+    fullest = max(_kv(layer) for layer in explanation.layers)
+    return environment.from_string(source).render(
+        e=explanation,
+        kv=_kv,
+        time_scale=100 / slowest if slowest else 0,
+        kv_scale=100 / fullest if fullest else 0,
+    )
+
+
+def _kv(layer: LayerReport) -> int:
+    return layer.kv_resident + layer.kv_host
+
+
+def visible(text: str) -> str:
+    """``text`` with control characters, line ends and tabs excepted, as pictures of themselves."""
+    return text.translate(_PICTURES)
+
+
+def readable_bytes(count: float) -> str:
+    """``98362432`` -> ``"93.8 MiB"``."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} GiB"
+
+
+def readable_score(score: float) -> str:
+    """Three significant digits; scores differ by orders of magnitude."""
+    if score == 0:
+        return "0"
+    return f"{score:.{max(0, 2 - math.floor(math.log10(abs(score))))}f}" if 1e-4 <= abs(score) < 1e4 else f"{score:.2e}"
+
+
+def readable_seconds(seconds: float) -> str:
+    """``0.0123`` -> ``"12.3 ms"``."""
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.1f} ms"

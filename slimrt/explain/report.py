@@ -1,0 +1,190 @@
+"""Run a prefill that is watched, and put what was seen into one report."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from slimrt.config import PrunePlan
+from slimrt.engine import Progress
+from slimrt.explain.blocks import Block, prompt_blocks
+from slimrt.explain.trace import CutTrace, PrefillTrace
+from slimrt.llm import LLM
+from slimrt.prune import local_blocks
+from slimrt.session import Session
+
+__all__ = ["CutReport", "Explanation", "LayerReport", "Span", "explain"]
+
+_DENSE_BLOCK = 64  # how finely a prompt is shown that no plan divides
+
+
+@dataclass(frozen=True)
+class CutReport:
+    """A cut: after ``layer``'s attention ``tokens_after`` of ``tokens_before`` went on, and so with the blocks."""
+
+    layer: int
+    tokens_before: int
+    tokens_after: int
+    blocks_before: int
+    blocks_after: int
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer: tokens in its attention, its share of the time, the keys and values that it left, in bytes."""
+
+    layer: int
+    tokens: int
+    seconds: float
+    kv_rows: int
+    kv_resident: int
+    kv_host: int
+
+
+@dataclass(frozen=True)
+class Span:
+    """Layers ``first`` to ``last``, all with the same tokens in their attention."""
+
+    first: int
+    last: int
+    tokens: int
+    blocks: int
+    seconds: float
+    kv_resident: int
+    kv_host: int
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """One prefill of one prompt.
+
+    ``plan`` None: dense by choice; ``why_dense``: why nothing was cut, empty if something was. ``ttft_s``: from token
+    ids to the first logits; ``outside_s``: the part of it that is not spent in layers. ``states_host``: bytes of hidden
+    states kept in host memory, from which another question can be answered.
+    """
+
+    model: str
+    file: str
+    parameters: int
+    ctx: int
+    plan: PrunePlan | None
+    plan_source: str
+    why_dense: str
+    question: str
+    tokens: int
+    block: int
+    ttft_s: float
+    outside_s: float
+    states_host: int
+    cuts: tuple[CutReport, ...]
+    layers: tuple[LayerReport, ...]
+    blocks: tuple[Block, ...]
+
+    @property
+    def kv_resident(self) -> int:
+        """Bytes of keys and values where the model computes."""
+        return sum(layer.kv_resident for layer in self.layers)
+
+    @property
+    def kv_host(self) -> int:
+        """Bytes of keys and values in host memory."""
+        return sum(layer.kv_host for layer in self.layers)
+
+    @property
+    def kv_dense(self) -> int:
+        """Bytes that a dense run leaves; no cut lies before the first layer's attention, so it shows a row's size."""
+        first = self.layers[0]
+        return (first.kv_resident + first.kv_host) * len(self.layers)
+
+    def spans(self) -> tuple[Span, ...]:
+        """The layers between cuts; a cut comes after its layer's attention, so that layer counts to those before."""
+        starts = [0, *(cut.layer + 1 for cut in self.cuts)]
+        spans = []
+        for first, end in zip(starts, [*starts[1:], len(self.layers)], strict=True):
+            layers = self.layers[first:end]
+            tokens = layers[0].tokens
+            spans.append(
+                Span(
+                    first,
+                    end - 1,
+                    tokens,
+                    -(-tokens // self.block),
+                    sum(layer.seconds for layer in layers),
+                    sum(layer.kv_resident for layer in layers),
+                    sum(layer.kv_host for layer in layers),
+                )
+            )
+        return tuple(spans)
+
+    def fate(self, block: Block) -> str:
+        """In words, how far a block came."""
+        if block.survived < len(self.cuts):
+            return f"dropped after layer {self.cuts[block.survived].layer}"
+        return "kept to the end"
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON knows it."""
+        data = dataclasses.asdict(self)
+        data["blocks"] = [{**block, "fate": self.fate(self.blocks[block["number"]])} for block in data["blocks"]]
+        return {**data, "kv_resident": self.kv_resident, "kv_host": self.kv_host, "kv_dense": self.kv_dense}
+
+
+def explain(llm: LLM, ids: Sequence[int], *, question: str = "", progress: Progress | None = None) -> Explanation:
+    """Read ``ids`` in a conversation of its own, with the plan that ``llm`` was loaded with, and tell what was kept.
+
+    Raises ContextError if ``ids`` is empty or exceeds the context.
+    """
+    plan, trace, session = llm.plan.plan, PrefillTrace(), llm.session()
+    begun = time.perf_counter()
+    session.prefill(ids, plan, progress=progress, trace=trace)
+    ttft = time.perf_counter() - begun
+    block = _DENSE_BLOCK if plan is None else plan.block
+    sink, local = (0, 0) if plan is None else (plan.sink_blocks, local_blocks(plan, len(ids)))
+    cuts = tuple(_cut(cut, block) for cut in trace.cuts)
+    boundary = session.context.boundary
+    return Explanation(
+        model=llm.config.name,
+        file=llm.file.path.name,
+        parameters=llm.config.n_params,
+        ctx=llm.ctx,
+        plan=plan,
+        plan_source=llm.plan.source,
+        why_dense="" if cuts else _why_dense(plan, len(ids), llm.plan.source),
+        question=question,
+        tokens=len(ids),
+        block=block,
+        ttft_s=ttft,
+        outside_s=ttft - sum(trace.seconds),
+        states_host=0 if boundary is None else boundary.nbytes,
+        cuts=cuts,
+        layers=_layers(llm, session, trace),
+        blocks=prompt_blocks(llm.tokenizer, ids, block, trace.cuts, sink=sink, local=local),
+    )
+
+
+def _cut(cut: CutTrace, block: int) -> CutReport:
+    before, after = len(cut.positions), len(cut.kept)
+    return CutReport(cut.layer, before, after, -(-before // block), -(-after // block))
+
+
+def _layers(llm: LLM, session: Session, trace: PrefillTrace) -> tuple[LayerReport, ...]:
+    """What each layer cost and left; a cut leaves its own layer's keys and values whole."""
+    cache, row = session.context.cache, llm.config.kv_bytes_per_token // llm.config.n_layers
+    layers, tokens = [], len(session.tokens)
+    after = {cut.layer: len(cut.kept) for cut in trace.cuts}
+    for number, seconds in enumerate(trace.seconds):
+        rows = cache.length(number)
+        layers.append(LayerReport(number, tokens, seconds, rows, rows * row, 0))
+        tokens = after.get(number, tokens)
+    return tuple(layers)
+
+
+def _why_dense(plan: PrunePlan | None, tokens: int, source: str) -> str:
+    if plan is None:
+        return f"the prompt ran dense (plan {source})"
+    if tokens < plan.min_tokens:
+        return f"the prompt has {tokens:,} tokens, and this plan leaves prompts under {plan.min_tokens:,} whole"
+    return f"every stage of the plan would keep all of these {tokens:,} tokens"

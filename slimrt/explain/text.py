@@ -1,0 +1,74 @@
+"""The explanation on a terminal: a strip with one sign a block, and a table of the stages."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Iterator
+
+from rich.table import Table
+from rich.text import Text
+
+from slimrt.explain.page import readable_bytes, readable_seconds
+from slimrt.explain.report import Explanation
+
+__all__ = ["signs", "summary"]
+
+# From dropped first to kept to the end, by how many cuts there are; past four, shades can not be told apart.
+_SHADES = ("█", "·█", "·▒█", "·░▓█", "·░▒▓█")
+_DIGITS = string.digits + string.ascii_letters
+
+
+def signs(cuts: int) -> str:
+    """One sign for each number of cuts survived, 0 to ``cuts``."""
+    return _SHADES[cuts] if cuts < len(_SHADES) else _DIGITS[: cuts + 1]
+
+
+def summary(seen: Explanation) -> Iterator[Text | Table]:
+    """What ``rich`` prints, part by part."""
+    marks = signs(len(seen.cuts))
+    if seen.why_dense:
+        yield Text(f"Nothing was cut: {seen.why_dense}.", style="yellow")
+        yield Text()
+    yield Text(
+        f"{len(seen.blocks):,} blocks of {seen.block} tokens, from the start of the prompt to its end", style="bold"
+    )
+    yield _strip(seen, marks)
+    yield Text()
+    counts = [cut.blocks_before - cut.blocks_after for cut in seen.cuts]
+    for mark, cut, count in zip(marks, seen.cuts, counts, strict=False):
+        yield Text(f"{mark}  dropped after layer {cut.layer}: {count:,} blocks")
+    yield Text(f"{marks[-1]}  kept to the end: {len(seen.blocks) - sum(counts):,} blocks")
+    yield Text()
+    yield _stages(seen)
+    yield Text()
+    held = seen.kv_resident + seen.kv_host
+    yield Text(
+        f"TTFT {readable_seconds(seen.ttft_s)} · KV {readable_bytes(held)}, {100 * held / seen.kv_dense:.0f} % of a "
+        f"dense run's · plan {seen.plan_source}",
+        style="dim",
+    )
+
+
+def _strip(seen: Explanation, marks: str) -> Text:
+    strip = Text(overflow="fold")
+    for block in seen.blocks:
+        share = block.survived / len(seen.cuts) if seen.cuts else 1
+        strip.append(marks[block.survived], style="bright_blue" if share == 1 else "blue" if share else "dim")
+    return strip
+
+
+def _stages(seen: Explanation) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("layers")
+    for name in ("tokens", "blocks", "time", "KV resident", "KV on host"):
+        table.add_column(name, justify="right")
+    for span in seen.spans():
+        table.add_row(
+            f"{span.first}-{span.last}",
+            f"{span.tokens:,}",
+            f"{span.blocks:,}",
+            readable_seconds(span.seconds),
+            readable_bytes(span.kv_resident),
+            readable_bytes(span.kv_host),
+        )
+    return table

@@ -1,0 +1,47 @@
+"""What one prefill did, as the engine tells it: the layers' times, and what each cut saw and kept."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+
+__all__ = ["CutTrace", "PrefillTrace"]
+
+
+@dataclass(frozen=True)
+class CutTrace:
+    """One cut, after the attention of ``layer``.
+
+    ``positions`` [N]: the tokens that were active, by their place in the prompt. ``scores`` [B]: those of their blocks.
+    ``kept`` [K]: the places in the prompt of those that went on.
+    """
+
+    layer: int
+    positions: np.ndarray
+    scores: np.ndarray
+    kept: np.ndarray
+
+
+@dataclass
+class PrefillTrace:
+    """An ``slimrt.engine.Trace`` that remembers. ``seconds``: one number a layer."""
+
+    seconds: list[float] = field(default_factory=list)
+    cuts: list[CutTrace] = field(default_factory=list)
+    _last: float = 0.0
+
+    def begin(self) -> None:
+        """The layers begin."""
+        self._last = time.perf_counter()
+
+    def cut(self, layer: int, positions: np.ndarray, scores: np.ndarray, rows: np.ndarray) -> None:
+        """Of the active ``positions`` [N], whose blocks scored ``scores`` [B], those at ``rows`` go on."""
+        self.cuts.append(CutTrace(layer, positions.copy(), np.array(scores, np.float64), positions[rows]))
+
+    def layer(self, layer: int) -> None:
+        """A layer is done."""
+        now = time.perf_counter()
+        self.seconds.append(now - self._last)
+        self._last = now
