@@ -29,6 +29,7 @@ from slimrt.terminal.options import (
 )
 
 CHAT_MAX_TOKENS, GENERATE_MAX_TOKENS = 1024, 128
+CHAT_REPEAT_PENALTY = 1.05  # without it small models soon repeat a sentence for ever
 output_type = LazyChoice("slimrt.convert", "OUTPUT_TYPES")
 
 
@@ -83,7 +84,7 @@ def generate(
 @cli.command()
 @file_option("A document to read first, as /load does.")
 @click.option("--system", metavar="TEXT", help="System prompt.")
-@answer_options(max_tokens=CHAT_MAX_TOKENS)
+@answer_options(max_tokens=CHAT_MAX_TOKENS, repeat_penalty=CHAT_REPEAT_PENALTY)
 @load_options
 @json_option
 def chat(file: Path | None, system: str | None, answer: AnswerSettings, load: LoadSettings, as_json: bool) -> None:

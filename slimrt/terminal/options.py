@@ -145,8 +145,8 @@ def load_options(command: Command) -> Command:
     )  # fmt: skip
 
 
-def answer_options(max_tokens: int) -> Decorator[Any]:
-    """Length, stop strings and sampling; the command receives ``answer: AnswerSettings``."""
+def answer_options(max_tokens: int, repeat_penalty: float = 1.0) -> Decorator[Any]:
+    """Length, stop strings and sampling, with these defaults; the command receives ``answer: AnswerSettings``."""
 
     def decorate(command: Command) -> Command:
         @functools.wraps(command)
@@ -168,7 +168,8 @@ def answer_options(max_tokens: int) -> Decorator[Any]:
             click.option("--top-p", type=float, default=1.0, help="Draw from the likeliest mass P.  [1: off]"),
             click.option("--min-p", type=float, default=0.0, help="Least share of the top probability.  [0: off]"),
             click.option("--typical-p", type=float, default=1.0, help="Locally typical sampling.  [1: off]"),
-            click.option("--repeat-penalty", type=float, default=1.0, help="Weakens recent tokens.  [1: off]"),
+            click.option("--repeat-penalty", type=float, default=repeat_penalty, show_default=True,
+                         help="Weakens recent tokens; 1: off."),
             click.option("--presence-penalty", type=float, default=0.0, help="Subtracted once per token.  [0: off]"),
             click.option("--frequency-penalty", type=float, default=0.0, help="Subtracted per occurrence.  [0: off]"),
             click.option("--logit-bias", type=LogitBias(), multiple=True, metavar="TOKEN=BIAS",
