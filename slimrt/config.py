@@ -68,9 +68,46 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class CacheConfig:
-    """Where keys and values lie. ``ctx`` is the most tokens a conversation may hold."""
+    """Where keys and values lie. ``ctx`` is the most tokens a conversation may hold.
+
+    ``budget``: rows of each layer that stay resident (None: all), in whole blocks of ``block`` rows; the rest lies in
+    host memory. A prompt is read exactly; decode reads the budget: the first ``sink_blocks``, the last ``local_blocks``
+    and the one being filled, and those whose units (``unit`` rows, of which the mean key stays resident) the query
+    wants most by ``score``. One choice serves ``select_every`` layers; blocks move only if less than ``overlap`` of it
+    is resident, and up to ``lookahead`` layers before the one that computes.
+    """
 
     ctx: int
+    budget: int | None = None
+    block: int = 64
+    unit: int = 8
+    sink_blocks: int = 1
+    local_blocks: int = 2
+    score: str = "token_max"
+    select_every: int = 1
+    overlap: float = 0.9
+    lookahead: int = 1
+
+    def __post_init__(self) -> None:
+        for name, low in (("block", 1), ("unit", 1), ("local_blocks", 0), ("sink_blocks", 0), ("select_every", 1)):
+            _check(getattr(self, name), name, low, math.inf)
+        _check(self.lookahead, "lookahead", 1, math.inf)
+        _check(self.overlap, "overlap", 0, 1)
+        if self.block % self.unit:
+            raise SettingError(f"KV cache: block {self.block} must be a multiple of unit {self.unit}")
+        always = self.sink_blocks + self.local_blocks + 1
+        if self.budget is not None and self.budget < always * self.block:
+            raise SettingError(
+                f"KV budget {self.budget}: must be at least {always * self.block} rows a layer ({self.sink_blocks} "
+                f"sink, {self.local_blocks} local and 1 open block of {self.block}); raise it, or leave it out to keep "
+                "all rows"
+            )
+
+    @property
+    def slots(self) -> int:
+        """How many blocks of a layer stay resident within the budget."""
+        assert self.budget is not None
+        return self.budget // self.block
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from slimrt.boundary import BoundaryStates
-from slimrt.config import PrunePlan
+from slimrt.config import CacheConfig, PrunePlan
 from slimrt.errors import ComputeError
-from slimrt.kv_cache import KVCache
+from slimrt.kv_cache import Cache, KVCache
+from slimrt.kv_offload import OffloadedKVCache
 from slimrt.models import Llama
 from slimrt.prune import Cut, select_rows
 
@@ -40,7 +41,7 @@ _UNPACK_ROWS = 16  # from so many rows on it pays to unpack a packed layer once,
 class Context:
     """What the model has read: keys and values, and (for a pruned prompt) the hidden states where pruning begins."""
 
-    cache: KVCache
+    cache: Cache
     boundary: BoundaryStates | None = None
     length: int = 0
 
@@ -55,13 +56,18 @@ class Context:
 class Engine:
     """One model on one backend. It holds no conversation: the context is an argument."""
 
-    def __init__(self, model: Llama, ops: Any) -> None:
-        self.model, self.ops, self.config = model, ops, model.config
+    def __init__(self, model: Llama, ops: Any, cache: CacheConfig | None = None) -> None:
+        self.model, self.ops, self.config, self.cache_config = model, ops, model.config, cache
 
     def new_context(self, boundary_layer: int | None = None) -> Context:
         """An empty context; ``boundary_layer`` is the layer of the first cut if prompts are to be pruned in it."""
         boundary = None if boundary_layer is None else BoundaryStates(boundary_layer, self.config.d_model)
-        return Context(KVCache(self.config), boundary)
+        return Context(self._new_cache(), boundary)
+
+    def _new_cache(self) -> Cache:
+        if self.cache_config is None or self.cache_config.budget is None:
+            return KVCache(self.config, self.ops)
+        return OffloadedKVCache(self.config, self.ops, self.cache_config)
 
     @_UNCHECKED
     def prefill(
@@ -96,7 +102,7 @@ class Engine:
         for number, packed in enumerate(model.layers):
             layer = model.unpacked(packed) if len(x) >= _UNPACK_ROWS else packed
             q, k, v = self._qkv(layer, x, cos, sin)
-            keys, values, _ = cache.update(number, k, v, positions)
+            keys, values, _ = cache.update(number, k, v, positions, q, exact=bool(cuts))
             if number == len(model.layers) - 1:
                 x, q = x[len(x) - wanted :], q[len(q) - wanted :]
             x = self._project(layer, x, ops.attend(q, keys, values))
@@ -114,6 +120,7 @@ class Engine:
                     trace.cut(number, positions, scores, rows)
                 x, positions = ops.take(x, rows), positions[rows]
                 cos, sin = model.rope(positions)
+            cache.attended(number)
             x = self._feed_forward(layer, x)
             if trace:
                 trace.layer(number)

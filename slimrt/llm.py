@@ -40,6 +40,7 @@ def load(
     ctx: int | None = None,
     device: str = "auto",
     prune: Plan = "auto",
+    kv_budget: int | None = None,
     threads: int | None = None,
     rope_base: float | None = None,
     rope_scaling: str | None = None,
@@ -51,9 +52,10 @@ def load(
 
     ``path``: a file, "hf:owner/repo/file.gguf", or None for the default model, fetched where needed. ``ctx``: the most
     tokens of a conversation (default: the trained context, at most 8192); past the trained context RoPE is stretched
-    by YaRN unless ``rope_scaling`` says "none" or "linear". ``device``: "cpu" or "auto". ``threads``: cores to
-    use (default: all that the process may). ``chat_template``: a Jinja template or the name of a built-in one, in
-    place of the file's. ``progress`` is called with (layers loaded, layers).
+    by YaRN unless ``rope_scaling`` says "none" or "linear". ``device``: "cpu" or "auto". ``kv_budget``: rows of each
+    layer's KV cache that stay resident and that decode reads (default: all); the rest lies in host memory.
+    ``threads``: cores to use (default: all that the process may). ``chat_template``: a Jinja template or the name of a
+    built-in one, in place of the file's. ``progress`` is called with (layers loaded, layers).
 
     Raises ModelFileError for an unusable file, SettingError for options out of range.
     """
@@ -65,6 +67,7 @@ def load(
         ctx=ctx,
         device=device,
         prune=prune,
+        kv_budget=kv_budget,
         threads=threads,
         rope_base=rope_base,
         rope_scaling=rope_scaling,
@@ -89,6 +92,7 @@ class LLM:
         ctx: int | None = None,
         device: str = "auto",
         prune: Plan = "auto",
+        kv_budget: int | None = None,
         threads: int | None = None,
         rope_base: float | None = None,
         rope_scaling: str | None = None,
@@ -103,6 +107,8 @@ class LLM:
             raise SettingError(f"ctx {self.ctx}: must be at least 1")
         if threads is not None and threads < 1:
             raise SettingError(f"threads {threads}: must be at least 1")
+        self.kv_budget = kv_budget
+        cache = CacheConfig(self.ctx, kv_budget)
         if device not in ("cpu", "auto"):
             raise SettingError(f"device '{device}': this version computes on the CPU; use 'cpu' or 'auto'")
         self.notes: list[str] = []
@@ -129,7 +135,7 @@ class LLM:
                 "weights stay packed: unpacked they would take more than half of the free memory; expect slow decoding"
             )
         self._ops = NumpyOps(threads, packed=self.memory.packed)
-        self._engine = Engine(build(self.config, file, self._ops, progress), self._ops)
+        self._engine = Engine(build(self.config, file, self._ops, progress), self._ops, cache)
         self._session = self.session()
 
     def _plan(self, prune: Plan | None) -> PrunePlan | None:
@@ -195,7 +201,10 @@ class LLM:
             assert session.logits is not None
             yield session.logits[None]
             rest = ids[start:-1]
-            if rest:
+            if self.kv_budget is not None:  # the budget holds in decode only, a token at a time
+                for token in rest:
+                    yield self._engine.decode_step(session.context, token)[None]
+            elif rest:
                 hidden, _ = self._engine.prefill(session.context, rest, wanted=len(rest))
                 for lo in range(0, len(hidden), _LOGIT_ROWS):
                     yield self._engine.logits(hidden[lo : lo + _LOGIT_ROWS])

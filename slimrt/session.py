@@ -108,7 +108,7 @@ class Session:
             self.logits = self.engine.logits(hidden)[0]
         except BaseException:
             # A cut had dropped the pruned stages of the old tokens, so nothing of them can serve again.
-            self.truncate(0 if cuts else start)
+            self.truncate(0 if cuts or not self.context.cache.intact else start)
             raise
         self.tokens.extend(ids)
         return stages
@@ -139,8 +139,18 @@ class Session:
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes of keys and values held."""
-        return self.context.cache.nbytes
+        """Bytes of keys and values held, resident or in host memory."""
+        return self.kv_bytes_device + self.kv_bytes_host
+
+    @property
+    def kv_bytes_device(self) -> int:
+        """Bytes of keys and values that decode reads without fetching them."""
+        return self.context.cache.nbytes_device
+
+    @property
+    def kv_bytes_host(self) -> int:
+        """Bytes of keys and values in host memory, under a budget."""
+        return self.context.cache.nbytes_host
 
 
 def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

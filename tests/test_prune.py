@@ -54,11 +54,11 @@ def test_rope_positions_stay(llm: slimrt.LLM, document: list[int]) -> None:
     session = llm.session()
     session.prefill(document, HALVES)
     cache = session.context.cache
-    kept = cache._positions[23]
+    kept = cache.rows(23)[2]
     assert (np.diff(kept) > 0).all()
     assert kept[0] == 0 and kept[-1] == len(document) - 1
-    assert set(kept) <= set(cache._positions[15]) < set(range(len(document)))
-    assert np.array_equal(cache._positions[14], np.arange(len(document)))
+    assert set(kept) <= set(cache.rows(15)[2]) < set(range(len(document)))
+    assert np.array_equal(cache.rows(14)[2], np.arange(len(document)))
 
 
 def test_another_question_equals_a_fresh_prefill(llm: slimrt.LLM, document: list[int]) -> None:

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from slimrt.gguf import TensorInfo
-from slimrt.ops.numpy_scores import BLOCK_SCORES
+from slimrt.ops.numpy_memory import NumpyMemory
+from slimrt.ops.numpy_scores import BLOCK_SCORES, unit_means
 from slimrt.ops.workers import Workers, available_cores
 from slimrt.quants import dequantize
 
@@ -48,7 +49,7 @@ class Weight:
         return self.dense.nbytes if self.dense is not None else sum(part.nbytes for part in self.parts)
 
 
-class NumpyOps:
+class NumpyOps(NumpyMemory):
     """Compute and memory operations on NumPy arrays.
 
     ``threads``: how many cores to use (None: all that the process may). ``packed``: keep weights as they lie in the
@@ -58,11 +59,12 @@ class NumpyOps:
     name = "numpy"
 
     def __init__(self, threads: int | None = None, *, packed: bool = False) -> None:
+        super().__init__()
         self.threads = threads or available_cores()
         self.packed = packed
         self._workers = Workers(self.threads)
 
-    # -- memory -----------------------------------------------------------------------------------------------------
+    # -- weights ----------------------------------------------------------------------------------------------------
 
     def weight(self, *parts: TensorInfo) -> Weight:
         """A handle on ``parts`` [out_i, in] stacked along out."""
@@ -85,14 +87,6 @@ class NumpyOps:
             dequantize(part, out=stacked[at : at + part.shape[0]])
             at += part.shape[0]
         return stacked
-
-    def empty(self, shape: tuple[int, ...]) -> Array:
-        """Uninitialised float32."""
-        return np.empty(shape, np.float32)
-
-    def to_host(self, x: Array) -> Array:
-        """``x`` as a NumPy array."""
-        return x
 
     # -- parallel structure -----------------------------------------------------------------------------------------
 
@@ -179,6 +173,10 @@ class NumpyOps:
     def score_blocks(self, kind: str, q: Array, k: Array, block: int, unit: int) -> np.ndarray:
         """How much the queries q [W, H, Dh] of the last rows want each block of k [Hkv, N, Dh] -> [B] on the host."""
         return BLOCK_SCORES[kind](q, k, block, unit)
+
+    def unit_means(self, k: Array, unit: int) -> Array:
+        """Mean key of each run of ``unit`` rows: k [Hkv, N, Dh] -> [Hkv, ceil(N / unit), Dh]."""
+        return unit_means(k, unit)
 
     def take(self, x: Array, rows: Array) -> Array:
         """x[rows]: the rows that go on; rows ascending."""

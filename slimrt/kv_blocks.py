@@ -1,0 +1,321 @@
+"""One layer's rows under a budget: resident slots, blocks in host memory, unit means; and which blocks to read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from slimrt.config import CacheConfig, ModelConfig
+from slimrt.kv_cache import Positions
+from slimrt.prefetch import Transfers, wait_all
+
+__all__ = ["Choice", "LayerRows", "choose"]
+
+Array = Any  # the backend's array
+Fence = Any  # the backend's fence
+
+_SLAB_ROWS = 1024  # host memory is taken in slabs: pinning is slow, and a slab is never moved or given back
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Blocks to read: complete ones, ascending, and ``tail``, the block that holds the newest row."""
+
+    complete: tuple[int, ...]
+    tail: int
+
+    def overlap(self, other: Choice) -> float:
+        """The share of this choice's blocks that the other has too."""
+        mine, others = {*self.complete, self.tail}, {*other.complete, other.tail}
+        return len(mine & others) / len(mine)
+
+
+def choose(scores: np.ndarray | None, tail: int, config: CacheConfig) -> Choice:
+    """The sink, the tail, the local blocks before it, and the best of ``scores`` [tail]: as many as there are slots.
+
+    Without scores later blocks are better. Ties go to the earlier block.
+    """
+    wanted = np.arange(tail, dtype=np.float64) if scores is None else scores.astype(np.float64)
+    wanted[: config.sink_blocks] = math.inf
+    wanted[max(0, tail - config.local_blocks) :] = math.inf
+    best = np.argsort(-wanted, kind="stable")[: config.slots - 1]
+    return Choice(tuple(np.sort(best).tolist()), tail)
+
+
+class HostBlocks:
+    """Blocks in host memory: [2, Hkv, block, Dh], keys and values of one block contiguous, so one transfer moves it."""
+
+    def __init__(self, ops: Any, config: CacheConfig, model: ModelConfig) -> None:
+        self._ops = ops
+        self._shape = (2, model.n_kv_heads, config.block, model.head_dim)
+        self._per_slab = max(1, _SLAB_ROWS // config.block)
+        self._slabs: list[Array] = []
+        self.block_bytes = math.prod(self._shape) * 4
+
+    def runs(self, device: Array, first: int, last: int) -> Iterator[tuple[Array, Array]]:
+        """Blocks ``first`` to ``last`` (exclusive) beside the same of ``device`` [2, Hkv, rows from ``first`` on, Dh].
+
+        Yields pairs (host, device) of equal shapes, as few as the slabs allow.
+        """
+        rows = self._shape[2]
+        while first < last:
+            slab, at = divmod(first, self._per_slab)
+            if slab == len(self._slabs):
+                self._slabs.append(self._ops.pinned((self._per_slab, *self._shape)))
+            count = min(self._per_slab - at, last - first)
+            heads, width = self._shape[1], self._shape[3]
+            blocks = device[:, :, : count * rows].reshape(2, heads, count, rows, width)  # splits an axis: a view
+            yield self._slabs[slab][at : at + count], blocks.transpose(2, 0, 1, 3, 4)
+            first += count
+            device = device[:, :, count * rows :]
+
+    def clear(self) -> None:
+        """Let go of the memory."""
+        self._slabs.clear()
+
+
+class LayerRows:
+    """The rows of one layer.
+
+    While they fit into the slots, row i lies at row i of ``resident`` and nothing else is used. After that
+    (``spilled``) every complete block lies in host memory, ``slots`` says which block each resident slot holds, the
+    block that is being filled (the tail) lies in the last slot in use, so that what decode reads is one range.
+    """
+
+    def __init__(self, ops: Any, config: CacheConfig, model: ModelConfig, transfers: Transfers) -> None:
+        self._ops, self._config, self._transfers = ops, config, transfers
+        self._model = model
+        self.capacity = config.slots * config.block
+        self.positions = Positions()
+        self.resident: Array | None = None  # [2, Hkv, capacity, Dh], made when the first row comes
+        self.host = HostBlocks(ops, config, model)
+        self.row_bytes = self.host.block_bytes // config.block
+        self.means: Array = ops.empty((model.n_kv_heads, 0, model.head_dim))
+        self.selects = False  # whether this layer chooses for its group, and so needs means
+        self._slot_positions = np.empty(self.capacity, np.int64)
+        self._fetches: list[Fence] = []
+        self._spills: list[Fence] = []
+        self.reset()
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def reset(self) -> None:
+        """Forget all rows; no copy may be under way."""
+        self.positions.truncate(0)
+        self.spilled = False
+        self.choice: Choice | None = None
+        self.slots: list[int] = []  # block in each slot, once spilled
+        self.on_host = 0  # complete blocks in host memory
+
+    # -- copies under way ---------------------------------------------------------------------------------------------
+
+    def settle(self) -> None:
+        """Compute waits for all copies of this layer; the first exception is raised when all have ended."""
+        fences = self._fetches + self._spills
+        self._fetches, self._spills = [], []
+        wait_all(self._ops, self._transfers, fences)
+
+    # -- all rows resident --------------------------------------------------------------------------------------------
+
+    def append(self, k: Array, v: Array, positions: np.ndarray) -> tuple[Array, Array, np.ndarray]:
+        """Append rows that fit while nothing is spilled; returns views of all."""
+        held, length = len(self), len(self) + len(positions)
+        resident = self._slots_memory()
+        resident[0, :, held:length] = k.transpose(1, 0, 2)
+        resident[1, :, held:length] = v.transpose(1, 0, 2)
+        self.positions.append(positions)
+        return resident[0, :, :length], resident[1, :, :length], self.positions.array
+
+    def _slots_memory(self) -> Array:
+        if self.resident is None:
+            self.resident = self._ops.empty((2, self._model.n_kv_heads, self.capacity, self._model.head_dim))
+        return self.resident
+
+    # -- decode: some rows resident -----------------------------------------------------------------------------------
+
+    def move_to(self, choice: Choice) -> None:
+        """Start bringing the blocks of ``choice`` that are not resident into slots of blocks that it leaves out.
+
+        The tail keeps its rows and gets the last slot. Compute has left this layer's slots since its last attention.
+        """
+        self.choice = choice
+        if not self.spilled:
+            self.begin_spilling()
+        self.settle()
+        block, resident = self._config.block, self._slots_memory()
+        last = len(choice.complete)
+        where = {number: slot for slot, number in enumerate(self.slots)}
+        slots = [-1] * last
+        for number in choice.complete:
+            if where.get(number, last) < last:
+                slots[where[number]] = number
+        missing = [number for number in choice.complete if where.get(number, last) >= last]
+        free = [slot for slot, number in enumerate(slots) if number < 0]
+        begun = len(self) - choice.tail * block  # rows that the tail holds already
+        fetched: list[tuple[int, int]] = []  # (block, slot)
+        if begun > 0:
+            self._move(where.get(choice.tail), last, choice.tail, fetched)
+        for number, slot in zip(missing, free, strict=True):
+            slots[slot] = number
+            self._move(where.get(number), slot, number, fetched)
+        self.slots = [*slots, choice.tail]
+        if fetched:
+            pairs = []
+            for number, slot in fetched:
+                pairs += [(device, host) for host, device in self._host_pairs(resident, slot, number)]
+            self._transfers.bytes_to_device += len(fetched) * self.host.block_bytes
+            self._fetches.append(self._ops.copy(pairs, after=self._ops.mark()))
+
+    def _move(self, source: int | None, slot: int, number: int, fetched: list[tuple[int, int]]) -> None:
+        """Block ``number`` goes to ``slot``: from slot ``source`` at once, or (None) from the host with the others."""
+        block = self._config.block
+        if source is None:
+            fetched.append((number, slot))
+        elif source != slot:
+            resident = self._slots_memory()
+            resident[:, :, _rows(slot, block)] = resident[:, :, _rows(source, block)]
+        positions = self.positions.array[_rows(number, block)]
+        self._slot_positions[slot * block : slot * block + len(positions)] = positions
+
+    def _host_pairs(self, resident: Array, slot: int, number: int) -> Iterator[tuple[Array, Array]]:
+        return self.host.runs(resident[:, :, _rows(slot, self._config.block)], number, number + 1)
+
+    def begin_spilling(self) -> None:
+        """All slots are full, and one row more comes: from now on the host has the blocks as well."""
+        self.slots = list(range(self._config.slots))
+        self._slot_positions[:] = self.positions.array
+        self.spilled = True
+        self._spill(self._slots_memory(), 0, self._config.slots)
+
+    def _spill(self, device: Array, first: int, last: int) -> None:
+        """Start copying complete blocks to the host, from ``device`` [2, Hkv, rows from ``first`` on, Dh]."""
+        self.learn_means(device[0], first, last)
+        self._spills.append(self._ops.copy(list(self.host.runs(device, first, last)), after=self._ops.mark()))
+        self._transfers.bytes_to_host += (last - first) * self.host.block_bytes
+        self.on_host = last
+
+    def append_one(self, k: Array, v: Array, positions: np.ndarray) -> tuple[Array, Array, np.ndarray]:
+        """Append a row [1, Hkv, Dh] to the tail; returns views of the resident rows, once they have arrived."""
+        assert self.choice is not None
+        if self._fetches:
+            fetches, self._fetches = self._fetches, []
+            wait_all(self._ops, self._transfers, fetches)
+        block, resident = self._config.block, self._slots_memory()
+        slot = len(self.slots) - 1
+        row = slot * block + len(self) - self.choice.tail * block
+        resident[0, :, row] = k[0]
+        resident[1, :, row] = v[0]
+        self._slot_positions[row] = positions[0]
+        self.positions.append(positions)
+        if len(self) == (self.choice.tail + 1) * block:
+            self._spill(resident[:, :, _rows(slot, block)], self.choice.tail, self.choice.tail + 1)
+        return resident[0, :, : row + 1], resident[1, :, : row + 1], self._slot_positions[: row + 1]
+
+    def learn_means(self, keys: Array, first: int, last: int) -> None:
+        """Unit means of complete blocks ``first`` to ``last``; keys [Hkv, rows from ``first`` on, Dh]."""
+        if not self.selects:
+            return
+        units = self._config.block // self._config.unit
+        if last * units > self.means.shape[1]:
+            grown = self._ops.empty((self.means.shape[0], 2 * last * units, self.means.shape[2]))
+            grown[:, : first * units] = self.means[:, : first * units]
+            self.means = grown
+        rows = keys[:, : (last - first) * self._config.block]
+        self.means[:, first * units : last * units] = self._ops.unit_means(rows, self._config.unit)
+
+    # -- prefill: all rows in a staging slot --------------------------------------------------------------------------
+
+    def staged(self, slot: Array) -> list[tuple[Array, Array]]:
+        """The copies (slot, host) that bring the spilled rows into ``slot`` [2, Hkv, rows, Dh], whole blocks at a time.
+
+        The tail comes along if it is not resident; ``stage_resident`` brings the rest.
+        """
+        tail, begun = divmod(len(self), self._config.block)
+        last = tail + (begun > 0 and tail not in self.slots) if self.spilled else 0
+        return [(device, host) for host, device in self.host.runs(slot, 0, last)]
+
+    def stage_resident(self, slot: Array) -> None:
+        """Put the rows into ``slot`` that ``staged`` left out; after its copies, which may have written over them."""
+        if not self.spilled:
+            slot[:, :, : len(self)] = self._slots_memory()[:, :, : len(self)]
+            return
+        block = self._config.block
+        tail, begun = divmod(len(self), block)
+        if begun and tail in self.slots:
+            at = self.slots.index(tail) * block
+            slot[:, :, tail * block : len(self)] = self._slots_memory()[:, :, at : at + begun]
+
+    def settle_from(self, slot: Array, choice: Choice | None) -> None:
+        """Fill the resident slots anew from ``slot``, which holds all rows; ``choice`` None: they fit."""
+        block, resident = self._config.block, self._slots_memory()
+        self.choice, self.spilled = choice, choice is not None
+        if choice is None:
+            resident[:, :, : len(self)] = slot[:, :, : len(self)]
+            self.slots, self.on_host = [], 0
+            return
+        self.slots = [*choice.complete, choice.tail]
+        for place, number in enumerate(self.slots):
+            positions = self.positions.array[_rows(number, block)]
+            at, start = place * block, number * block
+            resident[:, :, at : at + len(positions)] = slot[:, :, start : start + len(positions)]
+            self._slot_positions[at : at + len(positions)] = positions
+
+    # -- forgetting ---------------------------------------------------------------------------------------------------
+
+    def truncate(self, length: int) -> None:
+        """Forget the rows from position ``length`` on; no copy may be under way."""
+        rows = self.positions.before(length)
+        if rows == len(self):
+            return
+        if not rows:
+            self.reset()
+            return
+        self.positions.truncate(rows)
+        if self.spilled:
+            tail, begun = divmod(rows, self._config.block)
+            self.on_host = min(self.on_host, tail)
+            # What stays resident is the block that rows will be appended to; the next choice brings the others back.
+            self.slots = [number if begun and number == tail else -1 for number in self.slots]
+            self.choice = None
+
+    # -- looking ------------------------------------------------------------------------------------------------------
+
+    def rows(self) -> tuple[Array, Array, np.ndarray]:
+        """All rows, gathered in host memory; no copy may be under way."""
+        n, block = len(self), self._config.block
+        whole = self._ops.pinned((2, self._model.n_kv_heads, -(-n // block) * block, self._model.head_dim))
+        for device, host in self.staged(whole):
+            device[...] = host
+        tail, begun = divmod(n, block)
+        if not self.spilled:
+            whole[:, :, :n] = self._ops.to_host(self._slots_memory()[:, :, :n])
+        elif begun and tail in self.slots:
+            at = self.slots.index(tail) * block
+            whole[:, :, tail * block : n] = self._ops.to_host(self._slots_memory()[:, :, at : at + begun])
+        return whole[0, :, :n], whole[1, :, :n], self.positions.array
+
+    @property
+    def nbytes_device(self) -> int:
+        if not self.spilled:
+            return len(self) * self.row_bytes
+        block = self._config.block
+        held = sum(min(block, len(self) - number * block) for number in self.slots if number >= 0)
+        means = self.on_host * (block // self._config.unit) * self.row_bytes // 2 if self.selects else 0
+        return held * self.row_bytes + means
+
+    @property
+    def nbytes_host(self) -> int:
+        return self.on_host * self.host.block_bytes
+
+    def close(self) -> None:
+        self.resident = None
+        self.host.clear()
+
+
+def _rows(number: int, block: int) -> slice:
+    return slice(number * block, (number + 1) * block)

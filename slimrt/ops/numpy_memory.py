@@ -1,0 +1,69 @@
+"""Memory operations on NumPy: copies run on a thread of their own, as they run on a copy stream of a GPU.
+
+Two queues: compute (the caller's thread) and copies. They meet only at fences, so the rules are those of a GPU and code
+that keeps them runs on both: a copy that reads what compute writes, or writes what compute reads, starts ``after`` a
+``mark`` of the compute queue; compute that needs what a copy brings, or reuses what it reads, first ``wait``s for its
+fence; a copy that depends on another starts ``after`` that one's fence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+
+__all__ = ["Fence", "NumpyMemory"]
+
+Array = np.ndarray
+Fence = Future  # done(): whether the copy has ended, well or badly
+
+_REACHED: Future[None] = Future()  # compute runs on the calling thread: wherever it is asked, it has got there
+_REACHED.set_result(None)
+
+
+class NumpyMemory:
+    """Allocation, copies and fences; the device's memory is the host's."""
+
+    def __init__(self) -> None:
+        self._copies = ThreadPoolExecutor(1, thread_name_prefix="slimrt-copy")  # no thread before the first copy
+
+    def empty(self, shape: tuple[int, ...]) -> Array:
+        """Uninitialised float32 on the device."""
+        return np.empty(shape, np.float32)
+
+    def pinned(self, shape: tuple[int, ...], dtype: type = np.float32) -> Array:
+        """Uninitialised host memory that copies reach at full speed."""
+        return np.empty(shape, dtype)
+
+    def copy(self, pairs: Sequence[tuple[Array, Array]], after: Fence | None = None) -> Fence:
+        """Queue the copies (destination, source) in order, host to device or back, strided or not; returns at once.
+
+        They start when ``after`` has passed. If that failed, or one of these fails, the rest are left out and the
+        exception is raised by ``wait``, here and in what comes after this fence.
+        """
+
+        def work() -> None:
+            if after is not None:
+                after.result()
+            for destination, source in pairs:
+                np.copyto(destination, source)
+
+        return self._copies.submit(work)
+
+    def mark(self) -> Fence:
+        """A fence that passes when compute has done all that was asked of it, and waited for, so far."""
+        return _REACHED
+
+    def wait(self, fence: Fence) -> None:
+        """What is computed from here on runs after ``fence``; raises the exception of a copy that failed."""
+        fence.result()
+
+    def to_host(self, x: Array) -> Array:
+        """``x`` as a NumPy array."""
+        return x
+
+    def close(self) -> None:
+        """Finish all copies and end their thread; a later copy starts another."""
+        ended, self._copies = self._copies, ThreadPoolExecutor(1, thread_name_prefix="slimrt-copy")
+        ended.shutdown()
