@@ -63,5 +63,5 @@ def readable_score(score: float) -> str:
 
 
 def readable_seconds(seconds: float) -> str:
-    """``0.0123`` -> ``"12.3 ms"``."""
-    return f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.1f} ms"
+    """``0.0123`` -> ``"12.3 ms"``, in three digits."""
+    return f"{seconds:.2f} s" if seconds >= 0.9995 else f"{1000 * seconds:.3g} ms"
