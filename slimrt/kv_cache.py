@@ -56,6 +56,9 @@ class Cache(Protocol):
         They may lie on the device or on the host: the backend's ``to_host`` takes both.
         """
 
+    def layer_nbytes(self, layer: int) -> tuple[int, int]:
+        """Of ``nbytes_device`` and ``nbytes_host`` the share of one layer."""
+
     @property
     def nbytes_device(self) -> int:
         """Bytes of the rows, and what else serves them, that lie where the model computes (slack not counted)."""
@@ -151,11 +154,14 @@ class KVCache:
         """Views of all rows."""
         return self._views(layer)
 
+    def layer_nbytes(self, layer: int) -> tuple[int, int]:
+        """Bytes of the rows that a layer holds, and 0 in host memory."""
+        return len(self._positions[layer]) * 2 * 4 * self._shape[0] * self._shape[1], 0
+
     @property
     def nbytes_device(self) -> int:
         """Bytes of the rows held."""
-        row = 2 * 4 * self._shape[0] * self._shape[1]
-        return sum(len(positions) * row for positions in self._positions)
+        return sum(self.layer_nbytes(layer)[0] for layer in range(len(self._positions)))
 
     @property
     def nbytes_host(self) -> int:

@@ -240,6 +240,10 @@ class OffloadedKVCache:
         self._layers[layer].settle()
         return self._layers[layer].rows()
 
+    def layer_nbytes(self, layer: int) -> tuple[int, int]:
+        """Bytes of one layer where the model computes (the ring, which all share, aside) and in host memory."""
+        return self._layers[layer].nbytes_device, self._layers[layer].nbytes_host
+
     @property
     def nbytes_device(self) -> int:
         """Bytes of resident rows, of unit means, and of the staging slots while a prompt is read."""
