@@ -100,7 +100,7 @@ def test_numbers_agree_with_one_another(llm: slimrt.LLM, seen: Explanation) -> N
     assert sum(layer.seconds for layer in seen.layers) + seen.outside_s == pytest.approx(seen.ttft_s)
     assert all(layer.seconds > 0 for layer in seen.layers) and seen.outside_s > 0
     assert seen.kv_dense == seen.tokens * llm.config.kv_bytes_per_token
-    assert seen.kv_resident + seen.kv_host < seen.kv_dense
+    assert seen.kv_host == 0 and seen.kv_resident == seen.kv_kept < seen.kv_dense
 
 
 def test_the_best_scored_go_on(seen: Explanation) -> None:
@@ -137,6 +137,22 @@ def test_dense_says_why(model: Path, prune: PrunePlan | str, tokens: int, why: s
     assert {dense.fate(b) for b in dense.blocks} == {"kept to the end"}
     assert f"Nothing was cut: {why}." in html_page(dense)
     assert len(dense.spans()) == 1
+
+
+def test_rows_in_host_memory_are_shown(model: Path) -> None:
+    llm = slimrt.load(model, prune=PLAN, threads=1, kv_budget=256)
+    ids = llm.tokenize(DOCUMENT * 4)
+    split = explain(llm, ids)
+    whole = explain(slimrt.load(model, prune=PLAN, threads=1), ids)
+    assert [b.survived for b in split.blocks] == [b.survived for b in whole.blocks]
+    assert split.kv_kept == whole.kv_kept
+    assert split.layers[0].kv_host > 0 and split.kv_resident < whole.kv_resident
+    assert split.kv_resident + split.kv_host >= split.kv_kept  # no row is lost, some lie in both
+    page = Page(html_page(split))
+    labels = [attrs.get("aria-label") or "" for tag, attrs in page.tags if tag == "svg"]
+    assert sum("0 B in host memory" not in label for label in labels if "host" in label) == sum(
+        layer.kv_host > 0 for layer in split.layers
+    )
 
 
 # -- text of blocks ----------------------------------------------------------------------------------------------------

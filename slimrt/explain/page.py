@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from importlib import resources
 
-from slimrt.explain.report import Explanation, LayerReport
+from slimrt.explain.report import Explanation
 
 __all__ = ["html_page"]
 
@@ -28,17 +28,12 @@ def html_page(explanation: Explanation) -> str:
     environment.filters.update(visible=visible, bytes=readable_bytes, score=readable_score, seconds=readable_seconds)
     source = (resources.files(__package__) / "page.html.jinja").read_text(encoding="utf-8")
     slowest = max(layer.seconds for layer in explanation.layers)
-    fullest = max(_kv(layer) for layer in explanation.layers)
+    fullest = max(layer.kv_resident + layer.kv_host for layer in explanation.layers)
     return environment.from_string(source).render(
         e=explanation,
-        kv=_kv,
         time_scale=100 / slowest if slowest else 0,
         kv_scale=100 / fullest if fullest else 0,
     )
-
-
-def _kv(layer: LayerReport) -> int:
-    return layer.kv_resident + layer.kv_host
 
 
 def visible(text: str) -> str:

@@ -34,7 +34,11 @@ class CutReport:
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One layer: tokens in its attention, its share of the time, the keys and values that it left, in bytes."""
+    """One layer: tokens in its attention, its share of the time, rows of keys and values that it left.
+
+    ``kv_resident``, ``kv_host``: their bytes where the model computes and in host memory; under a budget some rows lie
+    in both.
+    """
 
     layer: int
     tokens: int
@@ -63,7 +67,8 @@ class Explanation:
 
     ``plan`` None: dense by choice; ``why_dense``: why nothing was cut, empty if something was. ``ttft_s``: from token
     ids to the first logits; ``outside_s``: the part of it that is not spent in layers. ``states_host``: bytes of hidden
-    states kept in host memory, from which another question can be answered.
+    states kept in host memory, from which another question can be answered. ``kv_kept``: bytes of all rows of keys and
+    values, each counted once; ``kv_dense``: what a dense run of the prompt leaves.
     """
 
     model: str
@@ -79,6 +84,8 @@ class Explanation:
     ttft_s: float
     outside_s: float
     states_host: int
+    kv_kept: int
+    kv_dense: int
     cuts: tuple[CutReport, ...]
     layers: tuple[LayerReport, ...]
     blocks: tuple[Block, ...]
@@ -92,12 +99,6 @@ class Explanation:
     def kv_host(self) -> int:
         """Bytes of keys and values in host memory."""
         return sum(layer.kv_host for layer in self.layers)
-
-    @property
-    def kv_dense(self) -> int:
-        """Bytes that a dense run leaves; no cut lies before the first layer's attention, so it shows a row's size."""
-        first = self.layers[0]
-        return (first.kv_resident + first.kv_host) * len(self.layers)
 
     def spans(self) -> tuple[Span, ...]:
         """The layers between cuts; a cut comes after its layer's attention, so that layer counts to those before."""
@@ -129,7 +130,7 @@ class Explanation:
         """As JSON knows it."""
         data = dataclasses.asdict(self)
         data["blocks"] = [{**block, "fate": self.fate(self.blocks[block["number"]])} for block in data["blocks"]]
-        return {**data, "kv_resident": self.kv_resident, "kv_host": self.kv_host, "kv_dense": self.kv_dense}
+        return {**data, "kv_resident": self.kv_resident, "kv_host": self.kv_host}
 
 
 def explain(llm: LLM, ids: Sequence[int], *, question: str = "", progress: Progress | None = None) -> Explanation:
@@ -144,7 +145,8 @@ def explain(llm: LLM, ids: Sequence[int], *, question: str = "", progress: Progr
     block = _DENSE_BLOCK if plan is None else plan.block
     sink, local = (0, 0) if plan is None else (plan.sink_blocks, local_blocks(plan, len(ids)))
     cuts = tuple(_cut(cut, block) for cut in trace.cuts)
-    boundary = session.context.boundary
+    boundary, layers = session.context.boundary, _layers(session, trace)
+    token = llm.config.kv_bytes_per_token
     return Explanation(
         model=llm.config.name,
         file=llm.file.path.name,
@@ -159,8 +161,10 @@ def explain(llm: LLM, ids: Sequence[int], *, question: str = "", progress: Progr
         ttft_s=ttft,
         outside_s=ttft - sum(trace.seconds),
         states_host=0 if boundary is None else boundary.nbytes,
+        kv_kept=sum(layer.kv_rows for layer in layers) * token // len(layers),
+        kv_dense=len(ids) * token,
         cuts=cuts,
-        layers=_layers(llm, session, trace),
+        layers=layers,
         blocks=prompt_blocks(llm.tokenizer, ids, block, trace.cuts, sink=sink, local=local),
     )
 
@@ -170,14 +174,13 @@ def _cut(cut: CutTrace, block: int) -> CutReport:
     return CutReport(cut.layer, before, after, -(-before // block), -(-after // block))
 
 
-def _layers(llm: LLM, session: Session, trace: PrefillTrace) -> tuple[LayerReport, ...]:
+def _layers(session: Session, trace: PrefillTrace) -> tuple[LayerReport, ...]:
     """What each layer cost and left; a cut leaves its own layer's keys and values whole."""
-    cache, row = session.context.cache, llm.config.kv_bytes_per_token // llm.config.n_layers
+    cache = session.context.cache
     layers, tokens = [], len(session.tokens)
     after = {cut.layer: len(cut.kept) for cut in trace.cuts}
     for number, seconds in enumerate(trace.seconds):
-        rows = cache.length(number)
-        layers.append(LayerReport(number, tokens, seconds, rows, rows * row, 0))
+        layers.append(LayerReport(number, tokens, seconds, cache.length(number), *cache.layer_nbytes(number)))
         tokens = after.get(number, tokens)
     return tuple(layers)
 

@@ -41,10 +41,9 @@ def summary(seen: Explanation) -> Iterator[Text | Table]:
     yield Text()
     yield _stages(seen)
     yield Text()
-    held = seen.kv_resident + seen.kv_host
     yield Text(
-        f"TTFT {readable_seconds(seen.ttft_s)} · KV {readable_bytes(held)}, {100 * held / seen.kv_dense:.0f} % of a "
-        f"dense run's · plan {seen.plan_source}",
+        f"TTFT {readable_seconds(seen.ttft_s)} · KV {readable_bytes(seen.kv_kept)}, "
+        f"{100 * seen.kv_kept / seen.kv_dense:.0f} % of a dense run's · plan {seen.plan_source}",
         style="dim",
     )
 

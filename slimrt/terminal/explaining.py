@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from slimrt.errors import SettingError
-from slimrt.explain.report import Explanation, explain
+from slimrt.explain.report import explain
 from slimrt.terminal.guard import note
 from slimrt.terminal.loading import load_model
 from slimrt.terminal.options import LoadSettings
@@ -40,15 +40,9 @@ def explain_prompt(file: Path, question: str, output: Path, load: LoadSettings, 
     if as_json:
         click.echo(json.dumps({**seen.to_dict(), "page": str(output)}, ensure_ascii=False))
         return
-    _print(seen)
-    note(f"the page is {output}")
-
-
-def _print(seen: Explanation) -> None:
-    from rich.console import Console
-
     from slimrt.explain.text import summary
+    from slimrt.terminal.tables import print_wide
 
-    console = Console(highlight=False)
     for part in summary(seen):
-        console.print(part)
+        print_wide(part)
+    note(f"the page is {output}")
