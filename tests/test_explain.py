@@ -221,7 +221,15 @@ def test_scores_have_three_digits(value: float, shown: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "shown"), [(0.0123, "12.3 ms"), (1.5, "1.50 s"), (0.5037, "504 ms"), (0.9996, "1.00 s")]
+    ("value", "shown"),
+    [
+        (0.0123, "12.3 ms"),
+        (1.5, "1.50 s"),
+        (0.5037, "504 ms"),
+        (0.089, "89.0 ms"),
+        (0.00012, "0.12 ms"),
+        (0.9996, "1.00 s"),
+    ],
 )
 def test_seconds(value: float, shown: str) -> None:
     assert readable_seconds(value) == shown

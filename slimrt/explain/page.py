@@ -59,4 +59,8 @@ def readable_score(score: float) -> str:
 
 def readable_seconds(seconds: float) -> str:
     """``0.0123`` -> ``"12.3 ms"``, in three digits."""
-    return f"{seconds:.2f} s" if seconds >= 0.9995 else f"{1000 * seconds:.3g} ms"
+    if seconds >= 0.9995:
+        return f"{seconds:.2f} s"
+    milliseconds = 1000 * seconds
+    digits = 0 if milliseconds >= 99.95 else 1 if milliseconds >= 9.995 else 2
+    return f"{milliseconds:.{digits}f} ms"
