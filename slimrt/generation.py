@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal, get_args
 
 from slimrt.config import PrunePlan, SamplingConfig
 from slimrt.engine import Progress
@@ -14,12 +15,27 @@ from slimrt.sampler import LogitsProcessor, Sampler, top_logprobs
 from slimrt.session import Session
 from slimrt.tokenizer import Tokenizer
 
-__all__ = ["CompletionStream", "GenerationRequest", "Step", "generate_tokens"]
+__all__ = ["CompletionStream", "GenerationRequest", "Overflow", "Step", "check_overflow", "generate_tokens"]
+
+Overflow = Literal["error", "shift"]  # what happens when the context is full
+
+SINK_TOKENS = 4  # first tokens that stay where text has no system message (StreamingLLM, arXiv 2309.17453)
+
+
+def check_overflow(overflow: object) -> None:
+    """Raise SettingError unless ``overflow`` is one of the two ways."""
+    if overflow not in get_args(Overflow):
+        raise SettingError(f"overflow {overflow!r}: must be 'error' or 'shift' (drop the oldest text)")
 
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """How far to generate and how. ``max_tokens`` None: until the model stops or the context is full."""
+    """How far to generate and how. ``max_tokens`` None: until the model stops or the context is full.
+
+    With ``overflow`` "shift" a full context does not end the text: the first ``n_keep`` tokens stay, of the others the
+    older half is dropped, and what is left is read anew at its new positions. A prompt that does not fit is refused
+    either way. ``n_keep`` None: the system message of a chat, else 4.
+    """
 
     max_tokens: int | None = 128
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
@@ -27,8 +43,13 @@ class GenerationRequest:
     processors: tuple[LogitsProcessor, ...] = ()
     logprobs: int | None = None
     ignore_eos: bool = False
+    overflow: Overflow = "error"
+    n_keep: int | None = None
 
     def __post_init__(self) -> None:
+        check_overflow(self.overflow)
+        if self.n_keep is not None and not (isinstance(self.n_keep, int) and self.n_keep >= 0):
+            raise SettingError(f"n_keep {self.n_keep!r}: must be a whole number of tokens, at least 0")
         if self.max_tokens is not None and self.max_tokens < 0:
             raise SettingError(f"max_tokens {self.max_tokens}: must be at least 0, or None for no limit")
         if self.logprobs is not None and self.logprobs < 0:
@@ -44,20 +65,25 @@ class Step:
     """One step of a generation.
 
     ``token`` is None where the step only ends the text. ``text`` is what has become safe to show: complete UTF-8 that
-    is not the beginning of a stop string. ``finish_reason`` is set on the last step.
+    is not the beginning of a stop string. ``finish_reason`` is set on the last step. ``dropped``: tokens that left the
+    full context before this one was drawn.
     """
 
     token: int | None
     text: str = ""
     logprob: TokenLogprob | None = None
     finish_reason: FinishReason | None = None
+    dropped: int = 0
 
 
-def generate_tokens(session: Session, tokenizer: Tokenizer, request: GenerationRequest) -> Generator[Step, None, None]:
+def generate_tokens(
+    session: Session, tokenizer: Tokenizer, request: GenerationRequest, plan: PrunePlan | None = None
+) -> Generator[Step, None, None]:
     """Draw tokens from ``session``, which has read the prompt, until a stop; the last step carries the reason.
 
     A token joins the session when the next one is asked for, so an abandoned generator leaves no half-done work.
-    Raises SettingError if the session is moved on by another call meanwhile.
+    ``plan`` prunes what is read anew when the context shifts. Raises SettingError if the session is moved on by another
+    call meanwhile.
     """
     if session.logits is None:
         raise SettingError("nothing was read yet; a generation starts from a prompt; call prefill first")
@@ -65,31 +91,46 @@ def generate_tokens(session: Session, tokenizer: Tokenizer, request: GenerationR
     sampler = Sampler(request.sampling, session.engine.config.vocab_size, request.processors)
     decoder = tokenizer.stream_decoder()
     held = _StopStrings(request.stop)
-    drawn = 0
+    drawn = dropped = 0
     while True:
         if request.max_tokens is not None and drawn >= request.max_tokens:
             break
         token = sampler(logits, session.tokens)
         if token in tokenizer.stop_ids and not request.ignore_eos:
-            yield Step(None, held.push(decoder.flush()) + held.flush(), None, "stop")
+            yield Step(None, held.push(decoder.flush()) + held.flush(), None, "stop", dropped)
             return
         drawn += 1
         logprob = None if request.logprobs is None else top_logprobs(logits, token, request.logprobs)
         text = held.push(decoder.push(token))
         if held.stopped:
-            yield Step(token, text, logprob, "stop")
+            yield Step(token, text, logprob, "stop", dropped)
             return
-        yield Step(token, text, logprob)
+        yield Step(token, text, logprob, None, dropped)
         if session.revision != revision:
             raise SettingError("the session read another prompt while this text was generated; use a session for each")
-        if len(session.tokens) >= session.ctx:
-            break
         # The last token asked for need not be read: nothing is drawn after it.
-        if request.max_tokens is None or drawn < request.max_tokens:
+        if request.max_tokens is not None and drawn >= request.max_tokens:
+            break
+        dropped = 0
+        if len(session.tokens) < session.ctx:
             session.extend([token])
-            assert session.logits is not None
-            logits = session.logits
+        elif request.overflow == "shift":
+            kept = _shifted(session.tokens, SINK_TOKENS if request.n_keep is None else request.n_keep)
+            dropped = len(session.tokens) - len(kept)
+            session.prefill([*kept, token], plan)
+            revision = session.revision
+        else:
+            break
+        assert session.logits is not None
+        logits = session.logits
     yield Step(None, held.push(decoder.flush()) + held.flush(), None, "stop" if held.stopped else "length")
+
+
+def _shifted(tokens: list[int], n_keep: int) -> list[int]:
+    """What stays of a full context: the first ``n_keep`` tokens and the newer half of the rest; fewer in any case."""
+    n_keep = min(n_keep, len(tokens) - 1)
+    rest = len(tokens) - n_keep
+    return tokens[:n_keep] + tokens[len(tokens) - rest // 2 :]
 
 
 class _StopStrings:
@@ -120,7 +161,9 @@ class _StopStrings:
 class CompletionStream:
     """Pieces of text as they come; ``completion`` holds the whole once the iteration is over (or was closed).
 
-    Closing it (also by leaving the loop and dropping it) stops the generation.
+    Closing it (also by leaving the loop and dropping it) stops the generation. ``note``: what was done to the prompt
+    before, for the timings. ``on_end`` is called with the text when it is complete, or when it is closed after some was
+    written; not after an exception.
     """
 
     def __init__(
@@ -131,8 +174,14 @@ class CompletionStream:
         request: GenerationRequest,
         plan: PrunePlan | None = None,
         progress: Progress | None = None,
+        *,
+        note: str = "",
+        on_end: Callable[[str], None] | None = None,
     ) -> None:
+        if request.n_keep is not None and request.n_keep >= session.ctx:
+            raise SettingError(f"n_keep {request.n_keep}: must be less than the context, {session.ctx}")
         self._session, self._prompt = session, len(ids)
+        self._note, self._on_end, self._dropped = note, on_end, 0
         self._tokens: list[int] = []
         self._pieces: list[str] = []
         self._logprobs: list[TokenLogprob] = []
@@ -140,14 +189,27 @@ class CompletionStream:
         self._first = self._last = 0.0
         self._begun = time.perf_counter()
         self._reading = session.prefill(ids, plan, progress=progress)
-        self._steps = generate_tokens(session, tokenizer, request)
+        self._steps = generate_tokens(session, tokenizer, request, plan)
         self._wants_logprobs = request.logprobs is not None
         self._pieces_left = self._run()
 
     def _run(self) -> Generator[str, None, None]:
+        try:
+            yield from self._texts()
+        except GeneratorExit:
+            self._end(written=bool(self._pieces))
+            raise
+        self._end(written=True)
+
+    def _end(self, *, written: bool) -> None:
+        if self._on_end is not None and written:
+            self._on_end("".join(self._pieces))
+
+    def _texts(self) -> Generator[str, None, None]:
         for step in self._steps:
             self._last = time.perf_counter()
             self._first = self._first or self._last
+            self._dropped += step.dropped
             if step.token is not None:
                 self._tokens.append(step.token)
             if step.logprob is not None:
@@ -186,10 +248,16 @@ class CompletionStream:
                 kv_bytes_device=self._session.kv_bytes_device,
                 kv_bytes_host=self._session.kv_bytes_host,
                 reused_tokens=self._reading.reused,
-                reuse_note=self._reading.note,
+                reuse_note="; ".join(part for part in (self._note, self._reading.note, self._shift_note) if part),
             ),
             logprobs=list(self._logprobs) if self._wants_logprobs else None,
         )
+
+    @property
+    def _shift_note(self) -> str:
+        if not self._dropped:
+            return ""
+        return f"the context filled up while the text was written: {self._dropped} tokens of it were dropped"
 
     def finished(self) -> Completion:
         """Run to the end; returns the completion."""
@@ -205,6 +273,8 @@ def request_from_options(
     logits_processors: Sequence[LogitsProcessor] = (),
     logprobs: int | None = None,
     ignore_eos: bool = False,
+    overflow: Overflow = "error",
+    n_keep: int | None = None,
     **sampling: object,
 ) -> GenerationRequest:
     """Keyword arguments of ``LLM.generate`` -> GenerationRequest; unknown ones are refused."""
@@ -220,4 +290,6 @@ def request_from_options(
         processors=tuple(logits_processors),
         logprobs=logprobs,
         ignore_eos=ignore_eos,
+        overflow=overflow,
+        n_keep=n_keep,
     )

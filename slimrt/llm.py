@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 
 from slimrt.config import CacheConfig, ModelConfig, PrunePlan
+from slimrt.conversation import Conversation, fit_messages
 from slimrt.engine import Engine, Progress
 from slimrt.errors import ContextError, SettingError
-from slimrt.generation import CompletionStream, request_from_options
+from slimrt.generation import CompletionStream, GenerationRequest, Overflow, check_overflow, request_from_options
 from slimrt.gguf import GGUFFile
 from slimrt.memory import DEFAULT_CTX, MemoryPlan, largest_context
 from slimrt.memory import plan as plan_memory
@@ -46,6 +47,7 @@ def load(
     rope_scaling: str | None = None,
     rope_factor: float | None = None,
     chat_template: str | None = None,
+    overflow: Overflow = "error",
     progress: Progress | None = None,
 ) -> LLM:
     """Open a GGUF model.
@@ -55,7 +57,9 @@ def load(
     by YaRN unless ``rope_scaling`` says "none" or "linear". ``device``: "cpu" or "auto". ``kv_budget``: rows of each
     layer's KV cache that stay resident and that decode reads (default: all); the rest lies in host memory.
     ``threads``: cores to use (default: all that the process may). ``chat_template``: a Jinja template or the name of a
-    built-in one, in place of the file's. ``progress`` is called with (layers loaded, layers).
+    built-in one, in place of the file's. ``overflow``: when the context is full, "error" ends the text or refuses the
+    prompt, "shift" drops the oldest turns or text and says so in the timings. ``progress`` is called with (layers
+    loaded, layers).
 
     Raises ModelFileError for an unusable file, SettingError for options out of range.
     """
@@ -73,6 +77,7 @@ def load(
         rope_scaling=rope_scaling,
         rope_factor=rope_factor,
         chat_template=chat_template,
+        overflow=overflow,
         progress=progress,
     )
 
@@ -98,6 +103,7 @@ class LLM:
         rope_scaling: str | None = None,
         rope_factor: float | None = None,
         chat_template: str | None = None,
+        overflow: Overflow = "error",
         progress: Progress | None = None,
     ) -> None:
         self.file = file
@@ -111,6 +117,8 @@ class LLM:
         cache = CacheConfig(self.ctx, kv_budget)
         if device not in ("cpu", "auto"):
             raise SettingError(f"device '{device}': this version computes on the CPU; use 'cpu' or 'auto'")
+        check_overflow(overflow)
+        self.overflow = overflow
         self.notes: list[str] = []
         self.config: ModelConfig = stretch_rope(
             config, self.ctx, base=rope_base, scaling=rope_scaling, factor=rope_factor
@@ -136,7 +144,7 @@ class LLM:
             )
         self._ops = NumpyOps(threads, packed=self.memory.packed)
         self._engine = Engine(build(self.config, file, self._ops, progress), self._ops, cache)
-        self._session = self.session()
+        self._session: Session = self.session()
 
     def _plan(self, prune: Plan | None) -> PrunePlan | None:
         """The plan of one call: its own, or the one chosen at load."""
@@ -228,12 +236,32 @@ class LLM:
         ``presence_penalty``, ``frequency_penalty``, ``penalty_last_n``, ``logit_bias``, ``logits_processors``
         (callables (ids, logits) -> logits), ``logprobs`` (how many alternatives), ``ignore_eos``. ``special``: control
         tokens in a text prompt count as such. ``progress`` is called with (layers done, layers) during prefill.
+        ``overflow`` "shift": when the context fills up while the text is written, its first ``n_keep`` tokens (4) stay,
+        the older half of the others is dropped, and what is left is read anew; the timings say so.
         """
+        request = self.request(options)
+        return self.begin(self._ids(prompt, special), request, prune=prune, session=session, progress=progress)
+
+    def request(self, options: Mapping[str, Any]) -> GenerationRequest:
+        """The options of ``stream`` checked, with what was chosen at load where they say nothing."""
+        return request_from_options(**{**options, "overflow": options.get("overflow") or self.overflow})
+
+    def begin(
+        self,
+        ids: Sequence[int],
+        request: GenerationRequest,
+        *,
+        prune: Plan | None = None,
+        session: Session | None = None,
+        progress: Progress | None = None,
+        note: str = "",
+        on_end: Callable[[str], None] | None = None,
+    ) -> CompletionStream:
+        """Read ``ids`` and return the stream of the text after it; ``note``, ``on_end``: see CompletionStream."""
         plan = self._plan(prune)
-        request = request_from_options(**options)
         with self._lock:
             return CompletionStream(
-                session or self._session, self.tokenizer, self._ids(prompt, special), request, plan, progress
+                session or self._session, self.tokenizer, ids, request, plan, progress, note=note, on_end=on_end
             )
 
     def generate(self, prompt: Prompt, **options: Any) -> Completion:
@@ -252,9 +280,16 @@ class LLM:
     def chat(
         self, messages: Sequence[Mapping[str, Any]], *, stream: bool = False, **options: Any
     ) -> Completion | CompletionStream:
-        """Answer ``messages`` ([{"role": ..., "content": ...}, ...]) through the model's chat template."""
-        ids = self.chat_tokens(messages)
-        return self.stream(ids, **options) if stream else self.generate(ids, **options)
+        """Answer ``messages`` ([{"role": ..., "content": ...}, ...]) through the model's chat template.
+
+        Options as for ``stream``. With ``overflow`` "shift" the oldest turns are left out where the context has no room
+        for them and an answer.
+        """
+        to = {name: options.pop(name) for name in ("prune", "session", "progress") if name in options}
+        fitted = fit_messages(self.chat_tokens, messages, self.ctx, self.request(options))
+        with self._lock:
+            answer = self.begin(fitted.ids, fitted.request, note=fitted.note, **to)
+            return answer if stream else answer.finished()
 
     @property
     def chat_template(self) -> ChatTemplate:
@@ -276,9 +311,26 @@ class LLM:
 
     # -- conversations -----------------------------------------------------------------------------------------------
 
-    def session(self) -> Session:
-        """A conversation of its own on the same weights."""
-        return Session(self._engine, CacheConfig(self.ctx).ctx)
+    def session(
+        self, *, system: str | None = None, prune: Plan | None = None, overflow: Overflow | None = None
+    ) -> Conversation:
+        """A conversation of its own on the same weights: ``with llm.session() as s: s.ask("...")``.
+
+        ``system``: the system message. ``prune``, ``overflow``: as chosen at load unless given.
+        """
+        return Conversation(
+            self, self._engine, system=system, plan=self._plan(prune), overflow=overflow or self.overflow
+        )
+
+    def restore(self, path: str | Path, *, overflow: Overflow | None = None) -> Conversation:
+        """The conversation that ``Conversation.save`` wrote to ``path``, with its messages and its plan.
+
+        It goes on exactly as the saved one would have. Raises SessionFileError for a file that is damaged, no session,
+        another model's, or of other RoPE settings.
+        """
+        conversation = self.session(overflow=overflow)
+        conversation.load(path)
+        return conversation
 
     @property
     def current(self) -> Session:

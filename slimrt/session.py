@@ -59,7 +59,7 @@ class Session:
         boundary_layer = cuts[0].layer if cuts else None
         # The query window is always computed, so that the choice is made by the queries of the new last tokens.
         fresh = plan.query_window if plan is not None and cuts else 1
-        same = _common_prefix(self.tokens, ids)
+        same = common_prefix(self.tokens, ids)
         if boundary_layer != self._boundary_layer:
             reused, note = 0, "the last conversation was pruned otherwise" if self.tokens else "nothing read before"
             self.reset()
@@ -153,7 +153,8 @@ class Session:
         return self.context.cache.nbytes_host
 
 
-def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens two sequences have in common at their beginnings."""
     length = min(len(a), len(b))
     differs = np.flatnonzero(np.asarray(a[:length]) != np.asarray(b[:length]))
     return int(differs[0]) if len(differs) else length

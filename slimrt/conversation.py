@@ -1,0 +1,163 @@
+"""Questions and answers on one session, and what goes when its context is full."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, Self, overload
+
+from slimrt.config import PrunePlan
+from slimrt.engine import Engine
+from slimrt.errors import SettingError
+from slimrt.generation import CompletionStream, GenerationRequest, Overflow
+from slimrt.results import Completion
+from slimrt.session import Session, common_prefix
+from slimrt.session_file import SavedTalk, read_session, write_session
+
+if TYPE_CHECKING:
+    from slimrt.llm import LLM
+
+__all__ = ["Conversation", "Fitted", "fit_messages"]
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A chat's prompt: the messages that are left, their tokens, the request, and a note on what was left out."""
+
+    messages: list[Mapping[str, Any]]
+    ids: list[int]
+    request: GenerationRequest
+    note: str = ""
+
+
+def fit_messages(
+    tokens: Callable[[Sequence[Mapping[str, Any]]], list[int]],
+    messages: Sequence[Mapping[str, Any]],
+    ctx: int,
+    request: GenerationRequest,
+) -> Fitted:
+    """``messages`` as a prompt, by the chat template's ``tokens``; with overflow "shift" no longer than ``ctx`` allows.
+
+    If a context of ``ctx`` has no room for them and an answer (``max_tokens``, at most a quarter of the context), the
+    oldest turns after the system message are dropped until a quarter is free: whole turns, so that what is left still
+    begins with a question. The last question is never dropped. The request then says how many first tokens must stay if
+    the answer itself fills the context.
+    """
+    ids = tokens(messages)
+    left = list(messages)
+    if request.overflow == "error":
+        return Fitted(left, ids, request)
+    begin = next((at for at, message in enumerate(left) if message["role"] != "system"), len(left))
+    quarter = ctx // 4
+    if len(ids) + min(quarter, quarter if request.max_tokens is None else request.max_tokens) > ctx:
+        while len(ids) + quarter > ctx:
+            turn = next((at for at in range(begin + 1, len(left)) if left[at]["role"] == "user"), None)
+            if turn is None:
+                break
+            del left[begin:turn]
+            ids = tokens(left)
+    if request.n_keep is None and begin < len(left):
+        head = tokens([*left[:begin], {**left[begin], "content": ""}])
+        request = dataclasses.replace(request, n_keep=min(common_prefix(head, ids), ctx - 1))
+    dropped = len(messages) - len(left)
+    note = f"the context was full: the oldest {dropped} messages were dropped" if dropped else ""
+    return Fitted(left, ids, request, note)
+
+
+class Conversation(Session):
+    """A session that keeps its messages.
+
+    ``messages``: the turns that the model still reads ([{"role": ..., "content": ...}]); ``system``: text before them,
+    or None; ``plan``: the prune plan of its prompts (None: dense); ``overflow``: what happens when the context is full.
+    As a plain session it serves wherever ``session=`` is taken; what is read that way is no message.
+    """
+
+    def __init__(
+        self,
+        llm: LLM,
+        engine: Engine,
+        *,
+        system: str | None = None,
+        plan: PrunePlan | None = None,
+        overflow: Overflow = "error",
+    ) -> None:
+        super().__init__(engine, llm.ctx)
+        if system is not None and not isinstance(system, str):
+            raise SettingError(f"system message {system!r}: must be a text, or None for none")
+        self.messages: list[dict[str, Any]] = []
+        self.system, self.plan, self.overflow = system, plan, overflow
+        self._llm = llm
+        self._answer: CompletionStream | None = None
+
+    @overload
+    def ask(self, text: str, *, stream: Literal[False] = False, **options: Any) -> Completion: ...
+    @overload
+    def ask(self, text: str, *, stream: Literal[True], **options: Any) -> CompletionStream: ...
+    def ask(self, text: str, *, stream: bool = False, **options: Any) -> Completion | CompletionStream:
+        """Answer ``text`` (documents are just text in it) as the next message, through the model's chat template.
+
+        ``stream``: return the pieces as they come. Options: as for ``LLM.stream``. The question and its answer join
+        ``messages`` when the answer is complete, or when its stream is closed after it wrote something; a further
+        ``ask``, ``save`` or ``close`` closes a stream that is still open. After an exception they are as before.
+
+        With ``overflow`` "shift" the oldest turns are dropped where the context would leave no room for an answer, and
+        ``timings.reuse_note`` says so.
+
+        Raises SettingError for bad options or an empty question, ContextError if the prompt does not fit.
+        """
+        if not isinstance(text, str) or not text.strip():
+            raise SettingError(f"question {text!r}: must be a text that is not blank")
+        self._end_answer()
+        prune, progress = options.pop("prune", None), options.pop("progress", None)
+        if prune is None:
+            prune = "off" if self.plan is None else self.plan
+        system = [] if self.system is None else [{"role": "system", "content": self.system}]
+        request = self._llm.request({**options, "overflow": options.get("overflow") or self.overflow})
+        question = {"role": "user", "content": text}
+        fitted = fit_messages(self._llm.chat_tokens, [*system, *self.messages, question], self.ctx, request)
+
+        def keep(answer: str) -> None:
+            turn = [*fitted.messages[len(system) :], {"role": "assistant", "content": answer}]
+            self.messages = [dict(message) for message in turn]
+
+        self._answer = self._llm.begin(
+            fitted.ids, fitted.request, prune=prune, session=self, progress=progress, note=fitted.note, on_end=keep
+        )
+        return self._answer if stream else self._answer.finished()
+
+    def _end_answer(self) -> None:
+        answer, self._answer = self._answer, None
+        if answer is not None:
+            answer.close()
+
+    def save(self, path: str | Path) -> None:
+        """Write everything to one file, whole or not at all; ``LLM.restore`` continues from it exactly.
+
+        Raises SessionFileError where the file cannot be written, or holds something else than a session.
+        """
+        self._end_answer()
+        write_session(path, self, self._llm.file, SavedTalk(self.messages, self.system, self.plan))
+
+    def load(self, path: str | Path) -> None:
+        """Become the conversation that ``save`` wrote; on an error it is as before. See ``LLM.restore``."""
+        talk = read_session(path, self, self._llm.file)
+        self._end_answer()
+        self.messages, self.system, self.plan = talk.messages, talk.system, talk.plan
+
+    def close(self) -> None:
+        """End an open answer and give the memory back; the messages stay, and asking again reads them anew."""
+        self._end_answer()
+        self.reset()
+        self.context.cache.close()
+        self.context = self.engine.new_context()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
