@@ -79,10 +79,10 @@ class CacheConfig:
 
     ctx: int
     budget: int | None = None
-    block: int = 64
+    block: int = 16
     unit: int = 8
     sink_blocks: int = 1
-    local_blocks: int = 2
+    local_blocks: int = 4
     score: str = "token_max"
     select_every: int = 1
     overlap: float = 0.9
@@ -158,6 +158,28 @@ class Stage:
     keep: float | int
 
 
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _stages(entries: Any) -> tuple[Stage, ...]:
+    """Stages, or the dictionaries that JSON has in their place."""
+    if not isinstance(entries, (tuple, list)):
+        raise SettingError(f"prune plan: stages {entries!r} must be a list of {{layer, keep}}")
+    stages = []
+    for entry in entries:
+        if isinstance(entry, Mapping) and set(entry) == {"layer", "keep"}:
+            entry = Stage(**entry)
+        if not isinstance(entry, Stage):
+            raise SettingError(f"prune plan: stage {entry!r} must have a layer and keep, and nothing else")
+        if not _is_whole(entry.layer):
+            raise SettingError(f"prune plan: layer {entry.layer!r} must be a whole number")
+        if not (_is_whole(entry.keep) or isinstance(entry.keep, float)):
+            raise SettingError(f"prune plan: layer {entry.layer} keeps {entry.keep!r}; must be a fraction or a count")
+        stages.append(entry)
+    return tuple(stages)
+
+
 @dataclass(frozen=True)
 class PrunePlan:
     """Which prompt tokens leave the forward pass, and after which layers (SlimInfer, arXiv 2508.06447).
@@ -182,12 +204,18 @@ class PrunePlan:
         return all(isinstance(stage.keep, float) and stage.keep == 1 for stage in self.stages)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "stages", tuple(s if isinstance(s, Stage) else Stage(**s) for s in self.stages))
+        object.__setattr__(self, "stages", _stages(self.stages))
+        if not isinstance(self.score, str):
+            raise SettingError(f"prune plan: score {self.score!r} must be a name")
+        for name in ("block", "unit", "query_window", "local_blocks", "sink_blocks", "min_tokens"):
+            if not _is_whole(getattr(self, name)):
+                raise SettingError(f"prune plan: {name} {getattr(self, name)!r} must be a whole number")
         for name in ("block", "unit", "query_window", "local_blocks"):
             if getattr(self, name) < 1:
                 raise SettingError(f"prune plan: {name} {getattr(self, name)} must be at least 1")
-        if self.sink_blocks < 0:
-            raise SettingError(f"prune plan: sink_blocks {self.sink_blocks} must be at least 0")
+        for name in ("sink_blocks", "min_tokens"):
+            if getattr(self, name) < 0:
+                raise SettingError(f"prune plan: {name} {getattr(self, name)} must be at least 0")
         if self.block % self.unit:
             raise SettingError(f"prune plan: block {self.block} must be a multiple of unit {self.unit}")
         layers = [stage.layer for stage in self.stages]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 import numpy as np
 
@@ -17,6 +18,8 @@ from slimrt.models import Llama
 from slimrt.prune import Cut, select_rows
 
 Progress = Callable[[int, int], None]  # (layers done, layers in all)
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class Trace(Protocol):
@@ -32,9 +35,18 @@ class Trace(Protocol):
         """A layer is done."""
 
 
-# Damaged weights may overflow anywhere: that is reported once, with the logits, and not as a warning by each operation.
-_UNCHECKED = np.errstate(over="ignore", invalid="ignore")
 _UNPACK_ROWS = 16  # from so many rows on it pays to unpack a packed layer once, into scratch
+
+
+def _computing(method: Callable[Concatenate[Engine, P], R]) -> Callable[Concatenate[Engine, P], R]:
+    """Run ``method`` in the backend's own setting of threads and warnings."""
+
+    @functools.wraps(method)
+    def run(engine: Engine, *args: P.args, **kwargs: P.kwargs) -> R:
+        with engine.ops.computing():
+            return method(engine, *args, **kwargs)
+
+    return run
 
 
 @dataclass
@@ -69,7 +81,7 @@ class Engine:
             return KVCache(self.config, self.ops)
         return OffloadedKVCache(self.config, self.ops, self.cache_config)
 
-    @_UNCHECKED
+    @_computing
     def prefill(
         self,
         context: Context,
@@ -133,7 +145,7 @@ class Engine:
         """Read one token; returns the next-token logits [V] (a host array)."""
         return self.logits(self.prefill(context, [token])[0])[0]
 
-    @_UNCHECKED
+    @_computing
     def logits(self, x: np.ndarray) -> np.ndarray:
         """Hidden states [T, D] -> logits [T, V] float32 on the host; raises ComputeError if they are not finite."""
         logits = np.empty((len(x), self.config.vocab_size), np.float32)

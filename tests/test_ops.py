@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pytest
+from threadpoolctl import ThreadpoolController
 
 from slimrt.ops import numpy_scores
-from slimrt.ops.numpy_ops import KEY_TILE, QUERY_TILE, NumpyOps
-from slimrt.ops.workers import Workers
+from slimrt.ops.numpy_ops import KEY_TILE, QUERY_TILE, NumpyOps, Weight
+from slimrt.ops.workers import Workers, single_threaded_blas
 from tests import reference
 
 SLACK = 4  # times the error of the naive float32 computation, see test_engine
@@ -19,7 +22,9 @@ def random(shape: tuple[int, ...], seed: int = 0, scale: float = 1.0) -> np.ndar
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize(("heads", "kv_heads", "width"), [(9, 3, 64), (4, 4, 80), (8, 1, 128)])
-@pytest.mark.parametrize(("tokens", "keys"), [(1, 1), (1, 700), (5, 5), (16, 900), (17, 17), (129, 129), (300, 1100)])
+@pytest.mark.parametrize(
+    ("tokens", "keys"), [(1, 1), (1, 700), (1, 5000), (7, 4099), (5, 5), (16, 900), (17, 17), (129, 129), (300, 1100)]
+)
 def test_attention(threads: int, heads: int, kv_heads: int, width: int, tokens: int, keys: int) -> None:
     q, k, v = random((tokens, heads, width)), random((kv_heads, keys, width), 1), random((kv_heads, keys, width), 2)
     rows = [x.transpose(1, 0, 2) for x in (k, v)]
@@ -75,6 +80,38 @@ def test_workers_raise_and_stop() -> None:
     with pytest.raises(ZeroDivisionError, match="three"):
         Workers(2).map(task, range(10_000))
     assert len(done) < 10_000
+
+
+def test_nobody_waits_for_a_helper_that_has_not_begun() -> None:
+    """On a busy machine a helper may not get a core for long: the caller must do the work itself and go on."""
+    team = Workers(2)
+    release = threading.Event()
+    assert team._pool is not None
+    team._pool.submit(release.wait)  # the only helper is busy elsewhere
+    done: list[int] = []
+    team.map(done.append, range(100))
+    assert done == list(range(100))
+    release.set()
+
+
+def test_blas_setting_is_put_back() -> None:
+    blas = ThreadpoolController().select(user_api="blas")
+
+    def threads() -> list[int]:
+        return [library["num_threads"] for library in blas.info()]
+
+    before = threads()
+    with single_threaded_blas:
+        with single_threaded_blas:
+            assert set(threads()) == {1}
+        assert set(threads()) == {1}
+    assert threads() == before
+
+
+def test_large_products_of_few_rows_are_shared() -> None:
+    x, matrix = random((3, 64)), random((70_001, 64), 1)
+    ours = NumpyOps(3).linear(x, Weight((), matrix))
+    assert np.abs(ours - x.astype(np.float64) @ matrix.T.astype(np.float64)).max() < 64 * np.finfo(np.float32).eps * 16
 
 
 def test_scores_agree_with_their_definitions() -> None:

@@ -177,6 +177,21 @@ def test_plans_are_checked(tmp_path: Path, llm: slimrt.LLM) -> None:
         llm.logits([1, 2], prune="fastest")
     with pytest.raises(SettingError, match="unknown keys"):
         PrunePlan.from_dict({"stages": [], "blocks": 64})
+    for data in (
+        {"stages": [{"layer": "x"}]},
+        {"stages": [{"layer": "x", "keep": 0.5}]},
+        {"stages": [{"layer": 1, "keep": None}]},
+        {"stages": [{"layer": 1, "keep": True}]},
+        {"stages": [{"layer": 1, "keep": 0.5, "why": 1}]},
+        {"stages": 5},
+        {"stages": [3]},
+        {"block": "64"},
+        {"block": 64.0},
+        {"score": None},
+        {"min_tokens": -1},
+    ):
+        with pytest.raises(SettingError, match="prune plan"):
+            PrunePlan.from_dict(data)
     broken = tmp_path / "plan.json"
     broken.write_text("{")
     with pytest.raises(SettingError, match="not a readable prune plan"):

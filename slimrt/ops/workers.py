@@ -8,6 +8,7 @@ thread keeps its tile in its own L2 cache.
 from __future__ import annotations
 
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -27,13 +28,45 @@ def available_cores() -> int:
         return os.cpu_count() or 1
 
 
+class _SingleThreadedBlas:
+    """A context in which BLAS libraries run one thread, as deep as it is nested and whichever threads are in it.
+
+    The setting belongs to the process: it is changed by the first to enter and put back by the last to leave.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._controller: ThreadpoolController | None = None
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._inside == 0:
+                if self._controller is None:  # looks through all loaded libraries, so once and not at import
+                    self._controller = ThreadpoolController().select(user_api="blas")
+                self._limit = self._controller.limit(limits=1)
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                self._limit.restore_original_limits()
+
+
+single_threaded_blas = _SingleThreadedBlas()
+
+
 class Workers:
-    """``threads`` threads, the caller's among them."""
+    """``threads`` threads, the caller's among them.
+
+    The caller takes tasks like the others and waits for nobody who has not begun: on a busy machine, where the system
+    lets a helper wait, it does all the work itself.
+    """
 
     def __init__(self, threads: int) -> None:
         self.threads = threads
         self._pool = ThreadPoolExecutor(threads - 1, thread_name_prefix="slimrt") if threads > 1 else None
-        self._blas = ThreadpoolController().select(user_api="blas")
 
     def map(self, task: Callable[[Item], object], items: Iterable[Item]) -> None:
         """Call ``task`` once for each item, in any order, on all threads; the first exception is raised here.
@@ -57,20 +90,15 @@ class Workers:
                         left.clear()
                         raise
 
-        if self._pool is None or len(left) < 2:
-            self.blas_threads()
-            work()
-            return
-        with self._blas.limit(limits=1):
+        with single_threaded_blas:
+            if self._pool is None or len(left) < 2:
+                work()
+                return
             helpers = [self._pool.submit(work) for _ in range(min(self.threads, len(left)) - 1)]
             try:
                 work()
             finally:
-                left_over = [helper.exception() for helper in helpers]
-        for error in left_over:
+                errors = [helper.exception() for helper in helpers if not helper.cancel()]
+        for error in errors:
             if error is not None:
                 raise error
-
-    def blas_threads(self) -> None:
-        """Let the BLAS library itself use this team's number of threads (single products, as in decode)."""
-        self._blas.limit(limits=self.threads)
