@@ -54,6 +54,7 @@ class HostBlocks:
         self._shape = (2, model.n_kv_heads, config.block, model.head_dim)
         self._per_slab = max(1, _SLAB_ROWS // config.block)
         self._slabs: list[Array] = []
+        self.views: list[Array] = []  # one a block
         self.block_bytes = math.prod(self._shape) * 4
 
     def runs(self, device: Array, first: int, last: int) -> Iterator[tuple[Array, Array]]:
@@ -66,6 +67,7 @@ class HostBlocks:
             slab, at = divmod(first, self._per_slab)
             if slab == len(self._slabs):
                 self._slabs.append(self._ops.pinned((self._per_slab, *self._shape)))
+                self.views.extend(self._slabs[slab])
             count = min(self._per_slab - at, last - first)
             heads, width = self._shape[1], self._shape[3]
             blocks = device[:, :, : count * rows].reshape(2, heads, count, rows, width)  # splits an axis: a view
@@ -76,6 +78,7 @@ class HostBlocks:
     def clear(self) -> None:
         """Let go of the memory."""
         self._slabs.clear()
+        self.views.clear()
 
 
 class LayerRows:
@@ -92,6 +95,7 @@ class LayerRows:
         self.capacity = config.slots * config.block
         self.positions = Positions()
         self.resident: Array | None = None  # [2, Hkv, capacity, Dh], made when the first row comes
+        self._views: list[Array] = []  # [2, Hkv, block, Dh] of each slot
         self.host = HostBlocks(ops, config, model)
         self.row_bytes = self.host.block_bytes // config.block
         self.means: Array = ops.empty((model.n_kv_heads, 0, model.head_dim))
@@ -134,6 +138,7 @@ class LayerRows:
     def _slots_memory(self) -> Array:
         if self.resident is None:
             self.resident = self._ops.empty((2, self._model.n_kv_heads, self.capacity, self._model.head_dim))
+            self._views = [self.resident[:, :, _rows(slot, self._config.block)] for slot in range(self._config.slots)]
         return self.resident
 
     # -- decode: some rows resident -----------------------------------------------------------------------------------
@@ -147,43 +152,37 @@ class LayerRows:
         if not self.spilled:
             self.begin_spilling()
         self.settle()
-        block, resident = self._config.block, self._slots_memory()
-        last = len(choice.complete)
+        block, last = self._config.block, len(choice.complete)
         where = {number: slot for slot, number in enumerate(self.slots)}
+        moves: list[tuple[int, int]] = []  # (block, slot) for those that change their place
+        if len(self) > choice.tail * block and where.get(choice.tail) != last:
+            moves.append((choice.tail, last))
         slots = [-1] * last
+        missing = []
         for number in choice.complete:
-            if where.get(number, last) < last:
-                slots[where[number]] = number
-        missing = [number for number in choice.complete if where.get(number, last) >= last]
+            slot = where.get(number, last)
+            if slot < last:
+                slots[slot] = number
+            else:
+                missing.append(number)
         free = [slot for slot, number in enumerate(slots) if number < 0]
-        begun = len(self) - choice.tail * block  # rows that the tail holds already
-        fetched: list[tuple[int, int]] = []  # (block, slot)
-        if begun > 0:
-            self._move(where.get(choice.tail), last, choice.tail, fetched)
+        moves += zip(missing, free, strict=True)
         for number, slot in zip(missing, free, strict=True):
             slots[slot] = number
-            self._move(where.get(number), slot, number, fetched)
         self.slots = [*slots, choice.tail]
+        # A block in another slot (the tail after truncation, the block that was the tail) moves on the device at once;
+        # what comes from the host may then overwrite where it lay.
+        fetched = []
+        for number, slot in moves:
+            if number in where:
+                self._views[slot][...] = self._views[where[number]]
+            else:
+                fetched.append((self._views[slot], self.host.views[number]))
+            positions = self.positions.array[_rows(number, block)]
+            self._slot_positions[slot * block : slot * block + len(positions)] = positions
         if fetched:
-            pairs = []
-            for number, slot in fetched:
-                pairs += [(device, host) for host, device in self._host_pairs(resident, slot, number)]
             self._transfers.bytes_to_device += len(fetched) * self.host.block_bytes
-            self._fetches.append(self._ops.copy(pairs, after=self._ops.mark()))
-
-    def _move(self, source: int | None, slot: int, number: int, fetched: list[tuple[int, int]]) -> None:
-        """Block ``number`` goes to ``slot``: from slot ``source`` at once, or (None) from the host with the others."""
-        block = self._config.block
-        if source is None:
-            fetched.append((number, slot))
-        elif source != slot:
-            resident = self._slots_memory()
-            resident[:, :, _rows(slot, block)] = resident[:, :, _rows(source, block)]
-        positions = self.positions.array[_rows(number, block)]
-        self._slot_positions[slot * block : slot * block + len(positions)] = positions
-
-    def _host_pairs(self, resident: Array, slot: int, number: int) -> Iterator[tuple[Array, Array]]:
-        return self.host.runs(resident[:, :, _rows(slot, self._config.block)], number, number + 1)
+            self._fetches.append(self._ops.copy(fetched, after=self._ops.mark()))
 
     def begin_spilling(self) -> None:
         """All slots are full, and one row more comes: from now on the host has the blocks as well."""
@@ -206,14 +205,14 @@ class LayerRows:
             fetches, self._fetches = self._fetches, []
             wait_all(self._ops, self._transfers, fetches)
         block, resident = self._config.block, self._slots_memory()
-        slot = len(self.slots) - 1
+        slot = len(self.slots) - 1  # the tail's
         row = slot * block + len(self) - self.choice.tail * block
         resident[0, :, row] = k[0]
         resident[1, :, row] = v[0]
         self._slot_positions[row] = positions[0]
         self.positions.append(positions)
         if len(self) == (self.choice.tail + 1) * block:
-            self._spill(resident[:, :, _rows(slot, block)], self.choice.tail, self.choice.tail + 1)
+            self._spill(self._views[slot], self.choice.tail, self.choice.tail + 1)
         return resident[0, :, : row + 1], resident[1, :, : row + 1], self._slot_positions[: row + 1]
 
     def learn_means(self, keys: Array, first: int, last: int) -> None:
@@ -247,8 +246,7 @@ class LayerRows:
         block = self._config.block
         tail, begun = divmod(len(self), block)
         if begun and tail in self.slots:
-            at = self.slots.index(tail) * block
-            slot[:, :, tail * block : len(self)] = self._slots_memory()[:, :, at : at + begun]
+            slot[:, :, tail * block : len(self)] = self._views[self.slots.index(tail)][:, :, :begun]
 
     def settle_from(self, slot: Array, choice: Choice | None) -> None:
         """Fill the resident slots anew from ``slot``, which holds all rows; ``choice`` None: they fit."""
@@ -295,8 +293,7 @@ class LayerRows:
         if not self.spilled:
             whole[:, :, :n] = self._ops.to_host(self._slots_memory()[:, :, :n])
         elif begun and tail in self.slots:
-            at = self.slots.index(tail) * block
-            whole[:, :, tail * block : n] = self._ops.to_host(self._slots_memory()[:, :, at : at + begun])
+            whole[:, :, tail * block : n] = self._ops.to_host(self._views[self.slots.index(tail)][:, :, :begun])
         return whole[0, :, :n], whole[1, :, :n], self.positions.array
 
     @property
@@ -314,6 +311,7 @@ class LayerRows:
 
     def close(self) -> None:
         self.resident = None
+        self._views.clear()
         self.host.clear()
 
 
