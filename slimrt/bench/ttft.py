@@ -202,7 +202,7 @@ def run(
     if ctx > trained:
         raise SettingError(
             f"{lengths[-1]} prompt tokens and {decode_tokens + 1} more exceed the {trained} that the model was trained "
-            "on; measure shorter prompts (--lengths)"
+            "on; measure shorter prompts (--length)"
         )
     threads = threads or available_cores()
     ids = _prompt(Tokenizer.from_gguf(file), text, lengths[-1])
