@@ -90,6 +90,7 @@ class Engine:
         plan: PrunePlan | None = None,
         cuts: Sequence[Cut] = (),
         wanted: int = 1,
+        exact: bool = True,
         progress: Progress | None = None,
         trace: Trace | None = None,
     ) -> tuple[np.ndarray, tuple[int, ...]]:
@@ -102,6 +103,8 @@ class Engine:
         up to the boundary only ``ids`` are computed, then blocks are chosen among all tokens by the last queries, and
         the stages behind it are computed anew over the choice. Keys and values of a layer are those of the tokens
         that were active there. Without cuts ``ids`` pass all layers, as in decode.
+
+        ``exact`` False lets a single token read the rows within the cache's budget only.
         """
         model, ops, cache = self.model, self.ops, context.cache
         positions = np.arange(context.length, context.length + len(ids))
@@ -114,7 +117,7 @@ class Engine:
         for number, packed in enumerate(model.layers):
             layer = model.unpacked(packed) if len(x) >= _UNPACK_ROWS else packed
             q, k, v = self._qkv(layer, x, cos, sin)
-            keys, values, _ = cache.update(number, k, v, positions, q, exact=bool(cuts))
+            keys, values, _ = cache.update(number, k, v, positions, q, exact=exact)
             if number == len(model.layers) - 1:
                 x, q = x[len(x) - wanted :], q[len(q) - wanted :]
             x = self._project(layer, x, ops.attend(q, keys, values))
@@ -143,7 +146,7 @@ class Engine:
 
     def decode_step(self, context: Context, token: int) -> np.ndarray:
         """Read one token; returns the next-token logits [V] (a host array)."""
-        return self.logits(self.prefill(context, [token])[0])[0]
+        return self.logits(self.prefill(context, [token], exact=False)[0])[0]
 
     @_computing
     def logits(self, x: np.ndarray) -> np.ndarray:

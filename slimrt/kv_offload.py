@@ -9,6 +9,8 @@ only what is not resident, layers ahead (SlimInfer, arXiv 2508.06447).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -53,7 +55,7 @@ class OffloadedKVCache:
             raise ComputeError(
                 f"keys and values were lost when a copy failed ({self._failure!r}); start the conversation anew"
             ) from self._failure
-        try:
+        with self._noting_failure():
             rows = self._layers[layer]
             if not len(rows):
                 self._join_group(layer, positions)
@@ -62,18 +64,21 @@ class OffloadedKVCache:
             if exact or len(positions) > 1:
                 return self._update_whole(layer, k, v, positions, q)
             return self._update_one(layer, k, v, positions, q)
-        except BaseException as error:
-            self._failure = error
-            raise
 
     def attended(self, layer: int) -> None:
         """Start copying the layer's new blocks to the host; after the last layer, wait until all are there."""
         if self._ring is None:
             return
-        try:
+        with self._noting_failure():
             self._leave()
             if layer == self._model.n_layers - 1:
                 self._end_pass()
+
+    @contextmanager
+    def _noting_failure(self) -> Iterator[None]:
+        """After an exception (an interrupt too) rows may be lost or half written."""
+        try:
+            yield
         except BaseException as error:
             self._failure = error
             raise
@@ -101,28 +106,35 @@ class OffloadedKVCache:
         self, layer: int, k: Array, v: Array, positions: np.ndarray, q: Array | None
     ) -> tuple[Array, Array, np.ndarray]:
         rows, first = self._layers[layer], self._first[layer]
-        if layer == first:
-            self._choices[first] = self._choose_again(layer, q)
-        choice = self._choices[first]
-        ahead = range(layer, min(layer + self._config.lookahead + 1, len(self._layers)))
-        for number in ahead:
-            if self._first[number] == first and self._layers[number].choice is not choice:
-                self._layers[number].move_to(choice)
+        choice = self._decode_choice(layer, q)
+        for number in range(layer, min(layer + self._config.lookahead + 1, len(self._layers))):
+            other = self._layers[number]
+            # After a pass that broke off a layer may be spilled and its neighbour not, though both hold the same rows.
+            spilled = other.spilled or len(rows) == rows.capacity
+            if self._first[number] == first and spilled and other.choice != choice:
+                other.move_to(choice)
         return rows.append_one(k, v, positions)
 
-    def _choose_again(self, layer: int, q: Array | None) -> Choice:
-        """The group's present choice where it still serves, else a new one."""
-        rows = self._layers[layer]
-        if not rows.spilled:
-            rows.begin_spilling()
+    def _decode_choice(self, layer: int, q: Array | None) -> Choice:
+        """What the layer reads when one row more has come: all if it fits, else what its group chooses.
+
+        The group's present choice serves as long as enough of what is wanted now is in it.
+        """
+        rows, first = self._layers[layer], self._first[layer]
         tail = len(rows) // self._config.block
-        choice = self._choose(rows, tail, q)
-        present = rows.choice
-        if present is not None and present.tail == tail and choice.overlap(present) >= self._config.overlap:
-            self.transfers.hits += 1
-            return present
-        self.transfers.swaps += 1
-        return choice
+        if tail < self._config.slots:
+            return choose(None, tail, self._config)
+        if layer == first:
+            if not rows.spilled:
+                rows.begin_spilling()
+            choice, present = self._choose(rows, tail, q), rows.choice
+            if present is not None and present.tail == tail and choice.overlap(present) >= self._config.overlap:
+                self.transfers.hits += 1
+                self._choices[first] = present
+            else:
+                self.transfers.swaps += 1
+                self._choices[first] = choice
+        return self._choices[first]
 
     def _choose(self, rows: LayerRows, tail: int, q: Array | None) -> Choice:
         """The blocks that the query q [1, H, Dh] wants, when block ``tail`` holds the newest row."""
@@ -223,11 +235,12 @@ class OffloadedKVCache:
 
     def clear(self, first_layer: int) -> None:
         """Forget every row of the layers from ``first_layer`` on, also what is on its way for them."""
-        if self._ring is not None:
-            self._ring.discard(first_layer)
-        for rows in self._layers[first_layer:]:
-            rows.settle()
-            rows.reset()
+        with self._noting_failure():
+            if self._ring is not None:
+                self._ring.discard(first_layer)
+            for rows in self._layers[first_layer:]:
+                rows.settle()
+                rows.reset()
 
     # -- looking ------------------------------------------------------------------------------------------------------
 
@@ -237,8 +250,9 @@ class OffloadedKVCache:
 
     def rows(self, layer: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """All rows of a layer, gathered in host memory. Not while a pass runs."""
-        self._layers[layer].settle()
-        return self._layers[layer].rows()
+        with self._noting_failure():
+            self._layers[layer].settle()
+            return self._layers[layer].rows()
 
     def layer_nbytes(self, layer: int) -> tuple[int, int]:
         """Bytes of one layer where the model computes (the ring, which all share, aside) and in host memory."""
@@ -263,7 +277,7 @@ class OffloadedKVCache:
             if len(positions):
                 k, v = (self._ops.empty((len(positions), *rows.shape[::2])) for rows in (keys, values))
                 pairs = [(k, keys.transpose(1, 0, 2)), (v, values.transpose(1, 0, 2))]
-                self._ops.wait(self._ops.copy(pairs))
+                self._ops.wait(self._ops.copy(pairs, after=self._ops.mark()))
                 other.update(layer, k, v, positions, None, exact=True)
             other.attended(layer)
         return other

@@ -89,7 +89,7 @@ class Session:
     def extend(self, ids: Sequence[int], *, progress: Progress | None = None) -> None:
         """Read further tokens through all layers, as decode does. Raises as ``prefill`` does."""
         self._check(ids, len(self.tokens) + len(ids))
-        self._read(ids, None, (), progress)
+        self._read(ids, None, (), progress, exact=False)
 
     def _read(
         self,
@@ -98,12 +98,14 @@ class Session:
         cuts: Sequence,
         progress: Progress | None,
         trace: Trace | None = None,
+        *,
+        exact: bool = True,
     ) -> tuple[int, ...]:
         # Until the work is done the tokens are not part of the conversation: an interrupted call leaves the rest valid.
         start = len(self.tokens)
         try:
             hidden, stages = self.engine.prefill(
-                self.context, ids, plan=plan, cuts=cuts, progress=progress, trace=trace
+                self.context, ids, plan=plan, cuts=cuts, exact=exact, progress=progress, trace=trace
             )
             self.logits = self.engine.logits(hidden)[0]
         except BaseException:
