@@ -252,6 +252,7 @@ class OffloadedKVCache:
         """All rows of a layer, gathered in host memory. Not while a pass runs."""
         with self._noting_failure():
             self._layers[layer].settle()
+            self._ops.finish()
             return self._layers[layer].rows()
 
     def layer_nbytes(self, layer: int) -> tuple[int, int]:

@@ -101,6 +101,9 @@ class DeferredOps(NumpyOps):
     def wait(self, fence: DeferredFence) -> None:  # type: ignore[override]
         fence.run()
 
+    def finish(self) -> None:
+        """Nothing: what nobody waited for stays as late as it is."""
+
 
 class ForgetfulOps(DeferredOps):
     """Leaves out the waits of one place in the program: their copies end late, after ``LATE`` further attentions.

@@ -63,6 +63,15 @@ def test_copies_run_in_order_after_their_fence(ops: NumpyOps, threads: CopyThrea
     assert c.all()
 
 
+def test_finish_ends_when_all_copies_have(ops: NumpyOps) -> None:
+    target = np.zeros(4)
+    gate: Future[None] = Future()
+    ops.copy([(target, np.ones(4))], after=gate)
+    threading.Timer(0.05, gate.set_result, (None,)).start()
+    ops.finish()
+    assert target.all()
+
+
 def test_strided_copies(ops: NumpyOps) -> None:
     source = np.arange(2 * 3 * 4.0).reshape(2, 3, 4)
     destination = np.zeros((4, 3, 2))

@@ -59,6 +59,10 @@ class NumpyMemory:
         """What is computed from here on runs after ``fence``; raises the exception of a copy that failed."""
         fence.result()
 
+    def finish(self) -> None:
+        """Return when both queues have done all that was asked: the caller may read host memory that copies fill."""
+        self._copies.submit(_nothing).result()
+
     def to_host(self, x: Array) -> Array:
         """``x`` as a NumPy array."""
         return x
@@ -67,3 +71,7 @@ class NumpyMemory:
         """Finish all copies and end their thread; a later copy starts another."""
         ended, self._copies = self._copies, ThreadPoolExecutor(1, thread_name_prefix="slimrt-copy")
         ended.shutdown()
+
+
+def _nothing() -> None:
+    """A task that ends when those before it have."""
