@@ -22,10 +22,11 @@ import slimrt
 from click_cli import cli
 from slimrt.config import SamplingConfig
 from slimrt.llm import LLM
+from slimrt.output import human_bytes
 from slimrt.terminal.chat import Chat
 from slimrt.terminal.line_input import read_message
 from slimrt.terminal.options import AnswerSettings
-from slimrt.terminal.screen import Screen, human_bytes
+from slimrt.terminal.screen import Screen
 from slimrt.terminal.wrap import WordWrap
 from tests.tiny_gguf import write_tiny_llama
 

@@ -17,7 +17,7 @@ from slimrt.errors import ComputeError, ContextError, SettingError, SlimrtError
 from slimrt.eval import plot
 from slimrt.eval.metrics import bootstrap_interval
 from slimrt.eval.plot import save_png
-from slimrt.eval.report import EvalReport, Summary, Timing, write_atomically
+from slimrt.eval.report import EvalReport, Summary, Timing
 from slimrt.eval.run import Response, context_needed, evaluate, judge
 from slimrt.eval.sample import Sample, Source
 from slimrt.eval.table import quality_tables, ttft_table
@@ -25,6 +25,7 @@ from slimrt.eval.tasks import TASKS, samples
 from slimrt.eval.text import load_corpus
 from slimrt.gguf import GGUFFile
 from slimrt.llm import LLM
+from slimrt.output import write_atomically
 from tests.tiny_gguf import write_tiny_llama
 
 LENGTHS = (700, 420)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from slimrt.bench.ttft import BenchResult
 from slimrt.eval.plot import check_plotting
-from slimrt.eval.report import write_atomically
+from slimrt.output import write_atomically
 
 __all__ = ["save_png"]
 

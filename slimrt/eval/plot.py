@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from slimrt.errors import SettingError
-from slimrt.eval.report import DENSE, HIGHER_IS_BETTER, RULER_MEAN, EvalReport, front, write_atomically
+from slimrt.eval.report import DENSE, HIGHER_IS_BETTER, RULER_MEAN, EvalReport, front
+from slimrt.output import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

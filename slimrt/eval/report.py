@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import statistics
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from slimrt.eval.metrics import CONFIDENCE, RESAMPLES, bootstrap_interval
+from slimrt.output import write_atomically
 
 __all__ = [
     "DENSE",
@@ -26,7 +25,6 @@ __all__ = [
     "Summary",
     "Timing",
     "front",
-    "write_atomically",
 ]
 
 DENSE = "dense"
@@ -181,21 +179,3 @@ def _summary(
 def front(costs: Sequence[tuple[float, float]]) -> list[bool]:
     """Which of the points (both coordinates: less is better) no other point beats, being no worse in both."""
     return [not any(b[0] <= a[0] and b[1] <= a[1] and b != a for b in costs) for a in costs]
-
-
-def write_atomically(path: str | Path, data: bytes) -> None:
-    """``data`` in the file ``path``, whole or not at all. Raises OSError."""
-    path = Path(path)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    part = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        # mkstemp lets nobody else read; a report is as readable as any file that the user writes.
-        mask = os.umask(0)
-        os.umask(mask)
-        part.chmod(0o666 & ~mask)
-        part.replace(path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise

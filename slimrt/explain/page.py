@@ -6,6 +6,7 @@ import math
 from importlib import resources
 
 from slimrt.explain.report import Explanation
+from slimrt.output import human_bytes
 
 __all__ = ["html_page"]
 
@@ -25,7 +26,7 @@ def html_page(explanation: Explanation) -> str:
         undefined=jinja2.StrictUndefined,
         keep_trailing_newline=True,
     )
-    environment.filters.update(visible=visible, bytes=readable_bytes, score=readable_score, seconds=readable_seconds)
+    environment.filters.update(visible=visible, bytes=human_bytes, score=readable_score, seconds=readable_seconds)
     source = (resources.files(__package__) / "page.html.jinja").read_text(encoding="utf-8")
     slowest = max(layer.seconds for layer in explanation.layers)
     fullest = max(layer.kv_resident + layer.kv_host for layer in explanation.layers)
@@ -39,15 +40,6 @@ def html_page(explanation: Explanation) -> str:
 def visible(text: str) -> str:
     """``text`` with control characters, line ends and tabs excepted, as pictures of themselves."""
     return text.translate(_PICTURES)
-
-
-def readable_bytes(count: float) -> str:
-    """``98362432`` -> ``"93.8 MiB"``."""
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} GiB"
 
 
 def readable_score(score: float) -> str:

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from rich.table import Table
 from rich.text import Text
 
-from slimrt.explain.page import readable_bytes, readable_seconds
+from slimrt.explain.page import readable_seconds
 from slimrt.explain.report import Explanation
+from slimrt.output import human_bytes
 
 __all__ = ["signs", "summary"]
 
@@ -42,7 +43,7 @@ def summary(seen: Explanation) -> Iterator[Text | Table]:
     yield _stages(seen)
     yield Text()
     yield Text(
-        f"TTFT {readable_seconds(seen.ttft_s)} · KV {readable_bytes(seen.kv_kept)}, "
+        f"TTFT {readable_seconds(seen.ttft_s)} · KV {human_bytes(seen.kv_kept)}, "
         f"{100 * seen.kv_kept / seen.kv_dense:.0f} % of a dense run's · plan {seen.plan_source}",
         style="dim",
     )
@@ -67,7 +68,7 @@ def _stages(seen: Explanation) -> Table:
             f"{span.tokens:,}",
             f"{span.blocks:,}",
             readable_seconds(span.seconds),
-            readable_bytes(span.kv_resident),
-            readable_bytes(span.kv_host),
+            human_bytes(span.kv_resident),
+            human_bytes(span.kv_host),
         )
     return table

@@ -15,12 +15,13 @@ from typing import Any
 
 from slimrt.errors import ContextError, SettingError, SlimrtError
 from slimrt.llm import LLM
+from slimrt.output import human_bytes
 from slimrt.results import Completion
 from slimrt.terminal.answer import cut_note, stream_answer
 from slimrt.terminal.guard import one_line
 from slimrt.terminal.line_input import LineInput, read_message
 from slimrt.terminal.options import AnswerSettings
-from slimrt.terminal.screen import Screen, human_bytes, quiet_keyboard, resident_bytes, stats_line
+from slimrt.terminal.screen import Screen, quiet_keyboard, resident_bytes, stats_line
 from slimrt.terminal.text_input import join_document, read_document, size_limit
 
 __all__ = ["Chat"]

@@ -12,11 +12,12 @@ import click
 from slimrt.gguf import GGUFFile
 from slimrt.memory import DEFAULT_CTX, plan
 from slimrt.models import read_config
+from slimrt.output import human_bytes
 from slimrt.terminal.chat import Chat
 from slimrt.terminal.line_input import open_input
 from slimrt.terminal.loading import load_model
 from slimrt.terminal.options import AnswerSettings, LoadSettings
-from slimrt.terminal.screen import Screen, human_bytes, printable
+from slimrt.terminal.screen import Screen, printable
 from slimrt.terminal.text_input import checked_argument
 
 __all__ = ["start_chat"]

@@ -33,8 +33,8 @@ def explain_prompt(file: Path, question: str, output: Path, load: LoadSettings, 
     with progress_bar(f"reading {len(ids):,} tokens") as progress:
         seen = explain(llm, ids, question=question, progress=progress)
 
-    from slimrt.eval.report import write_atomically
     from slimrt.explain.page import html_page
+    from slimrt.output import write_atomically
 
     write_atomically(output, html_page(seen).encode())
     if as_json:

@@ -10,9 +10,9 @@ from typing import Any
 import click
 
 from slimrt.errors import SettingError
+from slimrt.output import human_bytes
 from slimrt.terminal.loading import open_file
 from slimrt.terminal.progress import progress_bar
-from slimrt.terminal.screen import human_bytes
 from slimrt.tokenizer import Tokenizer
 
 __all__ = ["convert", "inspect", "list_models", "pull", "quantize", "tokenize"]

@@ -40,6 +40,7 @@ class LoadSettings:
     device: str = "auto"
     prune: str = "auto"
     threads: int | None = None
+    kv_budget: int | None = None
     rope_base: float | None = None
     rope_scaling: str | None = None
     rope_factor: float | None = None
@@ -137,6 +138,8 @@ def load_options(command: Command) -> Command:
                      help="Which prompt tokens leave the forward pass early."),
         click.option("--device", type=click.Choice(["cpu", "cuda", "auto"]), default="auto", show_default=True),
         click.option("--threads", "-t", type=click.IntRange(1), help="CPU threads.  [all that the process may use]"),
+        click.option("--kv-budget", type=Size(), metavar="ROWS",
+                     help="Rows of keys and values a layer that decode reads.  [all]"),
         click.option("--rope-scaling", type=click.Choice(["none", "linear", "yarn"]),
                      help="How RoPE is stretched.  [yarn past the trained context]"),
         click.option("--rope-base", type=float, metavar="BASE", help="RoPE's base frequency.  [the model's]"),

@@ -12,10 +12,11 @@ from contextlib import contextmanager
 
 import click
 
+from slimrt.output import human_bytes
 from slimrt.results import Completion
 from slimrt.terminal.wrap import WordWrap
 
-__all__ = ["Screen", "human_bytes", "printable", "quiet_keyboard", "resident_bytes", "stats_line"]
+__all__ = ["Screen", "printable", "quiet_keyboard", "resident_bytes", "stats_line"]
 
 # Control characters that a terminal obeys: a model's answer must not move the cursor or rename the window.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -106,15 +107,6 @@ def stats_line(completion: Completion) -> str:
     if memory is not None:
         parts.append(f"memory {human_bytes(memory)}")
     return " · ".join(parts)
-
-
-def human_bytes(count: float) -> str:
-    """``98362432`` -> ``"93.8 MiB"``."""
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} GiB"
 
 
 def resident_bytes() -> int | None:

@@ -14,7 +14,8 @@ from rich.text import Text
 
 from slimrt.gguf import GGUFFile
 from slimrt.hub import LocalModel
-from slimrt.terminal.screen import human_bytes, printable
+from slimrt.output import human_bytes
+from slimrt.terminal.screen import printable
 
 __all__ = ["print_model", "print_models", "print_pieces", "print_wide"]
 
