@@ -42,8 +42,13 @@ def choose(scores: np.ndarray | None, tail: int, config: CacheConfig) -> Choice:
     wanted = np.arange(tail, dtype=np.float64) if scores is None else scores.astype(np.float64)
     wanted[: config.sink_blocks] = math.inf
     wanted[max(0, tail - config.local_blocks) :] = math.inf
-    best = np.argsort(-wanted, kind="stable")[: config.slots - 1]
-    return Choice(tuple(np.sort(best).tolist()), tail)
+    count = config.slots - 1
+    if not 0 < count < tail:
+        return Choice(tuple(range(min(count, tail))), tail)
+    least = np.partition(wanted, tail - count)[tail - count]
+    kept = wanted > least
+    kept[np.flatnonzero(wanted == least)[: count - np.count_nonzero(kept)]] = True
+    return Choice(tuple(np.flatnonzero(kept).tolist()), tail)
 
 
 class HostBlocks:
