@@ -95,19 +95,21 @@ class CacheConfig:
         _check(self.overlap, "overlap", 0, 1)
         if self.block % self.unit:
             raise SettingError(f"KV cache: block {self.block} must be a multiple of unit {self.unit}")
+        if self.budget is None:
+            return
         always = self.sink_blocks + self.local_blocks + 1
-        if self.budget is not None and self.budget < always * self.block:
+        if not isinstance(self.budget, int) or self.budget < always * self.block:
             raise SettingError(
-                f"KV budget {self.budget}: must be at least {always * self.block} rows a layer ({self.sink_blocks} "
-                f"sink, {self.local_blocks} local and 1 open block of {self.block}); raise it, or leave it out to keep "
-                "all rows"
+                f"KV budget {self.budget!r}: must be a whole number of at least {always * self.block} rows a layer "
+                f"({self.sink_blocks} sink, {self.local_blocks} local and 1 open block of {self.block}); raise it, or "
+                "leave it out to keep all rows"
             )
 
     @property
     def slots(self) -> int:
-        """How many blocks of a layer stay resident within the budget."""
+        """How many blocks of a layer stay resident within the budget; no more than the context can fill."""
         assert self.budget is not None
-        return self.budget // self.block
+        return min(self.budget // self.block, -(-self.ctx // self.block))
 
 
 @dataclass(frozen=True)

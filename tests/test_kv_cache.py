@@ -167,7 +167,7 @@ def test_a_failed_copy_surfaces_and_can_be_recovered_from() -> None:
 
 
 def test_choose() -> None:
-    config = CacheConfig(1, budget=6 * 4, block=4, unit=2, sink_blocks=1, local_blocks=2)
+    config = CacheConfig(1000, budget=6 * 4, block=4, unit=2, sink_blocks=1, local_blocks=2)
     scores = np.array([0, 5, 1, 9, 5, 3, 0, 0], np.float32)
     assert choose(scores, 8, config) == Choice((0, 1, 3, 6, 7), 8)  # 1 and 4 tie
     assert choose(None, 8, config) == Choice((0, 4, 5, 6, 7), 8)
@@ -383,12 +383,16 @@ def test_bytes_in_timings(tiny: Path, ids: list[int]) -> None:
 
 
 def test_bad_budgets(tiny: Path) -> None:
-    with pytest.raises(SettingError, match="KV budget 95: must be at least 96 rows a layer") as refused:
+    with pytest.raises(
+        SettingError, match="KV budget 95: must be a whole number of at least 96 rows a layer"
+    ) as refused:
         slimrt.load(tiny, kv_budget=95)
     assert "\n" not in str(refused.value)
-    for budget in (0, -1, 15):
-        with pytest.raises(SettingError, match=f"KV budget {budget}: must be at least"):
-            slimrt.load(tiny, kv_budget=budget)
+    for budget in (0, -1, 15, 200.0, "200"):
+        with pytest.raises(SettingError, match=f"KV budget {budget!r}: must be a whole number"):
+            slimrt.load(tiny, kv_budget=budget)  # type: ignore[arg-type]
+    huge = slimrt.load(tiny, ctx=64, kv_budget=1 << 50)  # takes what the context can fill
+    assert huge.generate([1, 2, 3], max_tokens=2).timings.kv_bytes_host == 0
     with pytest.raises(SettingError, match="block 10 must be a multiple of unit 8"):
         CacheConfig(1, 1000, block=10)
     with pytest.raises(SettingError, match=r"overlap 1\.5"):
