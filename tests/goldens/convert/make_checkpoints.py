@@ -14,6 +14,7 @@ sentencepiece 0.2.3, numpy): ``python make_checkpoints.py``. It writes, beside i
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import shutil
 from contextlib import contextmanager
@@ -98,11 +99,12 @@ TOKENIZERS = {
 def train_sentencepiece(path: Path) -> sentencepiece.SentencePieceProcessor:
     corpus = path.with_suffix(".txt")
     corpus.write_text("\n".join(line.replace("\n", " ") for line in CORPUS[:3]))
-    sentencepiece.SentencePieceTrainer.Train(
-        input=str(corpus), model_prefix=str(path.with_suffix("")), model_type="bpe", vocab_size=V - 2,
-        character_coverage=1.0, byte_fallback=True, normalization_rule_name="identity", add_dummy_prefix=True,
-        remove_extra_whitespaces=False, split_digits=True, minloglevel=2,
-    )  # fmt: skip
+    with contextlib.chdir(path.parent):  # the model records the names that it was trained with
+        sentencepiece.SentencePieceTrainer.Train(
+            input=corpus.name, model_prefix=path.stem, model_type="bpe", vocab_size=V - 2,
+            character_coverage=1.0, byte_fallback=True, normalization_rule_name="identity", add_dummy_prefix=True,
+            remove_extra_whitespaces=False, split_digits=True, minloglevel=2,
+        )  # fmt: skip
     corpus.unlink()
     path.with_suffix(".vocab").unlink()
     return sentencepiece.SentencePieceProcessor(model_file=str(path))
