@@ -345,6 +345,6 @@ def _put(
     ops = engine.ops
     if len(positions):
         k, v = (ops.empty((len(positions), *rows.shape[::2])) for rows in (keys, values))
-        ops.wait(ops.copy([(k, keys.transpose(1, 0, 2)), (v, values.transpose(1, 0, 2))]))
+        ops.wait(ops.copy([(k, keys.transpose(1, 0, 2)), (v, values.transpose(1, 0, 2))], after=ops.mark()))
         context.cache.update(layer, k, v, positions, None, exact=True)
     context.cache.attended(layer)
