@@ -246,6 +246,38 @@ def evaluate(
 
 
 @cli.command()
+@click.argument("model", required=False, metavar="[MODEL]")
+@click.option("--max-kl", type=click.FloatRange(0), default=0.05, show_default=True, help="Mean KL to dense, nats.")
+@click.option("--max-recall-drop", type=click.FloatRange(0), default=0.01, show_default=True, help="Of 1.")
+@click.option("--max-nll-rise", type=click.FloatRange(0), default=0.02, show_default=True, help="Nats a token.")
+@click.option("--length", type=Size(), default=3000, show_default=True, help="Tokens of a prompt.")
+@click.option("--samples", type=click.IntRange(8), default=40, show_default=True, help="Prompts in all.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Same seed, same prompts.")
+@click.option(
+    "--text", type=click.Path(path_type=Path), metavar="FILE", help="Running text, UTF-8.  [Python's documentation]"
+)
+@click.option(
+    "--output", "-o", type=output_path, metavar="FILE.slim.json", help="Where presets go.  [beside the model]"
+)
+@click.option("--threads", "-t", type=click.IntRange(1), help="CPU threads.  [all that the process may use]")
+@json_option
+def calibrate(model: str | None, threads: int | None, as_json: bool, **settings: Any) -> None:
+    """Find the fastest prune plans of a model within a stated loss of quality.
+
+    Measures candidates against the dense run on quoted and continued text, and writes the presets auto (within the
+    bounds) and fast (twice the recall drop, four times the KL and nats) to MODEL.slim.json, which --prune then uses.
+    A calibration that was broken off goes on where it stopped.
+
+    \b
+    slimrt calibrate model.gguf --max-kl 0.05 --max-recall-drop 0.01
+    """
+    from slimrt.terminal import calibrating
+
+    load = LoadSettings(model, None, "auto", "off", threads)
+    calibrating.calibrate_model(calibrating.CalibrateSettings(**settings), load, as_json=as_json)
+
+
+@cli.command()
 @click.option("--file", "-f", type=click.Path(path_type=Path), required=True, metavar="FILE", help="A document, UTF-8.")
 @click.option("--question", "-q", required=True, metavar="TEXT", help="What is asked about it.")
 @click.option("--output", "-o", type=output_path, default="explain.html", show_default=True, help="The page.")

@@ -146,6 +146,11 @@ class LLM:
         self._engine = Engine(build(self.config, file, self._ops, progress), self._ops, cache)
         self._session: Session = self.session()
 
+    @property
+    def engine(self) -> Engine:
+        """The model on its backend, without any conversation: for measurements that go below a prompt."""
+        return self._engine
+
     def _plan(self, prune: Plan | None) -> PrunePlan | None:
         """The plan of one call: its own, or the one chosen at load."""
         return (self.plan if prune is None else choose_plan(prune, self.file.path, self.config)).plan

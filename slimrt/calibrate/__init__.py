@@ -1,0 +1,1 @@
+"""``slimrt calibrate``: the fastest plans of one model within a stated loss of quality, found by measuring."""

@@ -1,0 +1,69 @@
+"""One prompt under the dense run and under many plans, the layers before the first cut computed once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import numpy as np
+
+from slimrt.config import PrunePlan
+from slimrt.engine import Engine
+from slimrt.eval.run import Response, judge
+from slimrt.eval.sample import Sample
+from slimrt.prune import schedule
+
+__all__ = ["Probe", "probing"]
+
+
+class Probe:
+    """The dense run of one continuation sample, and what plans make of it.
+
+    What lies before the earliest cut is the same under all plans (hidden states of ``boundary_layer``, keys and values
+    of the layers up to it), so a plan costs its own layers only.
+    """
+
+    def __init__(self, engine: Engine, sample: Sample, boundary_layer: int) -> None:
+        self._engine, self._sample = engine, sample
+        self._context = engine.new_context(boundary_layer)
+        hidden, _ = engine.prefill(self._context, sample.prompt)
+        self._dense = self._read_on(hidden)
+
+    def measure(self, plan: PrunePlan) -> Mapping[str, float]:
+        """The losses of ``plan`` on this sample, all positive where it is worse than the dense run.
+
+        "kl" (nats a token), "accuracy" (top-1, a share) and "nll" (nats a token). Raises ComputeError if not finite.
+        """
+        prompt, window = self._sample.prompt, plan.query_window
+        self._context.truncate(len(prompt) - window)
+        cuts = schedule(plan, len(prompt))
+        hidden, _ = self._engine.prefill(self._context, prompt[-window:], plan=plan, cuts=cuts)
+        found = judge(self._sample, self._dense, self._read_on(hidden))
+        dense = judge(self._sample, self._dense, self._dense)
+        return {
+            "kl": found["kl"],
+            "accuracy": dense["accuracy"] - found["accuracy"],
+            "nll": found["nll"] - dense["nll"],
+        }
+
+    def _read_on(self, hidden: np.ndarray) -> Response:
+        """The logits that predict the continuation, after a prompt that left ``hidden`` [1, D]."""
+        following = self._sample.continuation[:-1]
+        rows = [hidden]
+        if following:
+            rows.append(self._engine.prefill(self._context, following, wanted=len(following))[0])
+        return Response(logits=self._engine.logits(np.concatenate(rows)))
+
+    def close(self) -> None:
+        """Let go of the memory."""
+        self._context.cache.close()
+
+
+@contextmanager
+def probing(engine: Engine, sample: Sample, boundary_layer: int) -> Iterator[Probe]:
+    """A probe that is closed at the end."""
+    probe = Probe(engine, sample, boundary_layer)
+    try:
+        yield probe
+    finally:
+        probe.close()

@@ -1,0 +1,288 @@
+"""The search: scores first, then layers and fractions, in rounds that leave fewer plans and measure them on more text."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from slimrt import __version__
+from slimrt.calibrate.candidates import MIN_TOKENS, first_layer, grid, scorings, work
+from slimrt.calibrate.journal import Journal
+from slimrt.calibrate.probe import probing
+from slimrt.config import ModelConfig, PrunePlan
+from slimrt.errors import ContextError, SettingError
+from slimrt.eval.metrics import bootstrap_interval
+from slimrt.eval.run import context_needed, time_to_first_token
+from slimrt.eval.sample import Sample, Source
+from slimrt.eval.tasks import TASKS
+from slimrt.eval.tasks import samples as task_samples
+from slimrt.eval.text import load_corpus
+from slimrt.presets import PRESETS, fingerprint
+
+if TYPE_CHECKING:
+    from slimrt.llm import LLM
+
+__all__ = ["Bounds", "Calibration", "Measured", "calibrate", "calibration_context"]
+
+Progress = Callable[[int, int, str], None]
+
+_TASKS = ("recall", "continuation")
+_ROUNDS = (0.15, 0.25, 0.6)  # of the samples; each round measures the plans that the one before left
+_SURVIVORS = (8, 4)  # plans a preset that a round leaves
+_TTFT_REPEATS = 3
+_SAFE = 2  # of these the ones that lose least; the others are the cheapest
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What a preset may lose against the dense run: mean KL and continuation in nats a token, recall as a share."""
+
+    kl: float
+    recall: float
+    nll: float
+
+    def __post_init__(self) -> None:
+        for name, value in dataclasses.asdict(self).items():
+            if not (math.isfinite(value) and value >= 0):
+                raise SettingError(f"calibrate: bound {name} {value!r} must be a number of at least 0")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The losses of ``plan`` over ``samples`` prompts: means, and 95 % intervals by paired bootstrap.
+
+    ``work``: its share of the dense run's arithmetic, at the length of the samples.
+    """
+
+    plan: PrunePlan
+    samples: int
+    work: float
+    kl: float
+    recall_drop: float
+    recall_interval: tuple[float, float]
+    nll_rise: float
+    nll_interval: tuple[float, float]
+
+    def excess(self, bounds: Bounds) -> float:
+        """How far outside ``bounds`` it is; at most 0 within them."""
+        return max(self.kl - bounds.kl, self.recall_drop - bounds.recall, self.nll_rise - bounds.nll)
+
+    def may_be_within(self, bounds: Bounds) -> bool:
+        """Whether more samples could still bring it within ``bounds``."""
+        low = Bounds(0.8 * self.kl, max(0, self.recall_interval[0]), max(0, self.nll_interval[0]))
+        return low.kl <= bounds.kl and low.recall <= bounds.recall and low.nll <= bounds.nll
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The presets found (None: no plan is within the bounds, so dense) and everything that was measured for them."""
+
+    model: dict[str, Any]
+    bounds: dict[str, Bounds]
+    presets: dict[str, Measured | None]
+    measured: tuple[Measured, ...]
+    ttft_s: dict[str, tuple[float, ...]]  # of "dense" and the presets, on one of the prompts, measured in turns
+    length: int
+    seed: int
+    text: dict[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The file's content, as ``slimrt.presets`` reads it."""
+        presets = {}
+        for name, found in self.presets.items():
+            entry: dict[str, Any] = {"plan": dataclasses.asdict(found.plan if found else PrunePlan())}
+            entry["bounds"] = dataclasses.asdict(self.bounds[name])
+            if found:
+                entry["measured"] = _without_plan(found)
+                entry["ttft_s"] = {"dense": self.ttft_s["dense"], "plan": self.ttft_s[name]}
+            presets[name] = entry
+        settings = {"version": __version__, "length": self.length, "seed": self.seed, "text": self.text}
+        return {
+            "model": self.model,
+            "presets": presets,
+            "calibration": {**settings, "measured": [dataclasses.asdict(one) for one in self.measured]},
+        }
+
+
+def _without_plan(measured: Measured) -> dict[str, Any]:
+    return {name: value for name, value in dataclasses.asdict(measured).items() if name != "plan"}
+
+
+def calibration_context(length: int) -> int:
+    """The context that a model must be loaded with to be calibrated on prompts of ``length``."""
+    return context_needed(_TASKS, [length])
+
+
+def calibrate(
+    llm: LLM,
+    bounds: dict[str, Bounds],
+    journal_path: Path,
+    *,
+    length: int = 3000,
+    samples: int = 40,
+    seed: int = 0,
+    text: Path | None = None,
+    progress: Progress | None = None,
+) -> tuple[Calibration, Journal]:
+    """Find, for each preset of ``bounds``, the plan that does least arithmetic of those within its bounds.
+
+    ``samples`` prompts of ``length`` tokens, recall and continuation in turns, are drawn from ``text`` (default:
+    Python's own documentation). Measurements go to ``journal_path`` as they are made and are read from there if they
+    were made before; the caller removes the journal when the result is stored. ``progress`` is called with
+    (measurements done, measurements planned, what comes next).
+
+    Raises SettingError for settings out of range, ContextError where prompts exceed the context: before any work.
+    """
+    needed = calibration_context(length)
+    if needed > llm.ctx:
+        raise ContextError(f"prompts of {length} tokens and their answers take {needed}, the context holds {llm.ctx}")
+    if samples < 8:
+        raise SettingError(f"samples {samples}: must be at least 8, 40 or more to be trusted")
+    layer = first_layer(llm.config)
+    candidates = scorings(llm.config)
+    if length < MIN_TOKENS:
+        raise SettingError(
+            f"length {length}: must be at least {MIN_TOKENS}, shorter prompts run dense under every plan"
+        )
+    source = Source(llm.tokenizer, load_corpus(llm.tokenizer, text))
+    drawn = _drawn(source, length, samples, seed)
+    header = {
+        "version": __version__,
+        "model": fingerprint(llm.config),
+        "bytes": llm.file.path.stat().st_size,
+        "text": source.corpus.sha256,
+        "length": length,
+        "samples": samples,
+        "seed": seed,
+    }
+    journal = Journal(journal_path, header)
+    rounds = _rounds(drawn)
+    planned = len(rounds[0]) * (len(candidates) + len(grid(llm.config, candidates[0])))
+    planned += sum(len(one) * count * len(bounds) for one, count in zip(rounds[1:], _SURVIVORS, strict=True))
+    runner = _Runner(llm, journal, layer, planned, progress)
+
+    runner.run(candidates, rounds[0])
+    scored = runner.table(candidates, rounds[0], length)
+    best = min(scored, key=lambda one: one.kl + max(0.0, one.recall_drop) + max(0.0, one.nll_rise)).plan
+    plans, seen = grid(llm.config, best), list(rounds[0])
+    runner.run(plans, seen)
+    tried = {one.plan: one for one in (*scored, *runner.table(plans, seen, length))}
+    for survivors, more in zip(_SURVIVORS, rounds[1:], strict=True):
+        left = _survivors([tried[plan] for plan in plans], bounds.values(), survivors)
+        plans, seen = [one.plan for one in left], [*seen, *more]
+        runner.run(plans, more)
+        tried |= {one.plan: one for one in runner.table(plans, seen, length)}
+    finalists = [tried[plan] for plan in plans]
+    presets = {name: _cheapest_within(finalists, bounds[name]) for name in PRESETS if name in bounds}
+    ttft = _time(llm, drawn[0].prompt, presets)
+    if progress:
+        progress(planned, planned, "done")
+    measured = tuple(sorted(tried.values(), key=lambda one: (one.samples, -one.work), reverse=True))
+    corpus = {"name": Path(source.corpus.name).name, "sha256": source.corpus.sha256}
+    return Calibration(fingerprint(llm.config), bounds, presets, measured, ttft, length, seed, corpus), journal
+
+
+def _drawn(source: Source, length: int, samples: int, seed: int) -> list[Sample]:
+    """The samples, the tasks in turns."""
+    each = [task_samples(TASKS[task], source, length, -(-samples // len(_TASKS)), seed) for task in _TASKS]
+    rng = np.random.default_rng(seed)
+    for one in each:
+        rng.shuffle(one)  # a task draws along its text: neighbours resemble each other, and rounds take neighbours
+    return [sample for turn in zip(*each, strict=True) for sample in turn][:samples]
+
+
+def _rounds(drawn: Sequence[Sample]) -> list[Sequence[Sample]]:
+    ends = [
+        0,
+        *(max(2, round(sum(_ROUNDS[: n + 1]) * len(drawn) / 2) * 2) for n in range(len(_ROUNDS) - 1)),
+        len(drawn),
+    ]
+    return [drawn[low:high] for low, high in zip(ends, ends[1:], strict=False)]
+
+
+def _survivors(measured: Iterable[Measured], presets: Iterable[Bounds], count: int) -> list[Measured]:
+    """For each preset the cheapest plans that may be within its bounds, and those that exceed them least."""
+    measured = sorted(measured, key=lambda one: one.work)
+    chosen: dict[PrunePlan, Measured] = {}
+    for bounds in presets:
+        possible = [one for one in measured if one.may_be_within(bounds)]
+        safe = sorted(possible or measured, key=lambda one: one.excess(bounds))[:_SAFE]
+        cheap = [one for one in possible if one not in safe][: count - len(safe)]
+        chosen |= {one.plan: one for one in (*safe, *cheap)}
+    return list(chosen.values())
+
+
+def _time(llm: LLM, prompt: Sequence[int], presets: dict[str, Measured | None]) -> dict[str, tuple[float, ...]]:
+    plans = {"dense": PrunePlan()} | {name: found.plan for name, found in presets.items() if found}
+    seconds: dict[str, list[float]] = {name: [] for name in plans}
+    for _ in range(_TTFT_REPEATS):
+        for name, plan in plans.items():
+            seconds[name] += time_to_first_token(llm, prompt, plan).ttft_s
+    return {name: tuple(round(one, 3) for one in found) for name, found in seconds.items()}
+
+
+def _cheapest_within(measured: Iterable[Measured], bounds: Bounds) -> Measured | None:
+    within = [one for one in measured if one.excess(bounds) <= 0]
+    return min(within, key=lambda one: one.work, default=None)
+
+
+class _Runner:
+    """Measures plans on samples, each pair once."""
+
+    def __init__(self, llm: LLM, journal: Journal, layer: int, planned: int, progress: Progress | None) -> None:
+        self._llm, self._journal, self._layer = llm, journal, layer
+        self._planned, self._progress, self._done = planned, progress, 0
+
+    def run(self, plans: Sequence[PrunePlan], samples: Sequence[Sample]) -> None:
+        for sample in samples:
+            name = _name(sample)
+            missing = [plan for plan in plans if self._journal.get(name, plan) is None]
+            self._done += len(plans) - len(missing)
+            if not missing:
+                continue
+            self._say(f"{name} dense")
+            with probing(self._llm.engine, sample, self._layer) as probe:
+                for plan in missing:
+                    self._say(f"{name} {_stages_text(plan)}")
+                    self._journal.add(name, plan, probe.measure(plan))
+                    self._done += 1
+
+    def _say(self, what: str) -> None:
+        if self._progress:
+            self._progress(min(self._done, self._planned), self._planned, what)
+
+    def table(self, plans: Sequence[PrunePlan], samples: Sequence[Sample], length: int) -> list[Measured]:
+        return [_summary(self._llm.config, plan, samples, self._journal, length) for plan in plans]
+
+
+def _summary(
+    config: ModelConfig, plan: PrunePlan, samples: Sequence[Sample], journal: Journal, length: int
+) -> Measured:
+    losses = {sample: journal.get(_name(sample), plan) for sample in samples}
+    recall = [one["accuracy"] for sample, one in losses.items() if one and sample.task == "recall"]
+    nll = [one["nll"] for sample, one in losses.items() if one and sample.task == "continuation"]
+    kl = [one["kl"] for one in losses.values() if one]
+    return Measured(
+        plan,
+        len(kl),
+        round(work(config, plan, length), 4),
+        float(np.mean(kl)),
+        float(np.mean(recall)),
+        bootstrap_interval(recall),
+        float(np.mean(nll)),
+        bootstrap_interval(nll),
+    )
+
+
+def _name(sample: Sample) -> str:
+    return f"{sample.task} {len(sample.prompt)} #{sample.index + 1}"
+
+
+def _stages_text(plan: PrunePlan) -> str:
+    return f"{plan.score} " + ", ".join(f"{stage.layer}:{stage.keep:g}" for stage in plan.stages)

@@ -1,0 +1,106 @@
+"""``slimrt calibrate``: presets of a model, measured and stored beside it."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING
+
+import click
+
+from slimrt.errors import SettingError
+from slimrt.terminal.guard import note
+from slimrt.terminal.loading import find_model, load_model
+from slimrt.terminal.options import LoadSettings
+from slimrt.terminal.progress import progress_bar
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from slimrt.calibrate.search import Calibration
+
+__all__ = ["CalibrateSettings", "calibrate_model"]
+
+_FAST = {"kl": 4.0, "recall": 2.0, "nll": 4.0}  # times what `auto` may lose
+
+
+@dataclass(frozen=True)
+class CalibrateSettings:
+    """The bounds of the preset ``auto``, what is measured, and where the presets go (None: beside the model)."""
+
+    max_kl: float
+    max_recall_drop: float
+    max_nll_rise: float
+    length: int
+    samples: int
+    seed: int
+    text: Path | None
+    output: Path | None
+
+
+def calibrate_model(settings: CalibrateSettings, load: LoadSettings, *, as_json: bool) -> None:
+    """Run the search and store its presets; a table, or with ``as_json`` the whole file, goes to stdout."""
+    from slimrt.calibrate.search import Bounds, calibrate, calibration_context
+    from slimrt.output import write_atomically
+    from slimrt.presets import preset_path
+
+    target = settings.output or preset_path(find_model(load.model))
+    if not (target.parent.is_dir() and os.access(target.parent, os.W_OK)):
+        raise SettingError(f"output '{target}': its folder cannot be written; name another file (--output)")
+    auto = Bounds(settings.max_kl, settings.max_recall_drop, settings.max_nll_rise)
+    fast = Bounds(auto.kl * _FAST["kl"], auto.recall * _FAST["recall"], auto.nll * _FAST["nll"])
+    llm = load_model(replace(load, ctx=calibration_context(settings.length)))
+    journal_path = target.with_name(f".{target.name}.journal")
+    with progress_bar("calibrating") as progress:
+        found, journal = calibrate(
+            llm,
+            {"auto": auto, "fast": fast},
+            journal_path,
+            length=settings.length,
+            samples=settings.samples,
+            seed=settings.seed,
+            text=settings.text,
+            progress=progress,
+        )
+    content = found.to_dict()
+    write_atomically(target, (json.dumps(content, indent=1) + "\n").encode())
+    journal.remove()
+    if journal.resumed:
+        note(f"went on with {journal.resumed} measurements of a calibration that was broken off")
+    if as_json:
+        click.echo(json.dumps(content, ensure_ascii=False))
+        return
+    from rich.console import Console
+
+    Console().print(_table(found))
+    for name, preset in found.presets.items():
+        if preset is None:
+            note(f"{name}: no plan stays within the bounds; it runs dense; allow more (--max-kl, --max-recall-drop)")
+    note(f"wrote {target}")
+
+
+def _table(found: Calibration) -> Table:
+    from rich.table import Table
+
+    table = Table(title=f"Presets, against the dense run at {found.length} tokens", title_justify="left")
+    for heading in ("preset", "cuts", "TTFT", "KL", "recall drop", "nats more"):
+        table.add_column(heading, justify="left" if heading in ("preset", "cuts") else "right")
+    for name, preset in found.presets.items():
+        if preset is None:
+            table.add_row(name, "none: dense", "1.00x")
+            continue
+        bounds, dense = found.bounds[name], median(found.ttft_s["dense"])
+        low, high = preset.recall_interval
+        cheaper, dearer = preset.nll_interval
+        table.add_row(
+            name,
+            ", ".join(f"layer {stage.layer} keep {stage.keep:g}" for stage in preset.plan.stages),
+            f"{dense / median(found.ttft_s[name]):.2f}x",
+            f"{preset.kl:.3f} (<= {bounds.kl:g})",
+            f"{preset.recall_drop:+.3f} [{low:+.3f}, {high:+.3f}]",
+            f"{preset.nll_rise:+.3f} [{cheaper:+.3f}, {dearer:+.3f}]",
+        )
+    return table
