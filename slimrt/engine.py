@@ -99,8 +99,8 @@ class Engine:
         Returns the hidden states [wanted, D] of the last ``wanted`` tokens, for ``logits`` (the last layer computes
         those rows only), and how many tokens each cut kept.
 
-        With ``cuts`` (of ``plan``; the first at the context's boundary layer or later) the whole context counts as the prompt:
-        up to the boundary only ``ids`` are computed, then blocks are chosen among all tokens by the last queries, and
+        With ``cuts`` (of ``plan``; none before the context's boundary layer) the whole context counts as the prompt: up
+        to the boundary only ``ids`` are computed, then blocks are chosen among all tokens by the last queries, and
         the stages behind it are computed anew over the choice. Keys and values of a layer are those of the tokens
         that were active there. Without cuts ``ids`` pass all layers, as in decode.
 

@@ -133,7 +133,6 @@ def test_the_whole_conversation_reaches_the_model(llm: LLM, tiny: Path) -> None:
 def test_clear_forgets_and_system_stays(llm: LLM) -> None:
     chat = talk(llm, "/system be brief", "hello", "/clear")
     assert chat.messages == [{"role": "system", "content": "be brief"}]
-    assert llm.current.tokens == []
     assert talk(llm, "/system be brief", "/system off").messages == []
 
 
@@ -449,3 +448,21 @@ def test_sizes_are_written_for_people() -> None:
     assert [human_bytes(n) for n in (5, 2048, 98_362_432, 513 << 20, 24 << 30)] == [
         "5 B", "2.0 KiB", "93.8 MiB", "513 MiB", "24.0 GiB"
     ]  # fmt: skip
+
+
+def test_a_saved_conversation_goes_on_without_being_read_again(llm: LLM, tiny: Path, tmp_path: Path) -> None:
+    file = tmp_path / "talk.slim"
+    first = talk(llm, "hello", f"/save {file}", "and then?")
+    other = slimrt.load(tiny, ctx=256, prune="off")
+    second = talk(other, f"/restore {file}", "and then?")
+    assert second.messages == first.messages
+    assert second.answers[0].timings.reused_tokens == first.answers[1].timings.reused_tokens > 0
+    assert talk(other, f"/restore {tmp_path / 'none.slim'}").failures == 1
+
+
+def test_a_full_context_goes_on_where_it_is_told_to(tiny: Path) -> None:
+    lines = "tell me a story about a crow\n" * 9
+    refused = in_pipe(tiny, lines, "--ctx", "160")
+    assert refused.exit_code == 1 and "--overflow shift" in refused.stderr
+    shifted = in_pipe(tiny, lines, "--ctx", "160", "--overflow", "shift")
+    assert shifted.exit_code == 0 and "messages were dropped" in shifted.stderr

@@ -1,8 +1,9 @@
-"""The search: scores first, then layers and fractions, in rounds that leave fewer plans and measure them on more text."""
+"""The search: scores first, then layers and fractions, in rounds of fewer plans and more text."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -198,12 +199,10 @@ def _drawn(source: Source, length: int, samples: int, seed: int) -> list[Sample]
 
 
 def _rounds(drawn: Sequence[Sample]) -> list[Sequence[Sample]]:
-    ends = [
-        0,
-        *(max(2, round(sum(_ROUNDS[: n + 1]) * len(drawn) / 2) * 2) for n in range(len(_ROUNDS) - 1)),
-        len(drawn),
-    ]
-    return [drawn[low:high] for low, high in zip(ends, ends[1:], strict=False)]
+    """The samples cut by ``_ROUNDS``, an even number to each but the last, so that both tasks are in it."""
+    shares = np.cumsum(_ROUNDS[:-1])
+    ends = [0, *(max(2, 2 * round(share * len(drawn) / 2)) for share in shares), len(drawn)]
+    return [drawn[low:high] for low, high in itertools.pairwise(ends)]
 
 
 def _survivors(measured: Iterable[Measured], presets: Iterable[Bounds], count: int) -> list[Measured]:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
-import os
 import re
 import shlex
-import tempfile
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 
 from slimrt.errors import ContextError, SettingError, SlimrtError
 from slimrt.llm import LLM
-from slimrt.output import human_bytes
+from slimrt.output import human_bytes, write_atomically
 from slimrt.results import Completion
 from slimrt.terminal.answer import cut_note, stream_answer
 from slimrt.terminal.guard import one_line
@@ -33,7 +32,8 @@ HELP = '''\
 /load FILE       read a document; it goes before your next message
 /system TEXT     set the system prompt (/system shows it, /system off removes it)
 /clear           forget the conversation and loaded documents
-/save FILE       write the conversation to FILE.json or FILE.md
+/save FILE       write the conversation to FILE.json or FILE.md, or all that was read to FILE.slim
+/restore FILE    go on with the conversation in FILE.slim, without reading it again
 /stats           context, speed and memory
 /quit            leave (as Ctrl-D does)
 Several lines: end a line with \\, or write """ before and after; {newline}Ctrl-C stops an answer.'''
@@ -49,8 +49,7 @@ class Chat:
         self, llm: LLM, settings: AnswerSettings, source: LineInput, screen: Screen, system: str | None
     ) -> None:
         self._llm, self._settings, self._source, self._screen = llm, settings, source, screen
-        self._system = system
-        self._messages: list[dict[str, str]] = []
+        self._talk = llm.session(system=system)
         self._documents: list[tuple[str, str]] = []  # (name, text), waiting for the next message
         self._written: set[Path] = set()  # files that /save made, and may replace
         self._open = True
@@ -58,14 +57,14 @@ class Chat:
         self.failures = 0
         self._commands: dict[str, Callable[[str], None]] = {
             "help": self._help, "load": self.load, "system": self._set_system, "clear": self._clear, "save": self._save,
-            "stats": self._stats, "quit": self._quit, "exit": self._quit, "?": self._help,
+            "restore": self.restore, "stats": self._stats, "quit": self._quit, "exit": self._quit, "?": self._help,
         }  # fmt: skip
 
     @property
-    def messages(self) -> list[dict[str, str]]:
+    def messages(self) -> list[dict[str, Any]]:
         """The conversation, system prompt first, as ``LLM.chat`` takes it."""
-        system = [{"role": "system", "content": self._system}] if self._system else []
-        return [*system, *self._messages]
+        system = [{"role": "system", "content": self._talk.system}] if self._talk.system else []
+        return [*system, *self._talk.messages]
 
     def run(self) -> None:
         """Read and answer until the input ends or /quit."""
@@ -107,32 +106,34 @@ class Chat:
         content = text
         if self._documents:
             content = join_document("\n\n".join(document.rstrip() for _, document in self._documents), text)
-        ids = self._fitting([*self.messages, {"role": "user", "content": content}])
+        tokens = self._checked_length([*self.messages, {"role": "user", "content": content}])
+        begin = functools.partial(self._talk.ask, content, stream=True)
         try:
             with quiet_keyboard() if self._screen.interactive else nullcontext():
-                answer = stream_answer(self._llm, ids, self._settings, self._screen)
+                answer = stream_answer(begin, tokens, self._settings, self._screen)
         except KeyboardInterrupt:
             self._screen.remark("(stopped before the answer; the message was not kept)")
             return
         completion = answer.completion
-        self._messages += [{"role": "user", "content": content}, {"role": "assistant", "content": completion.text}]
         self._documents.clear()
         self.answers.append(completion)
         cut = "stopped" if answer.stopped else cut_note(self._llm, completion, self._settings)
         self._screen.remark(stats_line(completion) + (f" · {cut}" if cut else ""))
+        if self._llm.overflow == "shift" and "full" in completion.timings.reuse_note:
+            self._screen.remark(completion.timings.reuse_note)
         if self._screen.interactive:
             self._screen.remark("")
 
-    def _fitting(self, messages: list[dict[str, str]]) -> list[int]:
-        """The messages' tokens; raises ContextError if they leave no room for an answer."""
-        ids = self._llm.chat_tokens(messages)
-        ctx = self._llm.ctx
-        if len(ids) >= ctx:
+    def _checked_length(self, messages: list[dict[str, Any]]) -> int:
+        """The messages' tokens; raises ContextError if they leave no room for an answer, and none is to be made."""
+        tokens, ctx = len(self._llm.chat_tokens(messages)), self._llm.ctx
+        if tokens >= ctx and self._llm.overflow == "error":
             raise ContextError(
-                f"the conversation would take {len(ids):,} tokens, the context holds {ctx:,} with the answer; "
-                f"the message was not kept; /clear starts anew, or start with --ctx {_next_size(len(ids))}"
+                f"the conversation would take {tokens:,} tokens, the context holds {ctx:,} with the answer; "
+                f"the message was not kept; /clear starts anew, or start with --ctx {_next_size(tokens)} "
+                "or --overflow shift"
             )
-        return ids
+        return tokens
 
     # -- commands ---------------------------------------------------------------------------------------------------
 
@@ -164,28 +165,42 @@ class Chat:
     def _set_system(self, text: str) -> None:
         if not text:
             self._screen.remark(
-                f"system prompt: {self._system}" if self._system else "no system prompt; /system TEXT sets one"
+                f"system prompt: {self._talk.system}"
+                if self._talk.system
+                else "no system prompt; /system TEXT sets one"
             )
             return
-        self._system = None if text == "off" else text
+        self._talk.system = None if text == "off" else text
         self._screen.remark("system prompt removed" if text == "off" else "system prompt set")
 
     def _clear(self, _: str) -> None:
-        self._messages.clear()
+        self._talk.messages.clear()
+        self._talk.reset()
         self._documents.clear()
-        self._llm.reset()
-        self._screen.remark("conversation cleared" + ("; the system prompt stays" if self._system else ""))
+        self._screen.remark("conversation cleared" + ("; the system prompt stays" if self._talk.system else ""))
 
     def _save(self, argument: str) -> None:
         path = _path(argument, "/save talk.md").expanduser()
-        if path.suffix not in (".json", ".md"):
-            raise SettingError(f"{path}: the name must end in .json or .md, which says how to write it")
+        if path.suffix not in (".json", ".md", ".slim"):
+            raise SettingError(f"{path}: the name must end in .json, .md or .slim, which says how to write it")
         if path.exists() and path.resolve() not in self._written:
             raise SettingError(f"{path}: exists already and is not this chat's; choose another name")
-        text = self._as_json() if path.suffix == ".json" else self._as_markdown()
-        _write_whole(path, text)
+        if path.suffix == ".slim":
+            self._talk.save(path)
+        else:
+            text = self._as_json() if path.suffix == ".json" else self._as_markdown()
+            write_atomically(path, text.encode())
         self._written.add(path.resolve())
-        self._screen.remark(f"{len(self._messages)} messages written to {path}")
+        self._screen.remark(f"{len(self._talk.messages)} messages written to {path}")
+
+    def restore(self, argument: str) -> None:
+        """Go on with the conversation in a file that ``/save FILE.slim`` wrote. Raises SessionFileError."""
+        path = _path(argument, "/restore talk.slim").expanduser()
+        self._talk.load(path)
+        self._documents.clear()
+        self._written.add(path.resolve())
+        held, tokens = len(self._talk.messages), len(self._talk.tokens)
+        self._screen.remark(f"{held} messages restored from {path}; none of their {tokens:,} tokens is read again")
 
     def _as_json(self) -> str:
         return (
@@ -199,10 +214,10 @@ class Chat:
         return "\n\n".join(parts) + "\n"
 
     def _stats(self, _: str) -> None:
-        now, memory = self._llm.current, resident_bytes()
+        now, memory = self._talk, resident_bytes()
         lines = [
             f"context   {len(now.tokens):,} of {now.ctx:,} tokens, keys and values {human_bytes(now.kv_bytes)}",
-            f"messages  {len(self._messages)}" + "".join(f", {name} waiting" for name, _ in self._documents),
+            f"messages  {len(now.messages)}" + "".join(f", {name} waiting" for name, _ in self._documents),
             f"answers   {len(self.answers)}, {sum(a.usage.completion_tokens for a in self.answers):,} tokens",
         ]
         if self.answers:
@@ -241,15 +256,3 @@ def _path(argument: str, example: str) -> Path:
 def _next_size(tokens: int) -> str:
     """A context with room for ``tokens`` and an answer, as --ctx takes it."""
     return f"{-(-(tokens + 1024) // 1024)}k"
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """Write ``text`` to ``path``, whole or not at all. Raises OSError."""
-    number, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(number, "w", encoding="utf-8") as file:
-            file.write(text)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 
 import click
 
-from slimrt.terminal.answer import cut_note, stream_answer
+from slimrt.terminal.answer import Begin, cut_note, stream_answer
 from slimrt.terminal.guard import INTERRUPTED
 from slimrt.terminal.loading import load_model
 from slimrt.terminal.options import AnswerSettings, LoadSettings
@@ -21,13 +22,17 @@ def generate(
 ) -> None:
     """Answer ``prompt`` on stdout: continued as plain text, or (``chat``) as a message through the chat template."""
     llm = load_model(load)
+    begin: Begin
     if chat:
-        messages = [{"role": "system", "content": system}] if system else []
-        ids = llm.chat_tokens([*messages, {"role": "user", "content": prompt}])
+        instructions = [{"role": "system", "content": system}] if system else []
+        messages = [*instructions, {"role": "user", "content": prompt}]
+        ids = llm.chat_tokens(messages)
+        begin = functools.partial(llm.chat, messages, stream=True)
     else:
         ids = llm.tokenize(prompt)
+        begin = functools.partial(llm.stream, ids)
     screen = Screen(quiet=as_json)
-    result = stream_answer(llm, ids, answer, screen)
+    result = stream_answer(begin, len(ids), answer, screen)
     if result.stopped:
         raise click.exceptions.Exit(INTERRUPTED)
     completion = result.completion

@@ -7,12 +7,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from slimrt.config import SamplingConfig, parse_size
 from slimrt.errors import SettingError
+
+if TYPE_CHECKING:
+    from slimrt.generation import Overflow  # brings NumPy, for which --help must not wait
 
 __all__ = [
     "AnswerSettings",
@@ -45,6 +48,7 @@ class LoadSettings:
     rope_scaling: str | None = None
     rope_factor: float | None = None
     chat_template: str | None = None
+    overflow: Overflow = "error"
 
 
 @dataclass(frozen=True)
@@ -144,6 +148,8 @@ def load_options(command: Command) -> Command:
                      help="How RoPE is stretched.  [yarn past the trained context]"),
         click.option("--rope-base", type=float, metavar="BASE", help="RoPE's base frequency.  [the model's]"),
         click.option("--rope-factor", type=float, metavar="X", help="How far RoPE is stretched.  [as --ctx needs]"),
+        click.option("--overflow", type=click.Choice(["error", "shift"]), default="error", show_default=True,
+                     help="When the context is full: stop, or drop the oldest text."),
         click.option("--chat-template", metavar="NAME|JINJA", help="In place of the model's own chat template."),
     )  # fmt: skip
 

@@ -1,0 +1,204 @@
+"""Calibration on a tiny model: it measures what the engine computes, keeps to its bounds, and survives being killed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from click_cli import cli
+from slimrt.calibrate.candidates import first_layer, grid, scorings, work
+from slimrt.calibrate.journal import Journal
+from slimrt.calibrate.probe import probing
+from slimrt.calibrate.search import Bounds, Measured, _rounds, _survivors, calibrate
+from slimrt.config import ModelConfig, PrunePlan, Stage
+from slimrt.errors import ContextError, SettingError
+from slimrt.eval.run import judge, respond
+from slimrt.eval.sample import Sample, Source
+from slimrt.eval.tasks import TASKS, samples
+from slimrt.eval.text import load_corpus
+from slimrt.gguf import GGUFFile
+from slimrt.llm import LLM
+from slimrt.presets import choose_plan, preset_path
+from slimrt.prune import check_plan
+from tests.tiny_gguf import write_tiny_llama
+
+LENGTH = 1100
+BOUNDS = {"auto": Bounds(0.05, 0.01, 0.02), "fast": Bounds(0.2, 0.02, 0.08)}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_llama(tmp_path_factory.mktemp("calibrate") / "tiny.gguf", n_layers=8, ctx=2048)
+
+
+@pytest.fixture(scope="module")
+def llm(model: Path) -> LLM:
+    return LLM(GGUFFile(model), ctx=1280, prune="off")
+
+
+def drawn(llm: LLM, task: str = "continuation") -> Sample:
+    return samples(TASKS[task], Source(llm.tokenizer, load_corpus(llm.tokenizer)), LENGTH, 1, seed=3)[0]
+
+
+def measured(plan: PrunePlan, kl: float, recall: float = 0.0, work: float = 0.5) -> Measured:
+    return Measured(plan, 8, work, kl, recall, (recall - 0.01, recall + 0.01), 0.0, (0.0, 0.0))
+
+
+# -- candidates --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layers", [4, 8, 22, 30, 80])
+def test_every_candidate_can_run_on_the_model(llm: LLM, layers: int) -> None:
+    config = dataclasses.replace(llm.config, n_layers=layers)
+    plans = [*scorings(config), *grid(config, scorings(config)[0])]
+    for plan in plans:
+        check_plan(plan, config)
+        assert plan.stages[0].layer >= first_layer(config)
+        assert 0 < work(config, plan, 8000) < 1
+    assert len(set(plans)) > len(scorings(config))
+
+
+def test_a_model_that_is_too_shallow_is_refused(llm: LLM) -> None:
+    with pytest.raises(SettingError, match="2 layers"):
+        first_layer(dataclasses.replace(llm.config, n_layers=2))
+
+
+def test_work_counts_the_rows_that_each_layer_sees() -> None:
+    config = ModelConfig("llama", "m", 4, 64, 4, 4, 16, 128, 100, 8192, 1e-5, None)  # type: ignore[arg-type]
+    tokens = 6400  # 100 blocks
+    assert work(config, PrunePlan(), tokens) == 1
+    # One layer (and of the second the QKV products and attention) dense, the rest on half of the rows.
+    qkv, out, feed, attend = 64 * 3 * 64, 64 * 64, 3 * 64 * 128, 64 * tokens
+    dense, half = qkv + attend, (qkv + attend / 2) / 2
+    expected = (2 * dense + (out + feed) + 3 * (out + feed) / 2 + 2 * half) / (4 * (dense + out + feed))
+    assert work(config, PrunePlan((Stage(1, 0.5),)), tokens) == pytest.approx(expected, rel=1e-12)
+
+
+# -- measuring ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", ["recall", "continuation"])
+def test_a_probe_measures_what_a_fresh_prefill_gives(llm: LLM, task: str) -> None:
+    sample = drawn(llm, task)
+    plans = [PrunePlan((Stage(4, 0.5),), query_window=32), PrunePlan((Stage(3, 0.5), Stage(5, 0.2)), local_blocks=2)]
+    dense = respond(llm, sample, "off")
+    with probing(llm.engine, sample, 3) as probe:
+        for plan in (*plans, plans[0]):
+            fresh = judge(sample, dense, respond(llm, sample, plan))
+            losses = probe.measure(plan)
+            assert losses["kl"] == pytest.approx(fresh["kl"], rel=1e-3, abs=1e-7)
+            assert losses["nll"] == pytest.approx(fresh["nll"] - judge(sample, dense, dense)["nll"], abs=1e-5)
+            assert fresh["kl"] > 1e-6
+
+
+def test_keeping_everything_loses_nothing(llm: LLM) -> None:
+    with probing(llm.engine, drawn(llm), 3) as probe:
+        losses = probe.measure(PrunePlan((Stage(4, 1.0),)))
+    assert abs(losses["kl"]) < 1e-9 and losses["accuracy"] == 0 and abs(losses["nll"]) < 1e-5
+
+
+# -- choosing ----------------------------------------------------------------------------------------------------------
+
+
+def test_survivors_are_cheap_or_safe_and_possible() -> None:
+    plans = [PrunePlan((Stage(layer, 0.5),)) for layer in range(1, 8)]
+    tried = [measured(plan, kl=0.08 / n, work=0.1 * n) for n, plan in enumerate(plans, 1)]  # dearer loses less
+    left = _survivors(tried, [Bounds(0.03, 0.02, 0.1)], 4)
+    assert {one.plan for one in left} == {plans[6], plans[5], plans[2], plans[3]}  # .08/2 cannot come under .03
+    assert [one.plan for one in _survivors(tried, [Bounds(0.001, 0.0, 0.0)], 4)] == [plans[6], plans[5]]
+
+
+def test_rounds_take_every_sample_once_and_both_tasks() -> None:
+    for count in (8, 9, 40, 61):
+        cut = _rounds(list(range(count)))  # type: ignore[arg-type]
+        assert [sample for one in cut for sample in one] == list(range(count))
+        assert all(len(one) >= 2 for one in cut)
+
+
+@pytest.mark.parametrize("value", [-0.1, float("nan"), float("inf")])
+def test_bounds_are_checked(value: float) -> None:
+    with pytest.raises(SettingError, match="bound kl"):
+        Bounds(value, 0.1, 0.1)
+
+
+def test_prompts_must_fit_and_be_long_enough_to_prune(llm: LLM, tmp_path: Path) -> None:
+    with pytest.raises(ContextError, match="context holds 1280"):
+        calibrate(llm, BOUNDS, tmp_path / "journal", length=1270, samples=8)
+    with pytest.raises(SettingError, match="at least 1024"):
+        calibrate(llm, BOUNDS, tmp_path / "journal", length=1000, samples=8)
+    with pytest.raises(SettingError, match="samples 4"):
+        calibrate(llm, BOUNDS, tmp_path / "journal", length=LENGTH, samples=4)
+    assert list(tmp_path.iterdir()) == []
+
+
+# -- being killed ------------------------------------------------------------------------------------------------------
+
+
+def test_a_broken_off_calibration_goes_on_and_finds_the_same(llm: LLM, tmp_path: Path) -> None:
+    class KilledError(Exception):
+        pass
+
+    def kill(done: int, total: int, what: str) -> None:
+        if done == 40:
+            raise KilledError
+
+    whole, journal = calibrate(llm, BOUNDS, tmp_path / "one", length=LENGTH, samples=8, seed=1)
+    assert journal.resumed == 0
+    with pytest.raises(KilledError):
+        calibrate(llm, BOUNDS, tmp_path / "two", length=LENGTH, samples=8, seed=1, progress=kill)
+    with (tmp_path / "two").open("a") as file:
+        file.write('{"sample": "recall')  # killed within a line
+    resumed, journal = calibrate(llm, BOUNDS, tmp_path / "two", length=LENGTH, samples=8, seed=1)
+    assert 30 < journal.resumed <= 40  # a plan of the grid may have been scored before
+    assert resumed.presets == whole.presets and resumed.measured == whole.measured
+    for name, found in whole.presets.items():
+        assert found is None or found.excess(BOUNDS[name]) <= 0
+    assert all(np.isfinite(one.kl) for one in whole.measured)
+
+
+def test_measurements_of_other_settings_are_not_taken_up(tmp_path: Path) -> None:
+    plan = PrunePlan((Stage(1, 0.5),))
+    journal = Journal(tmp_path / "journal", {"seed": 1})
+    journal.add("recall #1", plan, {"kl": 0.5})
+    assert Journal(tmp_path / "journal", {"seed": 1}).get("recall #1", plan) == {"kl": 0.5}
+    assert Journal(tmp_path / "journal", {"seed": 2}).get("recall #1", plan) is None
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+
+
+def test_the_command_writes_presets_that_loading_takes(model: Path, llm: LLM) -> None:
+    arguments = ["calibrate", str(model), "--length", str(LENGTH), "--samples", "8", "--max-kl", "1", "--json"]
+    result = CliRunner().invoke(cli, [*arguments, "--max-recall-drop", "1", "--max-nll-rise", "1"])
+    assert result.exit_code == 0, result.output
+    beside = preset_path(model)
+    try:
+        data = json.loads(beside.read_text())
+        assert json.loads(result.stdout) == data
+        for name in ("auto", "fast"):
+            choice = choose_plan(name, model, llm.config)
+            assert choice.source == f"'{name}' of {beside.name}"
+            assert choice.plan == PrunePlan.from_dict(data["presets"][name]["plan"])
+            assert data["presets"][name]["measured"]["samples"] == 8
+            assert len(data["presets"][name]["ttft_s"]["plan"]) == 3
+        assert not list(model.parent.glob(".*journal"))
+    finally:
+        beside.unlink()
+
+
+def test_no_plan_within_the_bounds_means_dense(model: Path, tmp_path: Path, llm: LLM) -> None:
+    target = tmp_path / "strict.slim.json"
+    options = ["--length", str(LENGTH), "--samples", "8", "--max-kl", "0", "-o", str(target)]
+    result = CliRunner().invoke(cli, ["calibrate", str(model), *options])
+    assert result.exit_code == 0 and "no plan stays within the bounds" in result.output
+    assert choose_plan(target, model, llm.config).plan is None
+
+
+def test_an_output_that_cannot_be_written_is_refused_first(model: Path, tmp_path: Path) -> None:
+    result = CliRunner().invoke(cli, ["calibrate", str(model), "-o", str(tmp_path / "none" / "x.slim.json")])
+    assert result.exit_code != 0 and "cannot be written" in result.output and len(result.output.splitlines()) == 1
