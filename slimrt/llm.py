@@ -353,8 +353,8 @@ def _does_not_fit(plan: MemoryPlan, room: int) -> str:
     remedy = f"a context of {room} fits (ctx={room}, --ctx {room})" if room else "use a smaller model or quantisation"
     return (
         f"the model needs {plan.total / 2**30:.1f} GiB at a context of {plan.ctx} (weights {plan.weights / 2**30:.1f}, "
-        f"KV cache {plan.kv / 2**30:.1f}, scratch {plan.scratch / 2**30:.1f}), {plan.available / 2**30:.1f} GiB are "
-        f"free; {remedy}"
+        f"KV cache {plan.kv / 2**30:.1f}, hidden states {plan.boundary / 2**30:.1f}, "
+        f"scratch {plan.scratch / 2**30:.1f}), {plan.available / 2**30:.1f} GiB are free; {remedy}"
     )
 
 

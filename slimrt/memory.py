@@ -35,8 +35,9 @@ class MemoryPlan:
     """Bytes that a model takes on the CPU backend, for a prompt that fills the context of ``ctx`` tokens.
 
     ``weights``: float32 where they are unpacked, else (``packed``) the bytes of the file, mapped. ``kv_per_token``:
-    keys and values of one token over all layers; ``kv``: those of ``ctx`` tokens. ``scratch``: what prefill of the
-    whole context takes besides. ``available``: free memory when the plan was made, None where that is unknown.
+    keys and values of one token over all layers; ``kv``: those of ``ctx`` tokens. ``boundary``: the hidden states that
+    a pruned prompt leaves for further questions. ``scratch``: what prefill of the whole context takes besides.
+    ``available``: free memory when the plan was made, None where that is unknown.
     """
 
     ctx: int
@@ -44,12 +45,13 @@ class MemoryPlan:
     weights: int
     kv_per_token: int
     kv: int
+    boundary: int
     scratch: int
     available: int | None
 
     @property
     def total(self) -> int:
-        return self.weights + self.kv + self.scratch
+        return self.weights + self.kv + self.boundary + self.scratch
 
     def fits(self) -> bool:
         """Whether ``total`` is available; True where it is unknown what is."""
@@ -65,6 +67,7 @@ class MemoryPlan:
             MemoryRow("weights", self.weights, "packed as in the file" if self.packed else "unpacked to float32"),
             MemoryRow("KV cache, 1k tokens", 1024 * self.kv_per_token, "float32; part of the next line"),
             MemoryRow("KV cache, whole context", self.kv, f"{self.ctx} tokens; grows as they come"),
+            MemoryRow("hidden states", self.boundary, "of a pruned prompt, for further questions"),
             MemoryRow("scratch", self.scratch, "while a prompt of the whole context is read"),
             MemoryRow("total", self.total, note),
         ]
@@ -96,6 +99,7 @@ def plan(
         weights=sum(tensor.nbytes for tensor in file.tensors.values()) if packed else dense,
         kv_per_token=config.kv_bytes_per_token,
         kv=ctx * config.kv_bytes_per_token,
+        boundary=ctx * config.d_model * _FLOAT,
         scratch=_prefill_scratch(config, ctx, threads or available_cores(), packed) * _FLOAT,
         available=available,
     )

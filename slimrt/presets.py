@@ -71,8 +71,13 @@ def choose_plan(spec: PrunePlan | str | Path, model: Path, config: ModelConfig) 
             if data["model"] == fingerprint(config):
                 return PlanChoice(_preset(data, spec, Path(shipped.name), config), f"'{spec}' shipped for this model")
     if spec == "auto":
-        return PlanChoice(None, "'auto': no plan is calibrated for this model, prompts run dense")
-    return PlanChoice(_cautious(config), f"'{spec}': no plan is calibrated for this model, cautious default")
+        return PlanChoice(
+            None, "'auto': no plan is calibrated for this model, prompts run dense (slimrt calibrate finds one)"
+        )
+    return PlanChoice(
+        _cautious(config),
+        f"'{spec}': no plan is calibrated for this model, cautious default (slimrt calibrate finds a faster one)",
+    )
 
 
 def _cautious(config: ModelConfig) -> PrunePlan | None:
@@ -97,11 +102,13 @@ def _preset(data: dict[str, Any], name: str, path: Path, config: ModelConfig) ->
     if data.get("model") != fingerprint(config):
         raise SettingError(
             f"{path}: calibrated on another model ({data.get('model')}); this one is {fingerprint(config)}; "
-            "calibrate anew or remove the file"
+            "run slimrt calibrate again or remove the file"
         )
     try:
         plan = PrunePlan.from_dict(data["presets"][name]["plan"])
     except (KeyError, TypeError) as error:
-        raise SettingError(f"{path}: has no preset '{name}' ({error}); calibrate anew or remove the file") from None
+        raise SettingError(
+            f"{path}: has no preset '{name}' ({error}); run slimrt calibrate again or remove the file"
+        ) from None
     check_plan(plan, config)
     return plan

@@ -63,6 +63,7 @@ class Session:
         if boundary_layer != self._boundary_layer:
             reused, note = 0, "the last conversation was pruned otherwise" if self.tokens else "nothing read before"
             self.reset()
+            self.context.cache.close()  # before the new one allocates what it stages copies in
             self.context = self.engine.new_context(boundary_layer)
         else:
             reused, note = max(0, min(same, len(ids) - fresh)), self._reuse_note(same, len(ids))

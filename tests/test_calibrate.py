@@ -11,10 +11,10 @@ import pytest
 from click.testing import CliRunner
 
 from click_cli import cli
-from slimrt.calibrate.candidates import first_layer, grid, scorings, work
+from slimrt.calibrate.candidates import first_layer, grid, scorings, selectors, work
 from slimrt.calibrate.journal import Journal
 from slimrt.calibrate.probe import probing
-from slimrt.calibrate.search import Bounds, Measured, _rounds, _survivors, calibrate
+from slimrt.calibrate.search import Bounds, Measured, _firsts, _rounds, _survivors, calibrate
 from slimrt.config import ModelConfig, PrunePlan, Stage
 from slimrt.errors import ContextError, SettingError
 from slimrt.eval.run import judge, respond
@@ -55,7 +55,8 @@ def measured(plan: PrunePlan, kl: float, recall: float = 0.0, work: float = 0.5)
 @pytest.mark.parametrize("layers", [4, 8, 22, 30, 80])
 def test_every_candidate_can_run_on_the_model(llm: LLM, layers: int) -> None:
     config = dataclasses.replace(llm.config, n_layers=layers)
-    plans = [*scorings(config), *grid(config, scorings(config)[0])]
+    one = scorings(config)[0]
+    plans = [*scorings(config), *selectors(config, one), *grid(config, one, [first_layer(config)])]
     for plan in plans:
         check_plan(plan, config)
         assert plan.stages[0].layer >= first_layer(config)
@@ -111,6 +112,12 @@ def test_survivors_are_cheap_or_safe_and_possible() -> None:
     left = _survivors(tried, [Bounds(0.03, 0.02, 0.1)], 4)
     assert {one.plan for one in left} == {plans[6], plans[5], plans[2], plans[3]}  # .08/2 cannot come under .03
     assert [one.plan for one in _survivors(tried, [Bounds(0.001, 0.0, 0.0)], 4)] == [plans[6], plans[5]]
+
+
+def test_first_layers_lose_less_than_all_before_them() -> None:
+    losses = {10: 0.5, 11: 0.6, 12: 0.1, 13: 0.2, 14: 0.02, 15: 0.03, 16: 0.3, 17: 0.01, 18: 0.015}
+    single = [measured(PrunePlan((Stage(layer, 0.5),)), kl) for layer, kl in losses.items()]
+    assert _firsts(single) == [12, 14, 17]
 
 
 def test_rounds_take_every_sample_once_and_both_tasks() -> None:

@@ -32,6 +32,9 @@ class Journal:
         self.resumed = len(self._known)
         path.write_text("".join(line + "\n" for line in lines))
 
+    def __len__(self) -> int:
+        return len(self._known)
+
     def get(self, sample: str, plan: PrunePlan) -> Mapping[str, float] | None:
         """The losses of ``plan`` on ``sample``, None if they were not measured."""
         return self._known.get((sample, _key(plan)))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from slimrt import __version__
-from slimrt.calibrate.candidates import MIN_TOKENS, first_layer, grid, scorings, work
+from slimrt.calibrate.candidates import MIN_TOKENS, first_layer, grid, scorings, selectors, work
 from slimrt.calibrate.journal import Journal
 from slimrt.calibrate.probe import probing
 from slimrt.config import ModelConfig, PrunePlan
@@ -35,6 +35,7 @@ Progress = Callable[[int, int, str], None]
 
 _TASKS = ("recall", "continuation")
 _ROUNDS = (0.15, 0.25, 0.6)  # of the samples; each round measures the plans that the one before left
+_FIRSTS = 3  # layers for the first cut that are tried with every choice of what follows
 _SURVIVORS = (8, 4)  # plans a preset that a round leaves
 _TTFT_REPEATS = 3
 _SAFE = 2  # of these the ones that lose least; the others are the cheapest
@@ -164,21 +165,23 @@ def calibrate(
     }
     journal = Journal(journal_path, header)
     rounds = _rounds(drawn)
-    planned = len(rounds[0]) * (len(candidates) + len(grid(llm.config, candidates[0])))
+    alone = len(selectors(llm.config, candidates[0]))
+    whole = len(grid(llm.config, candidates[0], range(layer, layer + min(_FIRSTS, alone))))
+    planned = len(rounds[0]) * (len(candidates) + alone + whole)
     planned += sum(len(one) * count * len(bounds) for one, count in zip(rounds[1:], _SURVIVORS, strict=True))
     runner = _Runner(llm, journal, layer, planned, progress)
 
-    runner.run(candidates, rounds[0])
-    scored = runner.table(candidates, rounds[0], length)
-    best = min(scored, key=lambda one: one.kl + max(0.0, one.recall_drop) + max(0.0, one.nll_rise)).plan
-    plans, seen = grid(llm.config, best), list(rounds[0])
-    runner.run(plans, seen)
-    tried = {one.plan: one for one in (*scored, *runner.table(plans, seen, length))}
+    # Scores under one choice of layers; single cuts at every layer under the best score; then all of it together.
+    seen = list(rounds[0])
+    scored = runner.run(candidates, seen, length)
+    best = min(scored, key=_loss).plan
+    single = runner.run(selectors(llm.config, best), seen, length)
+    plans = [*(one.plan for one in single), *grid(llm.config, best, _firsts(single))]
+    tried = {one.plan: one for one in (*scored, *runner.run(plans, seen, length))}
     for survivors, more in zip(_SURVIVORS, rounds[1:], strict=True):
         left = _survivors([tried[plan] for plan in plans], bounds.values(), survivors)
         plans, seen = [one.plan for one in left], [*seen, *more]
-        runner.run(plans, more)
-        tried |= {one.plan: one for one in runner.table(plans, seen, length)}
+        tried |= {one.plan: one for one in runner.run(plans, seen, length)}
     finalists = [tried[plan] for plan in plans]
     presets = {name: _cheapest_within(finalists, bounds[name]) for name in PRESETS if name in bounds}
     ttft = _time(llm, drawn[0].prompt, presets)
@@ -203,6 +206,20 @@ def _rounds(drawn: Sequence[Sample]) -> list[Sequence[Sample]]:
     shares = np.cumsum(_ROUNDS[:-1])
     ends = [0, *(max(2, 2 * round(share * len(drawn) / 2)) for share in shares), len(drawn)]
     return [drawn[low:high] for low, high in itertools.pairwise(ends)]
+
+
+def _loss(measured: Measured) -> float:
+    """One figure to rank by, where no bound is near."""
+    return measured.kl + max(0.0, measured.recall_drop) + max(0.0, measured.nll_rise)
+
+
+def _firsts(single: Sequence[Measured]) -> list[int]:
+    """The layers that select well enough for their depth: each loses less than all before it; the best ``_FIRSTS``."""
+    front: list[Measured] = []
+    for one in sorted(single, key=lambda one: one.plan.stages[0].layer):
+        if not front or _loss(one) < _loss(front[-1]):
+            front.append(one)
+    return [one.plan.stages[0].layer for one in front[-_FIRSTS:]]
 
 
 def _survivors(measured: Iterable[Measured], presets: Iterable[Bounds], count: int) -> list[Measured]:
@@ -236,13 +253,13 @@ class _Runner:
 
     def __init__(self, llm: LLM, journal: Journal, layer: int, planned: int, progress: Progress | None) -> None:
         self._llm, self._journal, self._layer = llm, journal, layer
-        self._planned, self._progress, self._done = planned, progress, 0
+        self._planned, self._progress = planned, progress
 
-    def run(self, plans: Sequence[PrunePlan], samples: Sequence[Sample]) -> None:
+    def run(self, plans: Sequence[PrunePlan], samples: Sequence[Sample], length: int) -> list[Measured]:
+        """The losses of every plan over all ``samples``; what was measured before is not measured again."""
         for sample in samples:
             name = _name(sample)
             missing = [plan for plan in plans if self._journal.get(name, plan) is None]
-            self._done += len(plans) - len(missing)
             if not missing:
                 continue
             self._say(f"{name} dense")
@@ -250,14 +267,11 @@ class _Runner:
                 for plan in missing:
                     self._say(f"{name} {_stages_text(plan)}")
                     self._journal.add(name, plan, probe.measure(plan))
-                    self._done += 1
+        return [_summary(self._llm.config, plan, samples, self._journal, length) for plan in plans]
 
     def _say(self, what: str) -> None:
         if self._progress:
-            self._progress(min(self._done, self._planned), self._planned, what)
-
-    def table(self, plans: Sequence[PrunePlan], samples: Sequence[Sample], length: int) -> list[Measured]:
-        return [_summary(self._llm.config, plan, samples, self._journal, length) for plan in plans]
+            self._progress(min(len(self._journal), self._planned), self._planned, what)
 
 
 def _summary(

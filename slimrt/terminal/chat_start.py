@@ -57,5 +57,5 @@ def memory_line(file: GGUFFile, load: LoadSettings) -> str:
     return (
         f"{printable(config.name)} · context {ctx:,} tokens · memory up to {human_bytes(needs.total)}{room}\n"
         f"(weights {human_bytes(needs.weights)}, keys and values {human_bytes(needs.kv)}, "
-        f"scratch {human_bytes(needs.scratch)})"
+        f"hidden states {human_bytes(needs.boundary)}, scratch {human_bytes(needs.scratch)})"
     )
