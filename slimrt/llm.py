@@ -18,7 +18,7 @@ from slimrt.gguf import GGUFFile
 from slimrt.memory import DEFAULT_CTX, MemoryPlan, largest_context
 from slimrt.memory import plan as plan_memory
 from slimrt.models import build, read_config, stretch_rope
-from slimrt.ops.numpy_ops import NumpyOps
+from slimrt.ops.backend import check_device, open_backend
 from slimrt.presets import choose_plan
 from slimrt.results import Completion
 from slimrt.session import Session
@@ -115,8 +115,7 @@ class LLM:
             raise SettingError(f"threads {threads}: must be at least 1")
         self.kv_budget = kv_budget
         cache = CacheConfig(self.ctx, kv_budget)
-        if device not in ("cpu", "auto"):
-            raise SettingError(f"device '{device}': this version computes on the CPU; use 'cpu' or 'auto'")
+        check_device(device)
         check_overflow(overflow)
         self.overflow = overflow
         self.notes: list[str] = []
@@ -142,8 +141,8 @@ class LLM:
             self.notes.append(
                 "weights stay packed: unpacked they would take more than half of the free memory; expect slow decoding"
             )
-        self._ops = NumpyOps(threads, packed=self.memory.packed)
-        self._engine = Engine(build(self.config, file, self._ops, progress), self._ops, cache)
+        ops = open_backend(device, threads=threads, packed=self.memory.packed).ops
+        self._engine = Engine(build(self.config, file, ops, progress), ops, cache)
         self._session: Session = self.session()
 
     @property

@@ -49,6 +49,28 @@ def test_attention_where_the_diagonal_is_no_reference() -> None:
     assert np.abs(ours - truth).max() <= 320 * np.finfo(np.float32).eps * np.abs(v).max()
 
 
+@pytest.mark.parametrize("tokens", [1, 5, 16, 40, 129, 700, 1500])
+@pytest.mark.parametrize("reach", [(64, 0, 256), (128, 128, 128), (1024, 512, 64)])
+def test_attention_within_reach(tokens: int, reach: tuple[int, ...]) -> None:
+    """Against the rule itself, row by row; a query's own row and the sink are always read."""
+    keys, width = 1500, 64
+    q, k, v = random((tokens, 6, width)), random((3, keys, width), 1), random((3, keys, width), 2)
+    rows, columns = np.arange(keys - tokens, keys)[:, None], np.arange(keys)[None, :]
+    truth, naive = np.empty((tokens, 6, width)), np.empty((tokens, 6, width), np.float32)
+    for head in range(6):
+        far = reach[head // 2]
+        window = columns >= rows // 128 * 128 - far if far else True
+        seen = (columns <= rows) & (window | (columns < 64))
+        for result, dtype in ((truth, np.float64), (naive, np.float32)):
+            scores = (q[:, head].astype(dtype) @ k[head // 2].T.astype(dtype)) / dtype(8)
+            weights = np.exp(np.where(seen, scores - scores.max(axis=1, keepdims=True), -np.inf))
+            result[:, head] = weights @ v[head // 2].astype(dtype) / weights.sum(axis=1, keepdims=True)
+    unit = np.abs(naive - truth).max()
+    for threads in (1, 2):
+        ours = NumpyOps(threads).attend(q, k, v, reach=reach)
+        assert np.abs(ours - truth).max() <= SLACK * max(unit, np.finfo(np.float32).eps)
+
+
 def test_swiglu_far_out() -> None:
     gate_up = np.array([[-200.0, -88.5, 0.0, 3.0, 200.0, 1.0, 1.0, 1.0, 2.0, 1.0]], np.float32)
     with np.errstate(all="raise", under="ignore"):

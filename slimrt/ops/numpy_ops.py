@@ -16,6 +16,7 @@ import numpy as np
 from slimrt.gguf import TensorInfo
 from slimrt.ops.numpy_memory import NumpyMemory
 from slimrt.ops.numpy_scores import BLOCK_SCORES, unit_means
+from slimrt.ops.reach import RUN, SINK, Reach, first_row
 from slimrt.ops.workers import Workers, available_cores, single_threaded_blas
 from slimrt.quants import dequantize
 
@@ -24,7 +25,7 @@ __all__ = ["NumpyOps", "Weight"]
 Array = np.ndarray
 
 # Tiles measured best on two cores with 1 MiB of L2 each: a [128 * H/Hkv, 512] score tile stays in L2.
-QUERY_TILE = 128
+QUERY_TILE = RUN
 KEY_TILE = 512
 ROW_CHUNK = 256  # tokens that go through the row-wise part of a layer together
 _FEW_ROWS = 16  # up to so many rows (decode) a product is cut by its outputs and attention by its keys
@@ -207,18 +208,26 @@ class NumpyOps(NumpyMemory):
         """x[rows]: the rows that go on; rows ascending."""
         return x[rows]
 
-    def attend(self, q: Array, k: Array, v: Array, out: Array | None = None) -> Array:
+    def attend(self, q: Array, k: Array, v: Array, out: Array | None = None, reach: Reach = None) -> Array:
         """Causal grouped-query attention by index: query row t sees key rows 0 .. N-T+t.
 
         q [T, H, Dh], k and v [Hkv, N, Dh], query head h reads KV head h // (H/Hkv) -> [T, H, Dh]. After pruning rows
-        are not contiguous in position, but they keep their order, so an index-causal mask is right.
+        are not contiguous in position, but they keep their order, so an index-causal mask is right. ``reach``: how far
+        back each KV head looks, see ``slimrt.ops.reach``.
         """
         if out is None:
             out = np.empty(q.shape, np.float32)
-        if q.shape[0] <= _FEW_ROWS:
-            self._attend_few(q, k, v, out)
+        if q.shape[0] > _FEW_ROWS:
+            self._attend_tiles(q, k, v, out, reach or [0] * len(k))
+        elif reach and any(reach):
+            group = q.shape[1] // len(k)
+            for head, rows in enumerate(reach):
+                heads = slice(head * group, (head + 1) * group)
+                for t, row in enumerate(range(k.shape[1] - len(q), k.shape[1])):
+                    read = _reached(k[head : head + 1], v[head : head + 1], rows, row)
+                    self._attend_few(q[t : t + 1, heads], *read, out[t : t + 1, heads])
         else:
-            self._attend_tiles(q, k, v, out)
+            self._attend_few(q, k, v, out)
         return out
 
     def _attend_few(self, q: Array, k: Array, v: Array, out: Array) -> None:
@@ -256,7 +265,7 @@ class NumpyOps(NumpyMemory):
         result = (mixed * share).sum(axis=0) / (total * share).sum(axis=0)
         out[...] = result.reshape(kv_heads, tokens, group, width).transpose(1, 0, 2, 3).reshape(tokens, heads, width)
 
-    def _attend_tiles(self, q: Array, k: Array, v: Array, out: Array) -> None:
+    def _attend_tiles(self, q: Array, k: Array, v: Array, out: Array, reach: Sequence[int]) -> None:
         """Prefill: tiles of QUERY_TILE tokens x KEY_TILE keys, all tiles of one query tile on one thread.
 
         Instead of a running maximum (FlashAttention, arXiv 2205.14135) each row uses the maximum of its diagonal tile
@@ -275,7 +284,7 @@ class NumpyOps(NumpyMemory):
 
         def tile(job: tuple[int, int]) -> None:
             lo, head = job
-            hi = min(lo + QUERY_TILE, tokens)
+            hi = min(lo + QUERY_TILE - (offset + lo) % QUERY_TILE, tokens)
             rows = (hi - lo) * group
             queries = np.empty((rows, width + 1), np.float32)
             np.multiply(
@@ -283,7 +292,8 @@ class NumpyOps(NumpyMemory):
                 scale,
                 out=queries.reshape(hi - lo, group, width + 1)[..., :width],
             )
-            diagonal = (offset + lo) // KEY_TILE * KEY_TILE
+            first = first_row(reach[head], offset + lo)
+            diagonal = max(first, (offset + lo) // KEY_TILE * KEY_TILE)
             scores = queries[:, :width] @ k[head, diagonal : offset + hi].T
             seen = np.arange(diagonal, offset + hi)[None, :] <= np.arange(offset + lo, offset + hi)[:, None]
             scores.reshape(hi - lo, group, -1)[
@@ -298,29 +308,45 @@ class NumpyOps(NumpyMemory):
             scores = np.empty((rows, KEY_TILE), np.float32)
             part = np.empty((rows, width), np.float32)
             with np.errstate(over="ignore", invalid="ignore"):  # checked below
-                for at in range(0, diagonal, KEY_TILE):
-                    np.matmul(queries, extended[head, at : at + KEY_TILE].T, out=scores)
-                    np.exp(scores, out=scores)
-                    total += scores @ ones
-                    mixed += np.matmul(scores, v[head, at : at + KEY_TILE], out=part)
+                for at, stop in _key_tiles(first, diagonal):
+                    tile_scores = scores[:, : stop - at]
+                    np.matmul(queries, extended[head, at:stop].T, out=tile_scores)
+                    np.exp(tile_scores, out=tile_scores)
+                    total += tile_scores @ ones[: stop - at]
+                    mixed += np.matmul(tile_scores, v[head, at:stop], out=part)
                 mixed /= total[:, None]
             if not (np.isfinite(total).all() and np.isfinite(mixed).all()):
-                mixed = _attend_online(queries[:, :width], k[head], v[head], seen, diagonal, group)
+                mixed = _attend_online(queries[:, :width], k[head], v[head], seen, first, diagonal, group)
             out[lo:hi, head * group : (head + 1) * group] = mixed.reshape(hi - lo, group, width)
 
-        starts = range(0, tokens, QUERY_TILE)
+        # Tiles are cut from the first row of the context on, so the first of a prompt that continues one may be short.
+        starts = [0, *range(QUERY_TILE - offset % QUERY_TILE, tokens, QUERY_TILE)]
         self._workers.map(tile, [(lo, head) for lo in reversed(starts) for head in range(kv_heads)])
 
 
-def _attend_online(queries: Array, k: Array, v: Array, seen: Array, diagonal: int, group: int) -> Array:
+def _key_tiles(first: int, end: int) -> list[tuple[int, int]]:
+    """Spans of at most KEY_TILE keys that cover the rows from ``first`` to ``end``, and the sink before them."""
+    sink = [(0, SINK)] if first else []
+    return sink + [(at, min(at + KEY_TILE, end)) for at in range(first, end, KEY_TILE)]
+
+
+def _reached(k: Array, v: Array, reach: int, row: int) -> tuple[Array, Array]:
+    """Of k and v [1, N, Dh] the rows that query ``row`` reads: views, or copies where the sink is apart."""
+    first = first_row(reach, row)
+    if not first:
+        return k[:, : row + 1], v[:, : row + 1]
+    read = [np.concatenate([x[:, :SINK], x[:, first : row + 1]], axis=1) for x in (k, v)]
+    return read[0], read[1]
+
+
+def _attend_online(queries: Array, k: Array, v: Array, seen: Array, first: int, diagonal: int, group: int) -> Array:
     """One query tile with the running maximum: scaled queries [rows, Dh], k and v [N, Dh], seen [tokens, diagonal]."""
     rows, width = queries.shape
     peak = np.full(rows, -np.inf, np.float32)
     total = np.zeros(rows, np.float32)
     mixed = np.zeros((rows, width), np.float32)
     end = diagonal + seen.shape[1]
-    for at in (diagonal, *range(0, diagonal, KEY_TILE)):
-        stop = end if at == diagonal else at + KEY_TILE
+    for at, stop in ((diagonal, end), *_key_tiles(first, diagonal)):
         scores = queries @ k[at:stop].T
         if at == diagonal:
             scores[np.repeat(~seen, group, axis=0)] = -np.inf

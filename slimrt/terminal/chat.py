@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import re
 import shlex
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from slimrt.errors import ContextError, SettingError, SlimrtError
+from slimrt.generation import CompletionStream
 from slimrt.llm import LLM
 from slimrt.output import human_bytes, write_atomically
 from slimrt.results import Completion
@@ -107,7 +107,10 @@ class Chat:
         if self._documents:
             content = join_document("\n\n".join(document.rstrip() for _, document in self._documents), text)
         tokens = self._checked_length([*self.messages, {"role": "user", "content": content}])
-        begin = functools.partial(self._talk.ask, content, stream=True)
+
+        def begin(**options: Any) -> CompletionStream:
+            return self._talk.ask(content, stream=True, **options)
+
         try:
             with quiet_keyboard() if self._screen.interactive else nullcontext():
                 answer = stream_answer(begin, tokens, self._settings, self._screen)
