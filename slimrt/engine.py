@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 import numpy as np
@@ -51,10 +51,15 @@ def _computing(method: Callable[Concatenate[Engine, P], R]) -> Callable[Concaten
 
 @dataclass
 class Context:
-    """What the model has read: keys and values, and (for a pruned prompt) the hidden states where pruning begins."""
+    """What the model has read: keys and values, and (for a pruned prompt) the hidden states where pruning begins.
+
+    ``reach``: by layer, how far back its KV heads look (``slimrt.ops.reach``); other layers see everything. It holds
+    for all tokens of the context, whether they came with a prompt or one by one.
+    """
 
     cache: Cache
     boundary: BoundaryStates | None = None
+    reach: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
     length: int = 0
 
     def truncate(self, length: int) -> None:
@@ -71,10 +76,12 @@ class Engine:
     def __init__(self, model: Llama, ops: Any, cache: CacheConfig | None = None) -> None:
         self.model, self.ops, self.config, self.cache_config = model, ops, model.config, cache
 
-    def new_context(self, boundary_layer: int | None = None) -> Context:
+    def new_context(
+        self, boundary_layer: int | None = None, reach: Mapping[int, tuple[int, ...]] | None = None
+    ) -> Context:
         """An empty context; ``boundary_layer`` is the layer of the first cut if prompts are to be pruned in it."""
         boundary = None if boundary_layer is None else BoundaryStates(boundary_layer, self.config.d_model)
-        return Context(self._new_cache(), boundary)
+        return Context(self._new_cache(), boundary, reach or {})
 
     def _new_cache(self) -> Cache:
         if self.cache_config is None or self.cache_config.budget is None:
@@ -118,9 +125,11 @@ class Engine:
             layer = model.unpacked(packed) if len(x) >= _UNPACK_ROWS else packed
             q, k, v = self._qkv(layer, x, cos, sin)
             keys, values, _ = cache.update(number, k, v, positions, q, exact=exact)
+            # What a budget leaves of the rows is a choice already, and need not be in order.
+            reach = context.reach.get(number) if keys.shape[1] == cache.length(number) else None
             if number == len(model.layers) - 1:
                 x, q = x[len(x) - wanted :], q[len(q) - wanted :]
-            x = self._project(layer, x, ops.attend(q, keys, values))
+            x = self._project(layer, x, ops.attend(q, keys, values, reach=reach))
             if context.boundary is not None and number == context.boundary.layer:
                 context.boundary.append(ops.to_host(x))
                 if cuts:

@@ -11,7 +11,7 @@ from slimrt.config import ModelConfig, PrunePlan
 from slimrt.errors import SettingError
 from slimrt.ops.numpy_scores import BLOCK_SCORES
 
-__all__ = ["Cut", "check_plan", "local_blocks", "schedule", "select_rows"]
+__all__ = ["Cut", "check_plan", "local_blocks", "schedule", "select_rows", "windows"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,19 @@ def check_plan(plan: PrunePlan, config: ModelConfig) -> None:
                 f"prune plan: layer {stage.layer}; this model has layers 0..{config.n_layers - 1} and cuts come before "
                 "the last; use a plan made for this model"
             )
+    for window in plan.windows:
+        if window.layer >= config.n_layers or len(window.reach) != config.n_kv_heads:
+            raise SettingError(
+                f"prune plan: window of layer {window.layer} for {len(window.reach)} KV heads; this model has layers "
+                f"0..{config.n_layers - 1} and {config.n_kv_heads} KV heads; use a plan made for this model"
+            )
+
+
+def windows(plan: PrunePlan | None, tokens: int) -> dict[int, tuple[int, ...]]:
+    """How far back each KV head of a layer looks in a prompt of ``tokens``; layers that are not in it see all."""
+    if plan is None or tokens < plan.min_tokens:
+        return {}
+    return {window.layer: window.reach for window in plan.windows if any(window.reach)}
 
 
 def schedule(plan: PrunePlan, tokens: int) -> tuple[Cut, ...]:

@@ -10,7 +10,7 @@ import numpy as np
 from slimrt.config import PrunePlan
 from slimrt.engine import Engine, Progress, Trace
 from slimrt.errors import ContextError, TokenizerError
-from slimrt.prune import schedule
+from slimrt.prune import schedule, windows
 
 
 @dataclass(frozen=True)
@@ -56,15 +56,15 @@ class Session:
         self._check(ids, len(ids))
         self.revision += 1
         cuts = schedule(plan, len(ids)) if plan is not None else ()
-        boundary_layer = cuts[0].layer if cuts else None
+        boundary_layer, reach = cuts[0].layer if cuts else None, windows(plan, len(ids))
         # The query window is always computed, so that the choice is made by the queries of the new last tokens.
         fresh = plan.query_window if plan is not None and cuts else 1
         same = common_prefix(self.tokens, ids)
-        if boundary_layer != self._boundary_layer:
+        if (boundary_layer, reach) != (self._boundary_layer, self.context.reach):
             reused, note = 0, "the last conversation was pruned otherwise" if self.tokens else "nothing read before"
             self.reset()
             self.context.cache.close()  # before the new one allocates what it stages copies in
-            self.context = self.engine.new_context(boundary_layer)
+            self.context = self.engine.new_context(boundary_layer, reach)
         else:
             reused, note = max(0, min(same, len(ids) - fresh)), self._reuse_note(same, len(ids))
         self.truncate(reused)
