@@ -192,7 +192,7 @@ def test_plans_are_checked(tmp_path: Path, llm: slimrt.LLM) -> None:
     with pytest.raises(SettingError, match="layer 29; this model has layers"):
         llm.logits([1, 2], prune=PrunePlan(stages=(Stage(29, 0.5),)))
     for window in (Window(30, (64, 64, 64)), Window(3, (64, 64))):
-        with pytest.raises(SettingError, match="layers 0..29 and 3 KV heads"):
+        with pytest.raises(SettingError, match=r"layers 0\.\.29 and 3 KV heads"):
             llm.logits([1, 2], prune=PrunePlan(windows=(window,)))
     with pytest.raises(SettingError, match="score 'best'"):
         llm.logits([1, 2], prune=PrunePlan(stages=(Stage(9, 0.5),), score="best"))
