@@ -74,8 +74,10 @@ class CacheConfig:
     ``budget``: rows of each layer that stay resident (None: all), in whole blocks of ``block`` rows; the rest lies in
     host memory. A prompt is read exactly; decode reads the budget: the first ``sink_blocks``, the last ``local_blocks``
     and the one being filled, and those whose units (``unit`` rows, of which the mean key stays resident) the query
-    wants most by ``score``. One choice serves ``select_every`` layers; blocks move only if less than ``overlap`` of it
-    is resident, and up to ``lookahead`` layers before the one that computes.
+    wants most by ``score``. In a context of more than ``shortlist`` times the budget only the units of the best groups
+    of ``group`` blocks are compared, found by the groups' mean keys: a choice costs about the same however long the
+    context is. One choice serves ``select_every`` layers; blocks move only if less than ``overlap`` of it is resident,
+    and up to ``lookahead`` layers before the one that computes.
     """
 
     ctx: int
@@ -86,12 +88,16 @@ class CacheConfig:
     local_blocks: int = 4
     score: str = "token_max"
     select_every: int = 1
+    group: int = 8
+    shortlist: int = 4
     overlap: float = 0.9
     lookahead: int = 1
 
     def __post_init__(self) -> None:
         for name, low in (("block", 1), ("unit", 1), ("local_blocks", 0), ("sink_blocks", 0), ("select_every", 1)):
             _check(getattr(self, name), name, low, math.inf)
+        for name in ("group", "shortlist"):
+            _check(getattr(self, name), name, 1, math.inf)
         _check(self.lookahead, "lookahead", 1, math.inf)
         _check(self.overlap, "overlap", 0, 1)
         if self.block % self.unit:
@@ -223,7 +229,8 @@ class PrunePlan:
     ``query_window`` prompt tokens. Prompts of fewer than ``min_tokens`` run dense.
 
     ``windows`` limit how far back heads of the layers before the first cut look: those layers compute every token, and
-    most of the time of a long prompt is their attention.
+    most of the time of a long prompt is their attention. The last ``full_rows`` tokens of the prompt, the question most
+    likely, look at everything all the same, and so does what is generated.
     """
 
     stages: tuple[Stage, ...] = ()
@@ -235,6 +242,7 @@ class PrunePlan:
     query_window: int = 16
     min_tokens: int = 0
     windows: tuple[Window, ...] = ()
+    full_rows: int = 256
 
     @property
     def does_nothing(self) -> bool:
@@ -251,13 +259,13 @@ class PrunePlan:
         object.__setattr__(self, "windows", _windows(self.windows))
         if not isinstance(self.score, str):
             raise SettingError(f"prune plan: score {self.score!r} must be a name")
-        for name in ("block", "unit", "query_window", "local_blocks", "sink_blocks", "min_tokens"):
+        for name in ("block", "unit", "query_window", "local_blocks", "sink_blocks", "min_tokens", "full_rows"):
             if not _is_whole(getattr(self, name)):
                 raise SettingError(f"prune plan: {name} {getattr(self, name)!r} must be a whole number")
         for name in ("block", "unit", "query_window", "local_blocks"):
             if getattr(self, name) < 1:
                 raise SettingError(f"prune plan: {name} {getattr(self, name)} must be at least 1")
-        for name in ("sink_blocks", "min_tokens"):
+        for name in ("sink_blocks", "min_tokens", "full_rows"):
             if getattr(self, name) < 0:
                 raise SettingError(f"prune plan: {name} {getattr(self, name)} must be at least 0")
         if self.block % self.unit:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
@@ -15,7 +15,7 @@ from slimrt.errors import ComputeError
 from slimrt.kv_cache import Cache, KVCache
 from slimrt.kv_offload import OffloadedKVCache
 from slimrt.models import Llama
-from slimrt.prune import Cut, select_rows
+from slimrt.prune import Cut, Windows, select_rows
 
 Progress = Callable[[int, int], None]  # (layers done, layers in all)
 P = ParamSpec("P")
@@ -53,13 +53,12 @@ def _computing(method: Callable[Concatenate[Engine, P], R]) -> Callable[Concaten
 class Context:
     """What the model has read: keys and values, and (for a pruned prompt) the hidden states where pruning begins.
 
-    ``reach``: by layer, how far back its KV heads look (``slimrt.ops.reach``); other layers see everything. It holds
-    for all tokens of the context, whether they came with a prompt or one by one.
+    ``windows``: where the attention to the first rows is limited.
     """
 
     cache: Cache
     boundary: BoundaryStates | None = None
-    reach: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    windows: Windows = field(default_factory=Windows)
     length: int = 0
 
     def truncate(self, length: int) -> None:
@@ -76,12 +75,10 @@ class Engine:
     def __init__(self, model: Llama, ops: Any, cache: CacheConfig | None = None) -> None:
         self.model, self.ops, self.config, self.cache_config = model, ops, model.config, cache
 
-    def new_context(
-        self, boundary_layer: int | None = None, reach: Mapping[int, tuple[int, ...]] | None = None
-    ) -> Context:
+    def new_context(self, boundary_layer: int | None = None, windows: Windows | None = None) -> Context:
         """An empty context; ``boundary_layer`` is the layer of the first cut if prompts are to be pruned in it."""
         boundary = None if boundary_layer is None else BoundaryStates(boundary_layer, self.config.d_model)
-        return Context(self._new_cache(), boundary, reach or {})
+        return Context(self._new_cache(), boundary, windows or Windows())
 
     def _new_cache(self) -> Cache:
         if self.cache_config is None or self.cache_config.budget is None:
@@ -125,11 +122,9 @@ class Engine:
             layer = model.unpacked(packed) if len(x) >= _UNPACK_ROWS else packed
             q, k, v = self._qkv(layer, x, cos, sin)
             keys, values, _ = cache.update(number, k, v, positions, q, exact=exact)
-            # What a budget leaves of the rows is a choice already, and need not be in order.
-            reach = context.reach.get(number) if keys.shape[1] == cache.length(number) else None
             if number == len(model.layers) - 1:
                 x, q = x[len(x) - wanted :], q[len(q) - wanted :]
-            x = self._project(layer, x, ops.attend(q, keys, values, reach=reach))
+            x = self._project(layer, x, self._attend(context.windows, number, q, keys, values))
             if context.boundary is not None and number == context.boundary.layer:
                 context.boundary.append(ops.to_host(x))
                 if cuts:
@@ -187,6 +182,19 @@ class Engine:
 
         self.ops.rows(rows, len(x))
         return q, k, v
+
+    def _attend(self, windows: Windows, layer: int, q: Any, keys: Any, values: Any) -> Any:
+        """Attention of the last rows of a layer, those under its windows apart from those that see everything."""
+        before = keys.shape[1] - len(q)
+        limited = windows.rows - before if layer in windows.reach else 0  # of the rows in q
+        if limited <= 0:
+            return self.ops.attend(q, keys, values)
+        result = self.ops.empty(q.shape)
+        read = slice(0, before + limited)
+        self.ops.attend(q[:limited], keys[:, read], values[:, read], result[:limited], reach=windows.reach[layer])
+        if limited < len(q):
+            self.ops.attend(q[limited:], keys, values, result[limited:])
+        return result
 
     def _project(self, layer: Any, x: Any, attention: Any) -> Any:
         if len(x) == 1:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from slimrt.config import ModelConfig, PrunePlan
 from slimrt.errors import SettingError
 from slimrt.ops.numpy_scores import BLOCK_SCORES
+from slimrt.ops.reach import RUN
 
-__all__ = ["Cut", "check_plan", "local_blocks", "schedule", "select_rows", "windows"]
+__all__ = ["Cut", "Windows", "check_plan", "local_blocks", "schedule", "select_rows", "windows"]
 
 
 @dataclass(frozen=True)
@@ -41,11 +43,28 @@ def check_plan(plan: PrunePlan, config: ModelConfig) -> None:
             )
 
 
-def windows(plan: PrunePlan | None, tokens: int) -> dict[int, tuple[int, ...]]:
-    """How far back each KV head of a layer looks in a prompt of ``tokens``; layers that are not in it see all."""
+@dataclass(frozen=True)
+class Windows:
+    """How far back each KV head of a layer looks (layers that are not in ``reach`` see everything), in the first
+    ``rows`` of a context; the rows behind them see everything too."""
+
+    reach: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    rows: int = 0
+
+    def same_rows(self, other: Windows) -> float:
+        """How many first rows of a context come out the same under both: all (inf), or those before they differ."""
+        if self == other:
+            return math.inf
+        return min(self.rows, other.rows) if self.reach == other.reach else 0
+
+
+def windows(plan: PrunePlan | None, tokens: int) -> Windows:
+    """The windows of ``plan`` for a prompt of ``tokens``: whole runs of rows, so that no tile is in two minds."""
     if plan is None or tokens < plan.min_tokens:
-        return {}
-    return {window.layer: window.reach for window in plan.windows if any(window.reach)}
+        return Windows()
+    reach = {window.layer: window.reach for window in plan.windows if any(window.reach)}
+    rows = max(0, tokens - plan.full_rows) // RUN * RUN
+    return Windows(reach, rows) if reach and rows else Windows()
 
 
 def schedule(plan: PrunePlan, tokens: int) -> tuple[Cut, ...]:

@@ -20,7 +20,7 @@ from slimrt.prune import Cut, schedule, select_rows
 from tests.tiny_gguf import write_tiny_llama
 
 HALVES = PrunePlan(stages=(Stage(14, 0.5), Stage(22, 0.25)), block=32)
-WINDOWED = dataclasses.replace(HALVES, windows=(Window(0, (128, 0, 64)), Window(9, (64, 64, 192))))
+WINDOWED = dataclasses.replace(HALVES, windows=(Window(0, (128, 0, 64)), Window(9, (64, 64, 192))), full_rows=60)
 
 
 @pytest.fixture(scope="module")
@@ -74,8 +74,13 @@ def test_another_question_equals_a_fresh_prefill(llm: slimrt.LLM, document: list
         "?",
     ):  # the last is shorter than the query window
         conversation = session.tokens + llm.tokenize(question)
+        limited = session.context.windows.rows
         reading = session.prefill(conversation, plan)
-        assert reading.reused == len(conversation) - max(plan.query_window, len(llm.tokenize(question)))
+        reused = len(conversation) - max(plan.query_window, len(llm.tokenize(question)))
+        # What saw everything when it was the last of the prompt runs again where it is under windows now.
+        moved = plan.windows and session.context.windows.rows > limited
+        assert reading.reused == (limited if moved else reused)
+        assert ("under windows now" in reading.note) == bool(moved)
         fresh = llm.logits(conversation, prune=plan)
         dense = llm.logits(conversation)
         # Chunks of other sizes sum in another order: what that alone does to dense logits is the unit.
@@ -88,20 +93,24 @@ def test_another_question_equals_a_fresh_prefill(llm: slimrt.LLM, document: list
 
 
 def test_windows_change_what_is_read_and_only_where_they_are(llm: slimrt.LLM, document: list[int]) -> None:
-    wide = PrunePlan(windows=(Window(0, (640, 640, 0)), Window(29, (0, 0, 0))))
-    assert np.array_equal(
-        llm.logits(document, prune=wide), llm.logits(document)
-    )  # 700 rows: the last run begins at 640
+    # Of 700 rows whole runs of 128 are limited, and the last of them begins at 512.
+    wide = PrunePlan(windows=(Window(0, (512, 512, 0)), Window(29, (0, 0, 0))), full_rows=0)
+    assert np.array_equal(llm.logits(document, prune=wide), llm.logits(document))
     narrow = dataclasses.replace(wide, windows=(Window(0, (64, 64, 64)),))
+    full = dataclasses.replace(narrow, full_rows=573)  # 127 rows are left to the windows, no whole run
+    assert np.array_equal(llm.logits(document, prune=full), llm.logits(document))
     assert not np.array_equal(llm.logits(document, prune=narrow), llm.logits(document))
     late = dataclasses.replace(narrow, min_tokens=701)
     assert np.array_equal(llm.logits(document, prune=late), llm.logits(document))
     # A window ends at its layer: the layer before it and its own keys are the dense run's.
     session, dense = llm.session(), llm.session()
-    session.prefill(document, PrunePlan(windows=(Window(3, (64, 64, 64)),)))
+    session.prefill(document, PrunePlan(windows=(Window(3, (64, 64, 64)),), full_rows=100))
     dense.prefill(document)
     for layer, same in ((3, True), (4, False)):
         assert np.array_equal(session.context.cache.rows(layer)[0], dense.context.cache.rows(layer)[0]) == same
+    # Of 700 rows the last 188 saw everything in layer 3, and their keys in layer 4 tell; the first 256 have no row out.
+    changed = session.context.cache.rows(4)[0] != dense.context.cache.rows(4)[0]
+    assert np.flatnonzero(changed.any(axis=(0, 2))).tolist() == list(range(256, 512))
 
 
 def test_plan_changes_start_anew(llm: slimrt.LLM, document: list[int]) -> None:
@@ -212,6 +221,7 @@ def test_plans_are_checked(tmp_path: Path, llm: slimrt.LLM) -> None:
         {"block": 64.0},
         {"score": None},
         {"min_tokens": -1},
+        {"full_rows": -1},
         {"windows": 3},
         {"windows": [3]},
         {"windows": [{"layer": 1}]},
