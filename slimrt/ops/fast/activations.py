@@ -1,8 +1,8 @@
 """The vector that a packed matrix is multiplied with: as float32, and as int8 for each block of 32.
 
 A packed weight is a small integer times its block's scale, so a product of whole blocks is a sum of integer products
-times two scales. The vector x is rounded to ``d * q`` with int8 q and one float32 d for each 32 elements (llama.cpp does the
-same, with d in half precision), and laid out as the dot products read it, in *records* of 128 elements.
+times two scales. The vector x is rounded to ``d * q`` with int8 q and one float32 d for each 32 elements (llama.cpp
+does the same, with d in half precision), and laid out as the dot products read it, in *records* of 128 elements.
 
 ``quantized`` is the same in NumPy.
 """

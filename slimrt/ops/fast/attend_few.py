@@ -52,7 +52,7 @@ _LOWEST = -1e30  # a maximum before there is one
 
 
 def partial_bytes(head_dim: int) -> int:
-    """What one span of keys leaves for one query head: its maximum, its sum, and (from _HEAD on) its weighted values."""
+    """What a span of keys leaves for a query head: its maximum, its sum, and (from _HEAD on) its weighted values."""
     return (_HEAD + head_dim) * 4
 
 
@@ -183,8 +183,8 @@ def attend_kernel(features: Features, head_dim: int, group: int) -> Kernel:
     """Item: (query row, KV head, span), the span running fastest. ``group`` = H / Hkv.
 
     Args: 0 queries f32 [T, H, Dh], 1 keys, 2 values (float16 [Hkv, N, Dh]), 3 bytes from head to head, 4 N, 5 T,
-    6 Hkv, 7 rows a span, 8 spans, 9 partial results [T, H, spans], 10 reach int64 [Hkv] or 0, 11 scratch, 12 bytes of it
-    for a thread.
+    6 Hkv, 7 rows a span, 8 spans, 9 partial results [T, H, spans], 10 reach int64 [Hkv] or 0, 11 scratch, 12 bytes
+    of it for a thread.
     """
     grouping = Grouping(group)
     heads, chunks = grouping.together, grouping.chunks

@@ -6,8 +6,8 @@ itself where the type stores none), x of the activations and every lane a partia
 
     sums   += (d * q * x).sum()        minima += (m * x).sum()        row @ x == sums.sum() + offset * minima.sum()
 
-The types of 32 elements a block hold element i and i + 16 in the nibbles of one byte, so four blocks give two vectors of
-64 in the order that activations call HALVES: lanes 4b .. 4b+3 of the integer sums belong to block b.
+The types of 32 elements a block hold element i and i + 16 in the nibbles of one byte, so four blocks give two
+vectors of 64 in the order that activations call HALVES: lanes 4b .. 4b+3 of the integer sums belong to block b.
 
 A span may reach past the end of its row: there x is 0, and w the next row, or a copy of the end with zeros behind it.
 The block formats are those of ggml (ggml-common.h); ``gguf.quants`` is the same in NumPy.
@@ -57,7 +57,7 @@ from slimrt.ops.fast.vectors import (
     splat,
 )
 
-__all__ = ["FORMATS", "Format", "format_of"]
+__all__ = ["FORMATS", "Format", "format_of", "scales_and_minima"]
 
 Kind = GGMLQuantizationType
 
@@ -313,7 +313,7 @@ _d_and_dmin = picker(*[0] * 8, *[1] * 8)
 
 
 @inline
-def _scales_and_minima(w):  # type: ignore[no-untyped-def]
+def scales_and_minima(w):  # type: ignore[no-untyped-def]
     """Of a block of Q4_K or Q5_K d * scale of each of the 8 sub-blocks, then dmin * minimum: F32X16.
 
     The 6-bit numbers lie in bytes 4-15: 0-3 are scales 0-3 and, on top, two bits each of scales 4-7; 4-7 the same of
@@ -345,7 +345,7 @@ def _nibbles_256(features: Features, *, high_bits: int | None, nibbles: int) -> 
 
     @inline
     def dot(sums, minima, w, floats, record):  # type: ignore[no-untyped-def]
-        scale = _scales_and_minima(w)
+        scale = scales_and_minima(w)
         minima = fma(_upper(scale), _of_both(record, SUMS), minima)
         d = _lower(scale) * _of_both(record, SCALES)
         sums = fma(quarter0(d), part(w, 0, bit0(), load(I8X64, record + NATURAL)), sums)

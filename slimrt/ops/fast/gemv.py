@@ -64,8 +64,8 @@ def gemv_kernel(features: Features, kind: GGMLQuantizationType) -> Kernel:
     """``out[t, r] = w[r] @ x[t] (+ bias[r]) (+ residual[t, r])`` for the rows r of an item, of several matrices w.
 
     Args: 0 activation buffers, 1 bytes from one to the next, 2 padded columns, 3 vectors, 4 rows an item, 5 matrices;
-    then for each matrix ``PART`` words: its first item, ``Rows.arguments``, out, bytes from one vector's out to the next,
-    bias or 0, residual (with out's distances) or 0.
+    then for each matrix ``PART`` words: its first item, ``Rows.arguments``, out, bytes from one vector's out to the
+    next, bias or 0, residual (with out's distances) or 0.
     """
     form = format_of(kind, features)
     dot, offset, nbytes, quantized = form.dot, np.float32(form.offset), form.nbytes, form.quantized

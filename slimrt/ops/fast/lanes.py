@@ -1,4 +1,4 @@
-"""Words of ``vectors`` about the order of lanes, and those that unpacking and attention need: constants, picks, bits, exp.
+"""Words of ``vectors`` about the order of lanes, and those that unpacking and attention need.
 
 Those that take lane numbers are made first (``first_half = picker(0, 1, 2, 3)``) and called in a kernel then, because
 lane numbers are part of the instruction.
