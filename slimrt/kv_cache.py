@@ -3,6 +3,7 @@ cache that keeps all of it where it is computed."""
 
 from __future__ import annotations
 
+import math
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,7 +18,7 @@ _GROWTH = 256  # rows of slack when a layer grows: decode appends one row at a t
 
 
 class Cache(Protocol):
-    """Per layer: keys and values [Hkv, N, Dh] float32 and positions [N], rows in the order of their positions.
+    """Per layer: keys and values [Hkv, N, Dh] (the backend's ``kv_type``) and positions [N], rows in the order of their positions.
 
     Layers may hold different rows (pruning), so each has its own length and positions are data, never offsets. A pass
     goes through the layers in order and calls ``update`` and then ``attended`` once for each; a pass that was broken
@@ -106,8 +107,10 @@ class KVCache:
 
     def __init__(self, config: ModelConfig, ops: Any) -> None:
         self._shape = (config.n_kv_heads, config.head_dim)
-        self._keys = [ops.empty((config.n_kv_heads, 0, config.head_dim)) for _ in range(config.n_layers)]
-        self._values = [ops.empty((config.n_kv_heads, 0, config.head_dim)) for _ in range(config.n_layers)]
+        none = (config.n_kv_heads, 0, config.head_dim)
+        self._keys = [ops.empty(none, ops.kv_type) for _ in range(config.n_layers)]
+        self._values = [ops.empty(none, ops.kv_type) for _ in range(config.n_layers)]
+        self._row_bytes = 2 * math.prod(self._shape) * np.dtype(ops.kv_type).itemsize
         self._positions = [Positions() for _ in range(config.n_layers)]
 
     def update(
@@ -156,7 +159,7 @@ class KVCache:
 
     def layer_nbytes(self, layer: int) -> tuple[int, int]:
         """Bytes of the rows that a layer holds, and 0 in host memory."""
-        return len(self._positions[layer]) * 2 * 4 * self._shape[0] * self._shape[1], 0
+        return len(self._positions[layer]) * self._row_bytes, 0
 
     @property
     def nbytes_device(self) -> int:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cache
 
+from slimrt.ops.fast.amx import tiles_granted
+
 __all__ = ["NONE", "Features", "detect"]
 
 _AVX2 = {"avx2", "fma", "f16c"}
@@ -31,6 +33,14 @@ class Features:
         """A short name, the same for the same features: part of a cached kernel's name."""
         names = [name for name in ("avx2", "avx512", "vnni", "bf16", "amx") if getattr(self, name)]
         return "-".join(names) or "none"
+
+    @property
+    def words(self) -> str:
+        """For the user: which instructions do the work."""
+        if not self.avx512:
+            return "AVX2"
+        extra = [name for name, present in (("VNNI", self.vnni), ("BF16", self.bf16), ("AMX", self.amx)) if present]
+        return " with ".join(["AVX-512", ", ".join(extra)] if extra else ["AVX-512"])
 
     def without(self, *names: str) -> Features:
         """These features with some masked, and with them what builds on them."""
@@ -64,7 +74,7 @@ def detect() -> Features:
         avx512=True,
         vnni="avx512vnni" in names,
         bf16=bf16,
-        amx=False,
+        amx=bf16 and {"amx-tile", "amx-bf16"} <= names and tiles_granted(),
     )
 
 

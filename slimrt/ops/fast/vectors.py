@@ -24,8 +24,8 @@ from numba.core.imputils import lower_builtin
 from numba.extending import intrinsic
 
 __all__ = [
-    "F32X8", "F32X16", "I8X16", "I8X32", "I8X64", "I16X8", "I16X16", "I16X32", "I32X8", "I32X16", "U8X16", "U8X32",
-    "U8X64", "Vector", "argument", "argument_float", "atomic_add", "atomic_load",
+    "F16X16", "F32X8", "F32X16", "I8X16", "I8X32", "I8X64", "I16X8", "I16X16", "I16X32", "I32X8", "I32X16", "U8X16", "U8X32",
+    "U8X64", "U16X16", "U32X16", "Vector", "argument", "argument_float", "atomic_add", "atomic_load",
     "atomic_store", "call_kernel", "call_void", "compare_and_swap", "cycles", "fma", "load", "load_scalar", "maximum",
     "minimum", "pause", "reinterpret", "splat", "store", "store_scalar", "sum_lanes", "max_lanes",
 ]  # fmt: skip
@@ -77,6 +77,8 @@ I8X16, I8X32, I8X64 = Vector("i8", 16), Vector("i8", 32), Vector("i8", 64)
 U8X16, U8X32, U8X64 = Vector("u8", 16), Vector("u8", 32), Vector("u8", 64)
 I16X8, I16X16, I16X32 = Vector("i16", 8), Vector("i16", 16), Vector("i16", 32)
 I32X8, I32X16 = Vector("i32", 8), Vector("i32", 16)
+U16X16, U32X16 = Vector("u16", 16), Vector("u32", 16)
+F16X16 = Vector("f16", 16)
 
 
 # -- what an intrinsic is made of ------------------------------------------------------------------------------------
