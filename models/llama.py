@@ -78,21 +78,20 @@ class Llama:
 
     def qkv(self, layer: Layer, x: Array, cos: Array, sin: Array) -> tuple[Array, Array, Array]:
         """x [T, D] -> rotated q [T, H, Dh], rotated k and v [T, Hkv, Dh]."""
-        c, ops = self.config, self.ops
-        joint = ops.linear(ops.rmsnorm(x, layer.attn_norm, c.norm_eps), layer.qkv, layer.qkv_bias)
-        joint = joint.reshape(len(x), c.n_heads + 2 * c.n_kv_heads, c.head_dim)
-        ops.rope(joint[:, : c.n_heads + c.n_kv_heads], cos, sin)
-        return joint[:, : c.n_heads], joint[:, c.n_heads : -c.n_kv_heads], joint[:, -c.n_kv_heads :]
+        c = self.config
+        heads = c.n_heads, c.n_kv_heads, c.head_dim
+        return self.ops.qkv(x, layer.attn_norm, c.norm_eps, layer.qkv, layer.qkv_bias, cos, sin, heads)
 
     def project(self, layer: Layer, x: Array, attention: Array) -> Array:
         """x [T, D] and attention [T, H, Dh] -> x after the output projection and its residual [T, D]."""
-        return x + self.ops.linear(attention.reshape(len(x), -1), layer.out, layer.out_bias)
+        return self.ops.project(x, attention, layer.out, layer.out_bias)
 
     def feed_forward(self, layer: Layer, x: Array) -> Array:
         """x [T, D] after ``project`` -> x after the gated feed-forward and its residual [T, D]."""
-        ops = self.ops
-        gate_up = ops.linear(ops.rmsnorm(x, layer.ffn_norm, self.config.norm_eps), layer.gate_up, layer.gate_up_bias)
-        return x + ops.linear(ops.swiglu(gate_up), layer.down, layer.down_bias)
+        eps = self.config.norm_eps
+        return self.ops.feed_forward(
+            x, layer.ffn_norm, eps, layer.gate_up, layer.gate_up_bias, layer.down, layer.down_bias
+        )
 
     def logits(self, x: Array) -> Array:
         """Hidden states [T, D] after the last layer -> [T, V]."""

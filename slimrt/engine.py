@@ -120,11 +120,11 @@ class Engine:
             trace.begin()
         for number, packed in enumerate(model.layers):
             layer = model.unpacked(packed) if len(x) >= _UNPACK_ROWS else packed
-            q, k, v = self._qkv(layer, x, cos, sin)
+            q, k, v = model.qkv(layer, x, cos, sin)
             keys, values, _ = cache.update(number, k, v, positions, q, exact=exact)
             if number == len(model.layers) - 1:
                 x, q = x[len(x) - wanted :], q[len(q) - wanted :]
-            x = self._project(layer, x, self._attend(context.windows, number, q, keys, values))
+            x = model.project(layer, x, self._attend(context.windows, number, q, keys, values))
             if context.boundary is not None and number == context.boundary.layer:
                 context.boundary.append(ops.to_host(x))
                 if cuts:
@@ -141,7 +141,7 @@ class Engine:
                 x, positions = ops.take(x, rows), positions[rows]
                 cos, sin = model.rope(positions)
             cache.attended(number)
-            x = self._feed_forward(layer, x)
+            x = model.feed_forward(layer, x)
             if trace:
                 trace.layer(number)
             if progress:
@@ -169,20 +169,6 @@ class Engine:
             )
         return logits
 
-    def _qkv(self, layer: Any, x: Any, cos: Any, sin: Any) -> tuple[Any, Any, Any]:
-        c, empty = self.config, self.ops.empty
-        if len(x) == 1:
-            return self.model.qkv(layer, x, cos, sin)
-        q = empty((len(x), c.n_heads, c.head_dim))
-        k = empty((len(x), c.n_kv_heads, c.head_dim))
-        v = empty((len(x), c.n_kv_heads, c.head_dim))
-
-        def rows(at: slice) -> None:
-            q[at], k[at], v[at] = self.model.qkv(layer, x[at], cos[at], sin[at])
-
-        self.ops.rows(rows, len(x))
-        return q, k, v
-
     def _attend(self, windows: Windows, layer: int, q: Any, keys: Any, values: Any) -> Any:
         """Attention of the last rows of a layer, those under its windows apart from those that see everything."""
         before = keys.shape[1] - len(q)
@@ -194,26 +180,4 @@ class Engine:
         self.ops.attend(q[:limited], keys[:, read], values[:, read], result[:limited], reach=windows.reach[layer])
         if limited < len(q):
             self.ops.attend(q[limited:], keys, values, result[limited:])
-        return result
-
-    def _project(self, layer: Any, x: Any, attention: Any) -> Any:
-        if len(x) == 1:
-            return self.model.project(layer, x, attention)
-        result = self.ops.empty(x.shape)
-
-        def rows(at: slice) -> None:
-            result[at] = self.model.project(layer, x[at], attention[at])
-
-        self.ops.rows(rows, len(x))
-        return result
-
-    def _feed_forward(self, layer: Any, x: Any) -> Any:
-        if len(x) == 1:
-            return self.model.feed_forward(layer, x)
-        result = self.ops.empty(x.shape)
-
-        def rows(at: slice) -> None:
-            result[at] = self.model.feed_forward(layer, x[at])
-
-        self.ops.rows(rows, len(x))
         return result

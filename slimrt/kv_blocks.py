@@ -60,7 +60,7 @@ class HostBlocks:
         self._per_slab = max(1, _SLAB_ROWS // config.block)
         self._slabs: list[Array] = []
         self.views: list[Array] = []  # one a block
-        self.block_bytes = math.prod(self._shape) * 4
+        self.block_bytes = math.prod(self._shape) * np.dtype(ops.kv_type).itemsize
 
     def runs(self, device: Array, first: int, last: int) -> Iterator[tuple[Array, Array]]:
         """Blocks ``first`` to ``last`` (exclusive) beside the same of ``device`` [2, Hkv, rows from ``first`` on, Dh].
@@ -71,7 +71,7 @@ class HostBlocks:
         while first < last:
             slab, at = divmod(first, self._per_slab)
             if slab == len(self._slabs):
-                self._slabs.append(self._ops.pinned((self._per_slab, *self._shape)))
+                self._slabs.append(self._ops.pinned((self._per_slab, *self._shape), self._ops.kv_type))
                 self.views.extend(self._slabs[slab])
             count = min(self._per_slab - at, last - first)
             heads, width = self._shape[1], self._shape[3]
@@ -143,7 +143,8 @@ class LayerRows:
 
     def _slots_memory(self) -> Array:
         if self.resident is None:
-            self.resident = self._ops.empty((2, self._model.n_kv_heads, self.capacity, self._model.head_dim))
+            shape = (2, self._model.n_kv_heads, self.capacity, self._model.head_dim)
+            self.resident = self._ops.empty(shape, self._ops.kv_type)
             self._views = [self.resident[:, :, _rows(slot, self._config.block)] for slot in range(self._config.slots)]
         return self.resident
 
@@ -326,7 +327,8 @@ class LayerRows:
     def rows(self) -> tuple[Array, Array, np.ndarray]:
         """All rows, gathered in host memory; no copy may be under way."""
         n, block = len(self), self._config.block
-        whole = self._ops.pinned((2, self._model.n_kv_heads, -(-n // block) * block, self._model.head_dim))
+        shape = (2, self._model.n_kv_heads, -(-n // block) * block, self._model.head_dim)
+        whole = self._ops.pinned(shape, self._ops.kv_type)
         for device, host in self.staged(whole):
             device[...] = host
         tail, begun = divmod(n, block)
@@ -343,7 +345,8 @@ class LayerRows:
         block = self._config.block
         held = sum(min(block, len(self) - number * block) for number in self.slots if number >= 0)
         means = self.on_host * (block // self._config.unit) + self.on_host // self._config.group if self.selects else 0
-        return held * self.row_bytes + means * self.row_bytes // 2
+        mean_bytes = self.means.shape[0] * self.means.shape[2] * 4  # float32, whatever the rows are
+        return held * self.row_bytes + means * mean_bytes
 
     @property
     def nbytes_host(self) -> int:

@@ -274,7 +274,8 @@ class OffloadedKVCache:
         for layer in range(len(self._layers)):
             keys, values, positions = self.rows(layer)
             if len(positions):
-                k, v = (self._ops.empty((len(positions), *rows.shape[::2])) for rows in (keys, values))
+                shape = len(positions), *keys.shape[::2]
+                k, v = (self._ops.empty(shape, self._ops.kv_type) for _ in range(2))
                 pairs = [(k, keys.transpose(1, 0, 2)), (v, values.transpose(1, 0, 2))]
                 self._ops.wait(self._ops.copy(pairs, after=self._ops.mark()))
                 other.update(layer, k, v, positions, None, exact=True)

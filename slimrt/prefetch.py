@@ -51,7 +51,7 @@ class Ring:
 
     def __init__(self, ops: Any, shape: tuple[int, ...], slots: int, transfers: Transfers) -> None:
         self._ops, self._transfers = ops, transfers
-        self._buffers = [ops.empty(shape) for _ in range(slots)]
+        self._buffers = [ops.empty(shape, ops.kv_type) for _ in range(slots)]
         self._left: list[Fence] = [ops.mark()] * slots  # after it, nobody reads or writes the slot
         self._free = deque(range(slots))  # the one that was left longest ago first
         self._coming: dict[int, tuple[int, Fence]] = {}  # by layer

@@ -363,7 +363,7 @@ def _put(
     """Give a layer of an empty context its rows, K, V [Hkv, n, Dh], as a pass over a prompt would; layers in order."""
     ops = engine.ops
     if len(positions):
-        k, v = (ops.empty((len(positions), *rows.shape[::2])) for rows in (keys, values))
+        k, v = (ops.empty((len(positions), *rows.shape[::2]), ops.kv_type) for rows in (keys, values))
         ops.wait(ops.copy([(k, keys.transpose(1, 0, 2)), (v, values.transpose(1, 0, 2))], after=ops.mark()))
         context.cache.update(layer, k, v, positions, None, exact=True)
     context.cache.attended(layer)

@@ -60,8 +60,8 @@ class DeferredOps(NumpyOps):
         self._pinned: list[np.ndarray] = []
         self._attended: list[tuple[np.ndarray, int]] = []
 
-    def empty(self, shape: tuple[int, ...]) -> np.ndarray:
-        return np.full(shape, np.nan, np.float32)
+    def empty(self, shape: tuple[int, ...], dtype: type = np.float32) -> np.ndarray:
+        return np.full(shape, np.nan, dtype)
 
     def pinned(self, shape: tuple[int, ...], dtype: type = np.float32) -> np.ndarray:
         self._pinned.append(np.full(shape, np.nan, dtype))

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 from typing import Any
 
 from slimrt.errors import SettingError
 from slimrt.ops.numpy_ops import NumpyOps
 
-__all__ = ["DEVICES", "Backend", "check_device", "open_backend"]
+__all__ = ["DEVICES", "Backend", "check_device", "fast_features", "open_backend"]
 
-DEVICES = ("auto", "cpu")
+DEVICES = ("auto", "cpu", "numpy")
 
 
 @dataclass(frozen=True)
@@ -24,14 +25,40 @@ class Backend:
 def check_device(device: str) -> None:
     """Raise SettingError for a device that is unknown or cannot work here: before anything is read."""
     if device not in DEVICES:
-        raise SettingError(f"device '{device}': this version computes on the CPU; use 'cpu' or 'auto'")
+        raise SettingError(
+            f"device '{device}': this version computes on the CPU; use 'cpu' or 'auto', or 'numpy' for the slower "
+            "backend that is the reference"
+        )
+
+
+def fast_features() -> tuple[Any, str]:
+    """What compiled kernels may use on this processor (None: they cannot be used), and why, in words for the user."""
+    if importlib.util.find_spec("numba") is None:
+        return None, "NumPy: Numba is not installed; run pip install 'slimrt[fast]' for kernels several times as fast"
+    try:
+        from slimrt.ops.fast.features import detect
+
+        features = detect()
+    except Exception as error:  # whatever an installation that does not fit together makes of an import
+        line = (str(error).splitlines() or [""])[0]
+        return None, f"NumPy: Numba cannot be loaded ({type(error).__name__}: {line}); install it anew"
+    if not features.avx2:
+        return None, "NumPy: this processor, or what NUMBA_CPU_FEATURES leaves of it, lacks AVX2, FMA or F16C"
+    return features, f"kernels compiled by Numba for {features.words}"
 
 
 def open_backend(device: str, *, threads: int | None = None, packed: bool = False) -> Backend:
-    """The backend for ``device``: "cpu", or "auto" for the best that works here.
+    """The backend for ``device``: "cpu" or "auto" for the best that works here, "numpy" for the specification.
 
-    ``threads``: cores to use (None: all). ``packed``: keep weights as they lie in the file. Raises SettingError for a
-    device that is unknown or does not work here.
+    ``threads``: cores to use (None: all). ``packed``: NumPy keeps weights as they lie in the file. Raises SettingError
+    for a device that is unknown or does not work here.
     """
     check_device(device)
-    return Backend(NumpyOps(threads, packed=packed), "NumPy")
+    if device == "numpy":
+        return Backend(NumpyOps(threads, packed=packed), "NumPy: asked for")
+    features, why = fast_features()
+    if features is None:
+        return Backend(NumpyOps(threads, packed=packed), why)
+    from slimrt.ops.fast.fast_ops import FastOps
+
+    return Backend(FastOps(threads, features=features), why)

@@ -23,14 +23,19 @@ _REACHED.set_result(None)
 
 
 class NumpyMemory:
-    """Allocation, copies and fences; the device's memory is the host's."""
+    """Allocation, copies and fences; the device's memory is the host's.
+
+    ``kv_type``: what keys and values are kept as.
+    """
+
+    kv_type: type = np.float32
 
     def __init__(self) -> None:
         self._copies = ThreadPoolExecutor(1, thread_name_prefix="slimrt-copy")  # no thread before the first copy
 
-    def empty(self, shape: tuple[int, ...]) -> Array:
-        """Uninitialised float32 on the device."""
-        return np.empty(shape, np.float32)
+    def empty(self, shape: tuple[int, ...], dtype: type = np.float32) -> Array:
+        """Uninitialised memory on the device."""
+        return np.empty(shape, dtype)
 
     def pinned(self, shape: tuple[int, ...], dtype: type = np.float32) -> Array:
         """Uninitialised host memory that copies reach at full speed."""

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from slimrt.gguf import TensorInfo
+from slimrt.ops.layer import LayerOps
 from slimrt.ops.numpy_memory import NumpyMemory
 from slimrt.ops.numpy_scores import BLOCK_SCORES, unit_means
 from slimrt.ops.reach import RUN, SINK, Reach, first_row
@@ -52,7 +53,7 @@ class Weight:
         return self.dense.nbytes if self.dense is not None else sum(part.nbytes for part in self.parts)
 
 
-class NumpyOps(NumpyMemory):
+class NumpyOps(NumpyMemory, LayerOps):
     """Compute and memory operations on NumPy arrays.
 
     ``threads``: how many cores to use (None: all that the process may). ``packed``: keep weights as they lie in the

@@ -1,0 +1,353 @@
+"""Attention of a few query rows over all keys: what decode does, reading keys and values once for each query row.
+
+The keys of one KV head are cut into spans; an item takes one and leaves its maximum, its sum and its weighted values,
+which are joined as in flash-decoding. Keys and values are float16; all arithmetic is float32. The
+query heads that share a KV head are computed together, so that each number is loaded and widened once for all of them.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import float32, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from slimrt.ops.fast.activations import quantize_row
+from slimrt.ops.fast.features import Features
+from slimrt.ops.fast.gemv import aligned_zeros
+from slimrt.ops.fast.kernels import Kernel, compile_kernel, inline
+from slimrt.ops.fast.lanes import exp, load_at, prefetch, store_at, sum_each
+from slimrt.ops.fast.team import Program, address
+from slimrt.ops.fast.vectors import (
+    F16X16,
+    F32X16,
+    argument,
+    broadcast,
+    emit,
+    fma,
+    load,
+    load_scalar,
+    max_lanes,
+    maximum,
+    splat,
+    store,
+    store_scalar,
+    sum_lanes,
+)
+from slimrt.ops.reach import RUN, SINK, Reach
+
+__all__ = ["Grouping", "attend", "attend_kernel", "join_kernel", "partial_bytes", "spans_for"]
+
+_TOGETHER = 4  # query heads that share a loaded key
+_AHEAD = 4096  # bytes that keys and values are prefetched ahead
+TILE = 64  # keys at a time: the sink's length, so that a window behind it begins a tile
+_HEAD = 16  # floats before the weighted values of a partial result: the maximum, the sum
+_LOWEST = -1e30  # a maximum before there is one
+
+
+def partial_bytes(head_dim: int) -> int:
+    """What a span of keys leaves for a query head: its maximum, its sum, and (from _HEAD on) its weighted values."""
+    return (_HEAD + head_dim) * 4
+
+
+@dataclass(frozen=True)
+class Grouping:
+    """The ``group`` query heads of a KV head in ``chunks`` of ``together`` heads, which share each key that is loaded.
+
+    The last chunk ends with the last head, so it may do some heads of the one before again, with the same result.
+    """
+
+    group: int
+
+    @property
+    def chunks(self) -> int:
+        return -(-self.group // _TOGETHER)
+
+    @property
+    def together(self) -> int:
+        return -(-self.group // self.chunks)
+
+    def scratch_bytes(self, head_dim: int) -> int:
+        """Of one thread: sums of 16 keys and scores of a tile, for one chunk; queries and results for all of them."""
+        each = head_dim * 4 + partial_bytes(head_dim)
+        return self.together * (16 * 64 + TILE * 4) + self.chunks * self.together * each
+
+
+def spans_for(rows: int, kv_heads: int, threads: int) -> int:
+    """Rows a span, a multiple of TILE: some items for each thread, not tiny ones."""
+    wanted = -(-rows * kv_heads // (4 * threads))
+    return max(2, -(-wanted // TILE)) * TILE
+
+
+@inline
+def _first_row(reach, row):  # type: ignore[no-untyped-def]
+    """``slimrt.ops.reach.first_row``."""
+    first = row // RUN * RUN - reach
+    if reach != 0 and first > SINK:
+        return first
+    return 0
+
+
+def _widened(builder: ir.IRBuilder, where: ir.Value, at: int) -> ir.Value:
+    """16 float16 from ``at`` bytes behind an address, as float32."""
+    return builder.fpext(load_at(builder, where, at, F16X16), F32X16.llvm)
+
+
+@cache
+def _score_key(head_dim: int, heads: int) -> Any:
+    """``(key, q, sums)``: 16 partial sums of key [Dh] * q[h, Dh] to ``sums`` [h, 16 keys, 16] for each of the heads."""
+
+    @intrinsic
+    def score(typingctx, key, q, sums):  # type: ignore[no-untyped-def]
+        def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+            # Two sums for each head, of every other piece: neither waits for the one just begun.
+            totals: dict[tuple[int, int], ir.Value] = {}
+            for piece in range(head_dim // 16):
+                value = _widened(builder, args[0], piece * 32)
+                for head in range(heads):
+                    query = load_at(builder, args[1], head * head_dim * 4 + piece * 64, F32X16)
+                    chain = head, piece % 2
+                    if chain in totals:
+                        totals[chain] = emit(builder, "llvm.fma.v16f32", value.type, [value, query, totals[chain]])
+                    else:
+                        totals[chain] = builder.fmul(value, query)
+            for head in range(heads):
+                total = totals[head, 0]
+                if (head, 1) in totals:
+                    total = builder.fadd(total, totals[head, 1])
+                store_at(builder, args[2], head * 16 * 64, total)
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64, types.int64), codegen
+
+    return score
+
+
+@cache
+def _mix_key(heads: int, pieces: int, step: int) -> tuple[Any, Any, Any]:
+    """``mixed [pieces, heads, 16]`` in registers: functions that load it (times a factor a head), add a key, store it.
+
+    A key adds value [pieces, 16] times a weight for each head; the distances between weights and between the results of
+    two heads are TILE * 4 and ``step`` bytes.
+    """
+    kind = types.UniTuple(F32X16, pieces * heads)
+
+    @intrinsic
+    def begin(typingctx, mixed, factors):  # type: ignore[no-untyped-def]
+        def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+            vectors = []
+            for piece in range(pieces):
+                for head in range(heads):
+                    factor = broadcast(builder, load_at(builder, args[1], head * 4, types.float32), 16)
+                    vectors.append(builder.fmul(load_at(builder, args[0], head * step + piece * 64, F32X16), factor))
+            return context.make_tuple(builder, kind, vectors)
+
+        return kind(types.int64, types.int64), codegen
+
+    @intrinsic
+    def add(typingctx, mixed, value, weights):  # type: ignore[no-untyped-def]
+        def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+            old = cgutils.unpack_tuple(builder, args[0])
+            weights = [load_at(builder, args[2], head * TILE * 4, types.float32) for head in range(heads)]
+            factors = [broadcast(builder, weight, 16) for weight in weights]
+            new = []
+            for piece in range(pieces):
+                part = _widened(builder, args[1], piece * 32)
+                for head in range(heads):
+                    operands = [part, factors[head], old[piece * heads + head]]
+                    new.append(emit(builder, "llvm.fma.v16f32", part.type, operands))
+            return context.make_tuple(builder, kind, new)
+
+        return kind(mixed, types.int64, types.int64), codegen
+
+    @intrinsic
+    def end(typingctx, mixed, to):  # type: ignore[no-untyped-def]
+        def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+            for number, vector in enumerate(cgutils.unpack_tuple(builder, args[0])):
+                store_at(builder, args[1], number % heads * step + number // heads * 64, vector)
+            return context.get_dummy_value()
+
+        return types.void(mixed, types.int64), codegen
+
+    return begin, add, end
+
+
+@cache
+def attend_kernel(features: Features, head_dim: int, group: int) -> Kernel:
+    """Item: (query row, KV head, span), the span running fastest. ``group`` = H / Hkv.
+
+    Args: 0 queries f32 [T, H, Dh], 1 keys, 2 values (float16 [Hkv, N, Dh]), 3 bytes from head to head, 4 N, 5 T,
+    6 Hkv, 7 rows a span, 8 spans, 9 partial results [T, H, spans], 10 reach int64 [Hkv] or 0, 11 scratch, 12 bytes
+    of it for a thread.
+    """
+    grouping = Grouping(group)
+    heads, chunks = grouping.together, grouping.chunks
+    row_bytes, pieces = head_dim * 2, head_dim // 16
+    scale = np.float32(1 / math.sqrt(head_dim))
+    partial = partial_bytes(head_dim)
+    lines = -(-row_bytes // 64)
+    # As many pieces of 16 columns at once as their sums fit into half of the 32 registers, for each of the heads.
+    wide = max(n for n in range(1, pieces + 1) if pieces % n == 0 and (n == 1 or n * heads <= 16))
+    score_key = _score_key(head_dim, heads)
+    begin, add, end = _mix_key(heads, wide, partial)
+
+    @inline
+    def score_tile(q, keys, count, sums, scores):  # type: ignore[no-untyped-def]
+        """Scores of 64 keys, of which ``count`` exist, for each head."""
+        for some in range(0, TILE, 16):
+            for i in range(16):
+                key = keys + min(some + i, count - 1) * row_bytes
+                for line in range(lines):
+                    prefetch(key + _AHEAD + line * 64)
+                score_key(key, q, sums + i * 64)
+            for head in range(heads):
+                store(scores + head * TILE * 4 + some * 4, sum_each(sums + head * 16 * 64))
+        for head in range(heads):
+            for i in range(count, TILE):
+                store_scalar(scores + head * TILE * 4 + i * 4, np.float32(_LOWEST))
+
+    @inline
+    def weigh_tile(scores, result):  # type: ignore[no-untyped-def]
+        """Scores to weights, with the maximum and the sum so far; returns by what older weights shrink."""
+        a = maximum(load(F32X16, scores), load(F32X16, scores + 64))
+        a = maximum(a, maximum(load(F32X16, scores + 128), load(F32X16, scores + 192)))
+        peak = load_scalar(float32, result)
+        higher = max(peak, max_lanes(a))
+        shrink = max_lanes(exp(splat(F32X16, peak - higher)))
+        total = splat(F32X16, 0.0)
+        for i in range(TILE // 16):
+            weights = exp(load(F32X16, scores + i * 64) - splat(F32X16, higher))
+            store(scores + i * 64, weights)
+            total = total + weights
+        store_scalar(result, higher)
+        store_scalar(result + 4, load_scalar(float32, result + 4) * shrink + sum_lanes(total))
+        return shrink
+
+    @inline
+    def mix_tile(values, count, scores, shrinks, results):  # type: ignore[no-untyped-def]
+        """``mixed[h] = mixed[h] * shrinks[h] + weights[h] @ values`` for each head, some columns after the others."""
+        for part in range(pieces // wide):
+            to = results + _HEAD * 4 + part * wide * 64
+            mixed = begin(to, shrinks)
+            for i in range(count):
+                value = values + i * row_bytes + part * wide * 32
+                for line in range(wide * 32 // 64):
+                    prefetch(value + _AHEAD + line * 64)
+                mixed = add(mixed, value, scores + i * 4)
+            end(mixed, to)
+
+    def attend(item, thread, args):  # type: ignore[no-untyped-def]
+        tokens, kv_heads = argument(args, 5), argument(args, 6)
+        size, spans = argument(args, 7), argument(args, 8)
+        span, head, token = item % spans, item // spans % kv_heads, item // spans // kv_heads
+        row = argument(args, 4) - tokens + token
+        first = 0
+        if argument(args, 10) != 0:
+            first = _first_row(argument(argument(args, 10), head), row)
+        seen = row + 1
+        if first != 0:
+            seen += SINK - first  # the rows that are read count as one run
+        keys = argument(args, 1) + head * argument(args, 3)
+        values = argument(args, 2) + head * argument(args, 3)
+        sums = argument(args, 11) + thread * argument(args, 12)
+        scores = sums + heads * 16 * 64
+        queries = scores + heads * TILE * 4
+        results = queries + chunks * heads * head_dim * 4
+        number = (token * kv_heads + head) * group  # of the first query head
+        for slot in range(chunks * heads):
+            source = number + min(slot // heads * heads, group - heads) + slot % heads
+            for i in range(0, head_dim, 16):
+                query = load(F32X16, argument(args, 0) + (source * head_dim + i) * 4)
+                store(queries + (slot * head_dim + i) * 4, query * splat(F32X16, scale))
+            for i in range(partial // 64):
+                store(results + slot * partial + i * 64, splat(F32X16, 0.0))
+            store_scalar(results + slot * partial, np.float32(_LOWEST))
+        for at in range(span * size, min((span + 1) * size, seen), TILE):
+            count = min(TILE, seen - at)
+            start = at
+            if at != 0 and first != 0:
+                start += first - SINK
+            for chunk in range(chunks):
+                of_chunk = results + chunk * heads * partial
+                score_tile(queries + chunk * heads * head_dim * 4, keys + start * row_bytes, count, sums, scores)
+                for h in range(heads):  # the sums are done with: their place takes the factors
+                    store_scalar(sums + h * 4, weigh_tile(scores + h * TILE * 4, of_chunk + h * partial))
+                mix_tile(values + start * row_bytes, count, scores, sums, of_chunk)
+        for slot in range(chunks * heads):
+            target = number + min(slot // heads * heads, group - heads) + slot % heads
+            to = argument(args, 9) + (target * spans + span) * partial
+            for i in range(partial // 64):
+                store(to + i * 64, load(F32X16, results + slot * partial + i * 64))
+
+    return compile_kernel(attend, f"{features.key}-{head_dim}-{group}")
+
+
+@cache
+def join_kernel(features: Features, head_dim: int) -> Kernel:
+    """Item: one query row. Joins its spans' results into f32 [H, Dh].
+
+    Args: 0 partial results, 1 spans, 2 H, 3 out, 4 bytes from row to row of out, 5 padded columns to quantize it, or 0.
+    """
+    partial = partial_bytes(head_dim)
+
+    def join(item, thread, args):  # type: ignore[no-untyped-def]
+        spans, heads = argument(args, 1), argument(args, 2)
+        out = argument(args, 3) + item * argument(args, 4)
+        for head in range(heads):
+            results = argument(args, 0) + (item * heads + head) * spans * partial
+            peak = np.float32(_LOWEST)
+            for span in range(spans):
+                peak = max(peak, load_scalar(float32, results + span * partial))
+            total = splat(F32X16, 0.0)
+            for span in range(spans):  # its share takes the place of a span's maximum
+                result = results + span * partial
+                share = exp(splat(F32X16, load_scalar(float32, result) - peak))
+                total = fma(share, splat(F32X16, load_scalar(float32, result + 4)), total)
+                store_scalar(result, max_lanes(share))
+            inverse = splat(F32X16, np.float32(1) / max_lanes(total))
+            to = out + head * head_dim * 4
+            for i in range(0, head_dim, 16):
+                mixed = splat(F32X16, 0.0)
+                for span in range(spans):
+                    result = results + span * partial
+                    mixed = fma(
+                        load(F32X16, result + (_HEAD + i) * 4), splat(F32X16, load_scalar(float32, result)), mixed
+                    )
+                store(to + i * 4, mixed * inverse)
+        if argument(args, 5) != 0:
+            quantize_row(out, argument(args, 5))
+
+    return compile_kernel(join, f"{features.key}-{head_dim}")
+
+
+def attend(ops: Any, q: np.ndarray, k: np.ndarray, v: np.ndarray, reach: Reach = None) -> np.ndarray:
+    """Causal grouped-query attention by index, as ``NumpyOps.attend``, for few rows: q f32 [T, H, Dh] -> [T, H, Dh].
+
+    k and v [Hkv, N, Dh] are float16 and their heads may lie any distance apart; Dh a multiple of 16.
+    """
+    tokens, heads, head_dim = q.shape
+    kv_heads, rows, _ = k.shape
+    group = heads // kv_heads
+    q = np.ascontiguousarray(q)
+    size = spans_for(rows, kv_heads * tokens, ops.threads)
+    spans = -(-rows // size)
+    partial = np.empty((tokens, heads, spans, partial_bytes(head_dim)), np.uint8)
+    scratch = aligned_zeros(ops.threads, Grouping(group).scratch_bytes(head_dim))
+    windows = None if reach is None else np.array(reach, np.int64)
+    out = np.empty(q.shape, np.float32)
+    program = Program()
+    program.add(
+        attend_kernel(ops.features, head_dim, group), tokens * kv_heads * spans,
+        address(q), address(k), address(v), k.strides[0], rows, tokens, kv_heads, size, spans, address(partial),
+        0 if windows is None else address(windows), address(scratch), scratch.strides[0],
+    )  # fmt: skip
+    joined = join_kernel(ops.features, head_dim)
+    program.add(joined, tokens, address(partial), spans, heads, address(out), out.strides[0], 0)
+    ops.team.run(program)
+    return out

@@ -1,0 +1,450 @@
+"""One dot product for each type of packed weights: all that the products of few rows know about a format.
+
+A matrix row is cut into *spans* of whole blocks. ``dot(sums, minima, w, floats, record)`` adds what the span at
+address w contributes, to two vectors: with a weight of d * q + offset * m (d, m of its block, or sub-block; m is d
+itself where the type stores none), x of the activations and every lane a partial sum,
+
+    sums   += (d * q * x).sum()        minima += (m * x).sum()        row @ x == sums.sum() + offset * minima.sum()
+
+The types of 32 elements a block hold element i and i + 16 in the nibbles of one byte, so four blocks give two
+vectors of 64 in the order that activations call HALVES: lanes 4b .. 4b+3 of the integer sums belong to block b.
+
+A span may reach past the end of its row: there x is 0, and w the next row, or a copy of the end with zeros behind it.
+The block formats are those of ggml (ggml-common.h); ``gguf.quants`` is the same in NumPy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from llvmlite import ir
+from numba.extending import intrinsic
+
+from slimrt.ops.fast.activations import (
+    HALVES,
+    NATURAL,
+    PAIRS,
+    RECORD_BYTES,
+    SCALES,
+    SCALES16,
+    SUMS,
+    SUMS16,
+)  # fmt: skip
+from slimrt.ops.fast.features import Features
+from slimrt.ops.fast.kernels import inline
+from slimrt.ops.fast.lanes import bits_times, constant, joiner, picker, where_set
+from slimrt.ops.fast.vectors import (
+    F32X8,
+    F32X16,
+    I8X16,
+    I8X32,
+    I8X64,
+    I32X16,
+    U8X16,
+    U8X32,
+    U8X64,
+    Vector,
+    convert,
+    emit,
+    fma,
+    load,
+    pointer,
+    reinterpret,
+    splat,
+)
+
+__all__ = ["FORMATS", "Format", "format_of", "scales_and_minima"]
+
+Kind = GGMLQuantizationType
+
+F16X1, F16X2, F16X4, F16X8, F16X16 = (Vector("f16", lanes) for lanes in (1, 2, 4, 8, 16))
+F32X1, F32X2, F32X4 = (Vector("f32", lanes) for lanes in (1, 2, 4))
+U32X2, U32X4, U32X16 = (Vector("u32", lanes) for lanes in (2, 4, 16))
+U16X8, U16X16, U64X1 = Vector("u16", 8), Vector("u16", 16), Vector("i64", 1)
+
+
+@dataclass(frozen=True)
+class Format:
+    """How rows of one type are multiplied: see the module."""
+
+    kind: GGMLQuantizationType
+    span: int  # elements
+    nbytes: int  # of a span
+    offset: float
+    quantized: bool  # whether it reads records; else the floats
+    dot: Callable[..., Any]
+
+
+_MAKERS: dict[GGMLQuantizationType, tuple[int, float, bool, Callable[[Features], Any]]] = {}
+FORMATS = _MAKERS.keys()
+
+
+def _format(
+    kind: GGMLQuantizationType, span: int, offset: float = 0.0, *, quantized: bool = True
+) -> Callable[[Callable[[Features], Any]], Callable[[Features], Any]]:
+    def register(maker: Callable[[Features], Any]) -> Callable[[Features], Any]:
+        _MAKERS[kind] = span, offset, quantized, maker
+        return maker
+
+    return register
+
+
+@cache
+def format_of(kind: GGMLQuantizationType, features: Features) -> Format:
+    """The format of ``kind``, its dot product made for ``features``. KeyError for a kind not in FORMATS."""
+    span, offset, quantized, maker = _MAKERS[kind]
+    elements, size = GGML_QUANT_SIZES[kind]
+    return Format(kind, span, span // elements * size, offset, quantized, maker(features))
+
+
+# -- products of bytes -----------------------------------------------------------------------------------------------
+
+
+@cache
+def byte_products(features: Features) -> Callable[[Any, Any, Any], Any]:
+    """``(sums I32X16, a U8X64, b I8X64) -> sums + (a.astype(i4) * b).reshape(16, 4).sum(axis=1)``; a at most 127."""
+
+    @intrinsic
+    def products(typingctx, sums, a, b):  # type: ignore[no-untyped-def]
+        def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+            if features.vnni:
+                return _dpbusd(builder, *args)
+            return builder.add(args[0], _maddubs(builder, features, *args[1:]))
+
+        return sums(sums, a, b), codegen
+
+    return products
+
+
+@cache
+def signed_products(features: Features) -> Callable[[Any, Any], Any]:
+    """``(a I8X64, b I8X64) -> (a.astype(i4) * b).reshape(16, 4).sum(axis=1)``; b at least -127."""
+
+    @intrinsic
+    def products(typingctx, a, b):  # type: ignore[no-untyped-def]
+        def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+            first, second = args
+            if features.vnni:  # (a + 128) * b - 128 * b; a + 128 as unsigned is a with its top bit turned over
+                top, zero = ir.Constant(first.type, [-128] * 64), ir.Constant(_ints(32, 16), None)
+                both = _dpbusd(builder, zero, builder.xor(first, top), second)
+                return builder.sub(both, _dpbusd(builder, zero, top, second))
+            # |a| * (b with a's sign). |a| may be 128: a sum of two products is then at most 2 * 128 * 127 < 2**15.
+            negative = builder.icmp_signed("<", first, ir.Constant(first.type, None))
+            size = builder.select(negative, builder.neg(first), first)
+            turned = builder.select(negative, builder.neg(second), second)
+            return _maddubs(builder, features, size, turned)
+
+        return I32X16(a, b), codegen
+
+    return products
+
+
+def _ints(bits: int, lanes: int) -> ir.VectorType:
+    return ir.VectorType(ir.IntType(bits), lanes)
+
+
+def _dpbusd(builder: ir.IRBuilder, sums: ir.Value, a: ir.Value, b: ir.Value) -> ir.Value:
+    """vpdpbusd: sums [16] + the sums of four products each of unsigned a [64] and signed b [64]."""
+    operands = [sums, builder.bitcast(a, sums.type), builder.bitcast(b, sums.type)]
+    return emit(builder, "llvm.x86.avx512.vpdpbusd.512", sums.type, operands)
+
+
+def _maddubs(builder: ir.IRBuilder, features: Features, a: ir.Value, b: ir.Value) -> ir.Value:
+    """The same in two steps: vpmaddubsw sums two products in 16 bits (which must hold them), vpmaddwd two of these."""
+    if features.avx512:
+        pairs = emit(builder, "llvm.x86.avx512.pmaddubs.w.512", _ints(16, 32), [a, b])
+        ones = ir.Constant(_ints(16, 32), [1] * 32)
+        return emit(builder, "llvm.x86.avx512.pmaddw.d.512", _ints(32, 16), [pairs, ones])
+    ones = ir.Constant(_ints(16, 16), [1] * 16)
+    parts = []
+    for at in (0, 32):
+        half = ir.Constant(_ints(32, 32), list(range(at, at + 32)))
+        a32, b32 = (builder.shuffle_vector(x, ir.Constant(x.type, ir.Undefined), half) for x in (a, b))
+        pairs = emit(builder, "llvm.x86.avx2.pmadd.ub.sw", _ints(16, 16), [a32, b32])
+        parts.append(emit(builder, "llvm.x86.avx2.pmadd.wd", _ints(32, 8), [pairs, ones]))
+    return builder.shuffle_vector(*parts, ir.Constant(_ints(32, 16), list(range(16))))
+
+
+# -- four blocks of 32 -----------------------------------------------------------------------------------------------
+
+
+@cache
+def field(features: Features, size: int, stride: int, at: int) -> Callable[[Any], Any]:
+    """``lambda w: m[:4 * stride].reshape(4, stride)[:, at : at + size].reshape(-1)``: a field of four blocks, as U8.
+
+    Four loads, or two and one instruction that picks from both, where the fields are words of 32 bits.
+    """
+    kind = Vector("u8", 4 * size)
+    picks = features.avx512 and size % 4 == stride % 4 == at % 4 == 0
+
+    @intrinsic
+    def read(typingctx, w):  # type: ignore[no-untyped-def]
+        def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+            def words(offset: int, count: int, bits: int) -> ir.Value:
+                where = pointer(builder, builder.add(args[0], ir.IntType(64)(offset)), _ints(bits, count))
+                return builder.load(where, align=1)
+
+            if picks:
+                last = 4 * stride - 64  # where a second load of 64 bytes ends with the span
+                starts = [(block * stride + at) // 4 + word for block in range(4) for word in range(size // 4)]
+                index = [i if i < 16 else i - last // 4 + 16 for i in starts]
+                value = builder.shuffle_vector(
+                    words(0, 16, 32), words(last, 16, 32), ir.Constant(_ints(32, len(index)), index)
+                )
+                return builder.bitcast(value, kind.llvm)
+            parts = [words(block * stride + at, size, 8) for block in range(4)]
+            while len(parts) > 1:
+                index = list(range(2 * parts[0].type.count))
+                mask = ir.Constant(_ints(32, len(index)), index)
+                parts = [builder.shuffle_vector(a, b, mask) for a, b in zip(parts[::2], parts[1::2], strict=True)]
+            return parts[0]
+
+        return kind(w), codegen
+
+    return read
+
+
+_doubled = picker(0, 0, 1, 1, 2, 2, 3, 3)
+_by_block = picker(0, 0, 0, 0, 2, 2, 2, 2, 4, 4, 4, 4, 6, 6, 6, 6)
+_low_words, _high_words = picker(0, 2, 4, 6), picker(1, 3, 5, 7)
+
+
+def _nibble_blocks(
+    features: Features, stride: int, *, minimum: bool, high_bits: int | None
+) -> Callable[[Any, Any, Any, Any, Any], Any]:
+    """The dot product of the types whose blocks are d, maybe m, maybe 32 high bits, and 16 bytes of two nibbles.
+
+    The element's integer is its nibble, plus 16 where its high bit is set.
+    """
+    products = byte_products(features)
+    scales = field(features, 4 if minimum else 2, stride, 0)
+    codes = field(features, 16, stride, stride - 16)
+    tops = field(features, 4, stride, high_bits or 0)
+
+    @inline
+    def pairs(w):  # type: ignore[no-untyped-def]
+        """[d0, m0, d1, m1, ...] as float32."""
+        if minimum:
+            return convert(F32X8, reinterpret(F16X8, scales(w)))
+        return convert(F32X8, _doubled(reinterpret(F16X4, scales(w))))
+
+    @inline
+    def dot(sums, minima, w, floats, record):  # type: ignore[no-untyped-def]
+        dm = pairs(w)
+        packed = codes(w)
+        low = packed & splat(U8X64, 15)
+        high = reinterpret(U8X64, reinterpret(U32X16, packed) >> splat(U32X16, 4)) & splat(U8X64, 15)
+        if high_bits is not None:
+            words = reinterpret(U16X8, tops(w))  # of each block the bits of elements 0-15, then those of 16-31
+            low = low | bits_times(reinterpret(U64X1, _low_words(words)), splat(U8X64, 16))
+            high = high | bits_times(reinterpret(U64X1, _high_words(words)), splat(U8X64, 16))
+        whole = products(splat(I32X16, 0), low, load(I8X64, record + HALVES))
+        whole = products(whole, high, load(I8X64, record + HALVES + 64))
+        scale = _by_block(dm) * load(F32X16, record + SCALES16)
+        return fma(scale, convert(F32X16, whole), sums), fma(dm, load(F32X8, record + PAIRS), minima)
+
+    return dot
+
+
+@_format(Kind.Q4_0, 128, -8.0)
+def _q4_0(features: Features) -> Any:
+    return _nibble_blocks(features, 18, minimum=False, high_bits=None)
+
+
+@_format(Kind.Q4_1, 128, 1.0)
+def _q4_1(features: Features) -> Any:
+    return _nibble_blocks(features, 20, minimum=True, high_bits=None)
+
+
+@_format(Kind.Q5_0, 128, -16.0)
+def _q5_0(features: Features) -> Any:
+    return _nibble_blocks(features, 22, minimum=False, high_bits=2)
+
+
+@_format(Kind.Q5_1, 128, 1.0)
+def _q5_1(features: Features) -> Any:
+    return _nibble_blocks(features, 24, minimum=True, high_bits=4)
+
+
+_first_two, _last_two = (picker(*[0] * 8, *[1] * 8), picker(*[2] * 8, *[3] * 8))
+_two = joiner(*range(64))
+
+
+@_format(Kind.Q8_0, 128)
+def _q8_0(features: Features) -> Any:
+    products, scales = signed_products(features), field(features, 2, 34, 0)
+
+    @inline
+    def dot(sums, minima, w, floats, record):  # type: ignore[no-untyped-def]
+        scale = convert(F32X4, reinterpret(F16X4, scales(w))) * load(F32X4, record + SCALES)
+        a = products(_two(load(I8X32, w + 2), load(I8X32, w + 36)), load(I8X64, record + NATURAL))
+        b = products(_two(load(I8X32, w + 70), load(I8X32, w + 104)), load(I8X64, record + NATURAL + 64))
+        sums = fma(_first_two(scale), convert(F32X16, a), sums)
+        return fma(_last_two(scale), convert(F32X16, b), sums), minima
+
+    return dot
+
+
+# -- blocks of 256 ---------------------------------------------------------------------------------------------------
+
+_eight = joiner(*range(8))
+_twice = joiner(*range(32), *range(32))
+_quarters = tuple(picker(*[2 * j] * 8, *[2 * j + 1] * 8) for j in range(4))
+_sixteenths = tuple(picker(*(4 * j + i // 4 for i in range(16))) for j in range(4))
+_pairwise = picker(*(i // 2 for i in range(16)))
+_lower, _upper = picker(*range(8)), picker(*range(8, 16))
+_all = picker(*[0] * 16)
+_sixteen = joiner(*range(16))
+
+
+@inline
+def _of_both(record, at):  # type: ignore[no-untyped-def]
+    """A field of four floats of the record and of the next."""
+    return _eight(load(F32X4, record + at), load(F32X4, record + RECORD_BYTES + at))
+
+
+_words_1_2, _words_3_3, _zipped = picker(1, 2), picker(3, 3), joiner(0, 2, 1, 3)
+_nibble_of_word = constant(U32X2, 0, 4)
+_d_and_dmin = picker(*[0] * 8, *[1] * 8)
+
+
+@inline
+def scales_and_minima(w):  # type: ignore[no-untyped-def]
+    """Of a block of Q4_K or Q5_K d * scale of each of the 8 sub-blocks, then dmin * minimum: F32X16.
+
+    The 6-bit numbers lie in bytes 4-15: 0-3 are scales 0-3 and, on top, two bits each of scales 4-7; 4-7 the same of
+    minima; 8-11 the low nibbles of scales (low) and minima (high) 4-7.
+    """
+    head = load(U32X4, w)
+    first, last = _words_1_2(head), _words_3_3(head) >> _nibble_of_word()
+    last = (last & splat(U32X2, 0x0F0F0F0F)) | ((first >> splat(U32X2, 2)) & splat(U32X2, 0x30303030))
+    bytes_ = reinterpret(U8X16, _zipped(first & splat(U32X2, 0x3F3F3F3F), last))
+    d = convert(F32X2, load(F16X2, w))
+    return _d_and_dmin(d) * convert(F32X16, convert(I32X16, bytes_))
+
+
+def _nibbles_256(features: Features, *, high_bits: int | None, nibbles: int) -> Any:
+    """The dot product of Q4_K and Q5_K: byte i of each 32 holds elements i and, in its upper half, i + 32."""
+    products = byte_products(features)
+    shifts = constant(U32X16, *[0] * 8, *[4] * 8)
+    quarter0, quarter1, quarter2, quarter3 = _quarters
+    bit0, bit1, bit2, bit3 = (constant(U8X64, *[1 << 2 * j] * 32, *[2 << 2 * j] * 32) for j in range(4))
+
+    @inline
+    def part(w, j, bit, x):  # type: ignore[no-untyped-def]
+        codes = load(U8X32, w + nibbles + 32 * j)
+        values = reinterpret(U8X64, reinterpret(U32X16, _twice(codes, codes)) >> shifts()) & splat(U8X64, 15)
+        if high_bits is not None:  # bit i of byte j belongs to element j of sub-block i
+            tops = load(U8X32, w + high_bits)
+            values = values | where_set(_twice(tops, tops) & bit, splat(U8X64, 16))
+        return convert(F32X16, products(splat(I32X16, 0), values, x))
+
+    @inline
+    def dot(sums, minima, w, floats, record):  # type: ignore[no-untyped-def]
+        scale = scales_and_minima(w)
+        minima = fma(_upper(scale), _of_both(record, SUMS), minima)
+        d = _lower(scale) * _of_both(record, SCALES)
+        sums = fma(quarter0(d), part(w, 0, bit0(), load(I8X64, record + NATURAL)), sums)
+        sums = fma(quarter1(d), part(w, 1, bit1(), load(I8X64, record + NATURAL + 64)), sums)
+        sums = fma(quarter2(d), part(w, 2, bit2(), load(I8X64, record + RECORD_BYTES + NATURAL)), sums)
+        sums = fma(quarter3(d), part(w, 3, bit3(), load(I8X64, record + RECORD_BYTES + NATURAL + 64)), sums)
+        return sums, minima
+
+    return dot
+
+
+@_format(Kind.Q4_K, 256, -1.0)
+def _q4_k(features: Features) -> Any:
+    return _nibbles_256(features, high_bits=None, nibbles=16)
+
+
+@_format(Kind.Q5_K, 256, -1.0)
+def _q5_k(features: Features) -> Any:
+    return _nibbles_256(features, high_bits=16, nibbles=48)
+
+
+@_format(Kind.Q6_K, 256, -32.0)
+def _q6_k(features: Features) -> Any:
+    # Two halves of 128 elements: 64 bytes of low nibbles for elements i and i + 64, 32 bytes with two bits each for
+    # elements i, i + 32, i + 64 and i + 96; a scale for each 16 elements.
+    products = byte_products(features)
+    sixteenth0, sixteenth1, sixteenth2, sixteenth3 = _sixteenths
+    low_shifts = constant(U32X16, *[0] * 8, *[2] * 8)
+    high_shifts = constant(U32X16, *[4] * 8, *[6] * 8)
+
+    @inline
+    def part(codes, tops, x):  # type: ignore[no-untyped-def]
+        values = (codes & splat(U8X64, 15)) | ((tops & splat(U8X64, 3)) << splat(U8X64, 4))
+        return convert(F32X16, products(splat(I32X16, 0), values, x))
+
+    @inline
+    def dot(sums, minima, w, floats, record):  # type: ignore[no-untyped-def]
+        d = convert(F32X1, load(F16X1, w + 208))
+        scale = _all(d) * convert(F32X16, convert(I32X16, load(I8X16, w + 192)))
+        shares = scale * _sixteen(load(F32X8, record + SUMS16), load(F32X8, record + RECORD_BYTES + SUMS16))
+        minima = minima + _lower(shares) + _upper(shares)
+        scale = scale * _pairwise(_of_both(record, SCALES))
+        for half in range(2):
+            x = record + half * RECORD_BYTES + NATURAL
+            codes = load(U8X64, w + 64 * half)
+            high = reinterpret(U8X64, reinterpret(U32X16, codes) >> splat(U32X16, 4))
+            tops = load(U8X32, w + 128 + 32 * half)
+            both = reinterpret(U32X16, _twice(tops, tops))
+            first = part(codes, reinterpret(U8X64, both >> low_shifts()), load(I8X64, x))
+            second = part(high, reinterpret(U8X64, both >> high_shifts()), load(I8X64, x + 64))
+            if half == 0:
+                sums = fma(sixteenth1(scale), second, fma(sixteenth0(scale), first, sums))
+            else:
+                sums = fma(sixteenth3(scale), second, fma(sixteenth2(scale), first, sums))
+        return sums, minima
+
+    return dot
+
+
+# -- floats ----------------------------------------------------------------------------------------------------------
+
+
+def _floats(widened: Any, size: int) -> Any:
+    """The dot product of types that ``widened(address)`` reads as F32X16; ``size`` bytes for an element."""
+
+    @inline
+    def dot(sums, minima, w, floats, record):  # type: ignore[no-untyped-def]
+        # Two chains and one sum at the end: the next span waits for one addition only.
+        a = widened(w) * load(F32X16, floats)
+        b = widened(w + 16 * size) * load(F32X16, floats + 64)
+        a = fma(widened(w + 32 * size), load(F32X16, floats + 128), a)
+        b = fma(widened(w + 48 * size), load(F32X16, floats + 192), b)
+        return sums + (a + b), minima
+
+    return dot
+
+
+@_format(Kind.F32, 64, quantized=False)
+def _f32(features: Features) -> Any:
+    @inline
+    def widened(w):  # type: ignore[no-untyped-def]
+        return load(F32X16, w)
+
+    return _floats(widened, 4)
+
+
+@_format(Kind.F16, 64, quantized=False)
+def _f16(features: Features) -> Any:
+    @inline
+    def widened(w):  # type: ignore[no-untyped-def]
+        return convert(F32X16, load(F16X16, w))
+
+    return _floats(widened, 2)
+
+
+@_format(Kind.BF16, 64, quantized=False)
+def _bf16(features: Features) -> Any:
+    @inline
+    def widened(w):  # type: ignore[no-untyped-def]
+        return reinterpret(F32X16, convert(U32X16, load(U16X16, w)) << splat(U32X16, 16))
+
+    return _floats(widened, 2)

@@ -1,0 +1,97 @@
+"""Rows of factors: float32 numbers stored as the element that products want, and what is done on the way."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+from numba import float32
+
+from slimrt.ops.fast.bfloat import narrow_one, narrower
+from slimrt.ops.fast.features import Features
+from slimrt.ops.fast.kernels import inline
+from slimrt.ops.fast.lanes import exp
+from slimrt.ops.fast.products import shape_of
+from slimrt.ops.fast.vectors import F32X16, fma, load, load_scalar, splat, store, store_scalar, sum_lanes
+
+__all__ = ["Elements", "elements"]
+
+
+@dataclass(frozen=True)
+class Elements:
+    """Functions for kernels; addresses are of elements (bfloat16 or float32), ``out`` [padded], x and gain float32 [n].
+
+    put(out, i, v): ``out[i : i + 16] = v``
+    cast(x, n, out, padded): ``out[:n] = x``, zeros up to ``padded``
+    norm(x, gain, n, eps, out, padded): ``out[:n] = x / np.sqrt(np.mean(x * x) + eps) * gain``, zeros up to ``padded``
+    gate(g, u, out, i): ``out[i : i + 16] = g / (1 + np.exp(-g)) * u`` for 16 numbers at the addresses g and u
+    """
+
+    put: Any
+    cast: Any
+    norm: Any
+    gate: Any
+
+
+@cache
+def elements(features: Features) -> Elements:
+    """Those of the element that ``features`` multiply."""
+    if shape_of(features).bf16:
+        narrow = narrower(features)
+
+        @inline
+        def put(out, i, value):  # type: ignore[no-untyped-def]
+            store(out + 2 * i, narrow(value))
+
+        @inline
+        def put_one(out, i, value):  # type: ignore[no-untyped-def]
+            store_scalar(out + 2 * i, narrow_one(value))
+
+    else:
+
+        @inline
+        def put(out, i, value):  # type: ignore[no-untyped-def]
+            store(out + 4 * i, value)
+
+        @inline
+        def put_one(out, i, value):  # type: ignore[no-untyped-def]
+            store_scalar(out + 4 * i, float32(value))
+
+    @inline
+    def cast(x, n, out, padded):  # type: ignore[no-untyped-def]
+        whole = n // 16 * 16
+        for i in range(0, whole, 16):
+            put(out, i, load(F32X16, x + 4 * i))
+        for i in range(whole, n):
+            put_one(out, i, load_scalar(float32, x + 4 * i))
+        for i in range(n, padded):
+            put_one(out, i, 0.0)
+
+    @inline
+    def norm(x, gain, n, eps, out, padded):  # type: ignore[no-untyped-def]
+        whole = n // 16 * 16
+        squares = splat(F32X16, 0.0)
+        for i in range(0, whole, 16):
+            value = load(F32X16, x + 4 * i)
+            squares = fma(value, value, squares)
+        total = sum_lanes(squares)
+        for i in range(whole, n):
+            one = load_scalar(float32, x + 4 * i)
+            total += one * one
+        factor = float32(1.0 / np.sqrt(float32(total / float32(n) + eps)))
+        for i in range(0, whole, 16):
+            put(out, i, load(F32X16, x + 4 * i) * splat(F32X16, factor) * load(F32X16, gain + 4 * i))
+        for i in range(whole, n):
+            put_one(out, i, load_scalar(float32, x + 4 * i) * factor * load_scalar(float32, gain + 4 * i))
+        for i in range(n, padded):
+            put_one(out, i, 0.0)
+
+    @inline
+    def gate(g, u, out, i):  # type: ignore[no-untyped-def]
+        value = load(F32X16, g)
+        one = splat(F32X16, 1.0)
+        put(out, i, value / (one + exp(splat(F32X16, 0.0) - value)) * load(F32X16, u))
+
+    return Elements(put, cast, norm, gate)

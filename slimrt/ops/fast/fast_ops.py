@@ -1,0 +1,301 @@
+"""The operations on compiled kernels; what they mean is written in ``numpy_ops``.
+
+Weights stay as they lie in the file. Many rows: a layer's matrices are unpacked into panels (``unpacked``), and the
+row-wise parts of the layer run as one kernel each. Few rows (decode): products read the packed weights. The cache is
+float16, everything that an operation returns float32, except k and v.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from gguf.constants import GGMLQuantizationType
+
+from slimrt.gguf import TensorInfo
+from slimrt.ops.fast import attend_few, gemv
+from slimrt.ops.fast.dots import FORMATS
+from slimrt.ops.fast.features import Features, detect
+from slimrt.ops.fast.flash import KEY_BLOCK, flash_kernel, pack_kernel, tile_scratch
+from slimrt.ops.fast.layer_kernels import RESULT_PANELS, feed_forward_kernel, linear_kernel, qkv_kernel
+from slimrt.ops.fast.panels import PanelMaker, Panels
+from slimrt.ops.fast.products import PANEL, shape_of
+from slimrt.ops.fast.team import Program, Team, address
+from slimrt.ops.numpy_ops import ROW_CHUNK, NumpyOps
+from slimrt.ops.reach import RUN, Reach, first_row
+from slimrt.quants import dequantize
+
+__all__ = ["FastOps", "FastWeight"]
+
+Array = np.ndarray
+
+FEW_ROWS = 16  # below it products read packed weights, and attention goes by keys
+_LOG2_E = 1.4426950408889634
+
+
+@dataclass(frozen=True)
+class FastWeight:
+    """A matrix [out, in], or several stacked along ``out``: packed, and (``panels``) perhaps unpacked as well."""
+
+    parts: tuple[TensorInfo, ...]
+    panels: Panels | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return sum(part.shape[0] for part in self.parts), self.parts[0].shape[-1]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts)
+
+
+class FastOps(NumpyOps):
+    """Compute and memory operations for a processor with ``features`` (None: those of this one)."""
+
+    name = "fast"
+    kv_type = np.float16
+
+    def __init__(self, threads: int | None = None, *, features: Features | None = None) -> None:
+        super().__init__(threads, packed=True)
+        self.features = detect() if features is None else features
+        self.team = Team(self.threads)
+        self._shape = shape_of(self.features)
+        self._panels = PanelMaker(self.features, self.team)
+        self._scratch = np.empty(0, np.uint8)
+
+    # -- weights ----------------------------------------------------------------------------------------------------
+
+    def weight(self, *parts: TensorInfo) -> FastWeight:  # type: ignore[override]
+        """A handle on ``parts``. Types without a dot product of their own are kept as bfloat16."""
+        return FastWeight(tuple(part if part.type in FORMATS else _as_bfloat16(part) for part in parts))
+
+    def unpacked(self, weight: FastWeight) -> FastWeight:  # type: ignore[override]
+        """``weight`` with panels, for many rows; the caller drops it after use."""
+        return weight if weight.panels else FastWeight(weight.parts, self._panels.make(weight.parts))
+
+    def _ready(self, weight: FastWeight) -> Panels:
+        return weight.panels or self._panels.make(weight.parts)
+
+    # -- parallel structure -----------------------------------------------------------------------------------------
+
+    def rows(self, task: Callable[[slice], object], count: int) -> None:
+        """``task(slice)`` one slice after the other: the threads share the work within each operation."""
+        for lo in range(0, count, ROW_CHUNK):
+            task(slice(lo, min(lo + ROW_CHUNK, count)))
+
+    def _slices(self, tokens: int) -> tuple[int, int]:
+        """Rows of a slice, in whole blocks, and how many slices: enough for all threads, large enough for the panels."""
+        most = 256 if self.features.amx else 128  # with tiles the panels would come too slowly for fewer rows
+        blocks = -(-tokens // self._shape.rows)
+        size = min(max(1, most // self._shape.rows), -(-blocks // self.threads)) * self._shape.rows
+        return size, -(-tokens // size)
+
+    def _thread_scratch(self, nbytes: int) -> tuple[int, int]:
+        """Address of scratch for all threads, and bytes from one to the next; valid until the next call."""
+        stride = -(-nbytes // 4096) * 4096 + 64
+        needed = stride * self.threads + 64
+        if len(self._scratch) < needed:
+            self._scratch = np.empty(needed, np.uint8)
+        return -(-address(self._scratch) // 64) * 64, stride
+
+    # -- compute ----------------------------------------------------------------------------------------------------
+
+    def embed(self, weight: FastWeight, ids: Array) -> Array:  # type: ignore[override]
+        """Rows ``ids`` [T] of ``weight`` [V, D] -> [T, D]."""
+        (part,) = weight.parts
+        unique, inverse = np.unique(ids, return_inverse=True)
+        picked = TensorInfo(part.name, (len(unique), part.shape[-1]), part.type, part.data[unique])
+        return dequantize(picked)[inverse]
+
+    def linear(  # type: ignore[override]
+        self, x: Array, weight: FastWeight, bias: Array | None = None, out: Array | None = None
+    ) -> Array:
+        """x [T, in] @ weight.T [in, out] (+ bias [out]) -> [T, out], into ``out`` where given."""
+        if len(x) < FEW_ROWS:
+            result = gemv.linear_few(self, x, weight)
+            if bias is not None:
+                result += bias
+        else:
+            result = self._linear(x, weight, bias, None)
+        if out is None:
+            return result
+        out[...] = result
+        return out
+
+    def _linear(self, x: Array, weight: FastWeight, bias: Array | None, residual: Array | None) -> Array:
+        panels = self._ready(weight)
+        if len(weight.parts) > 1 and any(part.shape[0] % self._shape.columns for part in weight.parts[:-1]):
+            # The parts' columns do not follow each other in the product.
+            results = [
+                self._linear(x, FastWeight((part,)), None, None) for part in weight.parts
+            ]
+            joint = np.concatenate(results, axis=1)
+            if bias is not None:
+                joint += bias
+            return joint if residual is None else joint + residual
+        x, tokens, out = _plain(x), len(x), np.empty((len(x), weight.shape[0]), np.float32)
+        size, items = self._slices(tokens)
+        wide = None if bias is None else panels.spread(bias, [part.shape[0] for part in weight.parts])
+        scratch, stride = self._thread_scratch(
+            size * (panels.inner * self._shape.element_bytes + min(panels.count, RESULT_PANELS) * PANEL * 4)
+        )
+        program = Program()
+        program.add(
+            linear_kernel(self.features), items,
+            address(x), tokens, size, weight.shape[1], panels.inner, panels.address, panels.count, _at(wide),
+            _at(residual), weight.shape[0], address(out), scratch, stride,
+        )  # fmt: skip
+        self.team.run(program)
+        return out
+
+    def qkv(  # type: ignore[override]
+        self,
+        x: Array,
+        gain: Array,
+        eps: float,
+        weight: FastWeight,
+        bias: Array | None,
+        cos: Array,
+        sin: Array,
+        heads: tuple[int, int, int],
+    ) -> tuple[Array, Array, Array]:
+        """See ``LayerOps``; k and v float16."""
+        count, kv_count, width = heads
+        tokens, d = x.shape
+        if tokens < FEW_ROWS:
+            q, k, v = super().qkv(x, gain, eps, weight, bias, cos, sin, heads)
+            return q, k.astype(np.float16), v.astype(np.float16)
+        panels, x = self._ready(weight), _plain(x)
+        q = np.empty((tokens, count, width), np.float32)
+        k, v = (np.empty((tokens, kv_count, width), np.float16) for _ in range(2))
+        size, items = self._slices(tokens)
+        wide = None if bias is None else panels.spread(bias, [part.shape[0] for part in weight.parts])
+        scratch, stride = self._thread_scratch(
+            size * (panels.inner * self._shape.element_bytes + panels.count * PANEL * 4)
+        )
+        cos, sin = _plain(cos), _plain(sin)
+        program = Program()
+        program.add(
+            qkv_kernel(self.features), items,
+            address(x), tokens, size, d, panels.inner, address(gain), float(eps), panels.address, panels.count,
+            _at(wide), panels.columns(1), panels.columns(2), address(cos), address(sin), cos.shape[-1],
+            count, kv_count, width, address(q), address(k), address(v), scratch, stride,
+        )  # fmt: skip
+        self.team.run(program)
+        return q, k, v
+
+    def project(self, x: Array, attention: Array, weight: FastWeight, bias: Array | None) -> Array:  # type: ignore[override]
+        """See ``LayerOps``."""
+        if len(x) < FEW_ROWS:
+            return super().project(x, attention, weight, bias)
+        return self._linear(attention.reshape(len(x), -1), weight, bias, _plain(x))
+
+    def feed_forward(  # type: ignore[override]
+        self,
+        x: Array,
+        gain: Array,
+        eps: float,
+        gate_up: FastWeight,
+        gate_up_bias: Array | None,
+        down: FastWeight,
+        down_bias: Array | None,
+    ) -> Array:
+        """See ``LayerOps``."""
+        tokens, d = x.shape
+        if tokens < FEW_ROWS:
+            return super().feed_forward(x, gain, eps, gate_up, gate_up_bias, down, down_bias)
+        first, second, x = self._ready(gate_up), self._ready(down), _plain(x)
+        out = np.empty((tokens, d), np.float32)
+        size, items = self._slices(tokens)
+        half = first.count // 2
+        wide = None if gate_up_bias is None else first.spread(gate_up_bias, [part.shape[0] for part in gate_up.parts])
+        down_wide = None if down_bias is None else second.spread(down_bias, [d])
+        element, shape = self._shape.element_bytes, self._shape
+        scratch, stride = self._thread_scratch(
+            size * (first.inner * element + half * PANEL * element + shape.panels * 128 + second.count * PANEL * 4)
+        )
+        program = Program()
+        program.add(
+            feed_forward_kernel(self.features), items,
+            address(x), tokens, size, d, first.inner, address(gain), float(eps), first.address, half, _at(wide),
+            second.address, second.count, _at(down_wide), address(out), scratch, stride,
+        )  # fmt: skip
+        self.team.run(program)
+        return out
+
+    def score_blocks(self, kind: str, q: Array, k: Array, block: int, unit: int) -> np.ndarray:
+        """See ``NumpyOps``; k float16 or, for means, float32."""
+        return super().score_blocks(kind, q, k.astype(np.float32), block, unit)
+
+    def unit_means(self, k: Array, unit: int) -> Array:
+        """See ``NumpyOps``; float32 means of float16 rows."""
+        return super().unit_means(k.astype(np.float32), unit)
+
+    def attend(self, q: Array, k: Array, v: Array, out: Array | None = None, reach: Reach = None) -> Array:
+        """See ``NumpyOps``; k and v float16, the rows of a head follow each other."""
+        if len(q) < FEW_ROWS:
+            result = attend_few.attend(self, q, k, v, reach)
+        else:
+            result = self._attend_tiles(_plain(q), _rows_together(k), _rows_together(v), reach or [0] * len(k))
+        if out is None:
+            return result
+        out[...] = result
+        return out
+
+    def _attend_tiles(self, q: Array, k: Array, v: Array, reach: list[int]) -> Array:  # type: ignore[override]
+        tokens, heads, width = q.shape
+        kv_heads, keys, _ = k.shape
+        offset, blocks, padded = keys - tokens, -(-keys // KEY_BLOCK), self._shape.padded(width)
+        out = np.empty(q.shape, np.float32)
+        element = self._shape.element_bytes
+        packed = np.empty(2 * kv_heads * blocks * KEY_BLOCK * padded * element + 64, np.uint8)
+        key_panels = -(-address(packed) // 64) * 64
+        value_panels = key_panels + kv_heads * blocks * KEY_BLOCK * padded * element
+        nbytes = tile_scratch(self.features, heads // kv_heads, width)
+        scratch, stride = self._thread_scratch(nbytes)
+        starts = [0, *range(RUN - offset % RUN, tokens, RUN)]
+        tiles = np.array(
+            [
+                (lo, min(lo + RUN - (offset + lo) % RUN, tokens) - lo, head, first_row(reach[head], offset + lo))
+                for lo in reversed(starts)  # the longest first
+                for head in range(kv_heads)
+            ],
+            np.int64,
+        )
+        program = Program()
+        program.add(
+            pack_kernel(self.features), kv_heads * blocks,
+            address(k), address(v), k.strides[0], v.strides[0], keys, blocks, width, padded, key_panels, value_panels,
+            scratch, stride,
+        )  # fmt: skip
+        program.add(
+            flash_kernel(self.features), len(tiles),
+            address(tiles), address(q), heads, kv_heads, width, padded, keys, tokens, key_panels, value_panels, blocks,
+            _LOG2_E / math.sqrt(width), address(out), scratch, stride,
+        )  # fmt: skip
+        self.team.run(program)
+        return out
+
+
+def _at(array: Array | None) -> int:
+    """An address, or 0 for nothing."""
+    return 0 if array is None else address(array)
+
+
+def _plain(x: Array) -> Array:
+    """``x`` as float32 rows that follow each other, itself where it is that."""
+    return np.ascontiguousarray(x, np.float32)
+
+
+def _rows_together(x: Array) -> Array:
+    """k or v with each head's rows one after the other, as every cache holds them; a copy of anything else."""
+    row = x.shape[2] * x.itemsize
+    return x if x.dtype == np.float16 and x.strides[1:] == (row, x.itemsize) else np.ascontiguousarray(x, np.float16)
+
+
+def _as_bfloat16(tensor: TensorInfo) -> TensorInfo:
+    bits = dequantize(tensor).view(np.uint32)
+    bits = (bits + (((bits >> 16) & 1) + np.uint32(0x7FFF))) >> 16
+    return TensorInfo(tensor.name, tensor.shape, GGMLQuantizationType.BF16, bits.astype(np.uint16))

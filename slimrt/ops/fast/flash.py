@@ -1,0 +1,293 @@
+"""Causal attention of many rows: tiles of queries over blocks of keys, the scores never leave the core (FlashAttention,
+arXiv 2205.14135).
+
+An item is one tile: ``RUN`` tokens (cut from the first row of the context on) and one KV head with the query heads that
+share it. Its rows go through the keys block by block. A row's reference maximum is raised only when a block exceeds it
+by more than ``_SLACK``: until then exp2 stays far from overflow, and the sums need not be rescaled (the idea is
+FlashAttention-4's). Which keys a row reads depends on its place in the context alone, and so do its bits.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from numba import float32, uint32
+from numba.extending import intrinsic
+
+from slimrt.ops.fast.bfloat import load_half, narrow_one
+from slimrt.ops.fast.elements import elements
+from slimrt.ops.fast.features import Features
+from slimrt.ops.fast.kernels import Kernel, compile_kernel, inline
+from slimrt.ops.fast.lanes import constant, joiner
+from slimrt.ops.fast.products import panel_product, shape_of, tile_settings
+from slimrt.ops.fast.vectors import (
+    F16X16,
+    F32X16,
+    I32X16,
+    U16X16,
+    argument,
+    argument_float,
+    convert,
+    fma,
+    load,
+    load_scalar,
+    max_lanes,
+    maximum,
+    reinterpret,
+    splat,
+    store,
+    store_scalar,
+    sum_lanes,
+)
+from slimrt.ops.reach import RUN, SINK
+
+__all__ = ["KEY_BLOCK", "flash_kernel", "pack_kernel", "tile_scratch"]
+
+KEY_BLOCK = 256  # keys at a time: scores [rows of a product block, 256] float32 stay in the first cache
+_SLACK = 8.0  # in powers of two
+_LOWEST = -1e30
+
+# 2**f for |f| <= 1/2 to a relative error of 7.5e-5 (bfloat16 rounds by 2e-3) and of 2e-9: minimax polynomials.
+_EXP2_SHORT = (0.9999280735783665, 0.6932609862236728, 0.2426111218766864, 0.055171664924156406)
+_EXP2_LONG = (
+    1.000000000554169,
+    0.6931472057372614,
+    0.2402264689061963,
+    0.055503287769756084,
+    0.009618488958684751,
+    0.0013399931215812828,
+    0.00015345811579626934,
+)
+
+_first_pairs = joiner(*[at for i in range(8) for at in (i, 16 + i)])
+_last_pairs = joiner(*[at for i in range(8, 16) for at in (i, 16 + i)])
+_lane_numbers = constant(I32X16, *range(16))
+
+
+@intrinsic
+def _where_within(typingctx, kept, below, value, other):  # type: ignore[no-untyped-def]
+    """``np.where(kept <= below, value, other)``, lane by lane; kept and below I32X16."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return builder.select(builder.icmp_signed("<=", args[0], args[1]), args[2], args[3])
+
+    return value(kept, below, value, value), codegen
+
+
+def _exp2(short: bool) -> Any:
+    """The word ``exp2`` for F32X16: ``2 ** np.maximum(t, -126)`` for t below 120; NaN stays NaN."""
+    terms = _EXP2_SHORT if short else _EXP2_LONG
+    c0, c1, c2, c3 = terms[:4]
+    c4, c5, c6 = terms[4:] if not short else (0.0, 0.0, 0.0)
+
+    @inline
+    def exp2(t):  # type: ignore[no-untyped-def]
+        t = maximum(splat(F32X16, -126.0), t)
+        # Adding 1.5 * 2**23 rounds to whole numbers and leaves them in the low bits.
+        shifted = t + splat(F32X16, 12582912.0)
+        f = t - (shifted - splat(F32X16, 12582912.0))
+        if short:
+            p = splat(F32X16, c3)
+        else:
+            p = fma(splat(F32X16, c6), f, splat(F32X16, c5))
+            p = fma(p, f, splat(F32X16, c4))
+            p = fma(p, f, splat(F32X16, c3))
+        p = fma(p, f, splat(F32X16, c2))
+        p = fma(p, f, splat(F32X16, c1))
+        p = fma(p, f, splat(F32X16, c0))
+        return reinterpret(F32X16, reinterpret(I32X16, p) + (reinterpret(I32X16, shifted) << splat(I32X16, 23)))
+
+    return exp2
+
+
+@cache
+def pack_kernel(features: Features) -> Kernel:
+    """Keys and values as panels: an item is one block of ``KEY_BLOCK`` rows of one head; rows past N become zeros.
+
+    0 keys, 1 values (float16, rows [Dh] of a head follow each other), 2 bytes from head to head of the keys, 3 of the
+    values, 4 N, 5 blocks, 6 Dh, 7 Dh padded, 8 panels of keys [Hkv, blocks * 16, Dh padded * 16 elements], 9 panels of values
+    [Hkv, Dh padded / 16, blocks * KEY_BLOCK * 16 elements], 10 scratch, 11 bytes of it for each thread: [2, Dh padded] elements
+    """
+    shape, put = shape_of(features), elements(features).put
+    bf16, width = shape.bf16, shape.element_bytes
+
+    @inline
+    def read(row, head_dim, out, padded, present):  # type: ignore[no-untyped-def]
+        """``out[:head_dim] = row``, as elements, zeros up to ``padded``; zeros only where there is no such row."""
+        whole = head_dim // 16 * 16 if present else 0
+        for i in range(0, whole, 16):
+            put(out, i, convert(F32X16, load(F16X16, row + 2 * i)))
+        for i in range(whole, padded, 16):
+            put(out, i, splat(F32X16, 0.0))
+        if present:
+            for i in range(whole, head_dim):
+                value = load_half(row + 2 * i)
+                if bf16:
+                    store_scalar(out + 2 * i, narrow_one(value))
+                else:
+                    store_scalar(out + 4 * i, value)
+
+    def pack(item, thread, args):  # type: ignore[no-untyped-def]
+        blocks, head_dim, padded = argument(args, 5), argument(args, 6), argument(args, 7)
+        head = item // blocks
+        first = (item - head * blocks) * KEY_BLOCK
+        present = argument(args, 4) - first
+        keys = argument(args, 0) + head * argument(args, 2) + first * head_dim * 2
+        values = argument(args, 1) + head * argument(args, 3) + first * head_dim * 2
+        one = argument(args, 10) + thread * argument(args, 11)
+        two = one + padded * width
+        panel_bytes = padded * 16 * width
+        out = argument(args, 8) + (head * blocks * (KEY_BLOCK // 16) + first // 16) * panel_bytes
+        for n in range(KEY_BLOCK):
+            read(keys + n * head_dim * 2, head_dim, one, padded, n < present)
+            to = out + n // 16 * panel_bytes + (n & 15) * 4
+            for step in range(padded * width // 4):  # a pair of bfloat16 or a float32: four bytes
+                store_scalar(to + step * 64, load_scalar(uint32, one + step * 4))
+        panel_bytes = blocks * KEY_BLOCK * 16 * width
+        out = argument(args, 9) + head * (padded // 16) * panel_bytes + first * 16 * width
+        for n in range(0, KEY_BLOCK, 2):
+            row = values + n * head_dim * 2
+            read(row, head_dim, one, padded, n < present)
+            read(row + head_dim * 2, head_dim, two, padded, n + 1 < present)
+            for d in range(0, padded, 16):
+                to = out + d // 16 * panel_bytes + n * 16 * width
+                if bf16:
+                    a, b = load(U16X16, one + d * 2), load(U16X16, two + d * 2)
+                    store(to, _first_pairs(a, b))
+                    store(to + 32, _last_pairs(a, b))
+                else:
+                    store(to, load(F32X16, one + d * 4))
+                    store(to + 64, load(F32X16, two + d * 4))
+
+    return compile_kernel(pack, features.key)
+
+
+def tile_scratch(features: Features, group: int, head_dim: int) -> int:
+    """Bytes of scratch that ``flash_kernel`` needs for each thread."""
+    shape = shape_of(features)
+    rows = -(-RUN * group // shape.rows) * shape.rows
+    padded = shape.padded(head_dim)
+    tile = rows * (padded * (shape.element_bytes + 4) + 8)
+    return tile + shape.rows * KEY_BLOCK * (4 + shape.element_bytes) + 256
+
+
+@cache
+def flash_kernel(features: Features) -> Kernel:
+    """One tile of queries of one KV head.
+
+    0 tiles: int64 [items, 4] of (first token, tokens, KV head, first row it reads besides the sink or 0),
+    1 q float32 [T, H, Dh], 2 H, 3 Hkv, 4 Dh, 5 Dh padded, 6 N, 7 T, 8 panels of keys, 9 of values, 10 blocks of keys,
+    11 log2(e) / sqrt(Dh), 12 out float32 [T, H, Dh], 13 scratch, 14 bytes of it for each thread
+    """
+    shape, words = shape_of(features), elements(features)
+    cast, put = words.cast, words.put
+    score, mix = panel_product(features), panel_product(features, True)
+    begin, end = tile_settings(features)
+    exp2 = _exp2(shape.bf16)
+    height, columns, width = shape.rows, shape.columns, shape.element_bytes
+
+    @inline
+    def softmax(scores, weights, keys, position, first_key, skipped_to, masked, scale, peaks, totals, r, mixed, padded):  # type: ignore[no-untyped-def]
+        """One row of scores [keys] -> weights; raises the row's reference where the block calls for it."""
+        at = scores + r * KEY_BLOCK * 4
+        if masked:
+            low, high = splat(I32X16, position), splat(I32X16, skipped_to - 1)
+            nothing = splat(F32X16, _LOWEST)
+            for i in range(0, keys, 16):
+                number = splat(I32X16, first_key + i) + _lane_numbers()
+                value = _where_within(number, low, load(F32X16, at + 4 * i), nothing)
+                if first_key + i >= SINK:  # whole vectors: the sink ends at a multiple of 16
+                    value = _where_within(number, high, nothing, value)
+                store(at + 4 * i, value)
+        highest = splat(F32X16, _LOWEST)
+        for i in range(0, keys, 16):
+            highest = maximum(highest, load(F32X16, at + 4 * i))
+        peak = load_scalar(float32, peaks + 4 * r)
+        top = float32(max_lanes(highest) * scale)
+        if top > peak + float32(_SLACK):
+            shrink = float32(2.0 ** float32(peak - top)) if peak > float32(_LOWEST) else float32(0.0)
+            peak = top
+            store_scalar(peaks + 4 * r, peak)
+            store_scalar(totals + 4 * r, float32(load_scalar(float32, totals + 4 * r) * shrink))
+            by = splat(F32X16, shrink)
+            for d in range(0, padded, 16):
+                store(mixed + 4 * d, load(F32X16, mixed + 4 * d) * by)
+        times, minus = splat(F32X16, scale), splat(F32X16, float32(-peak))
+        total = splat(F32X16, 0.0)
+        for i in range(0, keys, 16):
+            weight = exp2(fma(load(F32X16, at + 4 * i), times, minus))
+            total = total + weight
+            put(weights + r * KEY_BLOCK * width, i, weight)
+        store_scalar(totals + 4 * r, float32(load_scalar(float32, totals + 4 * r) + sum_lanes(total)))
+
+    def flash(item, thread, args):  # type: ignore[no-untyped-def]
+        tile = argument(args, 0) + item * 32
+        token, tokens, head, first = argument(tile, 0), argument(tile, 1), argument(tile, 2), argument(tile, 3)
+        heads, kv_heads, head_dim, padded = argument(args, 2), argument(args, 3), argument(args, 4), argument(args, 5)
+        offset = argument(args, 6) - argument(args, 7)
+        blocks, scale = argument(args, 10), argument_float(args, 11)
+        group = heads // kv_heads
+        rows = tokens * group
+        whole = (rows + height - 1) // height * height
+        key_bytes, value_bytes = padded * 16 * width, blocks * KEY_BLOCK * 16 * width
+        keys = argument(args, 8) + head * blocks * (KEY_BLOCK // 16) * key_bytes
+        values = argument(args, 9) + head * (padded // 16) * value_bytes
+        queries = argument(args, 13) + thread * argument(args, 14)
+        mixed = queries + whole * padded * width
+        peaks = mixed + whole * padded * 4
+        totals = peaks + whole * 4
+        scores = (totals + whole * 4 + 63) // 64 * 64
+        weights = scores + height * KEY_BLOCK * 4
+        source = argument(args, 1) + (token * heads + head * group) * head_dim * 4
+        for r in range(whole):
+            at = min(r, rows - 1)  # rows that fill up the last block are copies
+            place = at // group * heads + at % group
+            cast(source + place * head_dim * 4, head_dim, queries + r * padded * width, padded)
+            store_scalar(peaks + 4 * r, float32(_LOWEST))
+            store_scalar(totals + 4 * r, float32(0.0))
+        for i in range(0, whole * padded, 16):
+            store(mixed + 4 * i, splat(F32X16, 0.0))
+        begin()
+        last = offset + token + tokens - 1
+        for block in range(last // KEY_BLOCK + 1):
+            start = block * KEY_BLOCK
+            if start >= SINK and start + KEY_BLOCK <= first:
+                continue
+            skips = first > SINK and start < first
+            for r in range(0, whole, height):
+                low = offset + token + r // group
+                high = min(offset + token + (r + height - 1) // group, last)
+                if start > high:
+                    continue
+                count = min(KEY_BLOCK, (high - start) // columns * columns + columns)
+                score(
+                    queries + r * padded * width, padded * width, height, keys + start // 16 * key_bytes,
+                    count // 16, key_bytes, padded, scores, KEY_BLOCK * 4,
+                )  # fmt: skip
+                masked = skips or start + count > low + 1
+                for i in range(height):
+                    position = min(offset + token + (r + i) // group, last)
+                    softmax(
+                        scores, weights, count, position, start, first if skips else 0, masked, scale,
+                        peaks + 4 * r, totals + 4 * r, i, mixed + (r + i) * padded * 4, padded,
+                    )  # fmt: skip
+                mix(
+                    weights, KEY_BLOCK * width, height, values + start * 16 * width, padded // 16, value_bytes,
+                    count, mixed + r * padded * 4, padded * 4,
+                )  # fmt: skip
+        end()
+        out = argument(args, 12) + (token * heads + head * group) * head_dim * 4
+        for r in range(rows):
+            place = out + (r // group * heads + r % group) * head_dim * 4
+            at = mixed + r * padded * 4
+            share = float32(1.0) / load_scalar(float32, totals + 4 * r)
+            d = 0
+            while d + 16 <= head_dim:
+                store(place + 4 * d, load(F32X16, at + 4 * d) * splat(F32X16, share))
+                d += 16
+            while d < head_dim:
+                store_scalar(place + 4 * d, float32(load_scalar(float32, at + 4 * d) * share))
+                d += 1
+
+    return compile_kernel(flash, features.key)

@@ -1,0 +1,177 @@
+"""Words of ``vectors`` about the order of lanes, and those that unpacking and attention need.
+
+Those that take lane numbers are made first (``first_half = picker(0, 1, 2, 3)``) and called in a kernel then, because
+lane numbers are part of the instruction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from slimrt.ops.fast.kernels import inline
+from slimrt.ops.fast.vectors import (
+    F32X16,
+    I32X16,
+    Vector,
+    emit,
+    fma,
+    maximum,
+    minimum,
+    pointer,
+    reinterpret,
+    splat,
+)
+
+__all__ = [
+    "bits_times",
+    "constant",
+    "exp",
+    "joiner",
+    "load_at",
+    "picker",
+    "prefetch",
+    "store_at",
+    "sum_each",
+    "where_set",
+]
+
+_INDEX = ir.IntType(32)
+
+
+def constant(kind: Vector, *values: float) -> Callable[[], Any]:
+    """``lambda: np.array(values, kind)``."""
+
+    @intrinsic
+    def make(typingctx):  # type: ignore[no-untyped-def]
+        def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+            return ir.Constant(kind.llvm, [kind.llvm.element(value) for value in values])
+
+        return kind(), codegen
+
+    return make
+
+
+def picker(*lanes: int) -> Callable[[Any], Any]:
+    """``lambda a: a[list(lanes)]``."""
+
+    @intrinsic
+    def pick(typingctx, a):  # type: ignore[no-untyped-def]
+        def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+            return builder.shuffle_vector(args[0], ir.Constant(args[0].type, ir.Undefined), _indices(lanes))
+
+        return Vector(a.element, len(lanes))(a), codegen
+
+    return pick
+
+
+def joiner(*lanes: int) -> Callable[[Any, Any], Any]:
+    """``lambda a, b: np.concatenate([a, b])[list(lanes)]``; a and b of the same kind."""
+
+    @intrinsic
+    def join(typingctx, a, b):  # type: ignore[no-untyped-def]
+        def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+            return builder.shuffle_vector(args[0], args[1], _indices(lanes))
+
+        return Vector(a.element, len(lanes))(a, b), codegen
+
+    return join
+
+
+def _indices(lanes: tuple[int, ...]) -> ir.Constant:
+    return ir.Constant(ir.VectorType(_INDEX, len(lanes)), [_INDEX(lane) for lane in lanes])
+
+
+def load_at(builder: ir.IRBuilder, address: ir.Value, offset: int, kind: Any) -> ir.Value:
+    """For intrinsics: ``m[0]``, a vector of ``kind`` (or numba.float32) ``offset`` bytes behind ``address``."""
+    llvm = kind.llvm if isinstance(kind, Vector) else ir.FloatType()
+    return builder.load(pointer(builder, builder.add(address, ir.IntType(64)(offset)), llvm), align=1)
+
+
+def store_at(builder: ir.IRBuilder, address: ir.Value, offset: int, value: ir.Value) -> None:
+    """For intrinsics: ``m[0] = value``, a vector, ``offset`` bytes behind ``address``."""
+    builder.store(value, pointer(builder, builder.add(address, ir.IntType(64)(offset)), value.type), align=1)
+
+
+@intrinsic
+def bits_times(typingctx, bits, value):  # type: ignore[no-untyped-def]
+    """``np.where(np.unpackbits(bits.view(uint8), bitorder="little"), value, 0)``: a bit for each lane of ``value``."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        mask = builder.bitcast(args[0], ir.VectorType(ir.IntType(1), value.lanes))
+        return builder.select(mask, args[1], ir.Constant(args[1].type, None))
+
+    return value(bits, value), codegen
+
+
+@intrinsic
+def where_set(typingctx, a, value):  # type: ignore[no-untyped-def]
+    """``np.where(a != 0, value, 0)``."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return builder.select(
+            builder.icmp_unsigned("!=", args[0], ir.Constant(args[0].type, None)),
+            args[1],
+            ir.Constant(args[1].type, None),
+        )
+
+    return value(a, value), codegen
+
+
+@intrinsic
+def prefetch(typingctx, address):  # type: ignore[no-untyped-def]
+    """Bring the cache line of ``address`` nearer; any address will do, nothing is read."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        where = pointer(builder, args[0], ir.IntType(8))
+        emit(builder, "llvm.prefetch.p0", ir.VoidType(), [where, _INDEX(0), _INDEX(3), _INDEX(1)])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
+
+
+@inline
+def exp(x):  # type: ignore[no-untyped-def]
+    """``np.exp(np.clip(x, -87.3, 88))`` for F32X16, to about 1e-7: 2**n * e**r with |r| <= ln(2) / 2."""
+    x = minimum(maximum(x, splat(F32X16, -87.3)), splat(F32X16, 88.0))
+    # Adding 1.5 * 2**23 rounds to whole numbers and leaves them in the low bits.
+    shifted = fma(x, splat(F32X16, 1.4426950408889634), splat(F32X16, 12582912.0))
+    whole = shifted - splat(F32X16, 12582912.0)
+    r = fma(whole, splat(F32X16, -0.693359375), x)  # ln(2) in two parts: the product with the first is exact
+    r = fma(whole, splat(F32X16, 2.12194440e-4), r)
+    # Cephes' polynomial for (e**r - 1 - r) / r**2.
+    p = splat(F32X16, 1.9875691500e-4)
+    p = fma(p, r, splat(F32X16, 1.3981999507e-3))
+    p = fma(p, r, splat(F32X16, 8.3334519073e-3))
+    p = fma(p, r, splat(F32X16, 4.1665795894e-2))
+    p = fma(p, r, splat(F32X16, 1.6666665459e-1))
+    p = fma(p, r, splat(F32X16, 5.0000001201e-1))
+    p = fma(p, r * r, r) + splat(F32X16, 1.0)
+    return reinterpret(F32X16, reinterpret(I32X16, p) + (reinterpret(I32X16, shifted) << splat(I32X16, 23)))
+
+
+@intrinsic
+def sum_each(typingctx, address):  # type: ignore[no-untyped-def]
+    """``m.reshape(16, 16).sum(axis=1)``: of 16 vectors F32X16 that follow each other, each one's sum: F32X16."""
+    vector = F32X16.llvm
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        base = pointer(builder, args[0], vector)
+        left = [builder.load(builder.gep(base, [ir.IntType(64)(row)]), align=1) for row in range(16)]
+        # Each step joins rows half the list apart: their halves (quarters, ...) side by side, then added. After four
+        # steps lane i is all of row i.
+        for width in (8, 4, 2, 1):
+            low = [base + i + 16 * row for base in range(0, 16, 2 * width) for row in (0, 1) for i in range(width)]
+            high = [index + width for index in low]
+            half = len(left) // 2
+            left = [
+                builder.fadd(*(builder.shuffle_vector(a, b, _indices(tuple(pick))) for pick in (low, high)))
+                for a, b in zip(left[:half], left[half:], strict=True)
+            ]
+        return left[0]
+
+    return F32X16(types.int64), codegen

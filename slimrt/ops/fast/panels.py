@@ -1,0 +1,91 @@
+"""Packed matrices made ready for many rows: panels of factors, a layer's at a time, in memory that is used again."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from slimrt.gguf import TensorInfo
+from slimrt.ops.fast.features import Features
+from slimrt.ops.fast.products import PANEL, shape_of
+from slimrt.ops.fast.team import Program, Team, address
+from slimrt.ops.fast.unpack import unpack
+
+__all__ = ["PanelMaker", "Panels"]
+
+
+@dataclass(eq=False)
+class Panels:
+    """All parts of a stacked matrix, each filled up to whole groups of panels."""
+
+    memory: np.ndarray
+    address: int
+    inner: int  # columns of the matrix, filled up: K
+    starts: tuple[int, ...]  # of each part: its first panel
+    count: int  # panels in all
+
+    def columns(self, part: int) -> int:
+        """The column of a product where ``part`` begins."""
+        return self.starts[part] * PANEL
+
+    def spread(self, values: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
+        """A bias of the stacked rows, laid out like a product's columns."""
+        wide = np.zeros(self.count * PANEL, np.float32)
+        at = 0
+        for part, size in enumerate(sizes):
+            wide[self.columns(part) : self.columns(part) + size] = values[at : at + size]
+            at += size
+        return wide
+
+
+class PanelMaker:
+    """Unpacks matrices on a team. The memory of panels that were dropped serves the next of its size."""
+
+    def __init__(self, features: Features, team: Team) -> None:
+        self._features, self._team = features, team
+        self._free: dict[int, list[np.ndarray]] = {}
+        self._lock = threading.Lock()
+
+    def make(self, parts: Sequence[TensorInfo]) -> Panels:
+        """``parts`` [out_i, in], stacked."""
+        shape = shape_of(self._features)
+        inner = shape.padded(parts[0].shape[-1])
+        panel_bytes = inner * PANEL * shape.element_bytes
+        starts, count = [], 0
+        for part in parts:
+            starts.append(count)
+            count += shape.padded(part.shape[0]) // PANEL
+        memory = self._memory(count * panel_bytes)
+        begin = -(-address(memory) // 64) * 64
+        program = Program()
+        for part, start in zip(parts, starts, strict=True):
+            rows = part.shape[0]
+            used = -(-rows // PANEL)
+            at = begin + start * panel_bytes
+            program.add(
+                unpack(self._features, part.type, "bf16" if shape.bf16 else "f32"),
+                used,
+                address(part.data), part.nbytes // rows, rows, part.shape[-1], at, inner,
+            )  # fmt: skip
+            unused = shape.padded(rows) // PANEL - used  # zeros, for they are multiplied with
+            low = at - address(memory) + used * panel_bytes
+            memory[low : low + unused * panel_bytes] = 0
+        self._team.run(program)
+        panels = Panels(memory, begin, inner, tuple(starts), count)
+        weakref.finalize(panels, self._give_back, memory)
+        return panels
+
+    def _memory(self, nbytes: int) -> np.ndarray:
+        with self._lock:
+            free = self._free.get(nbytes)
+            if free:
+                return free.pop()
+        return np.empty(nbytes + 64, np.uint8)
+
+    def _give_back(self, memory: np.ndarray) -> None:
+        with self._lock:
+            self._free.setdefault(len(memory) - 64, []).append(memory)
