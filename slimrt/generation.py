@@ -258,6 +258,8 @@ class CompletionStream:
                 kv_bytes_host=self._session.kv_bytes_host,
                 reused_tokens=self._reading.reused,
                 reuse_note="; ".join(part for part in (self._note, self._reading.note, self._shift_note) if part),
+                windowed_tokens=self._reading.windowed,
+                dense_note=self._reading.dense,
             ),
             logprobs=list(self._logprobs) if self._wants_logprobs else None,
         )

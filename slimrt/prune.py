@@ -13,7 +13,7 @@ from slimrt.errors import SettingError
 from slimrt.ops.numpy_scores import BLOCK_SCORES
 from slimrt.ops.reach import RUN
 
-__all__ = ["Cut", "Windows", "check_plan", "local_blocks", "schedule", "select_rows", "windows"]
+__all__ = ["Cut", "Windows", "check_plan", "local_blocks", "schedule", "select_rows", "why_dense", "windows"]
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,15 @@ def schedule(plan: PrunePlan, tokens: int) -> tuple[Cut, ...]:
     ):  # a plan that keeps everything runs through the same code, to be compared with dense
         cuts = [Cut(stage.layer, total) for stage in plan.stages]
     return tuple(cuts)
+
+
+def why_dense(plan: PrunePlan, tokens: int) -> str:
+    """Why a prompt of ``tokens`` runs dense although there is a plan, in words; empty if it does not."""
+    if tokens < plan.min_tokens:
+        return f"the prompt has {tokens:,} tokens, and this plan leaves prompts under {plan.min_tokens:,} whole"
+    if schedule(plan, tokens) or windows(plan, tokens).rows:
+        return ""
+    return f"every stage of the plan would keep all of these {tokens:,} tokens"
 
 
 def local_blocks(plan: PrunePlan, rows: int) -> int:

@@ -10,16 +10,19 @@ import numpy as np
 from slimrt.config import PrunePlan
 from slimrt.engine import Engine, Progress, Trace
 from slimrt.errors import ContextError, TokenizerError
-from slimrt.prune import schedule, windows
+from slimrt.prune import schedule, why_dense, windows
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How a prompt was read: tokens that an earlier call had done already and why not more; tokens each cut kept."""
+    """How a prompt was read: tokens that an earlier call had done already and why not more; tokens each cut kept; first
+    tokens under windows; why it ran dense although there is a plan."""
 
     reused: int
     note: str
     stages: tuple[int, ...] = ()
+    windowed: int = 0
+    dense: str = ""
 
 
 class Session:
@@ -74,7 +77,7 @@ class Session:
         self.truncate(reused)
         self.context.windows = limits
         stages = self._read(ids[reused:], plan, cuts, progress, trace)
-        return Reading(reused, note, stages)
+        return Reading(reused, note, stages, limits.rows, "" if plan is None else why_dense(plan, len(ids)))
 
     @property
     def _boundary_layer(self) -> int | None:
