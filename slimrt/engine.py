@@ -15,6 +15,7 @@ from slimrt.errors import ComputeError
 from slimrt.kv_cache import Cache, KVCache
 from slimrt.kv_offload import OffloadedKVCache
 from slimrt.models import Llama
+from slimrt.ops.decoding import Decoder
 from slimrt.prune import Cut, Windows, select_rows
 
 Progress = Callable[[int, int], None]  # (layers done, layers in all)
@@ -142,6 +143,7 @@ class Engine:
                 cos, sin = model.rope(positions)
             cache.attended(number)
             x = model.feed_forward(layer, x)
+            del layer  # a scratch copy of its weights goes before the next layer's is made
             if trace:
                 trace.layer(number)
             if progress:
@@ -150,8 +152,21 @@ class Engine:
         return x, tuple(kept)
 
     def decode_step(self, context: Context, token: int) -> np.ndarray:
-        """Read one token; returns the next-token logits [V] (a host array)."""
-        return self.logits(self.prefill(context, [token], exact=False)[0])[0]
+        """Read one token; returns the next-token logits [V] (a host array). Raises as ``logits`` does."""
+        if self._decoder is None or not isinstance(context.cache, KVCache):
+            return self.logits(self.prefill(context, [token], exact=False)[0])[0]
+        middle = None if context.boundary is None else context.boundary.layer
+        logits, hidden = self._decoder.step(context.cache, token, context.length, middle=middle)
+        if context.boundary is not None:
+            context.boundary.append(hidden)
+        context.length += 1
+        return _finite(logits)
+
+    @functools.cached_property
+    def _decoder(self) -> Decoder | None:
+        """The backend's own way to read a token, if it has one: made when the first token is decoded."""
+        decoder: Decoder | None = self.ops.decoder(self.model)
+        return decoder
 
     @_computing
     def logits(self, x: np.ndarray) -> np.ndarray:
@@ -162,12 +177,7 @@ class Engine:
             logits[rows] = self.ops.to_host(self.model.logits(x[rows]))
 
         self.ops.rows(head, len(x))
-        if not np.isfinite(logits).all():
-            raise ComputeError(
-                "the model's logits are not finite; its weights hold NaN or infinity, or overflow; "
-                "fetch or convert it anew"
-            )
-        return logits
+        return _finite(logits)
 
     def _attend(self, windows: Windows, layer: int, q: Any, keys: Any, values: Any) -> Any:
         """Attention of the last rows of a layer, those under its windows apart from those that see everything."""
@@ -181,3 +191,12 @@ class Engine:
         if limited < len(q):
             self.ops.attend(q[limited:], keys, values, result[limited:])
         return result
+
+
+def _finite(logits: np.ndarray) -> np.ndarray:
+    """``logits`` themselves; raises ComputeError if one is NaN or infinite."""
+    if not np.isfinite(logits).all():
+        raise ComputeError(
+            "the model's logits are not finite; its weights hold NaN or infinity, or overflow; fetch or convert it anew"
+        )
+    return logits

@@ -113,10 +113,13 @@ class Session:
         # Until the work is done the tokens are not part of the conversation: an interrupted call leaves the rest valid.
         start = len(self.tokens)
         try:
-            hidden, stages = self.engine.prefill(
-                self.context, ids, plan=plan, cuts=cuts, exact=exact, progress=progress, trace=trace
-            )
-            self.logits = self.engine.logits(hidden)[0]
+            if len(ids) == 1 and not exact:
+                self.logits, stages = self.engine.decode_step(self.context, ids[0]), ()
+            else:
+                hidden, stages = self.engine.prefill(
+                    self.context, ids, plan=plan, cuts=cuts, exact=exact, progress=progress, trace=trace
+                )
+                self.logits = self.engine.logits(hidden)[0]
         except BaseException:
             # A cut had dropped the pruned stages of the old tokens, so nothing of them can serve again.
             self.truncate(0 if cuts or not self.context.cache.intact else start)

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -91,6 +92,9 @@ class NumpyOps(NumpyMemory, LayerOps):
             dequantize(part, out=stacked[at : at + part.shape[0]])
             at += part.shape[0]
         return stacked
+
+    def decoder(self, model: Any) -> None:
+        """None: a token goes through the layers one operation after the other, see ``slimrt.ops.decoding``."""
 
     # -- parallel structure -----------------------------------------------------------------------------------------
 

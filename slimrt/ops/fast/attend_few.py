@@ -182,9 +182,9 @@ def _mix_key(heads: int, pieces: int, step: int) -> tuple[Any, Any, Any]:
 def attend_kernel(features: Features, head_dim: int, group: int) -> Kernel:
     """Item: (query row, KV head, span), the span running fastest. ``group`` = H / Hkv.
 
-    Args: 0 queries f32 [T, H, Dh], 1 keys, 2 values (float16 [Hkv, N, Dh]), 3 bytes from head to head, 4 N, 5 T,
-    6 Hkv, 7 rows a span, 8 spans, 9 partial results [T, H, spans], 10 reach int64 [Hkv] or 0, 11 scratch, 12 bytes
-    of it for a thread.
+    Args: 0 queries f32 [T, H, Dh], 1 keys, 2 values (float16 [Hkv, N, Dh]), 3 bytes from head to head of keys, 4 N,
+    5 T, 6 Hkv, 7 rows a span, 8 spans, 9 partial results [T, H, spans], 10 reach int64 [Hkv] or 0, 11 scratch, 12 bytes
+    of it for a thread, 13 bytes from head to head of values.
     """
     grouping = Grouping(group)
     heads, chunks = grouping.together, grouping.chunks
@@ -254,7 +254,7 @@ def attend_kernel(features: Features, head_dim: int, group: int) -> Kernel:
         if first != 0:
             seen += SINK - first  # the rows that are read count as one run
         keys = argument(args, 1) + head * argument(args, 3)
-        values = argument(args, 2) + head * argument(args, 3)
+        values = argument(args, 2) + head * argument(args, 13)
         sums = argument(args, 11) + thread * argument(args, 12)
         scores = sums + heads * 16 * 64
         queries = scores + heads * TILE * 4
@@ -335,6 +335,7 @@ def attend(ops: Any, q: np.ndarray, k: np.ndarray, v: np.ndarray, reach: Reach =
     kv_heads, rows, _ = k.shape
     group = heads // kv_heads
     q = np.ascontiguousarray(q)
+    k, v = (x if x.strides[1:] == (head_dim * 2, 2) else np.ascontiguousarray(x) for x in (k, v))
     size = spans_for(rows, kv_heads * tokens, ops.threads)
     spans = -(-rows // size)
     partial = np.empty((tokens, heads, spans, partial_bytes(head_dim)), np.uint8)
@@ -345,7 +346,7 @@ def attend(ops: Any, q: np.ndarray, k: np.ndarray, v: np.ndarray, reach: Reach =
     program.add(
         attend_kernel(ops.features, head_dim, group), tokens * kv_heads * spans,
         address(q), address(k), address(v), k.strides[0], rows, tokens, kv_heads, size, spans, address(partial),
-        0 if windows is None else address(windows), address(scratch), scratch.strides[0],
+        0 if windows is None else address(windows), address(scratch), scratch.strides[0], v.strides[0],
     )  # fmt: skip
     joined = join_kernel(ops.features, head_dim)
     program.add(joined, tokens, address(partial), spans, heads, address(out), out.strides[0], 0)

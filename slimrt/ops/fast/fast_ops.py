@@ -10,12 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from gguf.constants import GGMLQuantizationType
 
 from slimrt.gguf import TensorInfo
 from slimrt.ops.fast import attend_few, gemv
+from slimrt.ops.fast.decode import Decoder
 from slimrt.ops.fast.dots import FORMATS
 from slimrt.ops.fast.features import Features, detect
 from slimrt.ops.fast.flash import KEY_BLOCK, flash_kernel, pack_kernel, tile_scratch
@@ -78,6 +80,10 @@ class FastOps(NumpyOps):
     def _ready(self, weight: FastWeight) -> Panels:
         return weight.panels or self._panels.make(weight.parts)
 
+    def decoder(self, model: Any) -> Decoder | None:  # type: ignore[override]
+        """A program for a whole token; None for a model with heads of a width that its attention does not take."""
+        return None if model.config.head_dim % 16 else Decoder(self, model)
+
     # -- parallel structure -----------------------------------------------------------------------------------------
 
     def rows(self, task: Callable[[slice], object], count: int) -> None:
@@ -128,9 +134,7 @@ class FastOps(NumpyOps):
         panels = self._ready(weight)
         if len(weight.parts) > 1 and any(part.shape[0] % self._shape.columns for part in weight.parts[:-1]):
             # The parts' columns do not follow each other in the product.
-            results = [
-                self._linear(x, FastWeight((part,)), None, None) for part in weight.parts
-            ]
+            results = [self._linear(x, FastWeight((part,)), None, None) for part in weight.parts]
             joint = np.concatenate(results, axis=1)
             if bias is not None:
                 joint += bias

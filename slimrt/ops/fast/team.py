@@ -149,6 +149,10 @@ class Program:
         self._table = None
         return words
 
+    def __len__(self) -> int:
+        """How many jobs."""
+        return len(self._jobs) // 3
+
     @property
     def table(self) -> np.ndarray:
         """[jobs, 3]: kernel, items, address of the arguments; the items may be changed between two runs."""

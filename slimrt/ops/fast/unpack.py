@@ -1,11 +1,11 @@
 """Packed rows to the panels that products of many rows read: bfloat16 or float32, a layer at a time, as fast as memory.
 
-A panel holds 16 rows of the packed matrix, column after column: float32 [columns][16], or bfloat16 in pairs of columns,
-[columns / 2][16][2]. 16 rows are unpacked into a tile of float32 that stays in the first-level cache, then turned over in
-blocks of 16 x 16 words.
+A panel holds 16 rows of the packed matrix, column after column: float32 [columns][16], or bfloat16 in pairs of
+columns, [columns / 2][16][2]. 16 rows are unpacked into a tile of float32 that stays in the first-level cache, then
+turned over in blocks of 16 x 16 words.
 
-The float32 numbers are bit for bit those of ``gguf.dequantize``, which the operations here follow one by one: no sum and
-product are ever joined. The bfloat16 numbers are these, rounded to nearest even.
+The float32 numbers are bit for bit those of ``gguf.dequantize``, which the operations here follow one by one: no sum
+and product are ever joined. The bfloat16 numbers are these, rounded to nearest even.
 """
 
 from __future__ import annotations
@@ -273,8 +273,8 @@ _SIXTEEN = {Kind.F32: _f32_16, Kind.F16: _f16_16, Kind.BF16: _bf16_16}
 def unpack(features: Features, kind: GGMLQuantizationType, target: Literal["bf16", "f32"]) -> Kernel:
     """Item: one panel. KeyError if there is no unpacker for ``kind``.
 
-    Args: 0 packed rows, 1 bytes a row, 2 rows (those that the last panel lacks are zeros), 3 columns, 4 panels, 5 columns
-    of a panel: as many, for bfloat16 rounded up to a multiple of 32, with zeros.
+    Args: 0 packed rows, 1 bytes a row, 2 rows (those that the last panel lacks are zeros), 3 columns, 4 panels,
+    5 columns of a panel: as many, for bfloat16 rounded up to a multiple of 32, with zeros.
     """
     elements, nbytes = GGML_QUANT_SIZES[kind]
     one = _UNPACKERS[kind]

@@ -1,0 +1,312 @@
+"""One token through all layers as one program of the team: no interpreter between the products.
+
+Per layer, each line a job that begins when the one before has ended:
+
+    norm, rounded to int8          (one item)
+    q, k, v                        (rows)
+    rotate q and k, append k and v (one item)
+    attention                      (KV heads x spans of keys)
+    join the spans, round to int8  (one item)
+    output projection + residual   (rows)
+    norm, rounded to int8          (one item)
+    gate, up                       (rows)
+    silu(gate) * up, rounded       (records)
+    down + residual                (rows)
+
+and behind the last layer a norm and the head. The residual stream goes from ``hidden`` to the layer's row of
+``middle`` (after attention) and back to ``hidden``. What changes from token to token are a few words of the jobs'
+arguments: how many rows a layer holds, and where they lie.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import weakref
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+from numba import float32
+
+from slimrt.kv_cache import KVCache
+from slimrt.ops.fast.activations import (
+    RECORD,
+    RECORD_BYTES,
+    activation_bytes,
+    padded,
+    quantize_record,
+    quantize_row,
+)
+from slimrt.ops.fast.attend_few import Grouping, attend_kernel, join_kernel, partial_bytes, spans_for
+from slimrt.ops.fast.features import Features
+from slimrt.ops.fast.gemv import Product, Rows, add_products, aligned_zeros
+from slimrt.ops.fast.kernels import Kernel, compile_kernel
+from slimrt.ops.fast.lanes import exp
+from slimrt.ops.fast.team import Program, address
+from slimrt.ops.fast.vectors import (
+    F16X16,
+    F32X16,
+    argument,
+    argument_float,
+    convert,
+    fma,
+    load,
+    load_scalar,
+    splat,
+    store,
+    store_scalar,
+    sum_lanes,
+)
+from slimrt.ops.reach import Reach
+
+__all__ = ["Decoder"]
+
+_RECORDS = 4  # of silu(gate) * up that an item computes
+
+
+@cache
+def norm_kernel(features: Features) -> Kernel:
+    """``out = x / np.sqrt(np.mean(x * x) + eps) * gain`` [n], all padded with zeros to 16; then rounded to int8.
+
+    Args: 0 x, 1 gain, 2 n, 3 eps (float), 4 out, 5 padded columns, 6 whether to round.
+    """
+
+    def norm(item, thread, args):  # type: ignore[no-untyped-def]
+        x, gain, count, out = argument(args, 0), argument(args, 1), argument(args, 2), argument(args, 4)
+        squares = splat(F32X16, 0.0)
+        for i in range(0, count, 16):
+            value = load(F32X16, x + i * 4)
+            squares = fma(value, value, squares)
+        mean = sum_lanes(squares) / float32(count)
+        factor = splat(F32X16, float32(1) / float32(math.sqrt(mean + argument_float(args, 3))))
+        for i in range(0, count, 16):
+            store(out + i * 4, load(F32X16, x + i * 4) * factor * load(F32X16, gain + i * 4))
+        if argument(args, 6) != 0:
+            quantize_row(out, argument(args, 5))
+
+    return compile_kernel(norm, features.key)
+
+
+@cache
+def append_kernel(features: Features, head_dim: int) -> Kernel:
+    """Rotate q and k [H + Hkv, Dh] (pairs (i, half + i) by an angle) in place; k and v to float16 rows of the cache.
+
+    Args: 0 q, k, v f32 [H + 2 Hkv, Dh], 1 H, 2 Hkv, 3 cos, 4 sin [half], 5 half, 6 keys, 7 values, 8 bytes from head to
+    head, 9 row.
+    """
+
+    def append(item, thread, args):  # type: ignore[no-untyped-def]
+        joint, heads, kv_heads = argument(args, 0), argument(args, 1), argument(args, 2)
+        cos, sin, half = argument(args, 3), argument(args, 4), argument(args, 5)
+        whole = half // 16 * 16
+        for head in range(heads + kv_heads):
+            x = joint + head * head_dim * 4
+            for i in range(0, whole, 16):
+                c, s = load(F32X16, cos + i * 4), load(F32X16, sin + i * 4)
+                a, b = load(F32X16, x + i * 4), load(F32X16, x + (half + i) * 4)
+                store(x + i * 4, a * c - b * s)
+                store(x + (half + i) * 4, b * c + a * s)
+            for i in range(whole, half):
+                d, t = load_scalar(float32, cos + i * 4), load_scalar(float32, sin + i * 4)
+                e, f = load_scalar(float32, x + i * 4), load_scalar(float32, x + (half + i) * 4)
+                store_scalar(x + i * 4, float32(e * d - f * t))
+                store_scalar(x + (half + i) * 4, float32(f * d + e * t))
+        offset = argument(args, 9) * head_dim * 2
+        for head in range(kv_heads):
+            for side in range(2):
+                x = joint + (heads + side * kv_heads + head) * head_dim * 4
+                to = argument(args, 6 + side) + head * argument(args, 8) + offset
+                for i in range(0, head_dim, 16):
+                    store(to + i * 2, convert(F16X16, load(F32X16, x + i * 4)))
+
+    return compile_kernel(append, f"{features.key}-{head_dim}")
+
+
+@cache
+def gate_kernel(features: Features) -> Kernel:
+    """``out = gate / (1 + np.exp(-gate)) * up``, rounded to int8. Item: _RECORDS records, padded with zeros.
+
+    Args: 0 gate, 1 up, 2 buffer of activations, 3 padded columns.
+    """
+
+    def activate(item, thread, args):  # type: ignore[no-untyped-def]
+        gate, up, out, width = argument(args, 0), argument(args, 1), argument(args, 2), argument(args, 3)
+        for record in range(item * _RECORDS, min((item + 1) * _RECORDS, width // RECORD)):
+            for at in range(record * RECORD * 4, (record + 1) * RECORD * 4, 64):
+                value = load(F32X16, gate + at)
+                share = splat(F32X16, 1.0) / (splat(F32X16, 1.0) + exp(splat(F32X16, 0.0) - value))
+                store(out + at, value * share * load(F32X16, up + at))
+            quantize_record(out + record * RECORD * 4, out + width * 4 + record * RECORD_BYTES)
+
+    return compile_kernel(activate, features.key)
+
+
+class _Layer:
+    """The words of one layer's jobs that change from token to token."""
+
+    def __init__(self, append: np.ndarray, attend: np.ndarray, join: np.ndarray, job: int) -> None:
+        self.append, self.attend, self.join = append, attend, join
+        self.job = job  # number of the attention's job in the program
+        self.store: weakref.ref[np.ndarray] | None = None  # whose address the words hold
+
+    def place(self, store: np.ndarray) -> None:
+        """The rows lie in ``store`` [2, Hkv, capacity, Dh]."""
+        keys, values = store
+        self.append[6:9] = address(keys), address(values), keys.strides[0]
+        self.attend[1:4] = address(keys), address(values), keys.strides[0]
+        self.attend[13] = values.strides[0]
+        self.store = weakref.ref(store)
+
+
+class Decoder:
+    """The program of one model. One step at a time: callers in other threads wait."""
+
+    def __init__(self, ops: Any, model: Any) -> None:
+        """``ops``: a FastOps; ``model``: a Llama on it, its head width a multiple of 16."""
+        self.config, self._ops, self._model = model.config, ops, model
+        self._lock = threading.Lock()
+        self._kept: list[Any] = []  # what the program has addresses of
+        self._allocate()
+        self._program = Program()
+        self._layers = [self._add_layer(number, layer) for number, layer in enumerate(model.layers)]
+        head = self._rows(model.head)
+        self._norm(address(self._hidden), self._vector(model.norm, self.config.d_model), head)
+        self._products(self._normed, head, [address(self._logits)], None)
+
+    def _allocate(self) -> None:
+        c = self.config
+        heads = c.n_heads + 2 * c.n_kv_heads
+        self._hidden = self._floats(1, c.d_model)[0]
+        self._middle = self._floats(c.n_layers, c.d_model)
+        self._logits = self._floats(1, c.vocab_size)[0]
+        self._joint = self._floats(1, heads * c.head_dim)[0]
+        self._gate, self._up = self._floats(2, c.d_ff)
+        self._angles = self._floats(2, max(1, c.rope.dims // 2))
+        self._normed, self._mixed, self._activated = (
+            aligned_zeros(1, activation_bytes(n)) for n in (c.d_model, c.n_heads * c.head_dim, c.d_ff)
+        )
+        # A layer of any length has at most so many spans: each thread gets four items, with the spans of all heads.
+        most = -(-4 * self._ops.threads // c.n_kv_heads) + 1
+        self._partial = aligned_zeros(c.n_heads * most, partial_bytes(c.head_dim))
+        self._scratch = aligned_zeros(self._ops.threads, Grouping(c.n_heads // c.n_kv_heads).scratch_bytes(c.head_dim))
+
+    @staticmethod
+    def _floats(rows: int, columns: int) -> np.ndarray:
+        """Zeros float32 [rows, padded columns] on cache lines."""
+        return aligned_zeros(rows, padded(columns) * 4).view(np.float32)
+
+    def _rows(self, weight: Any) -> list[Rows]:
+        rows = [Rows.of(part, self._ops.features) for part in weight.parts]
+        self._kept += rows
+        return rows
+
+    def _vector(self, vector: np.ndarray | None, columns: int) -> int:
+        """The address of a gain or bias, 0 for none."""
+        if vector is None:
+            return 0
+        copy = self._floats(1, columns)
+        copy[0, :columns] = vector
+        self._kept.append(copy)
+        return address(copy)
+
+    def _add_layer(self, number: int, layer: Any) -> _Layer:
+        c, features, program = self.config, self._ops.features, self._program
+        d, hidden, middle, joint = c.d_model, address(self._hidden), address(self._middle[number]), address(self._joint)
+        width = c.n_heads * c.head_dim
+        qkv, gate_up = self._rows(layer.qkv), self._rows(layer.gate_up)
+        out, down = self._rows(layer.out), self._rows(layer.down)
+        self._norm(hidden, self._vector(layer.attn_norm, d), qkv)
+        self._products(self._normed, qkv, [joint], layer.qkv_bias)
+        head_bytes = c.head_dim * 4
+        append = program.add(
+            append_kernel(features, c.head_dim), 1, joint, c.n_heads, c.n_kv_heads,
+            address(self._angles[0]), address(self._angles[1]), c.rope.dims // 2, 0, 0, 0, 0,
+        )  # fmt: skip
+        attend = program.add(
+            attend_kernel(features, c.head_dim, c.n_heads // c.n_kv_heads), 0, joint, 0, 0, 0, 0, 1, c.n_kv_heads, 0, 0,
+            address(self._partial), 0, address(self._scratch), self._scratch.strides[0], 0,
+        )  # fmt: skip
+        job = len(program) - 1
+        rounded = padded(width) if any(rows.format.quantized for rows in out) else 0
+        join = program.add(
+            join_kernel(features, c.head_dim), 1, address(self._partial), 0, c.n_heads, address(self._mixed),
+            c.n_heads * head_bytes, rounded,
+        )  # fmt: skip
+        self._products(self._mixed, out, [middle], layer.out_bias, hidden)
+        self._norm(middle, self._vector(layer.ffn_norm, d), gate_up)
+        self._products(self._normed, gate_up, [address(self._gate), address(self._up)], layer.gate_up_bias)
+        program.add(
+            gate_kernel(features), -(-padded(c.d_ff) // (RECORD * _RECORDS)), address(self._gate), address(self._up),
+            address(self._activated), padded(c.d_ff),
+        )  # fmt: skip
+        self._products(self._activated, down, [hidden], layer.down_bias, middle)
+        return _Layer(append, attend, join, job)
+
+    def _norm(self, x: int, gain: int, consumers: Sequence[Rows]) -> None:
+        d = self.config.d_model
+        rounds = int(any(rows.format.quantized for rows in consumers))
+        self._program.add(
+            norm_kernel(self._ops.features), 1,
+            x, gain, d, float(self.config.norm_eps), address(self._normed), padded(d), rounds,
+        )  # fmt: skip
+
+    def _products(
+        self, source: np.ndarray, parts: Sequence[Rows], outs: Sequence[int], bias: np.ndarray | None, residual: int = 0
+    ) -> None:
+        """Products of one vector with stacked parts: each to an address of its own, or one after the other to one."""
+        biases = self._vector(bias, 0 if bias is None else len(bias))
+        products, row = [], 0
+        for number, rows in enumerate(parts):
+            out = outs[number] if len(outs) > 1 else outs[0] + row * 4
+            products.append(Product(rows, out, 0, biases + row * 4 if biases else 0, residual))
+            row += rows.tensor.shape[0]
+        add_products(self._program, self._ops.features, self._ops.threads, address(source), 0, 1, products)
+
+    # -- a token ------------------------------------------------------------------------------------------------------
+
+    def step(
+        self,
+        cache: KVCache,
+        token: int,
+        position: int,
+        *,
+        reach: Sequence[Reach] | None = None,
+        middle: int | None = None,
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """See ``slimrt.ops.decoding.Decoder``."""
+        with self._lock:
+            d = self.config.d_model
+            cos, sin = self._model.rope(np.array([position]))
+            self._hidden[:d] = self._model.embed(np.array([token]))[0]
+            self._angles[0, : cos.shape[1]], self._angles[1, : sin.shape[1]] = cos[0], sin[0]
+            windows = self._begin(cache, position, reach)
+            self._ops.team.run(self._program)
+            del windows  # the program had their addresses
+            between = None if middle is None else self._middle[middle, :d][None].copy()
+            return self._logits[: self.config.vocab_size].copy(), between
+
+    def _begin(self, cache: KVCache, position: int, reach: Sequence[Reach] | None) -> list[np.ndarray]:
+        """Make room for a row in every layer, and tell the program where the rows lie and how many there are."""
+        kv_heads, threads, table = self.config.n_kv_heads, self._ops.threads, self._program.table
+        at, windows = np.array([position]), []
+        for number, layer in enumerate(self._layers):
+            store = cache.room(number, 1)
+            if layer.store is None or layer.store() is not store:
+                layer.place(store)
+            cache.appended(number, at)
+            rows = cache.length(number)
+            size = spans_for(rows, kv_heads, threads)
+            spans = -(-rows // size)
+            layer.append[9] = rows - 1
+            layer.attend[4] = rows
+            layer.attend[7:9] = size, spans
+            layer.join[1] = spans
+            table[layer.job, 1] = kv_heads * spans
+            far = None if reach is None else reach[number]
+            layer.attend[10] = 0
+            if far is not None:
+                windows.append(np.array(far, np.int64))
+                layer.attend[10] = address(windows[-1])
+        return windows
