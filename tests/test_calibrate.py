@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from click_cli import cli
 from slimrt.calibrate.candidates import first_layer, grid, scorings, selectors, work
-from slimrt.calibrate.heads import with_windows
+from slimrt.calibrate.heads import head_losses, with_windows
 from slimrt.calibrate.journal import Journal
 from slimrt.calibrate.probe import probing
 from slimrt.calibrate.search import Bounds, Measured, _firsts, _rounds, _survivors, calibrate
@@ -126,17 +126,33 @@ def test_survivors_are_cheap_or_safe_and_possible() -> None:
 
 def test_windows_go_to_the_heads_that_lose_least_as_far_as_the_bound_allows(llm: LLM) -> None:
     cut = PrunePlan((Stage(3, 0.5),))
-    losses = {(layer, head): 0.001 for layer in range(6) for head in range(llm.config.n_kv_heads)}
-    losses |= {(1, 0): 0.0001, (3, 1): 0.0002, (4, 0): 0.0}  # layer 4 lies behind the cut
+    losses = {(layer, head): 0.002 for layer in range(6) for head in range(llm.config.n_kv_heads)}
+    losses |= {(1, 0): 0.0005, (3, 1): 0.002, (4, 0): 0.0}  # layer 4 lies behind the cut
     plans = with_windows(llm.config, cut, losses, bound=0.01)
-    # A twentieth of the bound is 0.0005, 0.15 of it 0.0015, 0.4 of it 0.004.
-    assert [sum(map(bool, sum((w.reach for w in plan.windows), ()))) for plan in plans] == [2, 3, 5]
-    assert {(w.layer, w.reach.index(512)) for w in plans[0].windows} == {(1, 0), (3, 1)}
+    # 0.3 of the bound is 0.003: two heads at 512 and at 1024 rows; all of it is 0.01: five heads.
+    assert [sum(map(bool, sum((w.reach for w in plan.windows), ()))) for plan in plans] == [2, 2, 5, 5]
+    assert [max(plan.windows[0].reach) for plan in plans] == [512, 1024, 512, 1024]
+    assert (1, (512, 0)) in [(w.layer, w.reach) for w in plans[0].windows]
+    assert all(w.layer != 4 for plan in plans for w in plan.windows)
     for plan in plans:
         check_plan(plan, llm.config)
         assert dataclasses.replace(plan, windows=()) == cut
         assert work(llm.config, plan, 8000) < work(llm.config, cut, 8000)
-    assert with_windows(llm.config, cut, losses, bound=0.0002) == []
+    assert with_windows(llm.config, cut, losses, bound=0.0004) == []
+
+
+def test_heads_are_looked_at_one_by_one_only_where_their_layer_loses_something(llm: LLM) -> None:
+    asked: list[PrunePlan] = []
+
+    def measure(plans: list[PrunePlan]) -> list[float]:
+        asked.extend(plans)
+        return [0.01 if plan.windows[0].layer == 2 and plan.windows[0].reach[1] else 0.0001 for plan in plans]
+
+    losses = head_losses(llm.config, PrunePlan(), 0.05, measure)
+    assert losses[2, 1] == 0.01 and losses[2, 0] == 0.0001 and losses[3, 0] == 0.0001 / llm.config.n_kv_heads
+    assert len(asked) == llm.config.n_layers - 1 + llm.config.n_kv_heads
+    for plan in asked:
+        check_plan(plan, llm.config)
 
 
 def test_first_layers_lose_less_than_all_before_them() -> None:

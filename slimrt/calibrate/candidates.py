@@ -16,7 +16,7 @@ MIN_TOKENS = 1024  # shorter prompts are read in little time anyway, and were no
 
 # Of the layers: where the first cut is tried, where scores are compared. Layers differ much in how well their attention
 # tells what will be wanted (SmolLM2: 14 and 18 well, 12 and 16 badly), so each of them is.
-_EARLIEST, _MIDDLE, _LATEST = 0.35, 0.47, 0.64
+_EARLIEST, _MIDDLE, _LATEST = 0.4, 0.47, 0.75
 # The second cut comes so far into the layers that the first one leaves, a third so far behind that.
 _SECOND, _THIRD = (0.3, 0.55), 0.8
 _KEEPS = (

@@ -1,8 +1,8 @@
 """Which heads need not look far back: the layers before the first cut read everything, and there windows save time.
 
-Heads differ more than layers do (retrieval heads and streaming heads: DuoAttention, arXiv 2410.10819), so each KV head
-is limited alone, on a few prompts, and ordered by what that loses. Plans are then tried with the windows of the first
-few heads, of more, and so on.
+Heads differ more than layers do (retrieval heads and streaming heads: DuoAttention, arXiv 2410.10819). So layers are
+limited one by one, on a few prompts, and where that loses something each KV head alone. Plans are then tried with
+windows on the heads that lose least, and on more of them.
 """
 
 from __future__ import annotations
@@ -10,54 +10,64 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from slimrt.config import ModelConfig, PrunePlan, Window
 
-__all__ = ["Head", "alone", "ordered", "with_windows"]
+__all__ = ["VARIANTS", "Head", "head_losses", "with_windows"]
 
 Head = tuple[int, int]  # layer, KV head
 
-REACH = 512
-# Of the KL that a plan may lose, what the windows may lose (as the sum of what each head loses alone).
-_SHARES = (0.05, 0.15, 0.4)
+_REACHES = (512, 1024)  # rows; heads are compared under the first
+# Of the KL that a plan may lose, what the heads under windows may lose in sum, each measured alone: rounding is in each
+# of these figures too, so the sum of many is above what they lose together.
+_SHARES = (0.3, 1.0)
+VARIANTS = len(_REACHES) * len(_SHARES)
+_QUIET = 0.04  # of that KL: a layer that loses less with all of its heads under windows is not looked at more closely
 
 
-def alone(config: ModelConfig, scoring: PrunePlan, last_layer: int) -> dict[Head, PrunePlan]:
-    """For each KV head of the layers up to ``last_layer`` a plan that limits this head and nothing else."""
-    return {
-        (layer, head): dataclasses.replace(scoring, stages=(), windows=(_window(config, layer, [head]),))
-        for layer in range(last_layer + 1)
-        for head in range(config.n_kv_heads)
-    }
+def head_losses(
+    config: ModelConfig,
+    scoring: PrunePlan,
+    bound: float,
+    measure: Callable[[Sequence[PrunePlan]], Iterable[float]],
+) -> dict[Head, float]:
+    """The KL that each KV head loses under a window, the last layer's excepted (it computes the wanted rows only).
 
-
-def ordered(losses: Mapping[Head, float]) -> list[Head]:
-    """The heads, those that lose least first."""
-    return sorted(losses, key=lambda head: (losses[head], head))
+    ``measure`` gives the KL of plans, ``bound`` is what a plan may lose at most.
+    """
+    layers, every = range(config.n_layers - 1), range(config.n_kv_heads)
+    losses = dict(zip(layers, measure([_limited(config, scoring, {layer: every}) for layer in layers]), strict=True))
+    found = {(layer, head): losses[layer] / len(every) for layer in layers for head in every}
+    loud = [(layer, head) for layer, head in found if losses[layer] > _QUIET * bound]
+    alone = measure([_limited(config, scoring, {layer: [head]}) for layer, head in loud])
+    return found | dict(zip(loud, alone, strict=True))
 
 
 def with_windows(config: ModelConfig, plan: PrunePlan, losses: Mapping[Head, float], bound: float) -> list[PrunePlan]:
-    """``plan`` with windows on more and more heads of the layers up to its first cut, for shares of the KL ``bound``.
+    """``plan`` with windows on some and on more heads of the layers up to its first cut, nearer and farther ones.
 
-    ``losses``: the KL that each head loses alone. The plan itself is not among the results.
+    ``losses``: the KL that each head loses alone, ``bound``: what the plan may lose. The plan itself is not among them.
     """
-    heads = [head for head in ordered(losses) if head[0] <= plan.stages[0].layer]
-    found: dict[PrunePlan, None] = {}
+    last = plan.stages[0].layer if plan.stages else config.n_layers
+    heads = sorted((head for head in losses if head[0] <= last), key=lambda head: (losses[head], head))
     totals = list(itertools.accumulate(losses[head] for head in heads))
+    found: dict[PrunePlan, None] = {}
     for share in _SHARES:
-        chosen = heads[: bisect.bisect_right(totals, share * bound)]
-        if chosen:
-            found[dataclasses.replace(plan, windows=_windows(config, chosen))] = None
+        by_layer: dict[int, list[int]] = {}
+        for layer, head in heads[: bisect.bisect_right(totals, share * bound)]:
+            by_layer.setdefault(layer, []).append(head)
+        for reach in _REACHES if by_layer else ():
+            windows = tuple(_window(config, layer, by_layer[layer], reach) for layer in sorted(by_layer))
+            found[dataclasses.replace(plan, windows=windows)] = None
     return list(found)
 
 
-def _windows(config: ModelConfig, heads: Sequence[Head]) -> tuple[Window, ...]:
-    by_layer: dict[int, list[int]] = {}
-    for layer, head in heads:
-        by_layer.setdefault(layer, []).append(head)
-    return tuple(_window(config, layer, by_layer[layer]) for layer in sorted(by_layer))
+def _limited(config: ModelConfig, scoring: PrunePlan, heads: Mapping[int, Sequence[int]]) -> PrunePlan:
+    """A plan that limits these heads of these layers and does nothing else."""
+    windows = tuple(_window(config, layer, heads[layer], _REACHES[0]) for layer in sorted(heads))
+    return dataclasses.replace(scoring, stages=(), windows=windows)
 
 
-def _window(config: ModelConfig, layer: int, heads: Sequence[int]) -> Window:
-    return Window(layer, tuple(REACH if head in heads else 0 for head in range(config.n_kv_heads)))
+def _window(config: ModelConfig, layer: int, heads: Sequence[int], reach: int) -> Window:
+    return Window(layer, tuple(reach if head in heads else 0 for head in range(config.n_kv_heads)))

@@ -14,7 +14,7 @@ import numpy as np
 
 from slimrt import __version__
 from slimrt.calibrate.candidates import MIN_TOKENS, first_layer, grid, scorings, selectors, work
-from slimrt.calibrate.heads import alone, with_windows
+from slimrt.calibrate.heads import VARIANTS, head_losses, with_windows
 from slimrt.calibrate.journal import Journal
 from slimrt.calibrate.probe import probing
 from slimrt.config import ModelConfig, PrunePlan
@@ -38,8 +38,7 @@ _TASKS = ("recall", "continuation")
 _ROUNDS = (0.15, 0.25, 0.6)  # of the samples; each round measures the plans that the one before left
 _FIRSTS = 3  # layers for the first cut that are tried with every choice of what follows
 _SURVIVORS = (5, 4)  # plans a preset that a round leaves
-_HEAD_SAMPLES = 2  # on which each head is limited alone: one of each task; KL tells heads apart on little text
-_WINDOWED = 4  # plans that a survivor of the first round becomes: itself, and with so many more choices of windows
+_HEAD_SAMPLES = 2  # on which layers and heads are limited alone: one of each task; KL tells them apart on little text
 _TTFT_REPEATS = 3
 _SAFE = 2  # of these the ones that lose least; the others are the cheapest
 
@@ -170,9 +169,9 @@ def calibrate(
     rounds = _rounds(drawn)
     single = len(selectors(llm.config, candidates[0]))
     whole = len(grid(llm.config, candidates[0], range(layer, layer + min(_FIRSTS, single))))
-    limited = (layer + single) * llm.config.n_kv_heads
+    limited = llm.config.n_layers * (1 + llm.config.n_kv_heads // 2)  # as if half of the layers were loud
     planned = len(rounds[0]) * (len(candidates) + single + whole) + _HEAD_SAMPLES * limited
-    counts = (_SURVIVORS[0] * _WINDOWED, _SURVIVORS[1])
+    counts = ((_SURVIVORS[0] + 1) * (1 + VARIANTS), _SURVIVORS[1])
     planned += sum(len(one) * count * len(bounds) for one, count in zip(rounds[1:], counts, strict=True))
     runner = _Runner(llm, journal, layer, planned, progress)
 
@@ -183,17 +182,21 @@ def calibrate(
     cut_once = runner.run(selectors(llm.config, best), seen, length)
     plans = [*(one.plan for one in cut_once), *grid(llm.config, best, _firsts(cut_once))]
     tried = {one.plan: one for one in (*scored, *runner.run(plans, seen, length))}
-    # What survives is tried with windows too. They need no first round: how much they may lose is in their choice.
+    # What survives is tried with windows too, and they without any cut: how much they may lose is in their choice.
     left = {name: _survivors([tried[plan] for plan in plans], one, _SURVIVORS[0]) for name, one in bounds.items()}
-    last = max(plan.stages[0].layer for found in left.values() for plan in found)
-    heads = alone(llm.config, best, last)
-    limited = dict(zip(heads, runner.run(list(heads.values()), seen[:_HEAD_SAMPLES], length), strict=True))
-    losses = {head: found.kl for head, found in limited.items()}
+    losses = head_losses(
+        llm.config,
+        best,
+        min(one.kl for one in bounds.values()),
+        lambda plans: [one.kl for one in runner.run(plans, seen[:_HEAD_SAMPLES], length)],
+    )
+    uncut = dataclasses.replace(best, stages=())
     plans = _distinct(
         variant
         for name, found in left.items()
-        for plan in found
+        for plan in (*found, uncut)
         for variant in (plan, *with_windows(llm.config, plan, losses, bounds[name].kl))
+        if not variant.does_nothing
     )
     seen += rounds[1]
     tried |= {one.plan: one for one in runner.run(plans, seen, length)}
