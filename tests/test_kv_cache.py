@@ -377,9 +377,9 @@ def test_logprobs_measure_the_budget(tiny: Path, ids: list[int]) -> None:
 def test_bytes_in_timings(tiny: Path, ids: list[int]) -> None:
     small = slimrt.load(tiny, ctx=1024, rope_scaling="none", prune="off", kv_budget=128)
     timings = small.generate(ids[:512], max_tokens=1).timings
-    row = small.config.kv_bytes_per_token
+    row = small.memory.kv_per_token
     assert timings.kv_bytes_host == 512 * row
-    assert timings.kv_bytes_device == 128 * row + 512 // 8 * row // 2  # unit means are keys only
+    assert timings.kv_bytes_device == 128 * row + 512 // 8 * small.config.kv_bytes_per_token // 2  # unit means: keys, float32
 
 
 def test_bad_budgets(tiny: Path) -> None:
