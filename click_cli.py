@@ -125,6 +125,8 @@ def tokenize(text: str | None, file: Path | None, model: str | None, as_json: bo
 @click.argument("file", required=False, metavar="[MODEL]")
 @model_option
 @ctx_option
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "numpy"]), default="auto", is_flag=False, flag_value="auto",
+              help="What would compute, and why.  [auto]")
 @click.option("--threads", "-t", type=click.IntRange(1), help="CPU threads that the memory plan counts with.")
 @click.option("--metadata", is_flag=True, help="Every metadata key.")
 @click.option("--tensors", is_flag=True, help="Every tensor.")
@@ -133,17 +135,18 @@ def inspect(
     file: str | None,
     model: str | None,
     ctx: int | None,
+    device: str,
     threads: int | None,
     metadata: bool,
     tensors: bool,
     as_json: bool,
 ) -> None:
-    """Show what is in MODEL and the memory that a context of --ctx takes."""
+    """Show what is in MODEL, the memory that a context of --ctx takes, and what would compute it."""
     if file is not None and model is not None:
         raise click.UsageError("MODEL and --model both name a model; give one")
     from slimrt.terminal import models
 
-    models.inspect(file or model, ctx, threads, metadata=metadata, tensors=tensors, as_json=as_json)
+    models.inspect(file or model, ctx, device, threads, metadata=metadata, tensors=tensors, as_json=as_json)
 
 
 @cli.command()
@@ -225,7 +228,7 @@ def quantize(source: Path, target: Path, kind: str, as_json: bool) -> None:
 @click.option("--output", "-o", type=output_path, metavar="FILE.json", help="Write the report with every value.")
 @click.option("--png", type=output_path, metavar="FILE.png", help="Draw quality against time to first token.")
 @ctx_option
-@click.option("--device", type=click.Choice(["cpu", "cuda", "auto"]), default="auto", show_default=True)
+@click.option("--device", type=click.Choice(["cpu", "cuda", "numpy", "auto"]), default="auto", show_default=True)
 @click.option("--threads", "-t", type=click.IntRange(1), help="CPU threads.  [all that the process may use]")
 @json_option
 def evaluate(

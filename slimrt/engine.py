@@ -36,9 +36,6 @@ class Trace(Protocol):
         """A layer is done."""
 
 
-_UNPACK_ROWS = 16  # from so many rows on it pays to unpack a packed layer once, into scratch
-
-
 def _computing(method: Callable[Concatenate[Engine, P], R]) -> Callable[Concatenate[Engine, P], R]:
     """Run ``method`` in the backend's own setting of threads and warnings."""
 
@@ -120,7 +117,7 @@ class Engine:
         if trace:
             trace.begin()
         for number, packed in enumerate(model.layers):
-            layer = model.unpacked(packed) if len(x) >= _UNPACK_ROWS else packed
+            layer = model.unpacked(packed) if len(x) >= ops.unpack_rows else packed
             q, k, v = model.qkv(layer, x, cos, sin)
             keys, values, _ = cache.update(number, k, v, positions, q, exact=exact)
             if number == len(model.layers) - 1:

@@ -12,20 +12,24 @@ from slimrt.errors import ModelFileError
 from slimrt.gguf import GGUFFile
 from slimrt.memory import DEFAULT_CTX, plan
 from slimrt.models import read_config
+from slimrt.ops.backend import check_device, describe_backend, uses_kernels
 
 __all__ = ["describe"]
 
 
-def describe(file: GGUFFile, ctx: int | None = None, *, threads: int | None = None) -> dict[str, Any]:
+def describe(
+    file: GGUFFile, ctx: int | None = None, *, device: str = "auto", threads: int | None = None
+) -> dict[str, Any]:
     """The file's contents: only str, int, float, bool, None, dict and list, so that it goes into JSON as it is.
 
-    ``ctx``: context of the memory plan (default: the trained one, at most 8192). Keys: file, architecture, name,
+    ``device``: what would compute. ``ctx``: context of the memory plan (default: the trained one, at most 8192). Keys: file, architecture, name,
     runnable, problem (why not, or None), sizes (None if not runnable), rope, context_length, parameters,
     bits_per_weight, tensor_types ({type: {tensors, parameters, bytes}}, most bytes first), tokenizer, chat_template,
-    memory (None if not runnable).
+    backend (name, why), memory (None if not runnable).
 
     A file that slimrt cannot run is described all the same. Raises SettingError if ``ctx`` is below 1.
     """
+    check_device(device)
     config, problem = None, None
     try:
         config = read_config(file)
@@ -35,7 +39,8 @@ def describe(file: GGUFFile, ctx: int | None = None, *, threads: int | None = No
     nbytes = sum(tensor.nbytes for tensor in file.tensors.values())
     memory = None
     if config is not None:
-        planned = plan(config, file, ctx or min(config.ctx_train, DEFAULT_CTX), threads=threads)
+        fast = uses_kernels(device)
+        planned = plan(config, file, ctx or min(config.ctx_train, DEFAULT_CTX), threads=threads, fast=fast)
         memory = {
             **dataclasses.asdict(planned),
             "total": planned.total,
@@ -68,6 +73,7 @@ def describe(file: GGUFFile, ctx: int | None = None, *, threads: int | None = No
         "tensor_types": _tensor_types(file),
         "tokenizer": _tokenizer(file),
         "chat_template": "tokenizer.chat_template" in file.metadata,
+        "backend": describe_backend(device),
         "memory": memory,
     }
 

@@ -18,7 +18,7 @@ from slimrt.gguf import GGUFFile
 from slimrt.memory import DEFAULT_CTX, MemoryPlan, largest_context
 from slimrt.memory import plan as plan_memory
 from slimrt.models import build, read_config, stretch_rope
-from slimrt.ops.backend import check_device, open_backend
+from slimrt.ops.backend import check_device, open_backend, uses_kernels
 from slimrt.presets import choose_plan
 from slimrt.results import Completion
 from slimrt.session import Session
@@ -54,7 +54,8 @@ def load(
 
     ``path``: a file, "hf:owner/repo/file.gguf", or None for the default model, fetched where needed. ``ctx``: the most
     tokens of a conversation (default: the trained context, at most 8192); past the trained context RoPE is stretched
-    by YaRN unless ``rope_scaling`` says "none" or "linear". ``device``: "cpu" or "auto". ``kv_budget``: rows of each
+    by YaRN unless ``rope_scaling`` says "none" or "linear". ``device``: "cpu" or "auto" for compiled kernels where
+    Numba is installed and the processor allows, "numpy" for the slower reference. ``kv_budget``: rows of each
     layer's KV cache that stay resident and that decode reads (default: all); the rest lies in host memory.
     ``threads``: cores to use (default: all that the process may). ``chat_template``: a Jinja template or the name of a
     built-in one, in place of the file's. ``overflow``: when the context is full, "error" ends the text or refuses the
@@ -85,7 +86,7 @@ def load(
 class LLM:
     """A loaded model and one running conversation.
 
-    ``config`` (sizes), ``tokenizer``, ``ctx``, ``file`` (metadata), ``notes`` (what was decided at load and is worth
+    ``config`` (sizes), ``tokenizer``, ``ctx``, ``file`` (metadata), ``backend`` (what computes, and why), ``notes`` (what was decided at load and is worth
     saying, such as a stretched context). Calls on one LLM from several threads are serialised, streams excepted: two
     streams at a time need a ``session()`` each.
     """
@@ -132,17 +133,18 @@ class LLM:
         self._chat_template = chat_template
         self._template: ChatTemplate | None = None
         self._lock = threading.RLock()
-        self.memory = plan_memory(self.config, file, self.ctx, threads=threads)
+        fast = uses_kernels(device)
+        self.memory = plan_memory(self.config, file, self.ctx, threads=threads, fast=fast)
         if not self.memory.fits():
             raise SettingError(
-                _does_not_fit(self.memory, largest_context(self.config, file, self.ctx, threads=threads))
+                _does_not_fit(self.memory, largest_context(self.config, file, self.ctx, threads=threads, fast=fast))
             )
-        if self.memory.packed:
+        if self.memory.packed and not fast:
             self.notes.append(
                 "weights stay packed: unpacked they would take more than half of the free memory; expect slow decoding"
             )
-        ops = open_backend(device, threads=threads, packed=self.memory.packed).ops
-        self._engine = Engine(build(self.config, file, ops, progress), ops, cache)
+        self.backend = open_backend(device, threads=threads, packed=self.memory.packed)
+        self._engine = Engine(build(self.config, file, self.backend.ops, progress), self.backend.ops, cache)
         self._session: Session = self.session()
 
     @property

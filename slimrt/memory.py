@@ -32,15 +32,16 @@ class MemoryRow:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes that a model takes on the CPU backend, for a prompt that fills the context of ``ctx`` tokens.
+    """Bytes that a model takes on a CPU backend, for a prompt that fills the context of ``ctx`` tokens.
 
-    ``weights``: float32 where they are unpacked, else (``packed``) the bytes of the file, mapped. ``kv_per_token``:
+    ``fast``: on compiled kernels, else NumPy. ``weights``: float32 where they are unpacked, else (``packed``) the bytes of the file, mapped. ``kv_per_token``:
     keys and values of one token over all layers; ``kv``: those of ``ctx`` tokens. ``boundary``: the hidden states that
     a pruned prompt leaves for further questions. ``scratch``: what prefill of the whole context takes besides.
     ``available``: free memory when the plan was made, None where that is unknown.
     """
 
     ctx: int
+    fast: bool
     packed: bool
     weights: int
     kv_per_token: int
@@ -65,7 +66,7 @@ class MemoryPlan:
             note = f"{'fits into' if self.fits() else 'exceeds'} the {self.available / 2**30:.1f} GiB that are free"
         return [
             MemoryRow("weights", self.weights, "packed as in the file" if self.packed else "unpacked to float32"),
-            MemoryRow("KV cache, 1k tokens", 1024 * self.kv_per_token, "float32; part of the next line"),
+            MemoryRow("KV cache, 1k tokens", 1024 * self.kv_per_token, f"{'float16' if self.fast else 'float32'}; part of the next line"),
             MemoryRow("KV cache, whole context", self.kv, f"{self.ctx} tokens; grows as they come"),
             MemoryRow("hidden states", self.boundary, "of a pruned prompt, for further questions"),
             MemoryRow("scratch", self.scratch, "while a prompt of the whole context is read"),
@@ -81,41 +82,58 @@ def plan(
     threads: int | None = None,
     packed: bool | None = None,
     available: int | None = None,
+    fast: bool = False,
 ) -> MemoryPlan:
-    """The memory plan of a model on the CPU backend.
+    """The memory plan of a model on a CPU backend.
 
-    ``threads`` None: all cores. ``packed`` None: weights are unpacked if their float32 form takes at most half of the
+    ``threads`` None: all cores. ``fast``: compiled kernels, which keep weights packed, else NumPy. ``packed`` None: weights are unpacked if their float32 form takes at most half of the
     memory that is free. ``available`` None: ask the system. Raises SettingError if ``ctx`` is below 1.
     """
     if ctx < 1:
         raise SettingError(f"ctx {ctx}: must be at least 1")
     available = available_memory() if available is None else available
     dense = config.n_params * _FLOAT
-    if packed is None:
+    if fast:
+        packed = True
+    elif packed is None:
         packed = available is not None and dense > available / 2
+    threads = threads or available_cores()
+    kv_per_token = config.kv_bytes_per_token // (2 if fast else 1)
+    scratch = _fast_scratch(config, ctx, threads) if fast else _prefill_scratch(config, ctx, threads, packed) * _FLOAT
     return MemoryPlan(
         ctx=ctx,
+        fast=fast,
         packed=packed,
         weights=sum(tensor.nbytes for tensor in file.tensors.values()) if packed else dense,
-        kv_per_token=config.kv_bytes_per_token,
-        kv=ctx * config.kv_bytes_per_token,
+        kv_per_token=kv_per_token,
+        kv=ctx * kv_per_token,
         boundary=ctx * config.d_model * _FLOAT,
-        scratch=_prefill_scratch(config, ctx, threads or available_cores(), packed) * _FLOAT,
+        scratch=scratch,
         available=available,
     )
 
 
 def largest_context(
-    config: ModelConfig, file: GGUFFile, ctx: int, *, threads: int | None = None, available: int | None = None
+    config: ModelConfig,
+    file: GGUFFile,
+    ctx: int,
+    *,
+    threads: int | None = None,
+    available: int | None = None,
+    fast: bool = False,
 ) -> int:
     """The most tokens below ``ctx``, in steps of 256, whose plan fits; 0 if not even 256 do."""
     steps = range(0, ctx, 256)
     available = available_memory() if available is None else available
+
+    def fits(size: int) -> bool:
+        return plan(config, file, size, threads=threads, available=available, fast=fast).fits()
+
     # Plans grow with the context, so the first that does not fit can be searched by halves.
     first = bisect.bisect_left(
         steps,
         True,
-        key=lambda size: size > 0 and not plan(config, file, size, threads=threads, available=available).fits(),
+        key=lambda size: size > 0 and not fits(size),
     )
     return steps[first - 1] if first else 0
 
@@ -134,6 +152,18 @@ def _prefill_scratch(c: ModelConfig, ctx: int, threads: int, packed: bool) -> in
     if packed:
         unpacked = c.d_model * (2 * q + 2 * kv + 3 * c.d_ff)
     return rows + threads * max(tile, chunk) + c.vocab_size + unpacked
+
+
+def _fast_scratch(c: ModelConfig, ctx: int, threads: int) -> int:
+    """Bytes alive at the peak of ``Engine.prefill`` on compiled kernels; factors counted as float32, the wider kind."""
+    q, kv = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
+    # While the layer attends: x, q, the result, angles, k and v in float16, their panels. In the feed-forward: x before and
+    # after in place of one of q and the result, no panels.
+    row = _FLOAT * (max(c.d_model + 2 * q, 2 * c.d_model + q) + c.rope.dims + 3 * kv)
+    panels = _FLOAT * c.d_model * (2 * q + 2 * kv + 3 * c.d_ff)
+    tile = KEY_TILE * c.n_heads // c.n_kv_heads * (2 * c.head_dim + 2)
+    slice_ = ROW_CHUNK * (2 * c.d_model + max(c.d_ff, q + 2 * kv))
+    return ctx * row + panels + _FLOAT * (threads * max(tile, slice_) + c.vocab_size)
 
 
 def available_memory(root: Path = Path("/")) -> int | None:

@@ -12,7 +12,8 @@ from slimrt.ops.fast.features import Features, detect
 
 Kind = GGMLQuantizationType
 KINDS = (
-    Kind.F32, Kind.F16, Kind.BF16, Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1, Kind.Q8_0, Kind.Q4_K, Kind.Q5_K, Kind.Q6_K,
+    Kind.F32, Kind.F16, Kind.BF16, Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1, Kind.Q8_0,
+    Kind.Q4_K, Kind.Q5_K, Kind.Q6_K,
 )  # fmt: skip
 MASKS = ((), ("bf16",), ("vnni", "bf16"), ("avx512",))
 
@@ -49,3 +50,9 @@ def packed_rows(kind: GGMLQuantizationType, rows: int, columns: int, seed: int =
             data = data.view(np.uint16)
     data.flags.writeable = False
     return TensorInfo("w", (rows, columns), kind, data)
+
+
+def unpacked(tensor: TensorInfo) -> np.ndarray:
+    """``tensor`` as float32 by gguf's own dequantiser."""
+    data = tensor.data.view(np.uint8) if tensor.type == Kind.BF16 else tensor.data
+    return gguf.dequantize(data, tensor.type).reshape(tensor.shape)

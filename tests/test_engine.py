@@ -21,7 +21,7 @@ SLACK = 4
 
 @pytest.fixture(scope="module")
 def llm(default_model: Path) -> slimrt.LLM:
-    return slimrt.load(default_model, ctx=2048, prune="off")
+    return slimrt.load(default_model, ctx=2048, prune="off", device="numpy")
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def test_greedy_text_is_llama_cpps(llm: slimrt.LLM, golden: dict[str, np.ndarray
 def test_small_models_against_float64(tmp_path: Path, options: dict) -> None:
     path = tmp_path / "tiny.gguf"
     write_tiny_llama(path, **options)
-    small = slimrt.load(path, ctx=1024, rope_scaling="none", prune="off")
+    small = slimrt.load(path, ctx=1024, rope_scaling="none", prune="off", device="numpy")
     rng = np.random.default_rng(7)
     ids = rng.integers(0, small.config.vocab_size, 700).tolist()  # several query tiles, two key tiles, a ragged end
     truth = reference.logits(small.file, small.config, ids, np.float64)
@@ -94,7 +94,7 @@ def test_packed_weights_give_the_same_logits(
 ) -> None:
     # So little memory is free that the unpacked weights (513 MiB) would take more than half of it.
     monkeypatch.setattr("slimrt.memory.available_memory", lambda: 800 << 20)
-    packed = slimrt.load(default_model, ctx=512, prune="off")
+    packed = slimrt.load(default_model, ctx=512, prune="off", device="numpy")
     assert any("packed" in note for note in packed.notes)
     ids = packed.tokenize("The quick brown fox jumps over the lazy dog. " * 4)
     unit = np.abs(
@@ -194,12 +194,12 @@ def test_seed_repeats_the_text(llm: slimrt.LLM) -> None:
 def test_a_plan_that_does_not_fit_is_refused(default_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("slimrt.memory.available_memory", lambda: 400 << 20)
     with pytest.raises(SettingError, match=r"needs .* GiB at a context of 8192 .*; a context of \d+ fits") as refused:
-        slimrt.load(default_model, prune="off")
+        slimrt.load(default_model, prune="off", device="numpy")
     fitting = int(str(refused.value).rsplit("--ctx ", 1)[1].rstrip(")"))
-    assert slimrt.load(default_model, ctx=fitting, prune="off").memory.fits()
+    assert slimrt.load(default_model, ctx=fitting, prune="off", device="numpy").memory.fits()
     monkeypatch.setattr("slimrt.memory.available_memory", lambda: 50 << 20)
     with pytest.raises(SettingError, match="smaller model"):
-        slimrt.load(default_model, prune="off")
+        slimrt.load(default_model, prune="off", device="numpy")
 
 
 def test_nan_weights_are_named(tmp_path: Path) -> None:

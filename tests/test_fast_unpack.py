@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gguf
 import numpy as np
 import pytest
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
@@ -12,7 +11,7 @@ pytest.importorskip("numba")
 from slimrt.ops.fast.features import detect
 from slimrt.ops.fast.team import Program, Team, address
 from slimrt.ops.fast.unpack import PANEL, unpack
-from tests.fast_cases import KINDS, packed_rows, usable
+from tests.fast_cases import KINDS, packed_rows, unpacked, usable
 
 pytestmark = pytest.mark.skipif(not detect().avx2, reason="this processor has no fast path")
 
@@ -36,9 +35,7 @@ def test_panels(kind: GGMLQuantizationType, mask: tuple[str, ...], target: str, 
     team = Team(threads)
     for rows, columns in sizes:
         tensor = packed_rows(kind, rows, columns)
-        truth = gguf.dequantize(
-            tensor.data.view(np.uint8) if kind == GGMLQuantizationType.BF16 else tensor.data, kind
-        ).reshape(rows, columns)
+        truth = unpacked(tensor)
         width = columns if target == "f32" else -(-columns // 32) * 32
         panels = -(-rows // PANEL)
         padded = np.zeros((panels * PANEL, width), np.float32)

@@ -33,7 +33,7 @@ def test_plan_is_what_load_and_prefill_allocate(model: Path) -> None:
     ids = np.random.default_rng(0).integers(3, 200, CTX).tolist()
     tracemalloc.start()
     try:
-        llm = slimrt.load(model, ctx=CTX, threads=1)
+        llm = slimrt.load(model, ctx=CTX, threads=1, device="numpy")
         llm.logits([1])
         loaded = tracemalloc.get_traced_memory()[0]
         tracemalloc.reset_peak()
@@ -131,7 +131,7 @@ def test_available_memory_here_is_plausible() -> None:
 
 def test_describe_the_default_model(default_model: Path) -> None:
     """Figures as Hugging Face states them: config.json of HuggingFaceTB/SmolLM2-135M-Instruct."""
-    data = describe(GGUFFile(default_model), 4096)
+    data = describe(GGUFFile(default_model), 4096, device="numpy")
     assert json.loads(json.dumps(data, allow_nan=False)) == data
     assert data["runnable"]
     assert data["architecture"] == "llama"

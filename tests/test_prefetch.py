@@ -115,9 +115,9 @@ def test_slots_go_round_and_are_allocated_once() -> None:
     class Counting(DeferredOps):
         allocations = 0
 
-        def empty(self, shape):  # type: ignore[no-untyped-def]
+        def empty(self, shape, dtype=np.float32):  # type: ignore[no-untyped-def]
             self.allocations += 1
-            return super().empty(shape)
+            return super().empty(shape, dtype)
 
     ops, transfers = Counting(), Transfers()
     ring = Ring(ops, (4,), 2, transfers)

@@ -9,7 +9,7 @@ from typing import Any
 from slimrt.errors import SettingError
 from slimrt.ops.numpy_ops import NumpyOps
 
-__all__ = ["DEVICES", "Backend", "check_device", "fast_features", "open_backend"]
+__all__ = ["DEVICES", "Backend", "check_device", "describe_backend", "fast_features", "open_backend", "uses_kernels"]
 
 DEVICES = ("auto", "cpu", "numpy")
 
@@ -47,6 +47,19 @@ def fast_features() -> tuple[Any, str]:
     return features, f"kernels compiled by Numba for {features.words}"
 
 
+def uses_kernels(device: str) -> bool:
+    """Whether ``device`` leads to the compiled kernels, which keep weights packed and the cache in float16."""
+    return device != "numpy" and fast_features()[0] is not None
+
+
+def describe_backend(device: str) -> dict[str, str]:
+    """What ``open_backend`` would open: its name, and why."""
+    if device == "numpy":
+        return {"name": "numpy", "why": "NumPy: asked for"}
+    features, why = fast_features()
+    return {"name": "numpy" if features is None else "fast", "why": why}
+
+
 def open_backend(device: str, *, threads: int | None = None, packed: bool = False) -> Backend:
     """The backend for ``device``: "cpu" or "auto" for the best that works here, "numpy" for the specification.
 
@@ -55,7 +68,7 @@ def open_backend(device: str, *, threads: int | None = None, packed: bool = Fals
     """
     check_device(device)
     if device == "numpy":
-        return Backend(NumpyOps(threads, packed=packed), "NumPy: asked for")
+        return Backend(NumpyOps(threads, packed=packed), describe_backend(device)["why"])
     features, why = fast_features()
     if features is None:
         return Backend(NumpyOps(threads, packed=packed), why)

@@ -62,6 +62,7 @@ class NumpyOps(NumpyMemory, LayerOps):
     """
 
     name = "numpy"
+    unpack_rows = 16  # from so many rows on it pays to unpack a packed layer once, into scratch
 
     def __init__(self, threads: int | None = None, *, packed: bool = False) -> None:
         super().__init__()

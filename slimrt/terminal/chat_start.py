@@ -12,6 +12,7 @@ import click
 from slimrt.gguf import GGUFFile
 from slimrt.memory import DEFAULT_CTX, plan
 from slimrt.models import read_config
+from slimrt.ops.backend import uses_kernels
 from slimrt.output import human_bytes
 from slimrt.terminal.chat import Chat
 from slimrt.terminal.line_input import open_input
@@ -52,7 +53,7 @@ def memory_line(file: GGUFFile, load: LoadSettings) -> str:
     """What the model will take, before it takes it."""
     config = read_config(file)
     ctx = load.ctx or min(config.ctx_train, DEFAULT_CTX)
-    needs = plan(config, file, ctx, threads=load.threads)
+    needs = plan(config, file, ctx, threads=load.threads, fast=uses_kernels(load.device))
     room = "" if needs.available is None else f" of {human_bytes(needs.available)} free"
     return (
         f"{printable(config.name)} · context {ctx:,} tokens · memory up to {human_bytes(needs.total)}{room}\n"

@@ -56,14 +56,21 @@ def _ids(text: str) -> list[int]:
 
 
 def inspect(
-    model: str | None, ctx: int | None, threads: int | None, *, metadata: bool, tensors: bool, as_json: bool
+    model: str | None,
+    ctx: int | None,
+    device: str,
+    threads: int | None,
+    *,
+    metadata: bool,
+    tensors: bool,
+    as_json: bool,
 ) -> None:
-    """The model's contents and memory plan."""
+    """The model's contents, memory plan and what would compute."""
     from slimrt.inspect import describe
     from slimrt.terminal.tables import print_model
 
     file = open_file(model)
-    about = describe(file, ctx, threads=threads)
+    about = describe(file, ctx, device=device, threads=threads)
     if as_json:
         if tensors:
             about["tensors"] = [

@@ -140,7 +140,7 @@ def load_options(command: Command) -> Command:
         ctx_option,
         click.option("--prune", default="auto", show_default=True, metavar="auto|fast|off|PLAN.json",
                      help="Which prompt tokens leave the forward pass early."),
-        click.option("--device", type=click.Choice(["cpu", "cuda", "auto"]), default="auto", show_default=True),
+        click.option("--device", type=click.Choice(["cpu", "cuda", "numpy", "auto"]), default="auto", show_default=True),
         click.option("--threads", "-t", type=click.IntRange(1), help="CPU threads.  [all that the process may use]"),
         click.option("--kv-budget", type=Size(), metavar="ROWS",
                      help="Rows of keys and values a layer that decode reads.  [all]"),

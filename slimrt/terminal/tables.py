@@ -31,6 +31,7 @@ def print_model(about: Mapping[str, Any], file: GGUFFile, *, metadata: bool, ten
         for name, entry in about["tensor_types"].items()
     ]
     _print(_table("Tensors", ("type", "tensors", "parameters", "size"), types, right=(1, 2, 3)))
+    _print(_pairs("Backend", [(about["backend"]["name"], about["backend"]["why"])]))
     if about["memory"]:
         rows = [(row["part"], human_bytes(row["nbytes"]), row["note"]) for row in about["memory"]["rows"]]
         _print(_table(f"Memory at --ctx {about['memory']['ctx']:,}", ("", "size", ""), rows, right=(1,)))

@@ -33,7 +33,6 @@ __all__ = ["FastOps", "FastWeight"]
 
 Array = np.ndarray
 
-FEW_ROWS = 16  # below it products read packed weights, and attention goes by keys
 _LOG2_E = 1.4426950408889634
 
 
@@ -57,6 +56,7 @@ class FastOps(NumpyOps):
     """Compute and memory operations for a processor with ``features`` (None: those of this one)."""
 
     name = "fast"
+    unpack_rows = 2  # a prompt gives the same bits in whatever parts it is read; a single token is decode's
     kv_type = np.float16
 
     def __init__(self, threads: int | None = None, *, features: Features | None = None) -> None:
@@ -119,7 +119,7 @@ class FastOps(NumpyOps):
         self, x: Array, weight: FastWeight, bias: Array | None = None, out: Array | None = None
     ) -> Array:
         """x [T, in] @ weight.T [in, out] (+ bias [out]) -> [T, out], into ``out`` where given."""
-        if len(x) < FEW_ROWS:
+        if _by_packed(x, weight):
             result = gemv.linear_few(self, x, weight)
             if bias is not None:
                 result += bias
@@ -168,7 +168,7 @@ class FastOps(NumpyOps):
         """See ``LayerOps``; k and v float16."""
         count, kv_count, width = heads
         tokens, d = x.shape
-        if tokens < FEW_ROWS:
+        if _by_packed(x, weight):
             q, k, v = super().qkv(x, gain, eps, weight, bias, cos, sin, heads)
             return q, k.astype(np.float16), v.astype(np.float16)
         panels, x = self._ready(weight), _plain(x)
@@ -192,7 +192,7 @@ class FastOps(NumpyOps):
 
     def project(self, x: Array, attention: Array, weight: FastWeight, bias: Array | None) -> Array:  # type: ignore[override]
         """See ``LayerOps``."""
-        if len(x) < FEW_ROWS:
+        if _by_packed(x, weight):
             return super().project(x, attention, weight, bias)
         return self._linear(attention.reshape(len(x), -1), weight, bias, _plain(x))
 
@@ -208,7 +208,7 @@ class FastOps(NumpyOps):
     ) -> Array:
         """See ``LayerOps``."""
         tokens, d = x.shape
-        if tokens < FEW_ROWS:
+        if _by_packed(x, gate_up):
             return super().feed_forward(x, gain, eps, gate_up, gate_up_bias, down, down_bias)
         first, second, x = self._ready(gate_up), self._ready(down), _plain(x)
         out = np.empty((tokens, d), np.float32)
@@ -239,7 +239,7 @@ class FastOps(NumpyOps):
 
     def attend(self, q: Array, k: Array, v: Array, out: Array | None = None, reach: Reach = None) -> Array:
         """See ``NumpyOps``; k and v float16, the rows of a head follow each other."""
-        if len(q) < FEW_ROWS:
+        if len(q) == 1 and q.shape[2] % 16 == 0:
             result = attend_few.attend(self, q, k, v, reach)
         else:
             result = self._attend_tiles(_plain(q), _rows_together(k), _rows_together(v), reach or [0] * len(k))
@@ -281,6 +281,11 @@ class FastOps(NumpyOps):
         )  # fmt: skip
         self.team.run(program)
         return out
+
+
+def _by_packed(x: Array, weight: FastWeight) -> bool:
+    """Whether a product reads the packed weights: one row, and no panels made for other rows of the same layer."""
+    return len(x) == 1 and weight.panels is None
 
 
 def _at(array: Array | None) -> int:
