@@ -37,7 +37,7 @@ Progress = Callable[[int, int, str], None]
 _TASKS = ("recall", "continuation")
 _ROUNDS = (0.15, 0.25, 0.6)  # of the samples; each round measures the plans that the one before left
 _FIRSTS = 3  # layers for the first cut that are tried with every choice of what follows
-_SURVIVORS = (5, 4)  # plans a preset that a round leaves
+_SURVIVORS = (4, 4)  # plans a preset that a round leaves
 _HEAD_SAMPLES = 2  # on which layers and heads are limited alone: one of each task; KL tells them apart on little text
 _TTFT_REPEATS = 3
 _SAFE = 2  # of these the ones that lose least; the others are the cheapest
@@ -180,7 +180,8 @@ def calibrate(
     scored = runner.run(candidates, seen, length)
     best = min(scored, key=_loss).plan
     cut_once = runner.run(selectors(llm.config, best), seen, length)
-    plans = [*(one.plan for one in cut_once), *grid(llm.config, best, _firsts(cut_once))]
+    firsts = _firsts(cut_once, max(bounds.values(), key=lambda one: one.kl))
+    plans = [*(one.plan for one in cut_once), *grid(llm.config, best, firsts)]
     tried = {one.plan: one for one in (*scored, *runner.run(plans, seen, length))}
     # What survives is tried with windows too, and they without any cut: how much they may lose is in their choice.
     left = {name: _survivors([tried[plan] for plan in plans], one, _SURVIVORS[0]) for name, one in bounds.items()}
@@ -198,7 +199,7 @@ def calibrate(
         for variant in (plan, *with_windows(llm.config, plan, losses, bounds[name].kl))
         if not variant.does_nothing
     )
-    seen += rounds[1]
+    seen = list(rounds[1])  # fresh text: what the first round has chosen by is too kind to the chosen
     tried |= {one.plan: one for one in runner.run(plans, seen, length)}
     plans = _distinct(
         plan for one in bounds.values() for plan in _survivors([tried[plan] for plan in plans], one, _SURVIVORS[1])
@@ -236,13 +237,16 @@ def _loss(measured: Measured) -> float:
     return measured.kl + max(0.0, measured.recall_drop) + max(0.0, measured.nll_rise)
 
 
-def _firsts(single: Sequence[Measured]) -> list[int]:
-    """The layers that select well enough for their depth: each loses less than all before it; the best ``_FIRSTS``."""
+def _firsts(single: Sequence[Measured], loosest: Bounds) -> list[int]:
+    """``_FIRSTS`` layers that select well for their depth: each loses less than all before it, and not too much."""
     front: list[Measured] = []
     for one in sorted(single, key=lambda one: one.plan.stages[0].layer):
-        if not front or _loss(one) < _loss(front[-1]):
+        if one.may_be_within(loosest) and (not front or _loss(one) < _loss(front[-1])):
             front.append(one)
-    return [one.plan.stages[0].layer for one in front[-_FIRSTS:]]
+    front = front or [min(single, key=_loss)]
+    # The earliest saves most, the latest loses least, the others lie between.
+    picked = np.unique(np.linspace(0, len(front) - 1, _FIRSTS).round().astype(int))
+    return [front[at].plan.stages[0].layer for at in picked]
 
 
 def _survivors(measured: Iterable[Measured], bounds: Bounds, count: int) -> list[PrunePlan]:
