@@ -331,6 +331,16 @@ def bench() -> None:
     "--repeats", type=click.IntRange(1), default=3, show_default=True, help="Runs of each; medians are shown."
 )
 @click.option("--decode-tokens", type=click.IntRange(0), default=32, show_default=True, help="Tokens generated a run.")
+@click.option(
+    "--follow-up",
+    type=click.IntRange(0),
+    default=0,
+    metavar="TOKENS",
+    help="Then ask a further question of so many tokens.  [none]",
+)
+@click.option(
+    "--kv-budget", type=Size(), metavar="ROWS", help="Rows of keys and values a layer that decode reads.  [all]"
+)
 @click.option("--threads", "-t", type=click.IntRange(1), help="CPU threads.  [all that the process may use]")
 @file_option("Text of the prompts.  [Python's documentation]")
 @click.option("--png", type=output_path, metavar="FILE.png", help="Draw time to first token over prompt length.")

@@ -15,12 +15,13 @@ __all__ = [
     "SamplingConfig",
     "SlimrtError",
     "Stage",
+    "Window",
     "load",
 ]
 
 if TYPE_CHECKING:
     from slimrt.chat import ChatTemplate
-    from slimrt.config import PrunePlan, SamplingConfig, Stage
+    from slimrt.config import PrunePlan, SamplingConfig, Stage, Window
     from slimrt.errors import SlimrtError
     from slimrt.llama_compat import Llama
     from slimrt.llm import LLM, load
@@ -35,6 +36,7 @@ _HOMES = {
     "SamplingConfig": "slimrt.config",
     "SlimrtError": "slimrt.errors",
     "Stage": "slimrt.config",
+    "Window": "slimrt.config",
     "load": "slimrt.llm",
 }
 

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from slimrt.errors import SettingError
+from slimrt.ops.reach import SINK
 
-__all__ = ["CacheConfig", "ModelConfig", "PrunePlan", "RopeConfig", "SamplingConfig", "Stage", "parse_size"]
+__all__ = ["CacheConfig", "ModelConfig", "PrunePlan", "RopeConfig", "SamplingConfig", "Stage", "Window", "parse_size"]
 
 RopeScaling = Literal["none", "linear", "yarn", "llama3"]
 
@@ -73,8 +74,10 @@ class CacheConfig:
     ``budget``: rows of each layer that stay resident (None: all), in whole blocks of ``block`` rows; the rest lies in
     host memory. A prompt is read exactly; decode reads the budget: the first ``sink_blocks``, the last ``local_blocks``
     and the one being filled, and those whose units (``unit`` rows, of which the mean key stays resident) the query
-    wants most by ``score``. One choice serves ``select_every`` layers; blocks move only if less than ``overlap`` of it
-    is resident, and up to ``lookahead`` layers before the one that computes.
+    wants most by ``score``. In a context of more than ``shortlist`` times the budget only the units of the best groups
+    of ``group`` blocks are compared, found by the groups' mean keys: a choice costs about the same however long the
+    context is. One choice serves ``select_every`` layers; blocks move only if less than ``overlap`` of it is resident,
+    and up to ``lookahead`` layers before the one that computes.
     """
 
     ctx: int
@@ -85,12 +88,16 @@ class CacheConfig:
     local_blocks: int = 4
     score: str = "token_max"
     select_every: int = 1
+    group: int = 8
+    shortlist: int = 4
     overlap: float = 0.9
     lookahead: int = 1
 
     def __post_init__(self) -> None:
         for name, low in (("block", 1), ("unit", 1), ("local_blocks", 0), ("sink_blocks", 0), ("select_every", 1)):
             _check(getattr(self, name), name, low, math.inf)
+        for name in ("group", "shortlist"):
+            _check(getattr(self, name), name, 1, math.inf)
         _check(self.lookahead, "lookahead", 1, math.inf)
         _check(self.overlap, "overlap", 0, 1)
         if self.block % self.unit:
@@ -160,6 +167,17 @@ class Stage:
     keep: float | int
 
 
+@dataclass(frozen=True)
+class Window:
+    """A layer whose attention looks back ``reach`` rows only, given for each KV head (0: to the beginning).
+
+    The first rows are read as well (the attention sink); the rule to the row is in ``slimrt.ops.reach``.
+    """
+
+    layer: int
+    reach: tuple[int, ...]
+
+
 def _is_whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
@@ -182,6 +200,26 @@ def _stages(entries: Any) -> tuple[Stage, ...]:
     return tuple(stages)
 
 
+def _windows(entries: Any) -> tuple[Window, ...]:
+    """Windows, or the dictionaries that JSON has in their place."""
+    if not isinstance(entries, (tuple, list)):
+        raise SettingError(f"prune plan: windows {entries!r} must be a list of {{layer, reach}}")
+    windows = []
+    for entry in entries:
+        if isinstance(entry, Mapping) and set(entry) == {"layer", "reach"}:
+            entry = Window(**entry)
+        if not isinstance(entry, Window):
+            raise SettingError(f"prune plan: window {entry!r} must have a layer and reach, and nothing else")
+        if not _is_whole(entry.layer):
+            raise SettingError(f"prune plan: window of layer {entry.layer!r}: must be a whole number")
+        if not isinstance(entry.reach, (tuple, list)) or not all(map(_is_whole, entry.reach)):
+            raise SettingError(
+                f"prune plan: layer {entry.layer} reaches {entry.reach!r}; must be a list of rows, one for each KV head"
+            )
+        windows.append(Window(entry.layer, tuple(entry.reach)))
+    return tuple(windows)
+
+
 @dataclass(frozen=True)
 class PrunePlan:
     """Which prompt tokens leave the forward pass, and after which layers (SlimInfer, arXiv 2508.06447).
@@ -189,6 +227,10 @@ class PrunePlan:
     Tokens are grouped into blocks of ``block``, blocks into units of ``unit``. The first ``sink_blocks`` and the last
     ``local_blocks`` blocks always stay; the others compete by ``score``, computed from the queries of the last
     ``query_window`` prompt tokens. Prompts of fewer than ``min_tokens`` run dense.
+
+    ``windows`` limit how far back heads of the layers before the first cut look: those layers compute every token, and
+    most of the time of a long prompt is their attention. The last ``full_rows`` tokens of the prompt, the question most
+    likely, look at everything all the same, and so does what is generated.
     """
 
     stages: tuple[Stage, ...] = ()
@@ -199,30 +241,50 @@ class PrunePlan:
     score: str = "token_mass"
     query_window: int = 16
     min_tokens: int = 0
+    windows: tuple[Window, ...] = ()
+    full_rows: int = 256
+
+    @property
+    def does_nothing(self) -> bool:
+        """Whether prompts run dense under it, whatever their length."""
+        return not self.stages and not self.windows
 
     @property
     def keeps_all(self) -> bool:
         """Whether every stage keeps every token: the plan that must equal the dense run bit for bit."""
-        return all(isinstance(stage.keep, float) and stage.keep == 1 for stage in self.stages)
+        return not self.windows and all(isinstance(stage.keep, float) and stage.keep == 1 for stage in self.stages)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stages", _stages(self.stages))
+        object.__setattr__(self, "windows", _windows(self.windows))
         if not isinstance(self.score, str):
             raise SettingError(f"prune plan: score {self.score!r} must be a name")
-        for name in ("block", "unit", "query_window", "local_blocks", "sink_blocks", "min_tokens"):
+        for name in ("block", "unit", "query_window", "local_blocks", "sink_blocks", "min_tokens", "full_rows"):
             if not _is_whole(getattr(self, name)):
                 raise SettingError(f"prune plan: {name} {getattr(self, name)!r} must be a whole number")
         for name in ("block", "unit", "query_window", "local_blocks"):
             if getattr(self, name) < 1:
                 raise SettingError(f"prune plan: {name} {getattr(self, name)} must be at least 1")
-        for name in ("sink_blocks", "min_tokens"):
+        for name in ("sink_blocks", "min_tokens", "full_rows"):
             if getattr(self, name) < 0:
                 raise SettingError(f"prune plan: {name} {getattr(self, name)} must be at least 0")
         if self.block % self.unit:
             raise SettingError(f"prune plan: block {self.block} must be a multiple of unit {self.unit}")
-        layers = [stage.layer for stage in self.stages]
-        if layers != sorted(set(layers)) or any(layer < 0 for layer in layers):
-            raise SettingError(f"prune plan: layers {layers} must be non-negative and ascending")
+        for entries in (self.stages, self.windows):
+            layers = [entry.layer for entry in entries]
+            if layers != sorted(set(layers)) or any(layer < 0 for layer in layers):
+                raise SettingError(f"prune plan: layers {layers} must be non-negative and ascending")
+        for window in self.windows:
+            if any(rows < 0 or rows % SINK for rows in window.reach):
+                raise SettingError(
+                    f"prune plan: layer {window.layer} reaches {list(window.reach)} rows; each must be a multiple of "
+                    f"{SINK}, or 0 for no limit"
+                )
+            if self.stages and window.layer > self.stages[0].layer:
+                raise SettingError(
+                    f"prune plan: the window of layer {window.layer} lies behind the first cut, at layer "
+                    f"{self.stages[0].layer}; windows belong to the layers up to it"
+                )
         for stage in self.stages:
             if isinstance(stage.keep, float):
                 if not 0 < stage.keep <= 1:

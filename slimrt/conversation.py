@@ -123,10 +123,13 @@ class Conversation(Session):
             turn = [*fitted.messages[len(system) :], {"role": "assistant", "content": answer}]
             self.messages = [dict(message) for message in turn]
 
-        self._answer = self._llm.begin(
+        answer = self._llm.begin(
             fitted.ids, fitted.request, prune=prune, session=self, progress=progress, note=fitted.note, on_end=keep
         )
-        return self._answer if stream else self._answer.finished()
+        if not stream:
+            return answer.finished()
+        self._answer = answer
+        return answer
 
     def _end_answer(self) -> None:
         answer, self._answer = self._answer, None

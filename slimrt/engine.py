@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 import numpy as np
@@ -16,7 +16,7 @@ from slimrt.kv_cache import Cache, KVCache
 from slimrt.kv_offload import OffloadedKVCache
 from slimrt.models import Llama
 from slimrt.ops.decoding import Decoder
-from slimrt.prune import Cut, select_rows
+from slimrt.prune import Cut, Windows, select_rows
 
 Progress = Callable[[int, int], None]  # (layers done, layers in all)
 P = ParamSpec("P")
@@ -49,10 +49,14 @@ def _computing(method: Callable[Concatenate[Engine, P], R]) -> Callable[Concaten
 
 @dataclass
 class Context:
-    """What the model has read: keys and values, and (for a pruned prompt) the hidden states where pruning begins."""
+    """What the model has read: keys and values, and (for a pruned prompt) the hidden states where pruning begins.
+
+    ``windows``: where the attention to the first rows is limited.
+    """
 
     cache: Cache
     boundary: BoundaryStates | None = None
+    windows: Windows = field(default_factory=Windows)
     length: int = 0
 
     def truncate(self, length: int) -> None:
@@ -69,10 +73,10 @@ class Engine:
     def __init__(self, model: Llama, ops: Any, cache: CacheConfig | None = None) -> None:
         self.model, self.ops, self.config, self.cache_config = model, ops, model.config, cache
 
-    def new_context(self, boundary_layer: int | None = None) -> Context:
+    def new_context(self, boundary_layer: int | None = None, windows: Windows | None = None) -> Context:
         """An empty context; ``boundary_layer`` is the layer of the first cut if prompts are to be pruned in it."""
         boundary = None if boundary_layer is None else BoundaryStates(boundary_layer, self.config.d_model)
-        return Context(self._new_cache(), boundary)
+        return Context(self._new_cache(), boundary, windows or Windows())
 
     def _new_cache(self) -> Cache:
         if self.cache_config is None or self.cache_config.budget is None:
@@ -118,7 +122,7 @@ class Engine:
             keys, values, _ = cache.update(number, k, v, positions, q, exact=exact)
             if number == len(model.layers) - 1:
                 x, q = x[len(x) - wanted :], q[len(q) - wanted :]
-            x = model.project(layer, x, ops.attend(q, keys, values))
+            x = model.project(layer, x, self._attend(context.windows, number, q, keys, values))
             if context.boundary is not None and number == context.boundary.layer:
                 context.boundary.append(ops.to_host(x))
                 if cuts:
@@ -171,6 +175,19 @@ class Engine:
 
         self.ops.rows(head, len(x))
         return _finite(logits)
+
+    def _attend(self, windows: Windows, layer: int, q: Any, keys: Any, values: Any) -> Any:
+        """Attention of the last rows of a layer, those under its windows apart from those that see everything."""
+        before = keys.shape[1] - len(q)
+        limited = windows.rows - before if layer in windows.reach else 0  # of the rows in q
+        if limited <= 0:
+            return self.ops.attend(q, keys, values)
+        result = self.ops.empty(q.shape)
+        read = slice(0, before + limited)
+        self.ops.attend(q[:limited], keys[:, read], values[:, read], result[:limited], reach=windows.reach[layer])
+        if limited < len(q):
+            self.ops.attend(q[limited:], keys, values, result[limited:])
+        return result
 
 
 def _finite(logits: np.ndarray) -> np.ndarray:

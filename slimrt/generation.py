@@ -163,7 +163,7 @@ class CompletionStream:
 
     Closing it (also by leaving the loop and dropping it) stops the generation. ``note``: what was done to the prompt
     before, for the timings. ``on_end`` is called with the text when it is complete, or when it is closed after some was
-    written; not after an exception.
+    written; not after an exception, but for Ctrl-C where the caller then closes the stream.
     """
 
     def __init__(
@@ -186,6 +186,7 @@ class CompletionStream:
         self._pieces: list[str] = []
         self._logprobs: list[TokenLogprob] = []
         self._reason: FinishReason = "length"
+        self._interrupted = False
         self._first = self._last = 0.0
         self._begun = time.perf_counter()
         self._reading = session.prefill(ids, plan, progress=progress)
@@ -198,6 +199,11 @@ class CompletionStream:
             yield from self._texts()
         except GeneratorExit:
             self._end(written=bool(self._pieces))
+            raise
+        except (
+            KeyboardInterrupt
+        ):  # wherever it struck; the generator is over, ``close`` decides what becomes of the text
+            self._interrupted = True
             raise
         self._end(written=True)
 
@@ -230,6 +236,9 @@ class CompletionStream:
         """Stop generating; ``completion`` then holds the text so far."""
         self._pieces_left.close()
         self._steps.close()
+        if self._interrupted:
+            self._interrupted = False
+            self._end(written=bool(self._pieces))
 
     @property
     def completion(self) -> Completion:
@@ -249,6 +258,8 @@ class CompletionStream:
                 kv_bytes_host=self._session.kv_bytes_host,
                 reused_tokens=self._reading.reused,
                 reuse_note="; ".join(part for part in (self._note, self._reading.note, self._shift_note) if part),
+                windowed_tokens=self._reading.windowed,
+                dense_note=self._reading.dense,
             ),
             logprobs=list(self._logprobs) if self._wants_logprobs else None,
         )

@@ -104,6 +104,7 @@ class LayerRows:
         self.host = HostBlocks(ops, config, model)
         self.row_bytes = self.host.block_bytes // config.block
         self.means: Array = ops.empty((model.n_kv_heads, 0, model.head_dim))
+        self._group_means: Array = ops.empty((model.n_kv_heads, 0, model.head_dim))
         self.selects = False  # whether this layer chooses for its group, and so needs means
         self._slot_positions = np.empty(self.capacity, np.int64)
         self._fetches: list[Fence] = []
@@ -226,12 +227,46 @@ class LayerRows:
         if not self.selects:
             return
         units = self._config.block // self._config.unit
-        if last * units > self.means.shape[1]:
-            grown = self._ops.empty((self.means.shape[0], 2 * last * units, self.means.shape[2]))
-            grown[:, : first * units] = self.means[:, : first * units]
-            self.means = grown
         rows = keys[:, : (last - first) * self._config.block]
+        self.means = self._room(self.means, first * units, last * units)
         self.means[:, first * units : last * units] = self._ops.unit_means(rows, self._config.unit)
+        # Of the groups those that are complete now; the first may have begun with blocks that were known before.
+        group, begun, complete = self._config.group, first // self._config.group, last // self._config.group
+        if begun < complete:
+            members = self.means[:, begun * group * units : complete * group * units]
+            self._group_means = self._room(self._group_means, begun, complete)
+            self._group_means[:, begun:complete] = self._ops.unit_means(members, group * units)
+
+    def _room(self, means: Array, held: int, wanted: int) -> Array:
+        """``means`` [Hkv, n, Dh] with at least ``wanted`` columns, the first ``held`` as they were."""
+        if wanted <= means.shape[1]:
+            return means
+        grown = self._ops.empty((means.shape[0], 2 * wanted, means.shape[2]))
+        grown[:, :held] = means[:, :held]
+        return grown
+
+    def wanted(self, q: Array, tail: int) -> np.ndarray:
+        """How much the query q [1, H, Dh] wants each of the first ``tail`` blocks -> [tail] on the host, or -inf.
+
+        All are compared by their units while they are few; else the units of the best groups only (two levels, as in
+        HiP, arXiv 2406.09827), and of the blocks behind the last complete group.
+        """
+        c, score = self._config, self._ops.score_blocks
+        units, short = c.block // c.unit, c.shortlist * c.slots
+        if tail <= max(short, c.group):
+            return score(c.score, q, self.means[:, : tail * units], units, 1)
+        groups, taken = tail // c.group, max(1, short // c.group)
+        coarse = score(c.score, q, self._group_means[:, :groups], 1, 1)
+        best = np.sort(np.argpartition(coarse, groups - taken)[groups - taken :])
+        blocks = (best[:, None] * c.group + np.arange(c.group)).reshape(-1)
+        blocks = np.concatenate([blocks, np.arange(groups * c.group, tail)])
+        rows = (blocks[:, None] * units + np.arange(units)).reshape(-1)
+        fine = self._ops.empty((self.means.shape[0], len(rows), self.means.shape[2]))
+        for head, means in enumerate(self.means):
+            fine[head] = self._ops.take(means, rows)
+        scores = np.full(tail, -math.inf, np.float32)
+        scores[blocks] = score(c.score, q, fine, units, 1)
+        return scores
 
     # -- prefill: all rows in a staging slot --------------------------------------------------------------------------
 
@@ -309,9 +344,9 @@ class LayerRows:
             return len(self) * self.row_bytes
         block = self._config.block
         held = sum(min(block, len(self) - number * block) for number in self.slots if number >= 0)
+        means = self.on_host * (block // self._config.unit) + self.on_host // self._config.group if self.selects else 0
         mean_bytes = self.means.shape[0] * self.means.shape[2] * 4  # float32, whatever the rows are
-        means = self.on_host * (block // self._config.unit) * mean_bytes if self.selects else 0
-        return held * self.row_bytes + means
+        return held * self.row_bytes + means * mean_bytes
 
     @property
     def nbytes_host(self) -> int:

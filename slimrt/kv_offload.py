@@ -140,9 +140,7 @@ class OffloadedKVCache:
         """The blocks that the query q [1, H, Dh] wants, when block ``tail`` holds the newest row."""
         if tail < self._config.slots or q is None:
             return choose(None, tail, self._config)
-        units = self._config.block // self._config.unit
-        scores = self._ops.score_blocks(self._config.score, q, rows.means[:, : tail * units], units, 1)
-        return choose(scores, tail, self._config)
+        return choose(rows.wanted(q, tail), tail, self._config)
 
     # -- prefill ------------------------------------------------------------------------------------------------------
 

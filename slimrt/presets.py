@@ -49,7 +49,7 @@ def choose_plan(spec: PrunePlan | str | Path, model: Path, config: ModelConfig) 
     """
     if isinstance(spec, PrunePlan):
         check_plan(spec, config)
-        return PlanChoice(spec if spec.stages else None, "given")
+        return PlanChoice(None if spec.does_nothing else spec, "given")
     if spec == "off":
         return PlanChoice(None, "off: dense")
     if isinstance(spec, Path) or spec not in PRESETS:
@@ -61,7 +61,7 @@ def choose_plan(spec: PrunePlan | str | Path, model: Path, config: ModelConfig) 
         data = _read(path)
         plan = _preset(data, "auto", path, config) if "presets" in data else PrunePlan.from_dict(data)
         check_plan(plan, config)
-        return PlanChoice(plan if plan.stages else None, str(path))
+        return PlanChoice(None if plan.does_nothing else plan, str(path))
     beside = preset_path(model)
     if beside.exists():
         return PlanChoice(_preset(_read(beside), spec, beside, config), f"'{spec}' of {beside.name}")

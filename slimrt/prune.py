@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from slimrt.config import ModelConfig, PrunePlan
 from slimrt.errors import SettingError
 from slimrt.ops.numpy_scores import BLOCK_SCORES
+from slimrt.ops.reach import RUN
 
-__all__ = ["Cut", "check_plan", "local_blocks", "schedule", "select_rows"]
+__all__ = ["Cut", "Windows", "check_plan", "local_blocks", "schedule", "select_rows", "why_dense", "windows"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,36 @@ def check_plan(plan: PrunePlan, config: ModelConfig) -> None:
                 f"prune plan: layer {stage.layer}; this model has layers 0..{config.n_layers - 1} and cuts come before "
                 "the last; use a plan made for this model"
             )
+    for window in plan.windows:
+        if window.layer >= config.n_layers or len(window.reach) != config.n_kv_heads:
+            raise SettingError(
+                f"prune plan: window of layer {window.layer} for {len(window.reach)} KV heads; this model has layers "
+                f"0..{config.n_layers - 1} and {config.n_kv_heads} KV heads; use a plan made for this model"
+            )
+
+
+@dataclass(frozen=True)
+class Windows:
+    """How far back each KV head of a layer looks (layers that are not in ``reach`` see everything), in the first
+    ``rows`` of a context; the rows behind them see everything too."""
+
+    reach: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    rows: int = 0
+
+    def same_rows(self, other: Windows) -> float:
+        """How many first rows of a context come out the same under both: all (inf), or those before they differ."""
+        if self == other:
+            return math.inf
+        return min(self.rows, other.rows) if self.reach == other.reach else 0
+
+
+def windows(plan: PrunePlan | None, tokens: int) -> Windows:
+    """The windows of ``plan`` for a prompt of ``tokens``: whole runs of rows, so that no tile is in two minds."""
+    if plan is None or tokens < plan.min_tokens:
+        return Windows()
+    reach = {window.layer: window.reach for window in plan.windows if any(window.reach)}
+    rows = max(0, tokens - plan.full_rows) // RUN * RUN
+    return Windows(reach, rows) if reach and rows else Windows()
 
 
 def schedule(plan: PrunePlan, tokens: int) -> tuple[Cut, ...]:
@@ -53,6 +85,15 @@ def schedule(plan: PrunePlan, tokens: int) -> tuple[Cut, ...]:
     ):  # a plan that keeps everything runs through the same code, to be compared with dense
         cuts = [Cut(stage.layer, total) for stage in plan.stages]
     return tuple(cuts)
+
+
+def why_dense(plan: PrunePlan, tokens: int) -> str:
+    """Why a prompt of ``tokens`` runs dense although there is a plan, in words; empty if it does not."""
+    if tokens < plan.min_tokens:
+        return f"the prompt has {tokens:,} tokens, and this plan leaves prompts under {plan.min_tokens:,} whole"
+    if schedule(plan, tokens) or windows(plan, tokens).rows:
+        return ""
+    return f"every stage of the plan would keep all of these {tokens:,} tokens"
 
 
 def local_blocks(plan: PrunePlan, rows: int) -> int:

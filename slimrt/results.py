@@ -37,8 +37,10 @@ class Timings:
     """Where the time and the memory went.
 
     ``ttft_s``: seconds from the call to the first token. ``decode_tok_s``: tokens a second after the first (0 if there
-    was none). ``stages``: tokens kept after each cut of the plan (empty: dense). ``kv_bytes_*``: bytes of keys and
-    values at the end. ``reused_tokens``: prompt tokens whose work an earlier call had done, ``reuse_note`` says why.
+    was none). ``stages``: tokens kept after each cut of the plan, ``windowed_tokens``: how many first tokens of the
+    prompt its windows held for, ``dense_note``: why the prompt ran dense although there is a plan, empty if it did not.
+    ``kv_bytes_*``: bytes of keys and values at the end. ``reused_tokens``: prompt tokens whose work an earlier call had
+    done, ``reuse_note`` says why.
     """
 
     ttft_s: float = 0.0
@@ -48,6 +50,8 @@ class Timings:
     kv_bytes_host: int = 0
     reused_tokens: int = 0
     reuse_note: str = ""
+    windowed_tokens: int = 0
+    dense_note: str = ""
 
 
 @dataclass(frozen=True)

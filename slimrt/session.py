@@ -10,16 +10,19 @@ import numpy as np
 from slimrt.config import PrunePlan
 from slimrt.engine import Engine, Progress, Trace
 from slimrt.errors import ContextError, TokenizerError
-from slimrt.prune import schedule
+from slimrt.prune import schedule, why_dense, windows
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How a prompt was read: tokens that an earlier call had done already and why not more; tokens each cut kept."""
+    """How a prompt was read: tokens that an earlier call had done already and why not more; tokens each cut kept; first
+    tokens under windows; why it ran dense although there is a plan."""
 
     reused: int
     note: str
     stages: tuple[int, ...] = ()
+    windowed: int = 0
+    dense: str = ""
 
 
 class Session:
@@ -56,20 +59,25 @@ class Session:
         self._check(ids, len(ids))
         self.revision += 1
         cuts = schedule(plan, len(ids)) if plan is not None else ()
-        boundary_layer = cuts[0].layer if cuts else None
+        boundary_layer, limits = cuts[0].layer if cuts else None, windows(plan, len(ids))
         # The query window is always computed, so that the choice is made by the queries of the new last tokens.
         fresh = plan.query_window if plan is not None and cuts else 1
         same = common_prefix(self.tokens, ids)
-        if boundary_layer != self._boundary_layer:
+        same_rows = self.context.windows.same_rows(limits)
+        if boundary_layer != self._boundary_layer or not same_rows:
             reused, note = 0, "the last conversation was pruned otherwise" if self.tokens else "nothing read before"
             self.reset()
             self.context.cache.close()  # before the new one allocates what it stages copies in
             self.context = self.engine.new_context(boundary_layer)
         else:
             reused, note = max(0, min(same, len(ids) - fresh)), self._reuse_note(same, len(ids))
+            if same_rows < reused:
+                reused = int(same_rows)
+                note += f"; from token {reused} on it runs again, for what saw everything there is under windows now"
         self.truncate(reused)
+        self.context.windows = limits
         stages = self._read(ids[reused:], plan, cuts, progress, trace)
-        return Reading(reused, note, stages)
+        return Reading(reused, note, stages, limits.rows, "" if plan is None else why_dense(plan, len(ids)))
 
     @property
     def _boundary_layer(self) -> int | None:

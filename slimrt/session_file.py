@@ -6,7 +6,8 @@ Layout, all numbers little-endian:
     version    u32      1
     length     u32      bytes of the header
     header     UTF-8 JSON: "model" (fingerprint), "ctx", "rope", "plan", "system", "messages", "tokens" (how many),
-               "rows" (how many each layer holds), "boundary" (the layer of the hidden states, or null), "logits" (bool)
+               "rows" (how many each layer holds), "boundary" (the layer of the hidden states, or null),
+               "windows" (in force, as in a plan), "windowed" (how many first rows they hold for), "logits" (bool)
     digest     32 bytes, SHA-256 of all of the above
     arrays     each its raw elements, then their SHA-256 (32 bytes):
                tokens int32 [N]; of every layer keys, values float32 [Hkv, n, Dh] and positions int64 [n];
@@ -36,7 +37,7 @@ from slimrt.config import ModelConfig, PrunePlan
 from slimrt.engine import Context, Engine
 from slimrt.errors import SessionFileError, SettingError
 from slimrt.gguf import GGUFFile
-from slimrt.prune import check_plan
+from slimrt.prune import Windows, check_plan
 from slimrt.session import Session
 
 __all__ = ["MAGIC", "SavedTalk", "model_fingerprint", "read_session", "write_session"]
@@ -47,7 +48,20 @@ _PREFIX = struct.Struct("<8sII")
 _DIGEST = 32
 _MAX_HEADER = 1 << 26  # bytes; the messages of a million tokens take about 5 MB
 _SAMPLE = 256  # bytes of every tensor that count for the fingerprint: models of one family differ in nothing else
-_KEYS = {"model", "ctx", "rope", "plan", "system", "messages", "tokens", "rows", "boundary", "logits"}
+_KEYS = {
+    "model",
+    "ctx",
+    "rope",
+    "plan",
+    "system",
+    "messages",
+    "tokens",
+    "rows",
+    "boundary",
+    "windows",
+    "windowed",
+    "logits",
+}
 
 
 @dataclass(frozen=True)
@@ -97,6 +111,8 @@ def write_session(path: str | Path, session: Session, file: GGUFFile, talk: Save
         "tokens": len(session.tokens),
         "rows": rows,
         "boundary": None if context.boundary is None else context.boundary.layer,
+        "windows": [{"layer": layer, "reach": reach} for layer, reach in sorted(context.windows.reach.items())],
+        "windowed": context.windows.rows,
         "logits": session.logits is not None,
     }
     try:
@@ -209,7 +225,8 @@ class _Reader:
         ids = self._array("<i4", (tokens,), "the tokens")
         if tokens and not 0 <= ids.min() <= ids.max() < c.vocab_size:
             raise self._broken(f"a token id lies outside 0..{c.vocab_size - 1}")
-        context = session.engine.new_context(boundary)
+        reach = {window.layer: window.reach for window in self._plan({"windows": header["windows"]}).windows}
+        context = session.engine.new_context(boundary, Windows(reach, header["windowed"]))
         try:
             logits = self._fill(session.engine, context, header)
         except BaseException:
@@ -299,6 +316,8 @@ class _Reader:
                 f"{self._path}: holds {tokens} tokens, the context {self._ctx}; load the model with ctx={tokens} or "
                 "more (--ctx)"
             )
+        if type(header["windowed"]) is not int or header["windowed"] < 0:
+            raise self._broken("how many rows are under windows must be a number of at least 0")
         messages, system, plan = header["messages"], header["system"], header["plan"]
         if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
             raise self._broken("the messages must be a list of objects")

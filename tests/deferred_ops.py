@@ -14,6 +14,7 @@ from types import FrameType
 import numpy as np
 
 from slimrt.ops.numpy_ops import NumpyOps
+from slimrt.ops.reach import Reach
 
 Pairs = Sequence[tuple[np.ndarray, np.ndarray]]
 
@@ -69,10 +70,12 @@ class DeferredOps(NumpyOps):
     def _on_host(self, array: np.ndarray) -> bool:
         return any(np.may_share_memory(array, pinned) for pinned in self._pinned)
 
-    def attend(self, q: np.ndarray, k: np.ndarray, v: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+    def attend(
+        self, q: np.ndarray, k: np.ndarray, v: np.ndarray, out: np.ndarray | None = None, reach: Reach = None
+    ) -> np.ndarray:
         self.time += 1
         self._attended = [*self._attended[-64:], (k, self.time), (v, self.time)]
-        return super().attend(q, k, v, out)
+        return super().attend(q, k, v, out, reach)
 
     def copy(self, pairs: Pairs, after: DeferredFence | None = None) -> DeferredFence:  # type: ignore[override]
         pairs = list(pairs)
@@ -127,8 +130,10 @@ class ForgetfulOps(DeferredOps):
         else:
             fence.run()
 
-    def attend(self, q: np.ndarray, k: np.ndarray, v: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-        result = super().attend(q, k, v, out)
+    def attend(
+        self, q: np.ndarray, k: np.ndarray, v: np.ndarray, out: np.ndarray | None = None, reach: Reach = None
+    ) -> np.ndarray:
+        result = super().attend(q, k, v, out, reach)
         for time, fence in self._late:
             if time <= self.time:
                 fence.run()

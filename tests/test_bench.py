@@ -91,6 +91,21 @@ def test_report_forms(result: BenchResult) -> None:
         assert text in shown
 
 
+def test_a_further_question_and_a_budget(model: Path, plan: str) -> None:
+    """Longer than the model was trained on: speed is measured, and the table tells what stays resident."""
+    found = run(
+        model, lengths=(640,), repeats=1, plans=("off", plan), threads=1, decode_tokens=2, text="hello the world",
+        follow_up=8, kv_budget=128,
+    )  # fmt: skip
+    assert [row.follow_up_s is not None and 0 < row.follow_up_s for row in found.rows] == [True, True]
+    budget, host = found.rows[0].runs[0].kv_bytes or (0, 0)
+    assert 0 < budget < host
+    console = Console(file=io.StringIO(), width=250)
+    console.print(found.table())
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "again s" in shown and "KV MiB" in shown and f"{host / 2**20:.1f}" in shown
+
+
 def test_medians_and_ratios() -> None:
     def runs(*pairs: tuple[float, float]) -> tuple[Measurement, ...]:
         return tuple(Measurement(ttft, rate, 1 << 20, 5) for ttft, rate in pairs)
@@ -143,7 +158,8 @@ def test_an_unknown_program_is_named() -> None:
         ({"threads": 0}, "threads"),
         ({"decode_tokens": -1}, "decode_tokens"),
         ({"plans": ()}, "no prune plan"),
-        ({"lengths": (500,)}, "exceed the 512 that the model was trained on"),
+        ({"follow_up": -1}, "follow_up"),
+        ({"kv_budget": 8}, "KV budget 8"),
         ({"lengths": (64,), "text": ""}, "is empty"),
     ],
 )

@@ -243,7 +243,7 @@ def test_ctrl_c_in_an_answer_keeps_what_there_is(llm: LLM, capsys: pytest.Captur
 def test_ctrl_c_while_the_prompt_is_read_drops_the_message(
     llm: LLM, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    ops_rows, calls = llm._ops.rows, []
+    ops_rows, calls = llm.engine.ops.rows, []
 
     def rows(task: Callable[[slice], None], count: int) -> None:
         calls.append(count)
@@ -251,7 +251,7 @@ def test_ctrl_c_while_the_prompt_is_read_drops_the_message(
             raise KeyboardInterrupt
         ops_rows(task, count)
 
-    monkeypatch.setattr(llm._ops, "rows", rows)
+    monkeypatch.setattr(llm.engine.ops, "rows", rows)
     chat = talk(llm, "hello", "world")
     assert [message["content"] for message in chat.messages if message["role"] == "user"] == ["world"]
     assert "the message was not kept" in capsys.readouterr().err

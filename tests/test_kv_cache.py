@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +17,12 @@ from slimrt.config import CacheConfig
 from slimrt.engine import Context, Engine
 from slimrt.errors import ComputeError, SettingError
 from slimrt.gguf import GGUFFile
-from slimrt.kv_blocks import Choice, choose
+from slimrt.kv_blocks import Choice, LayerRows, choose
 from slimrt.kv_cache import KVCache
 from slimrt.kv_offload import OffloadedKVCache
 from slimrt.models import build, read_config
 from slimrt.ops.numpy_ops import NumpyOps
+from slimrt.prefetch import Transfers
 from slimrt.session import Session
 from tests.deferred_ops import DeferredOps, ForgetfulOps, TooEarly
 from tests.kv_schedule import HEADS, KV_HEADS, LAYERS, WIDTH, Schedule, sizes
@@ -178,7 +180,8 @@ def test_choose() -> None:
 
 def test_decode_reads_the_blocks_that_the_query_wants() -> None:
     """The query is the longest key of a head, so no key fits it better: its block is read whatever else is."""
-    run = Schedule(NumpyOps(1), CacheConfig(1 << 20, budget=24, block=4, unit=1, sink_blocks=1, local_blocks=1))
+    config = CacheConfig(1 << 20, budget=24, block=4, unit=1, sink_blocks=1, local_blocks=1, shortlist=100)
+    run = Schedule(NumpyOps(1), config)
     run.read(200)
     for turn in range(3):
         for layer in range(LAYERS):
@@ -210,7 +213,8 @@ def test_layers_share_a_choice_but_not_across_a_cut() -> None:
         (2, ((2, 0.5),), 4),  # layers 0-1, 2, 3-4, 5
     ):
         ops = Counting()
-        run = Schedule(ops, CacheConfig(1 << 20, 16, block=4, unit=2, local_blocks=1, select_every=every))
+        config = CacheConfig(1 << 20, 16, block=4, unit=2, local_blocks=1, select_every=every, shortlist=100)
+        run = Schedule(ops, config)
         run.read(100, cuts=cuts)
         ops.chosen = 0
         run.read(1)
@@ -218,6 +222,49 @@ def test_layers_share_a_choice_but_not_across_a_cut() -> None:
         first = run.cache._layers[0]
         assert first.selects
         assert [layer.selects for layer in run.cache._layers].count(True) == expected
+
+
+def test_a_long_context_is_searched_in_groups() -> None:
+    """The shortlist is the groups whose mean key is best, and their blocks are compared as all blocks would be."""
+
+    class Recording(NumpyOps):
+        columns = 0
+
+        def score_blocks(self, kind, q, k, block, unit):  # type: ignore[no-untyped-def]
+            self.columns += k.shape[1]
+            return super().score_blocks(kind, q, k, block, unit)
+
+    def layer(ops: NumpyOps, config: CacheConfig, keys: np.ndarray, steps: list[int]) -> LayerRows:
+        rows = LayerRows(ops, config, sizes(), Transfers())
+        rows.selects = True
+        for first, last in itertools.pairwise(steps):  # in blocks, as they become complete
+            rows.learn_means(keys[:, first * config.block : last * config.block], first, last)
+        return rows
+
+    rng = np.random.default_rng(5)
+    ops = Recording(1)
+    config = CacheConfig(1 << 20, 24, block=4, unit=2, local_blocks=1, group=3, shortlist=2)  # 12 blocks: 4 groups
+    keys = rng.standard_normal((KV_HEADS, 400, WIDTH), dtype=np.float32)
+    q = rng.standard_normal((1, HEADS, WIDTH), dtype=np.float32)
+    rows = layer(ops, config, keys, [0, 1, 2, 31, 37, 38, 100])
+    groups = ops.score_blocks("token_max", q, keys[:, : 99 * 4].reshape(KV_HEADS, 33, 12, WIDTH).mean(axis=2), 1, 1)
+    best = set(np.argsort(-groups)[:4].tolist())
+    shortlist = [block for block in range(100) if block // 3 in best or block >= 99]
+    found = rows.wanted(q, 100)
+    assert np.flatnonzero(np.isfinite(found)).tolist() == shortlist
+    members = np.concatenate([keys[:, block * 4 : block * 4 + 4] for block in shortlist], axis=1)
+    units = members.reshape(KV_HEADS, -1, 2, WIDTH).mean(axis=2)
+    np.testing.assert_allclose(found[shortlist], ops.score_blocks("token_max", q, units, 2, 1), rtol=1e-5)
+    compared = []
+    for length in (2048, 8192, 65536):
+        config = CacheConfig(1 << 20, 1024)
+        blocks = length // config.block
+        rows = layer(ops, config, rng.standard_normal((KV_HEADS, length, WIDTH), dtype=np.float32), [0, blocks])
+        ops.columns = 0
+        rows.wanted(q, blocks)
+        compared.append(ops.columns)
+    assert compared == [256, 64 + 512, 512 + 512]  # without groups 256, 1024, 8192
+    ops.close()
 
 
 def test_blocks_move_only_under_the_threshold() -> None:
@@ -255,7 +302,7 @@ def test_resident_rows_and_decode_work_do_not_grow(budget: int) -> None:
             keys, _, _ = cache.update(layer, k[:1], v[:1], np.array([length]), q[:1])
             assert budget - config.block < keys.shape[1] <= budget
             cache.attended(layer)
-        means = 2 * (length // config.unit) * row // 2
+        means = 2 * (length // config.unit + length // config.block // config.group) * row // 2
         assert cache.nbytes_device - means == 2 * (budget - config.block + 1) * row
         assert cache.nbytes_host == 2 * length * row
         cache.close()
@@ -379,7 +426,9 @@ def test_bytes_in_timings(tiny: Path, ids: list[int]) -> None:
     timings = small.generate(ids[:512], max_tokens=1).timings
     row = small.memory.kv_per_token
     assert timings.kv_bytes_host == 512 * row
-    assert timings.kv_bytes_device == 128 * row + 512 // 8 * small.config.kv_bytes_per_token // 2  # unit means: keys, float32
+    # Means are of keys only, in float32: one a unit of 8 rows, one a group of 8 blocks of 16 rows.
+    means = (512 // 8 + 512 // 128) * small.config.kv_bytes_per_token // 2
+    assert timings.kv_bytes_device == 128 * row + means
 
 
 def test_bad_budgets(tiny: Path) -> None:

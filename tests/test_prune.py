@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pydoc_data.topics
 from pathlib import Path
@@ -12,13 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import slimrt
-from slimrt import PrunePlan, Stage
+from slimrt import PrunePlan, Stage, Window
 from slimrt.errors import SettingError
 from slimrt.presets import choose_plan, fingerprint, preset_path
 from slimrt.prune import Cut, schedule, select_rows
 from tests.tiny_gguf import write_tiny_llama
 
 HALVES = PrunePlan(stages=(Stage(14, 0.5), Stage(22, 0.25)), block=32)
+WINDOWED = dataclasses.replace(HALVES, windows=(Window(0, (128, 0, 64)), Window(9, (64, 64, 192))), full_rows=60)
 
 
 @pytest.fixture(scope="module")
@@ -61,11 +63,12 @@ def test_rope_positions_stay(llm: slimrt.LLM, document: list[int]) -> None:
     assert np.array_equal(cache.rows(14)[2], np.arange(len(document)))
 
 
-def test_another_question_equals_a_fresh_prefill(default_model: Path, document: list[int]) -> None:
+@pytest.mark.parametrize("plan", [HALVES, WINDOWED], ids=["cuts", "windows and cuts"])
+def test_another_question_equals_a_fresh_prefill(default_model: Path, document: list[int], plan: PrunePlan) -> None:
     # On NumPy: elsewhere decode, whose rows the session goes on with, computes in another precision than prefill.
     llm = slimrt.load(default_model, ctx=4096, prune="off", device="numpy")
     session = llm.session()
-    session.prefill(document, HALVES)
+    session.prefill(document, plan)
     for _ in range(4):
         session.extend([int(session.logits.argmax())])
     for question in (
@@ -73,9 +76,14 @@ def test_another_question_equals_a_fresh_prefill(default_model: Path, document: 
         "?",
     ):  # the last is shorter than the query window
         conversation = session.tokens + llm.tokenize(question)
-        reading = session.prefill(conversation, HALVES)
-        assert reading.reused == len(conversation) - max(HALVES.query_window, len(llm.tokenize(question)))
-        fresh = llm.logits(conversation, prune=HALVES)
+        limited = session.context.windows.rows
+        reading = session.prefill(conversation, plan)
+        reused = len(conversation) - max(plan.query_window, len(llm.tokenize(question)))
+        # What saw everything when it was the last of the prompt runs again where it is under windows now.
+        moved = plan.windows and session.context.windows.rows > limited
+        assert reading.reused == (limited if moved else reused)
+        assert ("under windows now" in reading.note) == bool(moved)
+        fresh = llm.logits(conversation, prune=plan)
         dense = llm.logits(conversation)
         # Chunks of other sizes sum in another order: what that alone does to dense logits is the unit.
         chunked = llm.session()
@@ -84,6 +92,27 @@ def test_another_question_equals_a_fresh_prefill(default_model: Path, document: 
         unit = np.abs(chunked.logits - dense).max()
         assert np.abs(session.logits - fresh).max() <= 4 * unit
         assert np.abs(fresh - dense).max() > 100 * unit  # so the comparison tells pruned from dense
+
+
+def test_windows_change_what_is_read_and_only_where_they_are(llm: slimrt.LLM, document: list[int]) -> None:
+    # Of 700 rows whole runs of 128 are limited, and the last of them begins at 512.
+    wide = PrunePlan(windows=(Window(0, (512, 512, 0)), Window(29, (0, 0, 0))), full_rows=0)
+    assert np.array_equal(llm.logits(document, prune=wide), llm.logits(document))
+    narrow = dataclasses.replace(wide, windows=(Window(0, (64, 64, 64)),))
+    full = dataclasses.replace(narrow, full_rows=573)  # 127 rows are left to the windows, no whole run
+    assert np.array_equal(llm.logits(document, prune=full), llm.logits(document))
+    assert not np.array_equal(llm.logits(document, prune=narrow), llm.logits(document))
+    late = dataclasses.replace(narrow, min_tokens=701)
+    assert np.array_equal(llm.logits(document, prune=late), llm.logits(document))
+    # A window ends at its layer: the layer before it and its own keys are the dense run's.
+    session, dense = llm.session(), llm.session()
+    session.prefill(document, PrunePlan(windows=(Window(3, (64, 64, 64)),), full_rows=100))
+    dense.prefill(document)
+    for layer, same in ((3, True), (4, False)):
+        assert np.array_equal(session.context.cache.rows(layer)[0], dense.context.cache.rows(layer)[0]) == same
+    # Of 700 rows the last 188 saw everything in layer 3, and their keys in layer 4 tell; the first 256 have no row out.
+    changed = session.context.cache.rows(4)[0] != dense.context.cache.rows(4)[0]
+    assert np.flatnonzero(changed.any(axis=(0, 2))).tolist() == list(range(256, 512))
 
 
 def test_plan_changes_start_anew(llm: slimrt.LLM, document: list[int]) -> None:
@@ -173,6 +202,9 @@ def test_plans_are_checked(tmp_path: Path, llm: slimrt.LLM) -> None:
             PrunePlan(**options)
     with pytest.raises(SettingError, match="layer 29; this model has layers"):
         llm.logits([1, 2], prune=PrunePlan(stages=(Stage(29, 0.5),)))
+    for window in (Window(30, (64, 64, 64)), Window(3, (64, 64))):
+        with pytest.raises(SettingError, match=r"layers 0\.\.29 and 3 KV heads"):
+            llm.logits([1, 2], prune=PrunePlan(windows=(window,)))
     with pytest.raises(SettingError, match="score 'best'"):
         llm.logits([1, 2], prune=PrunePlan(stages=(Stage(9, 0.5),), score="best"))
     with pytest.raises(SettingError, match="no such file"):
@@ -191,6 +223,16 @@ def test_plans_are_checked(tmp_path: Path, llm: slimrt.LLM) -> None:
         {"block": 64.0},
         {"score": None},
         {"min_tokens": -1},
+        {"full_rows": -1},
+        {"windows": 3},
+        {"windows": [3]},
+        {"windows": [{"layer": 1}]},
+        {"windows": [{"layer": 1, "reach": 64}]},
+        {"windows": [{"layer": 1, "reach": [64.0]}]},
+        {"windows": [{"layer": 1, "reach": [-64]}]},
+        {"windows": [{"layer": 1, "reach": [100]}]},
+        {"windows": [{"layer": 2, "reach": [64]}, {"layer": 1, "reach": [64]}]},
+        {"windows": [{"layer": 9, "reach": [64]}], "stages": [{"layer": 8, "keep": 0.5}]},
     ):
         with pytest.raises(SettingError, match="prune plan"):
             PrunePlan.from_dict(data)
@@ -202,9 +244,9 @@ def test_plans_are_checked(tmp_path: Path, llm: slimrt.LLM) -> None:
 
 def test_json_both_ways(tmp_path: Path, llm: slimrt.LLM, document: list[int]) -> None:
     path = tmp_path / "plan.json"
-    path.write_text(HALVES.to_json())
-    assert PrunePlan.from_file(path) == HALVES
-    assert np.array_equal(llm.logits(document, prune=str(path)), llm.logits(document, prune=HALVES))
+    path.write_text(WINDOWED.to_json())
+    assert PrunePlan.from_file(path) == WINDOWED
+    assert np.array_equal(llm.logits(document, prune=str(path)), llm.logits(document, prune=WINDOWED))
 
 
 def test_presets(tmp_path: Path) -> None:

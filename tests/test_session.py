@@ -208,6 +208,8 @@ def test_every_damage_is_one_line(llm: slimrt.LLM, saved: Path, tmp_path: Path) 
         {"boundary": 9}, {"boundary": True}, {"boundary": 3}, {"messages": "x"}, {"messages": [1]}, {"system": 5},
         {"logits": 1}, {"plan": {"stages": 7}}, {"plan": {"stages": [{"layer": 99, "keep": 0.5}]}}, {"plan": [1]},
         {"plan": {"block": "x"}}, {"rope": 3}, {"extra": 1},
+        {"windows": 3}, {"windows": [{"layer": 99, "reach": [64, 64]}]}, {"windows": [{"layer": 0, "reach": [64]}]},
+        {"windowed": -1}, {"windowed": None},
     ],
 )  # fmt: skip
 def test_a_forged_header_is_refused_before_anything_is_allocated(

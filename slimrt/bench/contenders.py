@@ -18,11 +18,13 @@ __all__ = ["Contender", "Measurement", "Setup", "check_installed", "open_contend
 
 @dataclass(frozen=True)
 class Setup:
-    """How a contender is loaded: the same for all. ``ctx`` tokens, ``threads`` cores."""
+    """How a contender is loaded: the same for all. ``ctx`` tokens, ``threads`` cores, and for slimrt ``kv_budget``, the
+    resident rows of a layer (None: all)."""
 
     model: str
     ctx: int
     threads: int
+    kv_budget: int | None = None
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,9 @@ class Measurement:
 
     ``peak_bytes``: resident memory at its highest during the call (on Linux; elsewhere since the process began).
     ``kept``: tokens kept after each cut of the prune plan. ``first_token``: what was drawn, to compare contenders.
+    ``follow_up_s``: seconds to the first token of the answer to a further question on the same context, None if none
+    was asked. ``kv_bytes``: keys and values where the model computes, and in host memory under a budget, after the
+    answer (None where the program does not tell).
     """
 
     ttft_s: float
@@ -38,13 +43,16 @@ class Measurement:
     peak_bytes: int
     first_token: int
     kept: tuple[int, ...] = ()
+    follow_up_s: float | None = None
+    kv_bytes: tuple[int, int] | None = None
 
 
 class Contender(Protocol):
     """A loaded model."""
 
-    def measure(self, ids: Sequence[int], decode_tokens: int, plan: str) -> Measurement:
-        """Read ``ids`` as if nothing had been read before, draw greedily, decode ``decode_tokens`` more tokens."""
+    def measure(self, ids: Sequence[int], decode_tokens: int, plan: str, follow_up: Sequence[int] = ()) -> Measurement:
+        """Read ``ids`` as if nothing had been read before, draw greedily, decode ``decode_tokens`` more tokens; then
+        read ``follow_up`` behind it all, as a further question, and draw once more."""
 
     def about(self) -> dict[str, Any]:
         """Versions and settings that belong in the report."""
@@ -56,14 +64,18 @@ class Slimrt:
     def __init__(self, setup: Setup) -> None:
         import slimrt
 
-        self._llm = slimrt.load(setup.model, ctx=setup.ctx, threads=setup.threads)
+        self._llm = slimrt.load(setup.model, ctx=setup.ctx, threads=setup.threads, kv_budget=setup.kv_budget)
 
-    def measure(self, ids: Sequence[int], decode_tokens: int, plan: str) -> Measurement:
+    def measure(self, ids: Sequence[int], decode_tokens: int, plan: str, follow_up: Sequence[int] = ()) -> Measurement:
         self._llm.reset()
         _reset_peak()
         done = self._llm.generate(ids, max_tokens=decode_tokens + 1, ignore_eos=True, prune=plan)
-        times = done.timings
-        return Measurement(times.ttft_s, times.decode_tok_s, _peak(), done.tokens[0], times.stages)
+        times, asked = done.timings, None
+        if follow_up:
+            conversation = [*ids, *done.tokens, *follow_up]
+            asked = self._llm.generate(conversation, max_tokens=1, ignore_eos=True, prune=plan).timings.ttft_s
+        kv_bytes = times.kv_bytes_device, times.kv_bytes_host
+        return Measurement(times.ttft_s, times.decode_tok_s, _peak(), done.tokens[0], times.stages, asked, kv_bytes)
 
     def about(self) -> dict[str, Any]:
         import numpy as np
@@ -97,7 +109,7 @@ class LlamaCpp:
             verbose=False,
         )
 
-    def measure(self, ids: Sequence[int], decode_tokens: int, plan: str) -> Measurement:
+    def measure(self, ids: Sequence[int], decode_tokens: int, plan: str, follow_up: Sequence[int] = ()) -> Measurement:
         llm = self._llm
         _reset_peak()
         begun = time.perf_counter()
@@ -109,7 +121,14 @@ class LlamaCpp:
             llm.eval([token])
             token = llm.sample(temp=0)
         decoding = time.perf_counter() - begun - ttft
-        return Measurement(ttft, decode_tokens / decoding if decode_tokens else 0.0, _peak(), first)
+        asked = None
+        if follow_up:
+            begun = time.perf_counter()
+            llm.eval([token, *follow_up])
+            llm.sample(temp=0)
+            asked = time.perf_counter() - begun
+        rate = decode_tokens / decoding if decode_tokens else 0.0
+        return Measurement(ttft, rate, _peak(), first, follow_up_s=asked)
 
     def about(self) -> dict[str, Any]:
         import llama_cpp

@@ -40,9 +40,9 @@ class ContenderProcess:
     def pid(self) -> int | None:
         return self._process.pid
 
-    def measure(self, ids: Sequence[int], decode_tokens: int, plan: str) -> Measurement:
+    def measure(self, ids: Sequence[int], decode_tokens: int, plan: str, follow_up: Sequence[int] = ()) -> Measurement:
         """See ``Contender.measure``."""
-        return self._answer((list(ids), decode_tokens, plan))
+        return self._answer((list(ids), decode_tokens, plan, list(follow_up)))
 
     def _answer(self, *request: Any) -> Any:
         try:

@@ -18,7 +18,6 @@ from slimrt.bench.process import ContenderProcess
 from slimrt.errors import SettingError
 from slimrt.eval.text import corpus_from_text, load_corpus
 from slimrt.gguf import GGUFFile
-from slimrt.models import read_config
 from slimrt.ops.workers import available_cores
 from slimrt.tokenizer import Tokenizer
 
@@ -63,6 +62,12 @@ class BenchRow:
         return min(run.decode_tok_s for run in self.runs), max(run.decode_tok_s for run in self.runs)
 
     @property
+    def follow_up_s(self) -> float | None:
+        """The median, in seconds, of the time to the first token of a further answer; None if none was asked for."""
+        times = [run.follow_up_s for run in self.runs if run.follow_up_s is not None]
+        return statistics.median(times) if times else None
+
+    @property
     def peak_bytes(self) -> int:
         return max(run.peak_bytes for run in self.runs)
 
@@ -105,6 +110,7 @@ class BenchResult:
                     "decode_tok_s": row.decode_tok_s,
                     "decode_range_tok_s": list(row.decode_range),
                     "ttft_speedup": self.speedup(row),
+                    "follow_up_s": row.follow_up_s,
                     "peak_bytes": row.peak_bytes,
                     "runs": [asdict(measurement) for measurement in row.runs],
                 }
@@ -123,7 +129,10 @@ class BenchResult:
         title = f"Time to first token, {Path(self.settings['model']).name}, {self.settings['threads']} threads"
         # Text, not markup: names and versions come from outside.
         table = Table(title=Text(title), caption=Text(self._caption()), caption_justify="left")
-        for heading in ("prompt", "", "TTFT s", "min..max", "vs", "decode tok/s", "min..max", "vs", "peak MiB", "kept"):
+        asked, budget = self.settings["follow_up"], self.settings["kv_budget"]
+        headings = ["prompt", "", "TTFT s", "min..max", "vs", "decode tok/s", "min..max", "vs"]
+        headings += [*(["again s", "of TTFT"] if asked else []), *(["KV MiB", "on host"] if budget else [])]
+        for heading in (*headings, "peak MiB", "kept"):
             table.add_column(heading, justify="left" if heading in ("", "kept") else "right", no_wrap=True)
         length = 0
         for row in self.rows:
@@ -140,6 +149,8 @@ class BenchResult:
                 f"{row.decode_tok_s:.1f}",
                 "{:.1f}..{:.1f}".format(*row.decode_range),
                 decode,
+                *([f"{row.follow_up_s:.3f}", f"{row.follow_up_s / row.ttft_s:.0%}"] if row.follow_up_s else []),
+                *(([f"{n / 2**20:.1f}" for n in row.runs[0].kv_bytes or ()] or ["", ""]) if budget else []),
                 f"{row.peak_bytes / 2**20:.0f}",
                 " ".join(map(str, row.runs[0].kept)),
             )
@@ -152,8 +163,12 @@ class BenchResult:
             f"{b['internal_api']} {b['version']} ({b.get('architecture') or 'unknown'} kernels)" for b in env["blas"]
         )
         versions = [f"{name} {env[name]}" for name in ("slimrt", "numpy", "llama_cpp_python", "python") if name in env]
+        asked = (
+            f"; again: a further question of {self.settings['follow_up']} tokens" if self.settings["follow_up"] else ""
+        )
         lines = [
             f"medians of {self.settings['repeats']} runs, programs in turn; x: times as fast as {self.reference}",
+            *([f"again: the first token of a further answer, after a question of {asked} tokens"] if asked else []),
             f"{env['cpu']}, {env['cores']} cores, {' '.join(env['cpu_features'])}; load average before {env['load']}",
             f"{', '.join(versions)}; {blas or 'BLAS unknown'}",
             *(f"{name}={value}" for name, value in env["variables"].items()),
@@ -172,21 +187,27 @@ def run(
     decode_tokens: int = 32,
     text: str | None = None,
     progress: Progress | None = None,
+    *,
+    follow_up: int = 0,
+    kv_budget: int | None = None,
 ) -> BenchResult:
     """Measure prompts of ``lengths`` tokens under each of ``plans``, and in each program of ``vs`` ("llama_cpp").
 
     All read the same token ids: ``text``, or by default Python's own documentation, repeated where it is too short.
     Each program has its own process and its own copy of the model; for each length and repeat they take turns, so that
-    a machine that slows down slows all. Nothing is reused between runs.
+    a machine that slows down slows all. Nothing is reused between runs. ``follow_up``: tokens of a further question on
+    the same context. ``kv_budget``: rows of each layer's cache that stay resident (slimrt only). Prompts may exceed the
+    trained context: speed is what is measured.
 
-    Raises SettingError for values out of range, a program that is not installed or a prompt that exceeds the trained
-    context; ModelFileError for an unusable model; ComputeError if a program fails. The processes are spawned, so a
-    script must call this under ``if __name__ == "__main__"``.
+    Raises SettingError for values out of range or a program that is not installed; ModelFileError for an unusable
+    model; ComputeError if a program fails. The processes are spawned, so a script must call this under
+    ``if __name__ == "__main__"``.
     """
     for name, values, least in (
         ("lengths", lengths, 1),
         ("repeats", (repeats,), 1),
         ("decode_tokens", (decode_tokens,), 0),
+        ("follow_up", (follow_up,), 0),
         ("threads", (threads,) if threads is not None else (1,), 1),
     ):
         if not values or min(values) < least:
@@ -197,15 +218,9 @@ def run(
         check_installed(program)
     lengths, plans, vs = sorted(set(lengths)), list(dict.fromkeys(plans)), list(dict.fromkeys(vs))
     file = GGUFFile(model_path)
-    ctx = lengths[-1] + decode_tokens + 1
-    trained = read_config(file).ctx_train
-    if ctx > trained:
-        raise SettingError(
-            f"{lengths[-1]} prompt tokens and {decode_tokens + 1} more exceed the {trained} that the model was trained "
-            "on; measure shorter prompts (--length)"
-        )
+    ctx = lengths[-1] + decode_tokens + follow_up + 2
     threads = threads or available_cores()
-    ids = _prompt(Tokenizer.from_gguf(file), text, lengths[-1])
+    ids = _prompt(Tokenizer.from_gguf(file), text, lengths[-1] + follow_up)
     settings = {
         "model": str(file.path),
         "model_bytes": file.file_size,
@@ -215,13 +230,15 @@ def run(
         "vs": vs,
         "threads": threads,
         "decode_tokens": decode_tokens,
+        "follow_up": follow_up,
+        "kv_budget": kv_budget,
         "text": "given" if text is not None else "pydoc_data.topics",
     }
     environment = _environment()
     turns = [("slimrt", plan, f"slimrt {plan}") for plan in plans] + [(program, "off", program) for program in vs]
     rows = []
     done, total = 0, len(lengths) * repeats * len(turns)
-    setup = Setup(str(file.path), ctx, threads)
+    setup = Setup(str(file.path), ctx, threads, kv_budget)
     with contextlib.ExitStack() as stack:
         processes = {name: stack.enter_context(ContenderProcess(name, setup)) for name in ("slimrt", *vs)}
         for name, plan, _ in turns:
@@ -233,7 +250,8 @@ def run(
                 for name, plan, label in turns:
                     if progress:
                         progress(done, total, f"{length} tokens, {label}")
-                    runs[label].append(processes[name].measure(ids[:length], decode_tokens, plan))
+                    question = ids[length : length + follow_up]
+                    runs[label].append(processes[name].measure(ids[:length], decode_tokens, plan, question))
                     done += 1
             rows += [BenchRow(label, length, tuple(measured)) for label, measured in runs.items()]
     if progress:

@@ -7,7 +7,8 @@ from collections.abc import Iterable
 
 from slimrt.config import ModelConfig, PrunePlan, Stage
 from slimrt.errors import SettingError
-from slimrt.prune import schedule
+from slimrt.ops.reach import keys_read
+from slimrt.prune import schedule, windows
 
 __all__ = ["MIN_TOKENS", "first_layer", "grid", "scorings", "selectors", "work"]
 
@@ -15,7 +16,7 @@ MIN_TOKENS = 1024  # shorter prompts are read in little time anyway, and were no
 
 # Of the layers: where the first cut is tried, where scores are compared. Layers differ much in how well their attention
 # tells what will be wanted (SmolLM2: 14 and 18 well, 12 and 16 badly), so each of them is.
-_EARLIEST, _MIDDLE, _LATEST = 0.35, 0.47, 0.64
+_EARLIEST, _MIDDLE, _LATEST = 0.4, 0.47, 0.75
 # The second cut comes so far into the layers that the first one leaves, a third so far behind that.
 _SECOND, _THIRD = (0.3, 0.55), 0.8
 _KEEPS = (
@@ -79,9 +80,13 @@ def work(config: ModelConfig, plan: PrunePlan, tokens: int) -> float:
     q, kv = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
     cut_at = {cut.layer: cut.blocks * plan.block for cut in schedule(plan, tokens)}
     rows, total = tokens, 0.0
+    limits = windows(plan, tokens)
     for layer in range(c.n_layers):
         projections = c.d_model * (q + 2 * kv) * rows
         attention = q * rows * rows
+        if layer in limits.reach:
+            saved = [keys_read(0, limits.rows) - keys_read(reach, limits.rows) for reach in limits.reach[layer]]
+            attention -= q * 2 * sum(saved) / c.n_kv_heads
         rows = min(rows, cut_at.get(layer, rows))  # the output projection is cheap, and comes before the cut
         total += projections + attention + c.d_model * (q + 3 * c.d_ff) * rows
     dense = tokens * (c.d_model * (2 * q + 2 * kv + 3 * c.d_ff) + q * tokens) * c.n_layers

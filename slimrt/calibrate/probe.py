@@ -11,7 +11,7 @@ from slimrt.config import PrunePlan
 from slimrt.engine import Engine
 from slimrt.eval.run import Response, judge
 from slimrt.eval.sample import Sample
-from slimrt.prune import schedule
+from slimrt.prune import Windows, schedule, windows
 
 __all__ = ["Probe", "probing"]
 
@@ -19,8 +19,9 @@ __all__ = ["Probe", "probing"]
 class Probe:
     """The dense run of one continuation sample, and what plans make of it.
 
-    What lies before the earliest cut is the same under all plans (hidden states of ``boundary_layer``, keys and values
-    of the layers up to it), so a plan costs its own layers only.
+    What lies before the earliest cut is the same under all plans with the same windows there (hidden states of
+    ``boundary_layer``, keys and values of the layers up to it), so such plans, one after the other, cost their own
+    layers only.
     """
 
     def __init__(self, engine: Engine, sample: Sample, boundary_layer: int) -> None:
@@ -35,9 +36,13 @@ class Probe:
         "kl" (nats a token), "accuracy" (top-1, a share) and "nll" (nats a token). Raises ComputeError if not finite.
         """
         prompt, window = self._sample.prompt, plan.query_window
-        self._context.truncate(len(prompt) - window)
-        cuts = schedule(plan, len(prompt))
-        hidden, _ = self._engine.prefill(self._context, prompt[-window:], plan=plan, cuts=cuts)
+        cuts, limits = schedule(plan, len(prompt)), windows(plan, len(prompt))
+        # Without a cut the layers behind the boundary are read on from, so nothing of another plan's may be in them.
+        shared = cuts and self._early(limits) == self._early(self._context.windows)
+        self._context.truncate(len(prompt) - window if shared else 0)
+        self._context.windows = limits
+        rest = prompt[self._context.length :]
+        hidden, _ = self._engine.prefill(self._context, rest, plan=plan, cuts=cuts)
         found = judge(self._sample, self._dense, self._read_on(hidden))
         dense = judge(self._sample, self._dense, self._dense)
         return {
@@ -45,6 +50,12 @@ class Probe:
             "accuracy": dense["accuracy"] - found["accuracy"],
             "nll": found["nll"] - dense["nll"],
         }
+
+    def _early(self, limits: Windows) -> Windows:
+        """Of the windows those that what is shared depends on."""
+        assert self._context.boundary is not None
+        reach = {layer: rows for layer, rows in limits.reach.items() if layer <= self._context.boundary.layer}
+        return Windows(reach, limits.rows if reach else 0)
 
     def _read_on(self, hidden: np.ndarray) -> Response:
         """The logits that predict the continuation, after a prompt that left ``hidden`` [1, D]."""

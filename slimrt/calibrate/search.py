@@ -1,4 +1,4 @@
-"""The search: scores first, then layers and fractions, in rounds of fewer plans and more text."""
+"""The search: scores first, then layers and fractions, then windows, in rounds of fewer plans and more text."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import numpy as np
 
 from slimrt import __version__
 from slimrt.calibrate.candidates import MIN_TOKENS, first_layer, grid, scorings, selectors, work
+from slimrt.calibrate.heads import VARIANTS, head_losses, with_windows
 from slimrt.calibrate.journal import Journal
 from slimrt.calibrate.probe import probing
 from slimrt.config import ModelConfig, PrunePlan
@@ -36,7 +37,8 @@ Progress = Callable[[int, int, str], None]
 _TASKS = ("recall", "continuation")
 _ROUNDS = (0.15, 0.25, 0.6)  # of the samples; each round measures the plans that the one before left
 _FIRSTS = 3  # layers for the first cut that are tried with every choice of what follows
-_SURVIVORS = (8, 4)  # plans a preset that a round leaves
+_SURVIVORS = (5, 4)  # plans a preset that a round leaves
+_HEAD_SAMPLES = 2  # on which layers and heads are limited alone: one of each task; KL tells them apart on little text
 _TTFT_REPEATS = 3
 _SAFE = 2  # of these the ones that lose least; the others are the cheapest
 
@@ -165,23 +167,44 @@ def calibrate(
     }
     journal = Journal(journal_path, header)
     rounds = _rounds(drawn)
-    alone = len(selectors(llm.config, candidates[0]))
-    whole = len(grid(llm.config, candidates[0], range(layer, layer + min(_FIRSTS, alone))))
-    planned = len(rounds[0]) * (len(candidates) + alone + whole)
-    planned += sum(len(one) * count * len(bounds) for one, count in zip(rounds[1:], _SURVIVORS, strict=True))
+    single = len(selectors(llm.config, candidates[0]))
+    whole = len(grid(llm.config, candidates[0], range(layer, layer + min(_FIRSTS, single))))
+    limited = llm.config.n_layers * (1 + llm.config.n_kv_heads // 2)  # as if half of the layers were loud
+    planned = len(rounds[0]) * (len(candidates) + single + whole) + _HEAD_SAMPLES * limited
+    counts = ((_SURVIVORS[0] + 1) * (1 + VARIANTS), _SURVIVORS[1])
+    planned += sum(len(one) * count * len(bounds) for one, count in zip(rounds[1:], counts, strict=True))
     runner = _Runner(llm, journal, layer, planned, progress)
 
     # Scores under one choice of layers; single cuts at every layer under the best score; then all of it together.
     seen = list(rounds[0])
     scored = runner.run(candidates, seen, length)
     best = min(scored, key=_loss).plan
-    single = runner.run(selectors(llm.config, best), seen, length)
-    plans = [*(one.plan for one in single), *grid(llm.config, best, _firsts(single))]
+    cut_once = runner.run(selectors(llm.config, best), seen, length)
+    plans = [*(one.plan for one in cut_once), *grid(llm.config, best, _firsts(cut_once))]
     tried = {one.plan: one for one in (*scored, *runner.run(plans, seen, length))}
-    for survivors, more in zip(_SURVIVORS, rounds[1:], strict=True):
-        left = _survivors([tried[plan] for plan in plans], bounds.values(), survivors)
-        plans, seen = [one.plan for one in left], [*seen, *more]
-        tried |= {one.plan: one for one in runner.run(plans, seen, length)}
+    # What survives is tried with windows too, and they without any cut: how much they may lose is in their choice.
+    left = {name: _survivors([tried[plan] for plan in plans], one, _SURVIVORS[0]) for name, one in bounds.items()}
+    losses = head_losses(
+        llm.config,
+        best,
+        min(one.kl for one in bounds.values()),
+        lambda plans: [one.kl for one in runner.run(plans, seen[:_HEAD_SAMPLES], length)],
+    )
+    uncut = dataclasses.replace(best, stages=())
+    plans = _distinct(
+        variant
+        for name, found in left.items()
+        for plan in (*found, uncut)
+        for variant in (plan, *with_windows(llm.config, plan, losses, bounds[name].kl))
+        if not variant.does_nothing
+    )
+    seen += rounds[1]
+    tried |= {one.plan: one for one in runner.run(plans, seen, length)}
+    plans = _distinct(
+        plan for one in bounds.values() for plan in _survivors([tried[plan] for plan in plans], one, _SURVIVORS[1])
+    )
+    seen += rounds[2]
+    tried |= {one.plan: one for one in runner.run(plans, seen, length)}
     finalists = [tried[plan] for plan in plans]
     presets = {name: _cheapest_within(finalists, bounds[name]) for name in PRESETS if name in bounds}
     ttft = _time(llm, drawn[0].prompt, presets)
@@ -222,16 +245,18 @@ def _firsts(single: Sequence[Measured]) -> list[int]:
     return [one.plan.stages[0].layer for one in front[-_FIRSTS:]]
 
 
-def _survivors(measured: Iterable[Measured], presets: Iterable[Bounds], count: int) -> list[Measured]:
-    """For each preset the cheapest plans that may be within its bounds, and those that exceed them least."""
+def _survivors(measured: Iterable[Measured], bounds: Bounds, count: int) -> list[PrunePlan]:
+    """The cheapest plans that may be within ``bounds``, and those that exceed them least."""
     measured = sorted(measured, key=lambda one: one.work)
-    chosen: dict[PrunePlan, Measured] = {}
-    for bounds in presets:
-        possible = [one for one in measured if one.may_be_within(bounds)]
-        safe = sorted(possible or measured, key=lambda one: one.excess(bounds))[:_SAFE]
-        cheap = [one for one in possible if one not in safe][: count - len(safe)]
-        chosen |= {one.plan: one for one in (*safe, *cheap)}
-    return list(chosen.values())
+    possible = [one for one in measured if one.may_be_within(bounds)]
+    safe = sorted(possible or measured, key=lambda one: one.excess(bounds))[:_SAFE]
+    cheap = [one for one in possible if one not in safe][: count - len(safe)]
+    return [one.plan for one in (*safe, *cheap)]
+
+
+def _distinct(plans: Iterable[PrunePlan]) -> list[PrunePlan]:
+    """Each plan once, those with the same windows together: they share what is computed before their cuts."""
+    return sorted(dict.fromkeys(plans), key=lambda plan: [(window.layer, window.reach) for window in plan.windows])
 
 
 def _time(llm: LLM, prompt: Sequence[int], presets: dict[str, Measured | None]) -> dict[str, tuple[float, ...]]:
@@ -298,4 +323,6 @@ def _name(sample: Sample) -> str:
 
 
 def _stages_text(plan: PrunePlan) -> str:
-    return f"{plan.score} " + ", ".join(f"{stage.layer}:{stage.keep:g}" for stage in plan.stages)
+    parts = [plan.score, *(f"{stage.layer}:{stage.keep:g}" for stage in plan.stages)]
+    limited = sum(rows > 0 for window in plan.windows for rows in window.reach)
+    return ", ".join([*parts, f"{limited} windows"] if limited else parts)

@@ -13,7 +13,7 @@ from slimrt.engine import Progress
 from slimrt.explain.blocks import Block, prompt_blocks
 from slimrt.explain.trace import CutTrace, PrefillTrace
 from slimrt.llm import LLM
-from slimrt.prune import local_blocks
+from slimrt.prune import local_blocks, why_dense
 from slimrt.session import Session
 
 __all__ = ["CutReport", "Explanation", "LayerReport", "Span", "explain"]
@@ -36,6 +36,7 @@ class CutReport:
 class LayerReport:
     """One layer: tokens in its attention, its share of the time, rows of keys and values that it left.
 
+    ``near_heads``: of its KV heads those that looked back over a window only, in the first ``windowed_rows`` tokens.
     ``kv_resident``, ``kv_host``: their bytes where the model computes and in host memory; under a budget some rows lie
     in both.
     """
@@ -46,6 +47,7 @@ class LayerReport:
     kv_rows: int
     kv_resident: int
     kv_host: int
+    near_heads: int = 0
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,8 @@ class Explanation:
     ``plan`` None: dense by choice; ``why_dense``: why nothing was cut, empty if something was. ``ttft_s``: from token
     ids to the first logits; ``outside_s``: the part of it that is not spent in layers. ``states_host``: bytes of hidden
     states kept in host memory, from which another question can be answered. ``kv_kept``: bytes of all rows of keys and
-    values, each counted once; ``kv_dense``: what a dense run of the prompt leaves.
+    values, each counted once; ``kv_dense``: what a dense run of the prompt leaves. ``windowed_rows``: how many first
+    tokens the windows of the plan hold for.
     """
 
     model: str
@@ -84,6 +87,8 @@ class Explanation:
     ttft_s: float
     outside_s: float
     states_host: int
+    kv_heads: int
+    windowed_rows: int
     kv_kept: int
     kv_dense: int
     cuts: tuple[CutReport, ...]
@@ -154,13 +159,15 @@ def explain(llm: LLM, ids: Sequence[int], *, question: str = "", progress: Progr
         ctx=llm.ctx,
         plan=plan,
         plan_source=llm.plan.source,
-        why_dense="" if cuts else _why_dense(plan, len(ids), llm.plan.source),
+        why_dense=_why_dense(plan, len(ids), llm.plan.source),
         question=question,
         tokens=len(ids),
         block=block,
         ttft_s=ttft,
         outside_s=ttft - sum(trace.seconds),
         states_host=0 if boundary is None else boundary.nbytes,
+        kv_heads=llm.config.n_kv_heads,
+        windowed_rows=session.context.windows.rows,
         kv_kept=sum(layer.kv_rows for layer in layers) * token // len(layers),
         kv_dense=len(ids) * token,
         cuts=cuts,
@@ -180,14 +187,11 @@ def _layers(session: Session, trace: PrefillTrace) -> tuple[LayerReport, ...]:
     layers, tokens = [], len(session.tokens)
     after = {cut.layer: len(cut.kept) for cut in trace.cuts}
     for number, seconds in enumerate(trace.seconds):
-        layers.append(LayerReport(number, tokens, seconds, cache.length(number), *cache.layer_nbytes(number)))
+        near = sum(rows > 0 for rows in session.context.windows.reach.get(number, ()))
+        layers.append(LayerReport(number, tokens, seconds, cache.length(number), *cache.layer_nbytes(number), near))
         tokens = after.get(number, tokens)
     return tuple(layers)
 
 
 def _why_dense(plan: PrunePlan | None, tokens: int, source: str) -> str:
-    if plan is None:
-        return f"the prompt ran dense (plan {source})"
-    if tokens < plan.min_tokens:
-        return f"the prompt has {tokens:,} tokens, and this plan leaves prompts under {plan.min_tokens:,} whole"
-    return f"every stage of the plan would keep all of these {tokens:,} tokens"
+    return f"the prompt ran dense (plan {source})" if plan is None else why_dense(plan, tokens)

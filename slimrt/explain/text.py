@@ -60,13 +60,17 @@ def _strip(seen: Explanation, marks: str) -> Text:
 def _stages(seen: Explanation) -> Table:
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column("layers")
-    for name in ("tokens", "blocks", "time", "KV resident", "KV on host"):
+    windowed = ("near heads",) if seen.windowed_rows else ()
+    for name in ("tokens", "blocks", *windowed, "time", "KV resident", "KV on host"):
         table.add_column(name, justify="right")
     for span in seen.spans():
+        layers = seen.layers[span.first : span.last + 1]
+        near = f"{sum(layer.near_heads for layer in layers)} of {len(layers) * seen.kv_heads}"
         table.add_row(
             f"{span.first}-{span.last}",
             f"{span.tokens:,}",
             f"{span.blocks:,}",
+            *((near,) if windowed else ()),
             readable_seconds(span.seconds),
             human_bytes(span.kv_resident),
             human_bytes(span.kv_host),

@@ -26,6 +26,8 @@ class BenchSettings:
     plans: tuple[str, ...]
     vs: tuple[str, ...]
     decode_tokens: int
+    follow_up: int
+    kv_budget: int | None
     threads: int | None
     text: Path | None
     png: Path | None
@@ -57,6 +59,8 @@ def bench_ttft(model: str | None, settings: BenchSettings, *, as_json: bool) -> 
             settings.decode_tokens,
             text,
             progress,
+            follow_up=settings.follow_up,
+            kv_budget=settings.kv_budget,
         )
     if settings.png is not None:
         from slimrt.bench.plot import save_png

@@ -102,6 +102,8 @@ def stats_line(completion: Completion) -> str:
     parts.append(f"prompt {usage.prompt_tokens:,}{reused}")
     if timings.stages:
         parts.append(f"kept {' > '.join(f'{kept:,}' for kept in timings.stages)}")
+    if timings.dense_note:
+        parts.append("dense")
     parts.append(f"answer {usage.completion_tokens:,}")
     memory = resident_bytes()
     if memory is not None:
