@@ -1,8 +1,8 @@
 """From a Python function to the address of a compiled kernel, kept on disk.
 
-Numba's own cache of a function looks at nothing but that function's file, so a helper that changed in another file would
-be served stale. Here the folder is named after the contents of the whole package, the versions of Numba and Python
-are in Numba's own key, as are the processor's name and features.
+Numba's own cache of a function looks at nothing but that function's file, so a helper that changed in another file
+would be served stale. Here the folder is named after the contents of the whole package, the versions of Numba and
+Python are in Numba's own key, as are the processor's name and features.
 """
 
 from __future__ import annotations
@@ -10,22 +10,59 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Callable
+from dataclasses import fields, is_dataclass
 from functools import cache
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
+import numpy as np
 import platformdirs
 from numba import njit, types
 from numba.core import caching
 from numba.core.ccallback import CFunc
+from numba.core.dispatcher import Dispatcher
+from numba.core.extending import _Intrinsic
 
 __all__ = ["KERNEL", "Kernel", "compile_kernel", "inline"]
 
 KERNEL = types.void(types.int64, types.int64, types.int64)  # (item, thread, args)
 _OPTIONS = {"nopython": True, "error_model": "numpy", "boundscheck": False}
 
-inline = njit(error_model="numpy", boundscheck=False, inline="never")
-"""A function that kernels call; LLVM puts it in line where that pays."""
+
+def inline(function: Callable[..., Any]) -> Any:
+    """A function that kernels call; LLVM puts it in line where that pays."""
+    _name_closure(function)
+    return njit(error_model="numpy", boundscheck=False, inline="never")(function)
+
+
+def _name_closure(function: Callable[..., Any]) -> None:
+    """Add to the function's name what its closure holds.
+
+    Machine code that comes from the cache brings its helpers' names along, made of the qualified name and a number that
+    counts compilations. Two functions of one factory, one of them compiled by another process, may then agree in
+    both, and LLVM's linker would take the one that it met first for either.
+    """
+    if function.__closure__ and "#" not in function.__qualname__:
+        function.__qualname__ += "#" + hashlib.sha256(_held(function).encode()).hexdigest()[:16]
+
+
+def _held(value: Any) -> str:
+    """What ``value``, found in a closure, is: the same text in every process, another one for another value."""
+    if isinstance(value, (type(None), bool, int, float, str, np.generic, types.Type)):
+        return f"{type(value).__name__} {value}"
+    if isinstance(value, (tuple, list)):
+        return f"[{', '.join(map(_held, value))}]"
+    if is_dataclass(value) and not isinstance(value, type):
+        return _held([type(value).__name__, *(getattr(value, field.name) for field in fields(value))])
+    if isinstance(value, Dispatcher):
+        return _held(value.py_func)
+    if isinstance(value, _Intrinsic):
+        return _held(value._defn)
+    if isinstance(value, FunctionType):
+        cells = [cell.cell_contents for cell in value.__closure__ or ()]
+        return _held([value.__module__, value.__qualname__, *cells])
+    raise TypeError(f"a kernel's closure holds a {type(value).__name__}; its name cannot say which one; see _held")
 
 
 class Kernel:
@@ -42,6 +79,7 @@ def compile_kernel(function: Callable[..., Any], key: str, signature: Any = KERN
     ``key`` names what the function's closure holds (features, types, widths): kernels of one function and different
     closures must have different keys.
     """
+    _name_closure(function)
     compiled = CFunc(function, (signature.args, signature.return_type), {}, dict(_OPTIONS))
     compiled._cache = _KernelCache(function, key)
     compiled.compile()
@@ -55,6 +93,9 @@ def package_digest() -> str:
     for path in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
+
+
+package_digest()  # now, of the sources that this process runs: they may be replaced while it does
 
 
 def cache_folder() -> Path:
