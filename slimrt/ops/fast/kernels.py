@@ -131,7 +131,7 @@ class _CacheImpl(caching.CompileResultCacheImpl):
 
 
 class _KernelCache(caching.FunctionCache):
-    """Numba's cache of compiled functions, in our folder and under our key; a folder that cannot be used is named once."""
+    """Numba's cache of compiled functions, in our folder, under our key; a folder that cannot be used is named once."""
 
     def __init__(self, function: Callable[..., Any], key: str) -> None:
         self._key = key
