@@ -7,6 +7,7 @@ Python are in Numba's own key, as are the processor's name and features.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import warnings
 from collections.abc import Callable
@@ -68,7 +69,7 @@ def _held(value: Any) -> str:
 class Kernel:
     """A compiled kernel; ``address`` is what a team's program names. Made by ``compile_kernel``."""
 
-    def __init__(self, function: CFunc) -> None:
+    def __init__(self, function: Any) -> None:
         self._function = function  # owns the machine code
         self.address: int = function.address
 
@@ -80,7 +81,7 @@ def compile_kernel(function: Callable[..., Any], key: str, signature: Any = KERN
     closures must have different keys.
     """
     _name_closure(function)
-    compiled = CFunc(function, (signature.args, signature.return_type), {}, dict(_OPTIONS))
+    compiled: Any = CFunc(function, (signature.args, signature.return_type), {}, dict(_OPTIONS))
     compiled._cache = _KernelCache(function, key)
     compiled.compile()
     return Kernel(compiled)
@@ -144,8 +145,10 @@ class _KernelCache(caching.FunctionCache):
     def load_overload(self, signature: Any, target_context: Any) -> Any:
         try:
             return super().load_overload(signature, target_context)
-        except Exception as error:  # whatever a damaged file makes of unpickling
+        except Exception as error:  # whatever unpickling makes of a damaged file
             _complain(error)
+            with contextlib.suppress(OSError):  # the index, which would be read again when the kernel is saved
+                (cache_folder() / self._cache_file._index_name).unlink(missing_ok=True)
             return None
 
     def save_overload(self, signature: Any, data: Any) -> None:
@@ -155,13 +158,16 @@ class _KernelCache(caching.FunctionCache):
             _complain(error)
 
 
-@cache
-def _warn_once(text: str) -> None:
-    warnings.warn(text, stacklevel=2)
+_complained: set[Path] = set()
 
 
 def _complain(error: Exception) -> None:
-    _warn_once(
-        f"{cache_folder()}: compiled kernels cannot be kept here ({type(error).__name__}: {error}), so every start "
-        "compiles them; make the folder writable or remove it"
-    )
+    """One line for each folder, whatever else goes wrong with it."""
+    folder = cache_folder()
+    if folder not in _complained:
+        _complained.add(folder)
+        warnings.warn(
+            f"{folder}: compiled kernels cannot be kept here, or those here are damaged ({type(error).__name__}: {error}); "
+            "they are compiled in memory, which takes some seconds at every start; make the folder writable or remove it",
+            stacklevel=2,
+        )
