@@ -154,7 +154,7 @@ class Engine:
             return self.logits(self.prefill(context, [token], exact=False)[0])[0]
         middle = None if context.boundary is None else context.boundary.layer
         logits, hidden = self._decoder.step(context.cache, token, context.length, middle=middle)
-        if context.boundary is not None:
+        if context.boundary is not None and hidden is not None:
             context.boundary.append(hidden)
         context.length += 1
         return _finite(logits)

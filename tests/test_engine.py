@@ -101,8 +101,9 @@ def test_packed_weights_give_the_same_logits(
         reference.logits(llm.file, llm.config, ids, np.float32)[-1]
         - reference.logits(llm.file, llm.config, ids, np.float64)[-1]
     ).max()
-    assert np.abs(packed.logits(ids) - llm.logits(ids)).max() <= SLACK * unit
-    assert np.abs(packed.logits(ids[:3]) - llm.logits(ids[:3])).max() <= SLACK * unit
+    # Each of the two may err by SLACK units.
+    assert np.abs(packed.logits(ids) - llm.logits(ids)).max() <= 2 * SLACK * unit
+    assert np.abs(packed.logits(ids[:3]) - llm.logits(ids[:3])).max() <= 2 * SLACK * unit
 
 
 def test_logprobs_are_those_of_the_logits(llm: slimrt.LLM) -> None:

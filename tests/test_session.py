@@ -295,7 +295,8 @@ def test_shift_drops_the_oldest_turns_keeps_the_system_message_and_says_so(model
 
 
 def test_shift_while_writing_keeps_the_first_tokens_and_reads_the_rest_anew(model: Path) -> None:
-    small = slimrt.load(model, ctx=32, prune="off")
+    # NumPy: elsewhere a token that is decoded and one that is read again differ in precision.
+    small = slimrt.load(model, ctx=32, prune="off", device="numpy")
     ids = list(range(10, 30))
     plain = small.generate(ids, max_tokens=60, ignore_eos=True)
     assert plain.finish_reason == "length" and len(plain.tokens) < 60 and "dropped" not in plain.timings.reuse_note

@@ -72,7 +72,7 @@ _ROUND = 12582912.0  # 1.5 * 2**23: adding it rounds to whole numbers and leaves
 
 
 @inline
-def quantize_record(floats, record):  # type: ignore[no-untyped-def]
+def quantize_record(floats, record):
     """Fill the record at an address from the 128 floats at another."""
     for block in range(4):
         a = load(F32X16, floats + block * 128)
@@ -105,7 +105,7 @@ four: Any = joiner(0, 1, 2, 3)
 
 
 @inline
-def quantize_row(buffer, width):  # type: ignore[no-untyped-def]
+def quantize_row(buffer, width):
     """Fill the records of the buffer at an address from its floats; ``width`` is the padded number of columns."""
     for record in range(width // RECORD):
         quantize_record(buffer + record * RECORD * 4, buffer + width * 4 + record * RECORD_BYTES)
@@ -115,7 +115,7 @@ def quantize_row(buffer, width):  # type: ignore[no-untyped-def]
 def quantize_kernel(features: Features) -> Kernel:
     """Item: one vector. Args: 0 buffers, 1 bytes from one to the next, 2 padded columns."""
 
-    def quantize(item, thread, args):  # type: ignore[no-untyped-def]
+    def quantize(item, thread, args):
         quantize_row(argument(args, 0) + item * argument(args, 1), argument(args, 2))
 
     return compile_kernel(quantize, features.key)

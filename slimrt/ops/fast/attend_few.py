@@ -86,7 +86,7 @@ def spans_for(rows: int, kv_heads: int, threads: int) -> int:
 
 
 @inline
-def _first_row(reach, row):  # type: ignore[no-untyped-def]
+def _first_row(reach, row):
     """``slimrt.ops.reach.first_row``."""
     first = row // RUN * RUN - reach
     if reach != 0 and first > SINK:
@@ -104,8 +104,8 @@ def _score_key(head_dim: int, heads: int) -> Any:
     """``(key, q, sums)``: 16 partial sums of key [Dh] * q[h, Dh] to ``sums`` [h, 16 keys, 16] for each of the heads."""
 
     @intrinsic
-    def score(typingctx, key, q, sums):  # type: ignore[no-untyped-def]
-        def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def score(typingctx, key, q, sums):
+        def codegen(context, builder, signature, args):
             # Two sums for each head, of every other piece: neither waits for the one just begun.
             totals: dict[tuple[int, int], ir.Value] = {}
             for piece in range(head_dim // 16):
@@ -139,8 +139,8 @@ def _mix_key(heads: int, pieces: int, step: int) -> tuple[Any, Any, Any]:
     kind = types.UniTuple(F32X16, pieces * heads)
 
     @intrinsic
-    def begin(typingctx, mixed, factors):  # type: ignore[no-untyped-def]
-        def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def begin(typingctx, mixed, factors):
+        def codegen(context, builder, signature, args):
             vectors = []
             for piece in range(pieces):
                 for head in range(heads):
@@ -151,8 +151,8 @@ def _mix_key(heads: int, pieces: int, step: int) -> tuple[Any, Any, Any]:
         return kind(types.int64, types.int64), codegen
 
     @intrinsic
-    def add(typingctx, mixed, value, weights):  # type: ignore[no-untyped-def]
-        def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def add(typingctx, mixed, value, weights):
+        def codegen(context, builder, signature, args):
             old = cgutils.unpack_tuple(builder, args[0])
             weights = [load_at(builder, args[2], head * TILE * 4, types.float32) for head in range(heads)]
             factors = [broadcast(builder, weight, 16) for weight in weights]
@@ -167,8 +167,8 @@ def _mix_key(heads: int, pieces: int, step: int) -> tuple[Any, Any, Any]:
         return kind(mixed, types.int64, types.int64), codegen
 
     @intrinsic
-    def end(typingctx, mixed, to):  # type: ignore[no-untyped-def]
-        def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def end(typingctx, mixed, to):
+        def codegen(context, builder, signature, args):
             for number, vector in enumerate(cgutils.unpack_tuple(builder, args[0])):
                 store_at(builder, args[1], number % heads * step + number // heads * 64, vector)
             return context.get_dummy_value()
@@ -198,7 +198,7 @@ def attend_kernel(features: Features, head_dim: int, group: int) -> Kernel:
     begin, add, end = _mix_key(heads, wide, partial)
 
     @inline
-    def score_tile(q, keys, count, sums, scores):  # type: ignore[no-untyped-def]
+    def score_tile(q, keys, count, sums, scores):
         """Scores of 64 keys, of which ``count`` exist, for each head."""
         for some in range(0, TILE, 16):
             for i in range(16):
@@ -213,7 +213,7 @@ def attend_kernel(features: Features, head_dim: int, group: int) -> Kernel:
                 store_scalar(scores + head * TILE * 4 + i * 4, np.float32(_LOWEST))
 
     @inline
-    def weigh_tile(scores, result):  # type: ignore[no-untyped-def]
+    def weigh_tile(scores, result):
         """Scores to weights, with the maximum and the sum so far; returns by what older weights shrink."""
         a = maximum(load(F32X16, scores), load(F32X16, scores + 64))
         a = maximum(a, maximum(load(F32X16, scores + 128), load(F32X16, scores + 192)))
@@ -230,7 +230,7 @@ def attend_kernel(features: Features, head_dim: int, group: int) -> Kernel:
         return shrink
 
     @inline
-    def mix_tile(values, count, scores, shrinks, results):  # type: ignore[no-untyped-def]
+    def mix_tile(values, count, scores, shrinks, results):
         """``mixed[h] = mixed[h] * shrinks[h] + weights[h] @ values`` for each head, some columns after the others."""
         for part in range(pieces // wide):
             to = results + _HEAD * 4 + part * wide * 64
@@ -242,7 +242,7 @@ def attend_kernel(features: Features, head_dim: int, group: int) -> Kernel:
                 mixed = add(mixed, value, scores + i * 4)
             end(mixed, to)
 
-    def attend(item, thread, args):  # type: ignore[no-untyped-def]
+    def attend(item, thread, args):
         tokens, kv_heads = argument(args, 5), argument(args, 6)
         size, spans = argument(args, 7), argument(args, 8)
         span, head, token = item % spans, item // spans % kv_heads, item // spans // kv_heads
@@ -296,7 +296,7 @@ def join_kernel(features: Features, head_dim: int) -> Kernel:
     """
     partial = partial_bytes(head_dim)
 
-    def join(item, thread, args):  # type: ignore[no-untyped-def]
+    def join(item, thread, args):
         spans, heads = argument(args, 1), argument(args, 2)
         out = argument(args, 3) + item * argument(args, 4)
         for head in range(heads):

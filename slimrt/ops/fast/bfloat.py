@@ -26,10 +26,10 @@ def narrower(features: Features) -> Any:
     if features.bf16:
 
         @intrinsic
-        def instruction(typingctx, a):  # type: ignore[no-untyped-def]
+        def instruction(typingctx, a):
             """``narrow(a)`` in one instruction (numbers below 2**-126 become 0)."""
 
-            def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+            def codegen(context, builder, signature, args):
                 short = ir.VectorType(BFLOAT, 16)
                 value = emit(builder, "llvm.x86.avx512bf16.cvtneps2bf16.512", short, args)
                 return builder.bitcast(value, U16X16.llvm)
@@ -39,7 +39,7 @@ def narrower(features: Features) -> Any:
         return instruction
 
     @inline
-    def steps(a):  # type: ignore[no-untyped-def]
+    def steps(a):
         bits = reinterpret(U32X16, a)
         odd = (bits >> splat(U32X16, 16)) & splat(U32X16, 1)
         return convert(U16X16, (bits + odd + splat(U32X16, 0x7FFF)) >> splat(U32X16, 16))
@@ -48,25 +48,25 @@ def narrower(features: Features) -> Any:
 
 
 @intrinsic
-def _as_bits(typingctx, value):  # type: ignore[no-untyped-def]
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+def _as_bits(typingctx, value):
+    def codegen(context, builder, signature, args):
         return builder.bitcast(args[0], ir.IntType(32))
 
     return types.uint32(types.float32), codegen
 
 
 @inline
-def narrow_one(value):  # type: ignore[no-untyped-def]
+def narrow_one(value):
     """``narrow`` of one number."""
     bits = _as_bits(float32(value))
     return uint16((bits + ((bits >> 16) & 1) + 0x7FFF) >> 16)
 
 
 @intrinsic
-def load_half(typingctx, address):  # type: ignore[no-untyped-def]
+def load_half(typingctx, address):
     """``m.view(float16)[0].astype(float32)``."""
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         half = builder.load(pointer(builder, args[0], ir.HalfType()), align=2)
         return builder.fpext(half, ir.FloatType())
 
@@ -74,10 +74,10 @@ def load_half(typingctx, address):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def store_half(typingctx, address, value):  # type: ignore[no-untyped-def]
+def store_half(typingctx, address, value):
     """``m.view(float16)[0] = value``, rounded to nearest even."""
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         half = builder.fptrunc(args[1], ir.HalfType())
         builder.store(half, pointer(builder, args[0], ir.HalfType()), align=2)
         return context.get_dummy_value()

@@ -73,7 +73,7 @@ def norm_kernel(features: Features) -> Kernel:
     Args: 0 x, 1 gain, 2 n, 3 eps (float), 4 out, 5 padded columns, 6 whether to round.
     """
 
-    def norm(item, thread, args):  # type: ignore[no-untyped-def]
+    def norm(item, thread, args):
         x, gain, count, out = argument(args, 0), argument(args, 1), argument(args, 2), argument(args, 4)
         squares = splat(F32X16, 0.0)
         for i in range(0, count, 16):
@@ -97,7 +97,7 @@ def append_kernel(features: Features, head_dim: int) -> Kernel:
     head, 9 row.
     """
 
-    def append(item, thread, args):  # type: ignore[no-untyped-def]
+    def append(item, thread, args):
         joint, heads, kv_heads = argument(args, 0), argument(args, 1), argument(args, 2)
         cos, sin, half = argument(args, 3), argument(args, 4), argument(args, 5)
         whole = half // 16 * 16
@@ -131,7 +131,7 @@ def gate_kernel(features: Features) -> Kernel:
     Args: 0 gate, 1 up, 2 buffer of activations, 3 padded columns.
     """
 
-    def activate(item, thread, args):  # type: ignore[no-untyped-def]
+    def activate(item, thread, args):
         gate, up, out, width = argument(args, 0), argument(args, 1), argument(args, 2), argument(args, 3)
         for record in range(item * _RECORDS, min((item + 1) * _RECORDS, width // RECORD)):
             for at in range(record * RECORD * 4, (record + 1) * RECORD * 4, 64):

@@ -109,8 +109,8 @@ def byte_products(features: Features) -> Callable[[Any, Any, Any], Any]:
     """``(sums I32X16, a U8X64, b I8X64) -> sums + (a.astype(i4) * b).reshape(16, 4).sum(axis=1)``; a at most 127."""
 
     @intrinsic
-    def products(typingctx, sums, a, b):  # type: ignore[no-untyped-def]
-        def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def products(typingctx, sums, a, b):
+        def codegen(context, builder, signature, args):
             if features.vnni:
                 return _dpbusd(builder, *args)
             return builder.add(args[0], _maddubs(builder, features, *args[1:]))
@@ -125,8 +125,8 @@ def signed_products(features: Features) -> Callable[[Any, Any], Any]:
     """``(a I8X64, b I8X64) -> (a.astype(i4) * b).reshape(16, 4).sum(axis=1)``; b at least -127."""
 
     @intrinsic
-    def products(typingctx, a, b):  # type: ignore[no-untyped-def]
-        def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def products(typingctx, a, b):
+        def codegen(context, builder, signature, args):
             first, second = args
             if features.vnni:  # (a + 128) * b - 128 * b; a + 128 as unsigned is a with its top bit turned over
                 top, zero = ir.Constant(first.type, [-128] * 64), ir.Constant(_ints(32, 16), None)
@@ -182,8 +182,8 @@ def field(features: Features, size: int, stride: int, at: int) -> Callable[[Any]
     picks = features.avx512 and size % 4 == stride % 4 == at % 4 == 0
 
     @intrinsic
-    def read(typingctx, w):  # type: ignore[no-untyped-def]
-        def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def read(typingctx, w):
+        def codegen(context, builder, signature, args):
             def words(offset: int, count: int, bits: int) -> ir.Value:
                 where = pointer(builder, builder.add(args[0], ir.IntType(64)(offset)), _ints(bits, count))
                 return builder.load(where, align=1)
@@ -226,14 +226,14 @@ def _nibble_blocks(
     tops = field(features, 4, stride, high_bits or 0)
 
     @inline
-    def pairs(w):  # type: ignore[no-untyped-def]
+    def pairs(w):
         """[d0, m0, d1, m1, ...] as float32."""
         if minimum:
             return convert(F32X8, reinterpret(F16X8, scales(w)))
         return convert(F32X8, _doubled(reinterpret(F16X4, scales(w))))
 
     @inline
-    def dot(sums, minima, w, floats, record):  # type: ignore[no-untyped-def]
+    def dot(sums, minima, w, floats, record):
         dm = pairs(w)
         packed = codes(w)
         low = packed & splat(U8X64, 15)
@@ -279,7 +279,7 @@ def _q8_0(features: Features) -> Any:
     products, scales = signed_products(features), field(features, 2, 34, 0)
 
     @inline
-    def dot(sums, minima, w, floats, record):  # type: ignore[no-untyped-def]
+    def dot(sums, minima, w, floats, record):
         scale = convert(F32X4, reinterpret(F16X4, scales(w))) * load(F32X4, record + SCALES)
         a = products(_two(load(I8X32, w + 2), load(I8X32, w + 36)), load(I8X64, record + NATURAL))
         b = products(_two(load(I8X32, w + 70), load(I8X32, w + 104)), load(I8X64, record + NATURAL + 64))
@@ -302,7 +302,7 @@ _sixteen = joiner(*range(16))
 
 
 @inline
-def _of_both(record, at):  # type: ignore[no-untyped-def]
+def _of_both(record, at):
     """A field of four floats of the record and of the next."""
     return _eight(load(F32X4, record + at), load(F32X4, record + RECORD_BYTES + at))
 
@@ -313,7 +313,7 @@ _d_and_dmin = picker(*[0] * 8, *[1] * 8)
 
 
 @inline
-def scales_and_minima(w):  # type: ignore[no-untyped-def]
+def scales_and_minima(w):
     """Of a block of Q4_K or Q5_K d * scale of each of the 8 sub-blocks, then dmin * minimum: F32X16.
 
     The 6-bit numbers lie in bytes 4-15: 0-3 are scales 0-3 and, on top, two bits each of scales 4-7; 4-7 the same of
@@ -335,7 +335,7 @@ def _nibbles_256(features: Features, *, high_bits: int | None, nibbles: int) -> 
     bit0, bit1, bit2, bit3 = (constant(U8X64, *[1 << 2 * j] * 32, *[2 << 2 * j] * 32) for j in range(4))
 
     @inline
-    def part(w, j, bit, x):  # type: ignore[no-untyped-def]
+    def part(w, j, bit, x):
         codes = load(U8X32, w + nibbles + 32 * j)
         values = reinterpret(U8X64, reinterpret(U32X16, _twice(codes, codes)) >> shifts()) & splat(U8X64, 15)
         if high_bits is not None:  # bit i of byte j belongs to element j of sub-block i
@@ -344,7 +344,7 @@ def _nibbles_256(features: Features, *, high_bits: int | None, nibbles: int) -> 
         return convert(F32X16, products(splat(I32X16, 0), values, x))
 
     @inline
-    def dot(sums, minima, w, floats, record):  # type: ignore[no-untyped-def]
+    def dot(sums, minima, w, floats, record):
         scale = scales_and_minima(w)
         minima = fma(_upper(scale), _of_both(record, SUMS), minima)
         d = _lower(scale) * _of_both(record, SCALES)
@@ -377,12 +377,12 @@ def _q6_k(features: Features) -> Any:
     high_shifts = constant(U32X16, *[4] * 8, *[6] * 8)
 
     @inline
-    def part(codes, tops, x):  # type: ignore[no-untyped-def]
+    def part(codes, tops, x):
         values = (codes & splat(U8X64, 15)) | ((tops & splat(U8X64, 3)) << splat(U8X64, 4))
         return convert(F32X16, products(splat(I32X16, 0), values, x))
 
     @inline
-    def dot(sums, minima, w, floats, record):  # type: ignore[no-untyped-def]
+    def dot(sums, minima, w, floats, record):
         d = convert(F32X1, load(F16X1, w + 208))
         scale = _all(d) * convert(F32X16, convert(I32X16, load(I8X16, w + 192)))
         shares = scale * _sixteen(load(F32X8, record + SUMS16), load(F32X8, record + RECORD_BYTES + SUMS16))
@@ -412,7 +412,7 @@ def _floats(widened: Any, size: int) -> Any:
     """The dot product of types that ``widened(address)`` reads as F32X16; ``size`` bytes for an element."""
 
     @inline
-    def dot(sums, minima, w, floats, record):  # type: ignore[no-untyped-def]
+    def dot(sums, minima, w, floats, record):
         # Two chains and one sum at the end: the next span waits for one addition only.
         a = widened(w) * load(F32X16, floats)
         b = widened(w + 16 * size) * load(F32X16, floats + 64)
@@ -426,7 +426,7 @@ def _floats(widened: Any, size: int) -> Any:
 @_format(Kind.F32, 64, quantized=False)
 def _f32(features: Features) -> Any:
     @inline
-    def widened(w):  # type: ignore[no-untyped-def]
+    def widened(w):
         return load(F32X16, w)
 
     return _floats(widened, 4)
@@ -435,7 +435,7 @@ def _f32(features: Features) -> Any:
 @_format(Kind.F16, 64, quantized=False)
 def _f16(features: Features) -> Any:
     @inline
-    def widened(w):  # type: ignore[no-untyped-def]
+    def widened(w):
         return convert(F32X16, load(F16X16, w))
 
     return _floats(widened, 2)
@@ -444,7 +444,7 @@ def _f16(features: Features) -> Any:
 @_format(Kind.BF16, 64, quantized=False)
 def _bf16(features: Features) -> Any:
     @inline
-    def widened(w):  # type: ignore[no-untyped-def]
+    def widened(w):
         return reinterpret(F32X16, convert(U32X16, load(U16X16, w)) << splat(U32X16, 16))
 
     return _floats(widened, 2)

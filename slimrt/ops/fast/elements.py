@@ -42,25 +42,25 @@ def elements(features: Features) -> Elements:
         narrow = narrower(features)
 
         @inline
-        def put(out, i, value):  # type: ignore[no-untyped-def]
+        def put(out, i, value):
             store(out + 2 * i, narrow(value))
 
         @inline
-        def put_one(out, i, value):  # type: ignore[no-untyped-def]
+        def put_one(out, i, value):
             store_scalar(out + 2 * i, narrow_one(value))
 
     else:
 
         @inline
-        def put(out, i, value):  # type: ignore[no-untyped-def]
+        def put(out, i, value):
             store(out + 4 * i, value)
 
         @inline
-        def put_one(out, i, value):  # type: ignore[no-untyped-def]
+        def put_one(out, i, value):
             store_scalar(out + 4 * i, float32(value))
 
     @inline
-    def cast(x, n, out, padded):  # type: ignore[no-untyped-def]
+    def cast(x, n, out, padded):
         whole = n // 16 * 16
         for i in range(0, whole, 16):
             put(out, i, load(F32X16, x + 4 * i))
@@ -70,7 +70,7 @@ def elements(features: Features) -> Elements:
             put_one(out, i, 0.0)
 
     @inline
-    def norm(x, gain, n, eps, out, padded):  # type: ignore[no-untyped-def]
+    def norm(x, gain, n, eps, out, padded):
         whole = n // 16 * 16
         squares = splat(F32X16, 0.0)
         for i in range(0, whole, 16):
@@ -89,7 +89,7 @@ def elements(features: Features) -> Elements:
             put_one(out, i, 0.0)
 
     @inline
-    def gate(g, u, out, i):  # type: ignore[no-untyped-def]
+    def gate(g, u, out, i):
         value = load(F32X16, g)
         one = splat(F32X16, 1.0)
         put(out, i, value / (one + exp(splat(F32X16, 0.0) - value)) * load(F32X16, u))

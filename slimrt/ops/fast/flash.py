@@ -66,10 +66,10 @@ _lane_numbers = constant(I32X16, *range(16))
 
 
 @intrinsic
-def _where_within(typingctx, kept, below, value, other):  # type: ignore[no-untyped-def]
+def _where_within(typingctx, kept, below, value, other):
     """``np.where(kept <= below, value, other)``, lane by lane; kept and below I32X16."""
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         return builder.select(builder.icmp_signed("<=", args[0], args[1]), args[2], args[3])
 
     return value(kept, below, value, value), codegen
@@ -82,7 +82,7 @@ def _exp2(short: bool) -> Any:
     c4, c5, c6 = terms[4:] if not short else (0.0, 0.0, 0.0)
 
     @inline
-    def exp2(t):  # type: ignore[no-untyped-def]
+    def exp2(t):
         t = maximum(splat(F32X16, -126.0), t)
         # Adding 1.5 * 2**23 rounds to whole numbers and leaves them in the low bits.
         shifted = t + splat(F32X16, 12582912.0)
@@ -113,7 +113,7 @@ def pack_kernel(features: Features) -> Kernel:
     bf16, width = shape.bf16, shape.element_bytes
 
     @inline
-    def read(row, head_dim, out, padded, present):  # type: ignore[no-untyped-def]
+    def read(row, head_dim, out, padded, present):
         """``out[:head_dim] = row``, as elements, zeros up to ``padded``; zeros only where there is no such row."""
         whole = head_dim // 16 * 16 if present else 0
         for i in range(0, whole, 16):
@@ -128,7 +128,7 @@ def pack_kernel(features: Features) -> Kernel:
                 else:
                     store_scalar(out + 4 * i, value)
 
-    def pack(item, thread, args):  # type: ignore[no-untyped-def]
+    def pack(item, thread, args):
         blocks, head_dim, padded = argument(args, 5), argument(args, 6), argument(args, 7)
         head = item // blocks
         first = (item - head * blocks) * KEY_BLOCK
@@ -188,7 +188,7 @@ def flash_kernel(features: Features) -> Kernel:
     height, columns, width = shape.rows, shape.columns, shape.element_bytes
 
     @inline
-    def softmax(scores, weights, keys, position, first_key, skipped_to, masked, scale, peaks, totals, r, mixed, padded):  # type: ignore[no-untyped-def]
+    def softmax(scores, weights, keys, position, first_key, skipped_to, masked, scale, peaks, totals, r, mixed, padded):
         """One row of scores [keys] -> weights; raises the row's reference where the block calls for it."""
         at = scores + r * KEY_BLOCK * 4
         if masked:
@@ -221,7 +221,7 @@ def flash_kernel(features: Features) -> Kernel:
             put(weights + r * KEY_BLOCK * width, i, weight)
         store_scalar(totals + 4 * r, float32(load_scalar(float32, totals + 4 * r) + sum_lanes(total)))
 
-    def flash(item, thread, args):  # type: ignore[no-untyped-def]
+    def flash(item, thread, args):
         tile = argument(args, 0) + item * 32
         token, tokens, head, first = argument(tile, 0), argument(tile, 1), argument(tile, 2), argument(tile, 3)
         heads, kv_heads, head_dim, padded = argument(args, 2), argument(args, 3), argument(args, 4), argument(args, 5)

@@ -73,7 +73,7 @@ def gemv_kernel(features: Features, kind: GGMLQuantizationType) -> Kernel:
     floats_step = 0 if quantized else form.span * 4
     lines = -(-nbytes // 64)
 
-    def gemv(item, thread, args):  # type: ignore[no-untyped-def]
+    def gemv(item, thread, args):
         buffers, distance, width, vectors = argument(args, 0), argument(args, 1), argument(args, 2), argument(args, 3)
         size, part = argument(args, 4), args + 48 + (argument(args, 5) - 1) * (PART * 8)
         while argument(part, 0) > item:

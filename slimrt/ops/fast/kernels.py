@@ -1,37 +1,75 @@
 """From a Python function to the address of a compiled kernel, kept on disk.
 
-Numba's own cache of a function looks at nothing but that function's file, so a helper that changed in another file would
-be served stale. Here the folder is named after the contents of the whole package, the versions of Numba and Python
-are in Numba's own key, as are the processor's name and features.
+Numba's own cache of a function looks at nothing but that function's file, so a helper that changed in another file
+would be served stale. Here the folder is named after the contents of the whole package, the versions of Numba and
+Python are in Numba's own key, as are the processor's name and features.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import warnings
 from collections.abc import Callable
+from dataclasses import fields, is_dataclass
 from functools import cache
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
+import numpy as np
 import platformdirs
 from numba import njit, types
 from numba.core import caching
 from numba.core.ccallback import CFunc
+from numba.core.dispatcher import Dispatcher
+from numba.core.extending import _Intrinsic
 
 __all__ = ["KERNEL", "Kernel", "compile_kernel", "inline"]
 
 KERNEL = types.void(types.int64, types.int64, types.int64)  # (item, thread, args)
 _OPTIONS = {"nopython": True, "error_model": "numpy", "boundscheck": False}
 
-inline = njit(error_model="numpy", boundscheck=False, inline="never")
-"""A function that kernels call; LLVM puts it in line where that pays."""
+
+def inline(function: Callable[..., Any]) -> Any:
+    """A function that kernels call; LLVM puts it in line where that pays."""
+    _name_closure(function)
+    return njit(error_model="numpy", boundscheck=False, inline="never")(function)
+
+
+def _name_closure(function: Callable[..., Any]) -> None:
+    """Add to the function's name what its closure holds.
+
+    Machine code that comes from the cache brings its helpers' names along, made of the qualified name and a number that
+    counts compilations. Two functions of one factory, one of them compiled by another process, may then agree in
+    both, and LLVM's linker would take the one that it met first for either.
+    """
+    if function.__closure__ and "#" not in function.__qualname__:
+        function.__qualname__ += "#" + hashlib.sha256(_held(function).encode()).hexdigest()[:16]
+
+
+def _held(value: Any) -> str:
+    """What ``value``, found in a closure, is: the same text in every process, another one for another value."""
+    if isinstance(value, (type(None), bool, int, float, str, np.generic, types.Type)):
+        return f"{type(value).__name__} {value}"
+    if isinstance(value, (tuple, list)):
+        return f"[{', '.join(map(_held, value))}]"
+    if is_dataclass(value) and not isinstance(value, type):
+        return _held([type(value).__name__, *(getattr(value, field.name) for field in fields(value))])
+    if isinstance(value, Dispatcher):
+        return _held(value.py_func)
+    if isinstance(value, _Intrinsic):
+        return _held(value._defn)
+    if isinstance(value, FunctionType):
+        cells = [cell.cell_contents for cell in value.__closure__ or ()]
+        return _held([value.__module__, value.__qualname__, *cells])
+    raise TypeError(f"a kernel's closure holds a {type(value).__name__}; its name cannot say which one; see _held")
 
 
 class Kernel:
     """A compiled kernel; ``address`` is what a team's program names. Made by ``compile_kernel``."""
 
-    def __init__(self, function: CFunc) -> None:
+    def __init__(self, function: Any) -> None:
         self._function = function  # owns the machine code
         self.address: int = function.address
 
@@ -42,7 +80,8 @@ def compile_kernel(function: Callable[..., Any], key: str, signature: Any = KERN
     ``key`` names what the function's closure holds (features, types, widths): kernels of one function and different
     closures must have different keys.
     """
-    compiled = CFunc(function, (signature.args, signature.return_type), {}, dict(_OPTIONS))
+    _name_closure(function)
+    compiled: Any = CFunc(function, (signature.args, signature.return_type), {}, dict(_OPTIONS))
     compiled._cache = _KernelCache(function, key)
     compiled.compile()
     return Kernel(compiled)
@@ -55,6 +94,9 @@ def package_digest() -> str:
     for path in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
+
+
+package_digest()  # now, of the sources that this process runs: they may be replaced while it does
 
 
 def cache_folder() -> Path:
@@ -90,7 +132,7 @@ class _CacheImpl(caching.CompileResultCacheImpl):
 
 
 class _KernelCache(caching.FunctionCache):
-    """Numba's cache of compiled functions, in our folder and under our key; a folder that cannot be used is named once."""
+    """Numba's cache of compiled functions, in our folder, under our key; a folder that cannot be used is named once."""
 
     def __init__(self, function: Callable[..., Any], key: str) -> None:
         self._key = key
@@ -103,8 +145,10 @@ class _KernelCache(caching.FunctionCache):
     def load_overload(self, signature: Any, target_context: Any) -> Any:
         try:
             return super().load_overload(signature, target_context)
-        except Exception as error:  # whatever a damaged file makes of unpickling
+        except Exception as error:  # whatever unpickling makes of a damaged file
             _complain(error)
+            with contextlib.suppress(OSError):  # the index, which would be read again when the kernel is saved
+                (cache_folder() / self._cache_file._index_name).unlink(missing_ok=True)
             return None
 
     def save_overload(self, signature: Any, data: Any) -> None:
@@ -114,13 +158,16 @@ class _KernelCache(caching.FunctionCache):
             _complain(error)
 
 
-@cache
-def _warn_once(text: str) -> None:
-    warnings.warn(text, stacklevel=2)
+_complained: set[Path] = set()
 
 
 def _complain(error: Exception) -> None:
-    _warn_once(
-        f"{cache_folder()}: compiled kernels cannot be kept here ({type(error).__name__}: {error}), so every start "
-        "compiles them; make the folder writable or remove it"
-    )
+    """One line for each folder, whatever else goes wrong with it."""
+    folder = cache_folder()
+    if folder not in _complained:
+        _complained.add(folder)
+        warnings.warn(
+            f"{folder}: compiled kernels cannot be kept here, or those here are damaged ({type(error).__name__}: {error}); "
+            "they are compiled in memory, which takes some seconds at every start; make the folder writable or remove it",
+            stacklevel=2,
+        )

@@ -47,8 +47,8 @@ def constant(kind: Vector, *values: float) -> Callable[[], Any]:
     """``lambda: np.array(values, kind)``."""
 
     @intrinsic
-    def make(typingctx):  # type: ignore[no-untyped-def]
-        def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def make(typingctx):
+        def codegen(context, builder, signature, args):
             return ir.Constant(kind.llvm, [kind.llvm.element(value) for value in values])
 
         return kind(), codegen
@@ -60,8 +60,8 @@ def picker(*lanes: int) -> Callable[[Any], Any]:
     """``lambda a: a[list(lanes)]``."""
 
     @intrinsic
-    def pick(typingctx, a):  # type: ignore[no-untyped-def]
-        def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def pick(typingctx, a):
+        def codegen(context, builder, signature, args):
             return builder.shuffle_vector(args[0], ir.Constant(args[0].type, ir.Undefined), _indices(lanes))
 
         return Vector(a.element, len(lanes))(a), codegen
@@ -73,8 +73,8 @@ def joiner(*lanes: int) -> Callable[[Any, Any], Any]:
     """``lambda a, b: np.concatenate([a, b])[list(lanes)]``; a and b of the same kind."""
 
     @intrinsic
-    def join(typingctx, a, b):  # type: ignore[no-untyped-def]
-        def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def join(typingctx, a, b):
+        def codegen(context, builder, signature, args):
             return builder.shuffle_vector(args[0], args[1], _indices(lanes))
 
         return Vector(a.element, len(lanes))(a, b), codegen
@@ -98,10 +98,10 @@ def store_at(builder: ir.IRBuilder, address: ir.Value, offset: int, value: ir.Va
 
 
 @intrinsic
-def bits_times(typingctx, bits, value):  # type: ignore[no-untyped-def]
+def bits_times(typingctx, bits, value):
     """``np.where(np.unpackbits(bits.view(uint8), bitorder="little"), value, 0)``: a bit for each lane of ``value``."""
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         mask = builder.bitcast(args[0], ir.VectorType(ir.IntType(1), value.lanes))
         return builder.select(mask, args[1], ir.Constant(args[1].type, None))
 
@@ -109,10 +109,10 @@ def bits_times(typingctx, bits, value):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def where_set(typingctx, a, value):  # type: ignore[no-untyped-def]
+def where_set(typingctx, a, value):
     """``np.where(a != 0, value, 0)``."""
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         return builder.select(
             builder.icmp_unsigned("!=", args[0], ir.Constant(args[0].type, None)),
             args[1],
@@ -123,10 +123,10 @@ def where_set(typingctx, a, value):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def prefetch(typingctx, address):  # type: ignore[no-untyped-def]
+def prefetch(typingctx, address):
     """Bring the cache line of ``address`` nearer; any address will do, nothing is read."""
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         where = pointer(builder, args[0], ir.IntType(8))
         emit(builder, "llvm.prefetch.p0", ir.VoidType(), [where, _INDEX(0), _INDEX(3), _INDEX(1)])
         return context.get_dummy_value()
@@ -135,7 +135,7 @@ def prefetch(typingctx, address):  # type: ignore[no-untyped-def]
 
 
 @inline
-def exp(x):  # type: ignore[no-untyped-def]
+def exp(x):
     """``np.exp(np.clip(x, -87.3, 88))`` for F32X16, to about 1e-7: 2**n * e**r with |r| <= ln(2) / 2."""
     x = minimum(maximum(x, splat(F32X16, -87.3)), splat(F32X16, 88.0))
     # Adding 1.5 * 2**23 rounds to whole numbers and leaves them in the low bits.
@@ -155,11 +155,11 @@ def exp(x):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def sum_each(typingctx, address):  # type: ignore[no-untyped-def]
+def sum_each(typingctx, address):
     """``m.reshape(16, 16).sum(axis=1)``: of 16 vectors F32X16 that follow each other, each one's sum: F32X16."""
     vector = F32X16.llvm
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         base = pointer(builder, args[0], vector)
         left = [builder.load(builder.gep(base, [ir.IntType(64)(row)]), align=1) for row in range(16)]
         # Each step joins rows half the list apart: their halves (quarters, ...) side by side, then added. After four

@@ -23,7 +23,7 @@ RESULT_PANELS = 64  # of a product that waits to be added to something
 
 
 @inline
-def _add(a, b, n, out):  # type: ignore[no-untyped-def]
+def _add(a, b, n, out):
     """``out[:n] = a + b``, float32."""
     whole = n // 16 * 16
     for i in range(0, whole, 16):
@@ -33,7 +33,7 @@ def _add(a, b, n, out):  # type: ignore[no-untyped-def]
 
 
 @inline
-def _copy(a, n, out):  # type: ignore[no-untyped-def]
+def _copy(a, n, out):
     """``out[:n] = a``, float32."""
     whole = n // 16 * 16
     for i in range(0, whole, 16):
@@ -43,7 +43,7 @@ def _copy(a, n, out):  # type: ignore[no-untyped-def]
 
 
 @inline
-def _halve(a, n, out):  # type: ignore[no-untyped-def]
+def _halve(a, n, out):
     """``out[:n] = a.astype(float16)``."""
     whole = n // 16 * 16
     for i in range(0, whole, 16):
@@ -53,7 +53,7 @@ def _halve(a, n, out):  # type: ignore[no-untyped-def]
 
 
 @inline
-def _turn(head, cos, sin, half):  # type: ignore[no-untyped-def]
+def _turn(head, cos, sin, half):
     """Rotate the pairs (i, half + i) of one head [Dh] float32 in place."""
     whole = half // 16 * 16
     for i in range(0, whole, 16):
@@ -81,7 +81,7 @@ def qkv_kernel(features: Features) -> Kernel:
     begin, end = tile_settings(features)
     height, width = shape.rows, shape.element_bytes
 
-    def qkv(item, thread, args):  # type: ignore[no-untyped-def]
+    def qkv(item, thread, args):
         x, tokens, size = argument(args, 0), argument(args, 1), argument(args, 2)
         d, padded = argument(args, 3), argument(args, 4)
         gain, eps = argument(args, 5), argument_float(args, 6)
@@ -129,7 +129,7 @@ def linear_kernel(features: Features) -> Kernel:
     begin, end = tile_settings(features)
     height, width = shape.rows, shape.element_bytes
 
-    def linear(item, thread, args):  # type: ignore[no-untyped-def]
+    def linear(item, thread, args):
         x, tokens, size = argument(args, 0), argument(args, 1), argument(args, 2)
         k, padded = argument(args, 3), argument(args, 4)
         panels, count, bias, residual = argument(args, 5), argument(args, 6), argument(args, 7), argument(args, 8)
@@ -179,7 +179,7 @@ def feed_forward_kernel(features: Features) -> Kernel:
     begin, end = tile_settings(features)
     height, group, width = shape.rows, shape.panels, shape.element_bytes
 
-    def feed_forward(item, thread, args):  # type: ignore[no-untyped-def]
+    def feed_forward(item, thread, args):
         x, tokens, size = argument(args, 0), argument(args, 1), argument(args, 2)
         d, padded = argument(args, 3), argument(args, 4)
         gain, eps = argument(args, 5), argument_float(args, 6)

@@ -81,8 +81,8 @@ def block_product(features: Features, accumulate: bool) -> Any:
     build = _tiles if features.amx else _vectors
 
     @intrinsic
-    def product(typingctx, a, a_stride, b, panel_stride, k, c, c_stride):  # type: ignore[no-untyped-def]
-        def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def product(typingctx, a, a_stride, b, panel_stride, k, c, c_stride):
+        def codegen(context, builder, signature, args):
             build(builder, features, accumulate, *args)
             return context.get_dummy_value()
 
@@ -229,8 +229,8 @@ def tile_settings(features: Features) -> tuple[Any, Any]:
     """
 
     @intrinsic
-    def begin(typingctx):  # type: ignore[no-untyped-def]
-        def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def begin(typingctx):
+        def codegen(context, builder, signature, args):
             if features.amx:
                 # Palette 1; from byte 16 on each tile's bytes a row (uint16), from byte 48 on its rows: eight of 16 x 64.
                 words = [0] * 16
@@ -246,8 +246,8 @@ def tile_settings(features: Features) -> tuple[Any, Any]:
         return types.void(), codegen
 
     @intrinsic
-    def end(typingctx):  # type: ignore[no-untyped-def]
-        def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def end(typingctx):
+        def codegen(context, builder, signature, args):
             if features.amx:
                 emit(builder, "llvm.x86.tilerelease", ir.VoidType(), [])
             return context.get_dummy_value()
@@ -269,7 +269,7 @@ def panel_product(features: Features, accumulate: bool = False) -> Any:
     height, group = shape.rows, shape.panels
 
     @inline
-    def multiply(a, a_stride, rows, b, panels, panel_bytes, k, c, c_stride):  # type: ignore[no-untyped-def]
+    def multiply(a, a_stride, rows, b, panels, panel_bytes, k, c, c_stride):
         for panel in range(0, panels, group):
             for row in range(0, rows, height):
                 product(

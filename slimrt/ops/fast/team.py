@@ -53,7 +53,7 @@ _CALL = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)  
 
 
 @inline
-def _claim_items(state, thread):  # type: ignore[no-untyped-def]
+def _claim_items(state, thread):
     """Work on the open job as long as there are items to claim; returns how many this thread did."""
     done = 0
     while True:
@@ -71,7 +71,7 @@ def _claim_items(state, thread):  # type: ignore[no-untyped-def]
             done += 1
 
 
-def _lead(state, program, jobs):  # type: ignore[no-untyped-def]
+def _lead(state, program, jobs):
     """Run the jobs of the program at an address, one after the other."""
     for number in range(jobs):
         job = number * 3
@@ -94,7 +94,7 @@ def _lead(state, program, jobs):  # type: ignore[no-untyped-def]
                 call_void(atomic_load(state + _YIELD))
 
 
-def _help(state, thread, unused):  # type: ignore[no-untyped-def]
+def _help(state, thread, unused):
     """What a helper does until it has found nothing to do for a while."""
     since = cycles()
     spins = 0

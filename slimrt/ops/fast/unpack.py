@@ -62,8 +62,8 @@ def _stack(nbytes: int) -> Callable[[], Any]:
     """A function that gives the address of so many bytes that live until the kernel returns, on a line's boundary."""
 
     @intrinsic
-    def take(typingctx):  # type: ignore[no-untyped-def]
-        def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def take(typingctx):
+        def codegen(context, builder, signature, args):
             with builder.goto_entry_block():  # once a call, not once a turn of a loop
                 memory = builder.alloca(ir.ArrayType(ir.IntType(8), nbytes))
             memory.align = 64
@@ -79,10 +79,10 @@ _tile, _pairs, _end = _stack(PANEL * _ROW_BYTES), _stack(PANEL * 64), _stack(PAN
 
 
 @intrinsic
-def _turn(typingctx, tile, stride, out):  # type: ignore[no-untyped-def]
+def _turn(typingctx, tile, stride, out):
     """``out[:] = tile.T``: 16 rows of 16 words of 32 bits, ``stride`` bytes apart, to [16, 16]."""
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         word = ir.IntType(64)
         rows = [load_at(builder, builder.add(args[0], builder.mul(args[1], word(row))), 0, U32X16) for row in range(16)]
         # Blocks of 8 x 8, then of 4 x 4, 2 x 2, 1 x 1 that lie across the diagonal change places.
@@ -117,75 +117,75 @@ def _unpacks(kind: GGMLQuantizationType) -> Callable[[Any], Any]:
 
 
 @inline
-def _half(address):  # type: ignore[no-untyped-def]
+def _half(address):
     """The float16 at an address in every lane."""
     return _all(convert(F32X1, load(F16X1, address)))
 
 
 @inline
-def _whole(values):  # type: ignore[no-untyped-def]
+def _whole(values):
     """16 small integers as float32."""
     return convert(F32X16, convert(I32X16, values))
 
 
 @inline
-def _low(codes):  # type: ignore[no-untyped-def]
+def _low(codes):
     return codes & splat(U8X16, 15)
 
 
 @inline
-def _high(codes):  # type: ignore[no-untyped-def]
+def _high(codes):
     return codes >> splat(U8X16, 4)
 
 
 @inline
-def _centred(values, centre):  # type: ignore[no-untyped-def]
+def _centred(values, centre):
     return convert(F32X16, convert(I32X16, values) - splat(I32X16, centre))
 
 
 @_unpacks(Kind.Q4_0)
-def _q4_0(w, to):  # type: ignore[no-untyped-def]
+def _q4_0(w, to):
     d, codes = _half(w), load(U8X16, w + 2)
     store(to, d * _centred(_low(codes), 8))
     store(to + 64, d * _centred(_high(codes), 8))
 
 
 @_unpacks(Kind.Q4_1)
-def _q4_1(w, to):  # type: ignore[no-untyped-def]
+def _q4_1(w, to):
     d, m, codes = _half(w), _half(w + 2), load(U8X16, w + 4)
     store(to, d * _whole(_low(codes)) + m)
     store(to + 64, d * _whole(_high(codes)) + m)
 
 
 @inline
-def _with_tops(codes, bits):  # type: ignore[no-untyped-def]
+def _with_tops(codes, bits):
     """Nibbles with a fifth bit from ``bits`` (16 of them, U16X1)."""
     return codes | bits_times(bits, splat(U8X16, 16))
 
 
 @_unpacks(Kind.Q5_0)
-def _q5_0(w, to):  # type: ignore[no-untyped-def]
+def _q5_0(w, to):
     d, tops, codes = _half(w), load(U16X2, w + 2), load(U8X16, w + 6)
     store(to, d * _centred(_with_tops(_low(codes), _first(tops)), 16))
     store(to + 64, d * _centred(_with_tops(_high(codes), _second(tops)), 16))
 
 
 @_unpacks(Kind.Q5_1)
-def _q5_1(w, to):  # type: ignore[no-untyped-def]
+def _q5_1(w, to):
     d, m, tops, codes = _half(w), _half(w + 2), load(U16X2, w + 4), load(U8X16, w + 8)
     store(to, d * _whole(_with_tops(_low(codes), _first(tops))) + m)
     store(to + 64, d * _whole(_with_tops(_high(codes), _second(tops))) + m)
 
 
 @_unpacks(Kind.Q8_0)
-def _q8_0(w, to):  # type: ignore[no-untyped-def]
+def _q8_0(w, to):
     d = _half(w)
     store(to, d * _whole(load(I8X16, w + 2)))
     store(to + 64, d * _whole(load(I8X16, w + 18)))
 
 
 @_unpacks(Kind.Q4_K)
-def _q4_k(w, to):  # type: ignore[no-untyped-def]
+def _q4_k(w, to):
     numbers = _scales()
     store(numbers, scales_and_minima(w))
     for pair in range(4):
@@ -198,7 +198,7 @@ def _q4_k(w, to):  # type: ignore[no-untyped-def]
 
 
 @_unpacks(Kind.Q5_K)
-def _q5_k(w, to):  # type: ignore[no-untyped-def]
+def _q5_k(w, to):
     numbers = _scales()
     store(numbers, scales_and_minima(w))
     for pair in range(4):
@@ -213,7 +213,7 @@ def _q5_k(w, to):  # type: ignore[no-untyped-def]
 
 
 @_unpacks(Kind.Q6_K)
-def _q6_k(w, to):  # type: ignore[no-untyped-def]
+def _q6_k(w, to):
     numbers = _scales()
     store(numbers, _half(w + 208) * _whole(load(I8X16, w + 192)))
     for piece in range(16):  # of 16 elements: 8 to a half, of which 4 in low nibbles, then 4 in high ones
@@ -229,37 +229,37 @@ def _q6_k(w, to):  # type: ignore[no-untyped-def]
 
 
 @inline
-def _wide_bfloats(w):  # type: ignore[no-untyped-def]
+def _wide_bfloats(w):
     return reinterpret(F32X16, convert(U32X16, load(U16X16, w)) << splat(U32X16, 16))
 
 
 @_unpacks(Kind.F32)
-def _f32(w, to):  # type: ignore[no-untyped-def]
+def _f32(w, to):
     store(to, load(F32X1, w))
 
 
 @_unpacks(Kind.F16)
-def _f16(w, to):  # type: ignore[no-untyped-def]
+def _f16(w, to):
     store(to, convert(F32X1, load(F16X1, w)))
 
 
 @_unpacks(Kind.BF16)
-def _bf16(w, to):  # type: ignore[no-untyped-def]
+def _bf16(w, to):
     store(to, reinterpret(F32X1, convert(U32X1, load(U16X1, w)) << splat(U32X1, 16)))
 
 
 @inline
-def _f32_16(w, to):  # type: ignore[no-untyped-def]
+def _f32_16(w, to):
     store(to, load(F32X16, w))
 
 
 @inline
-def _f16_16(w, to):  # type: ignore[no-untyped-def]
+def _f16_16(w, to):
     store(to, convert(F32X16, load(F16X16, w)))
 
 
 @inline
-def _bf16_16(w, to):  # type: ignore[no-untyped-def]
+def _bf16_16(w, to):
     store(to, _wide_bfloats(w))
 
 
@@ -284,7 +284,7 @@ def unpack(features: Features, kind: GGMLQuantizationType, target: Literal["bf16
     word = 2 if short else 4
 
     @inline
-    def unpack_row(w, columns, to):  # type: ignore[no-untyped-def]
+    def unpack_row(w, columns, to):
         """Up to TILE_COLUMNS columns, and zeros behind them."""
         for column in range(columns // together * together, TILE_COLUMNS, 16):
             store(to + column * 4, splat(F32X16, 0.0))
@@ -294,7 +294,7 @@ def unpack(features: Features, kind: GGMLQuantizationType, target: Literal["bf16
             for column in range(columns // together * together, columns):
                 one(w + column // elements * nbytes, to + column * 4)
 
-    def unpack_panel(item, thread, args):  # type: ignore[no-untyped-def]
+    def unpack_panel(item, thread, args):
         stride, columns, width = argument(args, 1), argument(args, 3), argument(args, 5)
         packed = argument(args, 0) + item * PANEL * stride
         rows = min(PANEL, argument(args, 2) - item * PANEL)

@@ -106,21 +106,21 @@ def _vector_of(kind: Any) -> Vector:
 
 
 @intrinsic
-def load(typingctx, kind, address):  # type: ignore[no-untyped-def]
+def load(typingctx, kind, address):
     """``m[:lanes]``: a vector of ``kind`` from ``address``, aligned or not."""
     vector = _vector_of(kind)
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         return builder.load(pointer(builder, args[1], vector.llvm), align=1)
 
     return vector(kind, types.int64), codegen
 
 
 @intrinsic
-def store(typingctx, address, value):  # type: ignore[no-untyped-def]
+def store(typingctx, address, value):
     """``m[:lanes] = value``."""
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         builder.store(args[1], pointer(builder, args[0], value.llvm), align=1)
         return context.get_dummy_value()
 
@@ -128,21 +128,21 @@ def store(typingctx, address, value):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def load_scalar(typingctx, kind, address):  # type: ignore[no-untyped-def]
+def load_scalar(typingctx, kind, address):
     """``m[0]``: one number of the (Numba) type ``kind``, such as ``numba.float32``."""
     scalar = kind.dtype
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         return builder.load(pointer(builder, args[1], context.get_value_type(scalar)), align=1)
 
     return scalar(kind, types.int64), codegen
 
 
 @intrinsic
-def store_scalar(typingctx, address, value):  # type: ignore[no-untyped-def]
+def store_scalar(typingctx, address, value):
     """``m[0] = value``; the value's type says how many bytes."""
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         builder.store(args[1], pointer(builder, args[0], args[1].type), align=1)
         return context.get_dummy_value()
 
@@ -150,10 +150,10 @@ def store_scalar(typingctx, address, value):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def argument(typingctx, args, index):  # type: ignore[no-untyped-def]
+def argument(typingctx, args, index):
     """``args[index]``: the kernel's argument number ``index``, an integer or an address."""
 
-    def codegen(context, builder, signature, values):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, values):
         base = pointer(builder, values[0], ir.IntType(64))
         return builder.load(builder.gep(base, [values[1]]))
 
@@ -161,10 +161,10 @@ def argument(typingctx, args, index):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def argument_float(typingctx, args, index):  # type: ignore[no-untyped-def]
+def argument_float(typingctx, args, index):
     """``args.view(float64)[index]`` as float32: the kernel's argument number ``index``, a number."""
 
-    def codegen(context, builder, signature, values):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, values):
         base = pointer(builder, values[0], ir.DoubleType())
         return builder.fptrunc(builder.load(builder.gep(base, [values[1]])), ir.FloatType())
 
@@ -175,11 +175,11 @@ def argument_float(typingctx, args, index):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def splat(typingctx, kind, value):  # type: ignore[no-untyped-def]
+def splat(typingctx, kind, value):
     """``np.full(lanes, value)``."""
     vector = _vector_of(kind)
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         element = context.cast(builder, args[1], value, vector.scalar)
         return broadcast(builder, element, vector.lanes)
 
@@ -196,29 +196,29 @@ def broadcast(builder: ir.IRBuilder, element: ir.Value, lanes: int) -> ir.Value:
 
 
 @intrinsic
-def fma(typingctx, a, b, c):  # type: ignore[no-untyped-def]
+def fma(typingctx, a, b, c):
     """``a * b + c`` with one rounding; vectors of f32."""
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         return emit(builder, f"llvm.fma.v{a.lanes}f32", a.llvm, args)
 
     return a(a, a, a), codegen
 
 
 @intrinsic
-def maximum(typingctx, a, b):  # type: ignore[no-untyped-def]
+def maximum(typingctx, a, b):
     """``np.where(a > b, a, b)``: the second where one is NaN, as the instruction does it; f32 or integers."""
     return a(a, a), _selecting(a, ">")
 
 
 @intrinsic
-def minimum(typingctx, a, b):  # type: ignore[no-untyped-def]
+def minimum(typingctx, a, b):
     """``np.where(a < b, a, b)``."""
     return a(a, a), _selecting(a, "<")
 
 
 def _selecting(vector: Vector, relation: str) -> Callable[..., ir.Value]:
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         if vector.floating:
             wins = builder.fcmp_ordered(relation, *args)
         elif vector.signed:
@@ -231,20 +231,20 @@ def _selecting(vector: Vector, relation: str) -> Callable[..., ir.Value]:
 
 
 @intrinsic
-def sum_lanes(typingctx, a):  # type: ignore[no-untyped-def]
+def sum_lanes(typingctx, a):
     """``a.sum()``, halves added to halves; f32 or i32."""
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         return _fold(builder, args[0], a.lanes, builder.fadd if a.floating else builder.add)
 
     return a.scalar(a), codegen
 
 
 @intrinsic
-def max_lanes(typingctx, a):  # type: ignore[no-untyped-def]
+def max_lanes(typingctx, a):
     """``a.max()``; f32 without NaN."""
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         def larger(x: ir.Value, y: ir.Value) -> ir.Value:
             return builder.select(builder.fcmp_ordered(">", x, y), x, y)
 
@@ -270,22 +270,22 @@ def _fold(builder: ir.IRBuilder, value: ir.Value, lanes: int, join: Callable[...
 
 
 @intrinsic
-def reinterpret(typingctx, kind, a):  # type: ignore[no-untyped-def]
+def reinterpret(typingctx, kind, a):
     """``a.view(kind)``: the same bits."""
     vector = _vector_of(kind)
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         return builder.bitcast(args[1], vector.llvm)
 
     return vector(kind, a), codegen
 
 
 @intrinsic
-def convert(typingctx, kind, a):  # type: ignore[no-untyped-def]
+def convert(typingctx, kind, a):
     """``a.astype(kind)``: as many lanes of another element; wider or narrower integers, integers <-> f32 (towards 0)."""
     vector = _vector_of(kind)
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         value, target = args[1], vector.llvm
         if a.floating and vector.floating:
             widens = _bits(vector) > _bits(a)
@@ -324,7 +324,7 @@ def _operator(symbol: Any) -> None:
     infer_global(symbol)(Template)
 
     @lower_builtin(symbol, Vector, Vector)
-    def lower(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def lower(context, builder, signature, args):
         vector = signature.return_type
         if vector.floating:
             return getattr(builder, _FLOATING[symbol])(*args)
@@ -341,20 +341,20 @@ for _symbol in {*_FLOATING, *_WHOLE, operator.rshift}:
 
 
 @intrinsic
-def atomic_load(typingctx, address):  # type: ignore[no-untyped-def]
+def atomic_load(typingctx, address):
     """The int64 at ``address``; what was written before it was stored is seen."""
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         return builder.load_atomic(pointer(builder, args[0], ir.IntType(64)), "seq_cst", 8)
 
     return types.int64(types.int64), codegen
 
 
 @intrinsic
-def atomic_store(typingctx, address, value):  # type: ignore[no-untyped-def]
+def atomic_store(typingctx, address, value):
     """Store an int64; whoever sees it sees what was written before."""
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         builder.store_atomic(args[1], pointer(builder, args[0], ir.IntType(64)), "seq_cst", 8)
         return context.get_dummy_value()
 
@@ -362,20 +362,20 @@ def atomic_store(typingctx, address, value):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def atomic_add(typingctx, address, value):  # type: ignore[no-untyped-def]
+def atomic_add(typingctx, address, value):
     """Add to the int64 at ``address``; returns what was there before."""
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         return builder.atomic_rmw("add", pointer(builder, args[0], ir.IntType(64)), args[1], "seq_cst")
 
     return types.int64(types.int64, types.int64), codegen
 
 
 @intrinsic
-def compare_and_swap(typingctx, address, expected, value):  # type: ignore[no-untyped-def]
+def compare_and_swap(typingctx, address, expected, value):
     """Store ``value`` if ``expected`` is there; returns whether it was."""
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         place = pointer(builder, args[0], ir.IntType(64))
         return builder.extract_value(builder.cmpxchg(place, args[1], args[2], "seq_cst", "seq_cst"), 1)
 
@@ -383,10 +383,10 @@ def compare_and_swap(typingctx, address, expected, value):  # type: ignore[no-un
 
 
 @intrinsic
-def pause(typingctx):  # type: ignore[no-untyped-def]
+def pause(typingctx):
     """Tell the core that this is a spin."""
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         emit(builder, "llvm.x86.sse2.pause", ir.VoidType(), [])
         return context.get_dummy_value()
 
@@ -394,20 +394,20 @@ def pause(typingctx):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def cycles(typingctx):  # type: ignore[no-untyped-def]
+def cycles(typingctx):
     """The processor's time stamp counter."""
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         return emit(builder, "llvm.readcyclecounter", ir.IntType(64), [])
 
     return types.int64(), codegen
 
 
 @intrinsic
-def call_kernel(typingctx, function, item, thread, args):  # type: ignore[no-untyped-def]
+def call_kernel(typingctx, function, item, thread, args):
     """Call the kernel at address ``function``."""
 
-    def codegen(context, builder, signature, values):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, values):
         word = ir.IntType(64)
         kind = ir.FunctionType(ir.VoidType(), [word, word, word])
         builder.call(builder.inttoptr(values[0], kind.as_pointer()), values[1:])
@@ -417,10 +417,10 @@ def call_kernel(typingctx, function, item, thread, args):  # type: ignore[no-unt
 
 
 @intrinsic
-def call_void(typingctx, function):  # type: ignore[no-untyped-def]
+def call_void(typingctx, function):
     """Call the C function at address ``function`` (``int f(void)``) and forget what it returns."""
 
-    def codegen(context, builder, signature, values):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, values):
         kind = ir.FunctionType(ir.IntType(32), [])
         builder.call(builder.inttoptr(values[0], kind.as_pointer()), [])
         return context.get_dummy_value()
