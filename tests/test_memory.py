@@ -46,6 +46,7 @@ def test_plan_is_what_load_and_prefill_allocate(model: Path) -> None:
     config = read_config(file)
     planned = plan(config, file, CTX, threads=1, packed=False)
     ids = np.random.default_rng(0).integers(3, 200, CTX).tolist()
+    slimrt.load(model, ctx=64, threads=1, device="numpy").logits([1])  # what is imported on the way is not in the plan
     tracemalloc.start()
     try:
         llm = slimrt.load(model, ctx=CTX, threads=1, device="numpy")
