@@ -125,8 +125,14 @@ def tokenize(text: str | None, file: Path | None, model: str | None, as_json: bo
 @click.argument("file", required=False, metavar="[MODEL]")
 @model_option
 @ctx_option
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "numpy"]), default="auto", is_flag=False, flag_value="auto",
-              help="What would compute, and why.  [auto]")
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda", "numpy"]),
+    default="auto",
+    is_flag=False,
+    flag_value="auto",
+    help="What would compute, and why.  [auto]",
+)
 @click.option("--threads", "-t", type=click.IntRange(1), help="CPU threads that the memory plan counts with.")
 @click.option("--metadata", is_flag=True, help="Every metadata key.")
 @click.option("--tensors", is_flag=True, help="Every tensor.")

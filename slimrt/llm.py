@@ -86,9 +86,9 @@ def load(
 class LLM:
     """A loaded model and one running conversation.
 
-    ``config`` (sizes), ``tokenizer``, ``ctx``, ``file`` (metadata), ``backend`` (what computes, and why), ``notes`` (what was decided at load and is worth
-    saying, such as a stretched context). Calls on one LLM from several threads are serialised, streams excepted: two
-    streams at a time need a ``session()`` each.
+    ``config`` (sizes), ``tokenizer``, ``ctx``, ``file`` (metadata), ``backend`` (what computes, and why), ``notes``
+    (what was decided at load and is worth saying, such as a stretched context). Calls on one LLM from several threads
+    are serialised, streams excepted: two streams at a time need a ``session()`` each.
     """
 
     def __init__(

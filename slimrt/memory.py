@@ -34,10 +34,10 @@ class MemoryRow:
 class MemoryPlan:
     """Bytes that a model takes on a CPU backend, for a prompt that fills the context of ``ctx`` tokens.
 
-    ``fast``: on compiled kernels, else NumPy. ``weights``: float32 where they are unpacked, else (``packed``) the bytes of the file, mapped. ``kv_per_token``:
-    keys and values of one token over all layers; ``kv``: those of ``ctx`` tokens. ``boundary``: the hidden states that
-    a pruned prompt leaves for further questions. ``scratch``: what prefill of the whole context takes besides.
-    ``available``: free memory when the plan was made, None where that is unknown.
+    ``fast``: on compiled kernels, else NumPy. ``weights``: float32 where they are unpacked, else (``packed``) the bytes
+    of the file, mapped. ``kv_per_token``: keys and values of one token over all layers; ``kv``: those of ``ctx``
+    tokens. ``boundary``: the hidden states that a pruned prompt leaves for further questions. ``scratch``: what prefill
+    of the whole context takes besides. ``available``: free memory when the plan was made, None where that is unknown.
     """
 
     ctx: int
@@ -66,7 +66,11 @@ class MemoryPlan:
             note = f"{'fits into' if self.fits() else 'exceeds'} the {self.available / 2**30:.1f} GiB that are free"
         return [
             MemoryRow("weights", self.weights, "packed as in the file" if self.packed else "unpacked to float32"),
-            MemoryRow("KV cache, 1k tokens", 1024 * self.kv_per_token, f"{'float16' if self.fast else 'float32'}; part of the next line"),
+            MemoryRow(
+                "KV cache, 1k tokens",
+                1024 * self.kv_per_token,
+                f"{'float16' if self.fast else 'float32'}; part of the next line",
+            ),
             MemoryRow("KV cache, whole context", self.kv, f"{self.ctx} tokens; grows as they come"),
             MemoryRow("hidden states", self.boundary, "of a pruned prompt, for further questions"),
             MemoryRow("scratch", self.scratch, "while a prompt of the whole context is read"),
@@ -86,8 +90,9 @@ def plan(
 ) -> MemoryPlan:
     """The memory plan of a model on a CPU backend.
 
-    ``threads`` None: all cores. ``fast``: compiled kernels, which keep weights packed, else NumPy. ``packed`` None: weights are unpacked if their float32 form takes at most half of the
-    memory that is free. ``available`` None: ask the system. Raises SettingError if ``ctx`` is below 1.
+    ``threads`` None: all cores. ``fast``: compiled kernels, which keep weights packed, else NumPy. ``packed`` None:
+    weights are unpacked if their float32 form takes at most half of the memory that is free. ``available`` None: ask
+    the system. Raises SettingError if ``ctx`` is below 1.
     """
     if ctx < 1:
         raise SettingError(f"ctx {ctx}: must be at least 1")
@@ -157,8 +162,8 @@ def _prefill_scratch(c: ModelConfig, ctx: int, threads: int, packed: bool) -> in
 def _fast_scratch(c: ModelConfig, ctx: int, threads: int) -> int:
     """Bytes alive at the peak of ``Engine.prefill`` on compiled kernels; factors counted as float32, the wider kind."""
     q, kv = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
-    # While the layer attends: x, q, the result, angles, k and v in float16, their panels. In the feed-forward: x before and
-    # after in place of one of q and the result, no panels.
+    # While the layer attends: x, q, the result, angles, k and v in float16, their panels. In the feed-forward: x before
+    # and after in place of one of q and the result, no panels.
     row = _FLOAT * (max(c.d_model + 2 * q, 2 * c.d_model + q) + c.rope.dims + 3 * kv)
     panels = _FLOAT * c.d_model * (2 * q + 2 * kv + 3 * c.d_ff)
     tile = KEY_TILE * c.n_heads // c.n_kv_heads * (2 * c.head_dim + 2)

@@ -8,7 +8,7 @@ float16, everything that an operation returns float32, except k and v.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +56,7 @@ class FastOps(NumpyOps):
     """Compute and memory operations for a processor with ``features`` (None: those of this one)."""
 
     name = "fast"
+    exact_rows = 2  # a row alone is computed as in decode
     unpack_rows = 2  # a prompt gives the same bits in whatever parts it is read; a single token is decode's
     kv_type = np.float16
 
@@ -92,7 +93,8 @@ class FastOps(NumpyOps):
             task(slice(lo, min(lo + ROW_CHUNK, count)))
 
     def _slices(self, tokens: int) -> tuple[int, int]:
-        """Rows of a slice, in whole blocks, and how many slices: enough for all threads, large enough for the panels."""
+        """Rows of a slice, in whole blocks, and how many slices: enough for all threads, large enough for the
+        panels."""
         most = 256 if self.features.amx else 128  # with tiles the panels would come too slowly for fewer rows
         blocks = -(-tokens // self._shape.rows)
         size = min(max(1, most // self._shape.rows), -(-blocks // self.threads)) * self._shape.rows
@@ -154,7 +156,7 @@ class FastOps(NumpyOps):
         self.team.run(program)
         return out
 
-    def qkv(  # type: ignore[override]
+    def qkv(
         self,
         x: Array,
         gain: Array,
@@ -190,13 +192,13 @@ class FastOps(NumpyOps):
         self.team.run(program)
         return q, k, v
 
-    def project(self, x: Array, attention: Array, weight: FastWeight, bias: Array | None) -> Array:  # type: ignore[override]
+    def project(self, x: Array, attention: Array, weight: FastWeight, bias: Array | None) -> Array:
         """See ``LayerOps``."""
         if _by_packed(x, weight):
             return super().project(x, attention, weight, bias)
         return self._linear(attention.reshape(len(x), -1), weight, bias, _plain(x))
 
-    def feed_forward(  # type: ignore[override]
+    def feed_forward(
         self,
         x: Array,
         gain: Array,
@@ -248,7 +250,7 @@ class FastOps(NumpyOps):
         out[...] = result
         return out
 
-    def _attend_tiles(self, q: Array, k: Array, v: Array, reach: list[int]) -> Array:  # type: ignore[override]
+    def _attend_tiles(self, q: Array, k: Array, v: Array, reach: Sequence[int]) -> Array:  # type: ignore[override]
         tokens, heads, width = q.shape
         kv_heads, keys, _ = k.shape
         offset, blocks, padded = keys - tokens, -(-keys // KEY_BLOCK), self._shape.padded(width)
@@ -306,5 +308,5 @@ def _rows_together(x: Array) -> Array:
 
 def _as_bfloat16(tensor: TensorInfo) -> TensorInfo:
     bits = dequantize(tensor).view(np.uint32)
-    bits = (bits + (((bits >> 16) & 1) + np.uint32(0x7FFF))) >> 16
-    return TensorInfo(tensor.name, tensor.shape, GGMLQuantizationType.BF16, bits.astype(np.uint16))
+    rounded = (bits + (((bits >> 16) & 1) + np.uint32(0x7FFF))) >> 16
+    return TensorInfo(tensor.name, tensor.shape, GGMLQuantizationType.BF16, rounded.astype(np.uint16))

@@ -77,9 +77,7 @@ def _where_within(typingctx, kept, below, value, other):
 
 def _exp2(short: bool) -> Any:
     """The word ``exp2`` for F32X16: ``2 ** np.maximum(t, -126)`` for t below 120; NaN stays NaN."""
-    terms = _EXP2_SHORT if short else _EXP2_LONG
-    c0, c1, c2, c3 = terms[:4]
-    c4, c5, c6 = terms[4:] if not short else (0.0, 0.0, 0.0)
+    c0, c1, c2, c3, c4, c5, c6 = (*_EXP2_SHORT, 0.0, 0.0, 0.0) if short else _EXP2_LONG
 
     @inline
     def exp2(t):
@@ -106,8 +104,9 @@ def pack_kernel(features: Features) -> Kernel:
     """Keys and values as panels: an item is one block of ``KEY_BLOCK`` rows of one head; rows past N become zeros.
 
     0 keys, 1 values (float16, rows [Dh] of a head follow each other), 2 bytes from head to head of the keys, 3 of the
-    values, 4 N, 5 blocks, 6 Dh, 7 Dh padded, 8 panels of keys [Hkv, blocks * 16, Dh padded * 16 elements], 9 panels of values
-    [Hkv, Dh padded / 16, blocks * KEY_BLOCK * 16 elements], 10 scratch, 11 bytes of it for each thread: [2, Dh padded] elements
+    values, 4 N, 5 blocks, 6 Dh, 7 Dh padded, 8 panels of keys [Hkv, blocks * 16, Dh padded * 16 elements], 9 panels of
+    values [Hkv, Dh padded / 16, blocks * KEY_BLOCK * 16 elements], 10 scratch, 11 bytes of it for each thread: [2, Dh
+    padded] elements
     """
     shape, put = shape_of(features), elements(features).put
     bf16, width = shape.bf16, shape.element_bytes

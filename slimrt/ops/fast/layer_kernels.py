@@ -1,7 +1,8 @@
-"""The row-wise part of a layer for many rows: an item is a slice of rows, which stays near the core from norm to result.
+"""The row-wise part of a layer for many rows: an item is a slice of rows, which stays near the core from norm to
+result.
 
-Arguments are listed as words of the kernel's table. ``panels`` are those of ``unpack``: all parts of a stacked matrix one
-after the other, each filled up to whole groups; biases are laid out like the panels' columns.
+Arguments are listed as words of the kernel's table. ``panels`` are those of ``unpack``: all parts of a stacked matrix
+one after the other, each filled up to whole groups; biases are laid out like the panels' columns.
 """
 
 from __future__ import annotations
@@ -15,7 +16,17 @@ from slimrt.ops.fast.elements import elements
 from slimrt.ops.fast.features import Features
 from slimrt.ops.fast.kernels import Kernel, compile_kernel, inline
 from slimrt.ops.fast.products import panel_product, shape_of, tile_settings
-from slimrt.ops.fast.vectors import F16X16, F32X16, argument, argument_float, convert, load, load_scalar, store, store_scalar
+from slimrt.ops.fast.vectors import (
+    F16X16,
+    F32X16,
+    argument,
+    argument_float,
+    convert,
+    load,
+    load_scalar,
+    store,
+    store_scalar,
+)
 
 __all__ = ["RESULT_PANELS", "feed_forward_kernel", "linear_kernel", "qkv_kernel"]
 
@@ -168,10 +179,10 @@ def linear_kernel(features: Features) -> Kernel:
 def feed_forward_kernel(features: Features) -> Kernel:
     """Norm, gate and up, silu(gate) * up, down, residual: x [T, D] -> out float32 [T, D].
 
-    0 x, 1 T, 2 rows of a slice, 3 D, 4 D padded, 5 gain, 6 eps, 7 panels of gate and up, 8 how many of each, 9 their bias
-    or 0, 10 panels of down, 11 how many, 12 its bias or 0, 13 out,
-    14 scratch, 15 bytes of it for each thread: [slice, D padded] elements, [slice, F padded] elements,
-    [slice, two groups] float32, [slice, columns of down] float32
+    0 x, 1 T, 2 rows of a slice, 3 D, 4 D padded, 5 gain, 6 eps, 7 panels of gate and up, 8 how many of each, 9 their
+    bias or 0, 10 panels of down, 11 how many, 12 its bias or 0, 13 out, 14 scratch, 15 bytes of it for each thread:
+    [slice, D padded] elements, [slice, F padded] elements, [slice, two groups] float32, [slice, columns of down]
+    float32
     """
     shape, words = shape_of(features), elements(features)
     norm, gate = words.norm, words.gate
@@ -184,7 +195,12 @@ def feed_forward_kernel(features: Features) -> Kernel:
         d, padded = argument(args, 3), argument(args, 4)
         gain, eps = argument(args, 5), argument_float(args, 6)
         panels, count, bias = argument(args, 7), argument(args, 8), argument(args, 9)
-        down, down_count, down_bias, out = argument(args, 10), argument(args, 11), argument(args, 12), argument(args, 13)
+        down, down_count, down_bias, out = (
+            argument(args, 10),
+            argument(args, 11),
+            argument(args, 12),
+            argument(args, 13),
+        )
         left = argument(args, 14) + thread * argument(args, 15)
         hidden = left + size * padded * width
         inner = count * 16  # F padded

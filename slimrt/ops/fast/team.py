@@ -1,7 +1,7 @@
 """The threads that run kernels, without the interpreter's lock.
 
-A kernel is a compiled ``void kernel(int64 item, int64 thread, int64 args)``. A *job* is a kernel, how many items it has,
-and the address of its arguments; a *program* is a list of jobs, each begun when the one before has ended. The
+A kernel is a compiled ``void kernel(int64 item, int64 thread, int64 args)``. A *job* is a kernel, how many items it
+has, and the address of its arguments; a *program* is a list of jobs, each begun when the one before has ended. The
 caller's thread leads: it opens a job, and whoever is there, itself included, claims items one by one. It waits for
 items that are claimed and for nobody else, so a helper that the system does not run, or that sleeps, or that a fork
 left behind, delays nothing.
@@ -205,8 +205,8 @@ class _Shared:
 class Team:
     """``threads`` threads that run programs, the caller's among them.
 
-    Programs of one team run one at a time. Ctrl-C takes effect between two programs: a kernel is never broken off. After
-    a fork the child's team begins anew, without the helpers that only the parent has.
+    Programs of one team run one at a time. Ctrl-C takes effect between two programs: a kernel is never broken off.
+    After a fork the child's team begins anew, without the helpers that only the parent has.
     """
 
     def __init__(self, threads: int) -> None:
