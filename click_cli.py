@@ -332,7 +332,12 @@ def bench() -> None:
     metavar="auto|fast|off|PLAN.json",
     help="A plan to measure; repeatable.",
 )
-@click.option("--vs", multiple=True, metavar="llama_cpp", help="Another program to measure beside it; repeatable.")
+@click.option(
+    "--vs",
+    multiple=True,
+    metavar="llama_cpp|llama_cpp_best",
+    help="Another program to measure beside it; best: on its fastest format; repeatable.",
+)
 @click.option(
     "--repeats", type=click.IntRange(1), default=3, show_default=True, help="Runs of each; medians are shown."
 )
