@@ -47,8 +47,8 @@ _STATE_BYTES = 192
 _ITEM = 0xFFFFFFFF
 _CLOSED = 0x7FFFFFFF  # as the next item: nothing to claim
 _SPINS = 32  # looks between two yields
-# Cycles of looking in vain, 30 to 100 us, before the first yield: on a busy machine a thread that yields is away for some
-# milliseconds, and the pauses between the jobs of a token are shorter than this.
+# Cycles of looking in vain, 30 to 100 us, before the first yield: on a busy machine a thread that yields is away for
+# some milliseconds, and the pauses between the jobs of a token are shorter than this.
 _PATIENCE = 200_000
 _IDLE_CYCLES = 10_000_000  # of looking in vain, 3 to 5 ms, before a helper goes to sleep
 
