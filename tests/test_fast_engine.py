@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 import pydoc_data.topics
+import subprocess
+import sys
 import tracemalloc
 from pathlib import Path
 
@@ -103,6 +107,28 @@ def test_threads_and_lesser_processors(tiny: Path, llm: slimrt.LLM, ids: list[in
         other = slimrt.load(tiny, ctx=2048, rope_scaling="none", prune="off", threads=threads)
         assert np.array_equal(other.logits(ids), llm.logits(ids))
         assert np.array_equal(other.logits(ids, prune=HALVES), llm.logits(ids, prune=HALVES))
+
+
+def test_code_for_a_processor_without_avx512(tiny: Path, llm: slimrt.LLM, ids: list[int]) -> None:
+    """Not just other words but other instructions: Numba itself is told that this is a Haswell."""
+    code = (
+        "import sys, json, slimrt\n"
+        "llm = slimrt.load(sys.argv[1], ctx=2048, rope_scaling='none', prune='off', threads=1)\n"
+        "session = llm.session(); session.prefill(json.loads(sys.argv[2])); session.extend([5])\n"
+        "print(json.dumps([llm.backend.why, session.logits.tolist()]))\n"
+    )
+    features = "+avx,+avx2,+fma,+f16c,+bmi,+bmi2,+lzcnt,+popcnt,+sse4.2,+movbe"
+    environment = {**os.environ, "NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": features}
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tiny), json.dumps(ids)],
+        env=environment, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    why, logits = json.loads(done.stdout)
+    assert why.endswith("for AVX2")
+    session = llm.session()
+    session.prefill(ids)
+    session.extend([5])
+    assert session.logits is not None and cosine(np.array(logits), session.logits) >= 0.9995
 
 
 @pytest.mark.parametrize("budget", [None, 128])
