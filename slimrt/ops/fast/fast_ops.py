@@ -21,7 +21,7 @@ from slimrt.ops.fast.decode import Decoder
 from slimrt.ops.fast.dots import FORMATS
 from slimrt.ops.fast.features import Features, detect
 from slimrt.ops.fast.flash import KEY_BLOCK, flash_kernel, pack_kernel, tile_scratch
-from slimrt.ops.fast.layer_kernels import RESULT_PANELS, feed_forward_kernel, linear_kernel, qkv_kernel
+from slimrt.ops.fast.layer_kernels import RESULT_PANELS, ROW_GAP, feed_forward_kernel, linear_kernel, qkv_kernel
 from slimrt.ops.fast.panels import PanelMaker, Panels
 from slimrt.ops.fast.products import PANEL, shape_of
 from slimrt.ops.fast.team import Program, Team, address
@@ -100,6 +100,10 @@ class FastOps(NumpyOps):
         size = min(max(1, most // self._shape.rows), -(-blocks // self.threads)) * self._shape.rows
         return size, -(-tokens // size)
 
+    def _row_bytes(self, inner: int) -> int:
+        """Of a row of ``inner`` factors in a kernel's scratch."""
+        return inner * self._shape.element_bytes + ROW_GAP
+
     def _thread_scratch(self, nbytes: int) -> tuple[int, int]:
         """Address of scratch for all threads, and bytes from one to the next; valid until the next call."""
         stride = -(-nbytes // 4096) * 4096 + 64
@@ -145,7 +149,7 @@ class FastOps(NumpyOps):
         size, items = self._slices(tokens)
         wide = None if bias is None else panels.spread(bias, [part.shape[0] for part in weight.parts])
         scratch, stride = self._thread_scratch(
-            size * (panels.inner * self._shape.element_bytes + min(panels.count, RESULT_PANELS) * PANEL * 4)
+            size * (self._row_bytes(panels.inner) + min(panels.count, RESULT_PANELS) * PANEL * 4)
         )
         program = Program()
         program.add(
@@ -178,9 +182,7 @@ class FastOps(NumpyOps):
         k, v = (np.empty((tokens, kv_count, width), np.float16) for _ in range(2))
         size, items = self._slices(tokens)
         wide = None if bias is None else panels.spread(bias, [part.shape[0] for part in weight.parts])
-        scratch, stride = self._thread_scratch(
-            size * (panels.inner * self._shape.element_bytes + panels.count * PANEL * 4)
-        )
+        scratch, stride = self._thread_scratch(size * (self._row_bytes(panels.inner) + panels.count * PANEL * 4))
         cos, sin = _plain(cos), _plain(sin)
         program = Program()
         program.add(
@@ -218,9 +220,14 @@ class FastOps(NumpyOps):
         half = first.count // 2
         wide = None if gate_up_bias is None else first.spread(gate_up_bias, [part.shape[0] for part in gate_up.parts])
         down_wide = None if down_bias is None else second.spread(down_bias, [d])
-        element, shape = self._shape.element_bytes, self._shape
         scratch, stride = self._thread_scratch(
-            size * (first.inner * element + half * PANEL * element + shape.panels * 128 + second.count * PANEL * 4)
+            size
+            * (
+                self._row_bytes(first.inner)
+                + self._row_bytes(half * PANEL)
+                + self._shape.panels * 128
+                + second.count * PANEL * 4
+            )
         )
         program = Program()
         program.add(
