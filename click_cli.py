@@ -125,8 +125,14 @@ def tokenize(text: str | None, file: Path | None, model: str | None, as_json: bo
 @click.argument("file", required=False, metavar="[MODEL]")
 @model_option
 @ctx_option
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "numpy"]), default="auto", is_flag=False, flag_value="auto",
-              help="What would compute, and why.  [auto]")
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda", "numpy"]),
+    default="auto",
+    is_flag=False,
+    flag_value="auto",
+    help="What would compute, and why.  [auto]",
+)
 @click.option("--threads", "-t", type=click.IntRange(1), help="CPU threads that the memory plan counts with.")
 @click.option("--metadata", is_flag=True, help="Every metadata key.")
 @click.option("--tensors", is_flag=True, help="Every tensor.")
@@ -326,7 +332,12 @@ def bench() -> None:
     metavar="auto|fast|off|PLAN.json",
     help="A plan to measure; repeatable.",
 )
-@click.option("--vs", multiple=True, metavar="llama_cpp", help="Another program to measure beside it; repeatable.")
+@click.option(
+    "--vs",
+    multiple=True,
+    metavar="llama_cpp|llama_cpp_best",
+    help="Another program to measure beside it; best: on its fastest format; repeatable.",
+)
 @click.option(
     "--repeats", type=click.IntRange(1), default=3, show_default=True, help="Runs of each; medians are shown."
 )

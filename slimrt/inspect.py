@@ -22,10 +22,10 @@ def describe(
 ) -> dict[str, Any]:
     """The file's contents: only str, int, float, bool, None, dict and list, so that it goes into JSON as it is.
 
-    ``device``: what would compute. ``ctx``: context of the memory plan (default: the trained one, at most 8192). Keys: file, architecture, name,
-    runnable, problem (why not, or None), sizes (None if not runnable), rope, context_length, parameters,
-    bits_per_weight, tensor_types ({type: {tensors, parameters, bytes}}, most bytes first), tokenizer, chat_template,
-    backend (name, why), memory (None if not runnable).
+    ``device``: what would compute. ``ctx``: context of the memory plan (default: the trained one, at most 8192). Keys:
+    file, architecture, name, runnable, problem (why not, or None), sizes (None if not runnable), rope, context_length,
+    parameters, bits_per_weight, tensor_types ({type: {tensors, parameters, bytes}}, most bytes first), tokenizer,
+    chat_template, backend (name, why), memory (None if not runnable).
 
     A file that slimrt cannot run is described all the same. Raises SettingError if ``ctx`` is below 1.
     """

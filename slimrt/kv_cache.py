@@ -17,7 +17,8 @@ _GROWTH = 256  # rows of slack when a layer grows: decode appends one row at a t
 
 
 class Cache(Protocol):
-    """Per layer: keys and values [Hkv, N, Dh] (the backend's ``kv_type``) and positions [N], rows in the order of their positions.
+    """Per layer: keys and values [Hkv, N, Dh] (the backend's ``kv_type``) and positions [N], rows in the order of their
+    positions.
 
     Layers may hold different rows (pruning), so each has its own length and positions are data, never offsets. A pass
     goes through the layers in order and calls ``update`` and then ``attended`` once for each; a pass that was broken

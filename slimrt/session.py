@@ -61,7 +61,7 @@ class Session:
         cuts = schedule(plan, len(ids)) if plan is not None else ()
         boundary_layer, limits = cuts[0].layer if cuts else None, windows(plan, len(ids))
         # The query window is always computed, so that the choice is made by the queries of the new last tokens.
-        fresh = plan.query_window if plan is not None and cuts else 1
+        fresh = plan.query_window if plan is not None and cuts else self.engine.ops.exact_rows
         same = common_prefix(self.tokens, ids)
         same_rows = self.context.windows.same_rows(limits)
         if boundary_layer != self._boundary_layer or not same_rows:
@@ -114,7 +114,8 @@ class Session:
         start = len(self.tokens)
         try:
             if len(ids) == 1 and not exact:
-                self.logits, stages = self.engine.decode_step(self.context, ids[0]), ()
+                stages: tuple[int, ...] = ()
+                self.logits = self.engine.decode_step(self.context, ids[0])
             else:
                 hidden, stages = self.engine.prefill(
                     self.context, ids, plan=plan, cuts=cuts, exact=exact, progress=progress, trace=trace

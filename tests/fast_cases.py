@@ -15,7 +15,7 @@ KINDS = (
     Kind.F32, Kind.F16, Kind.BF16, Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1, Kind.Q8_0,
     Kind.Q4_K, Kind.Q5_K, Kind.Q6_K,
 )  # fmt: skip
-MASKS = ((), ("bf16",), ("vnni", "bf16"), ("avx512",))
+MASKS = ((), ("vnni", "bf16"), ("avx512",), ("avx512", "avxvnni"))
 
 # Where a block's float16 numbers lie; all its other bytes may be anything.
 _HALVES = {

@@ -122,6 +122,23 @@ def test_medians_and_ratios() -> None:
     assert result.speedup(rows[1]) == 1.0
 
 
+def test_shares_of_the_peak(result: BenchResult, plan: str) -> None:
+    """By hand: the tiny model's products and bytes over what was measured beside them."""
+    row, peak = result.row("slimrt off", 96), result.environment["peak"]
+    shares = result.of_peak(row)
+    assert shares is not None
+    matrices = 4 * 64 * (2 * 64 + 2 * 32 + 3 * 96)  # layers, width, q and out, k and v, gate, up and down
+    vocabulary = (
+        result.settings["work"]["matrix_bytes"] // 4 // 64 - matrices // 64
+    )  # float32, shared with the embedding
+    attention = 4 * 2 * 64 * 96 * 97 // 2
+    operations = 2 * (matrices * 96 + attention + 64 * vocabulary)
+    assert shares[0] == pytest.approx(operations / row.ttft_s / peak["operations_s"])
+    read = 4 * (matrices + 64 * vocabulary) + result.environment["kv_per_token"] * (96 + 1)
+    assert shares[1] == pytest.approx(read * row.decode_tok_s / peak["bytes_s"])
+    assert result.of_peak(result.row(f"slimrt {plan}", 96)) is None, "a pruned prompt's work is not counted"
+
+
 def test_picture(result: BenchResult, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     save_png(result, tmp_path / "ttft.png")

@@ -39,6 +39,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def llm(model: Path) -> LLM:
+    # NumPy: what is compared below must not differ by the precision of decode.
     return LLM(GGUFFile(model), ctx=1280, prune="off", device="numpy")
 
 

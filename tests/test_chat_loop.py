@@ -11,9 +11,10 @@ import select
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
@@ -243,15 +244,15 @@ def test_ctrl_c_in_an_answer_keeps_what_there_is(llm: LLM, capsys: pytest.Captur
 def test_ctrl_c_while_the_prompt_is_read_drops_the_message(
     llm: LLM, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    ops_rows, calls = llm.engine.ops.rows, []
+    attend, calls = llm.engine.ops.attend, []
 
-    def rows(task: Callable[[slice], None], count: int) -> None:
-        calls.append(count)
+    def interrupted(*args: Any, **options: Any) -> Any:
+        calls.append(args)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        ops_rows(task, count)
+        return attend(*args, **options)
 
-    monkeypatch.setattr(llm.engine.ops, "rows", rows)
+    monkeypatch.setattr(llm.engine.ops, "attend", interrupted)
     chat = talk(llm, "hello", "world")
     assert [message["content"] for message in chat.messages if message["role"] == "user"] == ["world"]
     assert "the message was not kept" in capsys.readouterr().err

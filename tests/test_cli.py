@@ -323,8 +323,12 @@ def test_inspect_shows_model_and_memory_plan(tiny: Path) -> None:
     for part in [*parts, "blk.1.ffn_down.weight", "64 x 96", "tokenizer.ggml.merges"]:
         assert part in text, part
     data = json.loads(run("inspect", tiny, "-c", "2k", "--json", "--tensors", "--metadata").stdout)
-    # 2 layers, keys and values, 2 heads of 16, float32: 512 bytes a token
-    assert data["memory"]["kv"] == 2048 * 512
+    # 2 layers, keys and values, 2 heads of 16: 512 bytes a token in float32
+    assert data["memory"]["kv"] == 2048 * (256 if data["backend"]["name"] == "fast" else 512)
+    plain = json.loads(run("inspect", tiny, "-c", "2k", "--json", "--device", "numpy").stdout)
+    assert plain["backend"] == {"name": "numpy", "why": "NumPy: asked for"}
+    assert plain["memory"]["kv"] == 2048 * 512
+    assert data["backend"]["why"] in run("inspect", tiny, "--device").stdout
     assert {t["name"]: t["shape"] for t in data["tensors"]}["blk.1.ffn_down.weight"] == [64, 96]
     assert data["metadata"]["llama.block_count"] == 2
 

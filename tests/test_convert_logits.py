@@ -20,7 +20,7 @@ K = 4
 @pytest.mark.parametrize("name", ALL_FOLDERS)
 def test_logits_and_tokens(name: str, tmp_path: Path) -> None:
     convert_checkpoint(checkpoint(name), tmp_path / "model.gguf", "f32")
-    llm = slimrt.load(tmp_path / "model.gguf", ctx=128, prune="off")
+    llm = slimrt.load(tmp_path / "model.gguf", ctx=128, prune="off", device="numpy")
     with np.load(GOLDENS / "expected.npz") as expected:
         for i in range(3):
             exact = expected[f"{name}/logits{i}"]

@@ -51,7 +51,7 @@ def reading(keys: int, row: int, reach: int) -> np.ndarray:
 # -- attention of few rows -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mask", MASKS[::3], ids="-".join)
+@pytest.mark.parametrize("mask", MASKS[::2], ids="-".join)
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "width"), [(9, 3, 64), (4, 4, 80), (14, 2, 64), (6, 2, 96), (16, 2, 128), (2, 1, 16)]

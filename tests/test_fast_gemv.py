@@ -103,15 +103,30 @@ def test_parts_of_several_types() -> None:
     assert at == joint.shape[1]
 
 
-def test_the_last_row_reads_nothing_behind_it() -> None:
-    """Rows of half a span at the very end of a page; behind it lies what would turn every sum into NaN."""
-    tensor = packed_rows(GGMLQuantizationType.Q4_1, 3, 64)
+@pytest.mark.parametrize(
+    ("kind", "columns"),
+    [(GGMLQuantizationType.Q4_1, 64), (GGMLQuantizationType.Q5_0, 32), (GGMLQuantizationType.F16, 3)],
+    ids=str,
+)
+def test_nothing_is_read_behind_the_matrix(kind: GGMLQuantizationType, columns: int) -> None:
+    """Rows much shorter than a span; behind the last one lies what would turn every sum into NaN."""
+    tensor = packed_rows(kind, 3, columns)
     memory = np.full(tensor.nbytes + 256, 0xFF, np.uint8)  # float16 0xFFFF is NaN
-    memory[: tensor.nbytes] = tensor.data.reshape(-1)
-    placed = TensorInfo("w", tensor.shape, tensor.type, memory[: tensor.nbytes].reshape(3, -1))
-    x = np.ones((1, 64), np.float32)
-    assert np.array_equal(product(x, [placed]), product(x, [tensor]))
-    assert np.isfinite(product(x, [placed])).all()
+    memory[: tensor.nbytes] = tensor.data.view(np.uint8).reshape(-1)
+    data = memory[: tensor.nbytes].view(tensor.data.dtype).reshape(tensor.data.shape)
+    placed = TensorInfo("w", tensor.shape, tensor.type, data)
+    x = np.ones((1, columns), np.float32)
+    rounded = quantized(x) if columns % 32 == 0 else x
+    truth = rounded.astype(np.float64) @ unpacked(tensor).T.astype(np.float64)
+    assert np.abs(product(x, [placed]) - truth).max() <= 64 * np.finfo(np.float32).eps * np.abs(unpacked(tensor)).max()
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_numbers_that_are_not_finite_stay_so(kind: GGMLQuantizationType, value: float) -> None:
+    x = np.ones((1, 256), np.float32)
+    x[0, 70] = value
+    assert not np.isfinite(product(x, [packed_rows(kind, 5, 256)])).any()
 
 
 @pytest.mark.parametrize("mask", MASKS, ids="-".join)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 import pytest
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
@@ -9,6 +11,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 pytest.importorskip("numba")
 
 from slimrt.ops.fast.features import detect
+from slimrt.ops.fast.gemv import aligned_zeros
 from slimrt.ops.fast.team import Program, Team, address
 from slimrt.ops.fast.unpack import PANEL, unpack
 from tests.fast_cases import KINDS, packed_rows, unpacked, usable
@@ -23,10 +26,13 @@ def to_bfloat(x: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
-@pytest.mark.parametrize("mask", [(), ("bf16",), ("avx512",)], ids="-".join)
-@pytest.mark.parametrize("target", ["bf16", "f32"])
-@pytest.mark.parametrize("threads", [1, 3])
-def test_panels(kind: GGMLQuantizationType, mask: tuple[str, ...], target: str, threads: int) -> None:
+@pytest.mark.parametrize(
+    ("target", "mask", "threads", "past_caches"),
+    [("bf16", (), 3, False), ("bf16", ("bf16",), 1, True), ("f32", ("avx512",), 2, False), ("f32", (), 1, True)],
+)
+def test_panels(
+    kind: GGMLQuantizationType, target: Literal["bf16", "f32"], mask: tuple[str, ...], threads: int, past_caches: bool
+) -> None:
     features = usable(mask)
     elements, _ = GGML_QUANT_SIZES[kind]
     sizes = (
@@ -40,9 +46,13 @@ def test_panels(kind: GGMLQuantizationType, mask: tuple[str, ...], target: str, 
         panels = -(-rows // PANEL)
         padded = np.zeros((panels * PANEL, width), np.float32)
         padded[:rows, :columns] = truth
-        out = np.full(panels * PANEL * width + 16, 77, np.float32 if target == "f32" else np.uint16)
+        element = np.float32 if target == "f32" else np.uint16
+        # Panels on lines' boundaries, and something behind them that must stay.
+        memory = aligned_zeros(1, (panels * PANEL * width + 16) * np.dtype(element).itemsize)
+        out = memory[0].view(element)[: panels * PANEL * width + 16]
+        out[:] = 77
         program = Program()
-        kernel = unpack(features, kind, target)
+        kernel = unpack(features, kind, target, past_caches=past_caches)
         program.add(
             kernel, panels, address(tensor.data), tensor.nbytes // rows, rows, columns, address(out), width
         )  # fmt: skip

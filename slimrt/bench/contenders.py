@@ -5,13 +5,15 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from slimrt.errors import SettingError
+from slimrt.bench.peak import measure_peak
+from slimrt.errors import ComputeError, SettingError
 
 __all__ = ["Contender", "Measurement", "Setup", "check_installed", "open_contender"]
 
@@ -85,8 +87,12 @@ class Slimrt:
 
         wanted = ("internal_api", "version", "architecture", "threading_layer")
         features: Any = np.show_config(mode="dicts")
+        peak, ops = measure_peak(self._llm.engine.ops), self._llm.engine.ops
         return {
             "slimrt": slimrt.__version__,
+            "backend": {"name": ops.name, "why": self._llm.backend.why},
+            "peak": {"operations_s": peak.operations_s, "bytes_s": peak.bytes_s},
+            "kv_per_token": self._llm.memory.kv_per_token,
             "numpy": np.__version__,
             "blas": [{k: info.get(k) for k in wanted} for info in threadpool_info() if info["user_api"] == "blas"],
             "cpu_features": features["SIMD Extensions"]["found"],
@@ -101,13 +107,16 @@ class LlamaCpp:
         import llama_cpp
 
         self._llm = llama_cpp.Llama(
-            setup.model,
+            self._model(setup),
             n_ctx=setup.ctx,
             n_threads=setup.threads,
             n_threads_batch=setup.threads,
             flash_attn=True,
             verbose=False,
         )
+
+    def _model(self, setup: Setup) -> str:
+        return setup.model
 
     def measure(self, ids: Sequence[int], decode_tokens: int, plan: str, follow_up: Sequence[int] = ()) -> Measurement:
         llm = self._llm
@@ -137,9 +146,25 @@ class LlamaCpp:
         return {"llama_cpp_python": llama_cpp.__version__, "llama_cpp_system": system}
 
 
+class LlamaCppBest(LlamaCpp):
+    """llama.cpp on the model requantised, by itself, to bfloat16: the format that it reads prompts fastest in."""
+
+    def _model(self, setup: Setup) -> str:
+        import llama_cpp
+
+        self._folder = tempfile.TemporaryDirectory(prefix="slimrt-bench-")  # goes with this object
+        path = Path(self._folder.name) / "bf16.gguf"
+        params = llama_cpp.llama_model_quantize_default_params()
+        params.ftype, params.allow_requantize, params.nthread = llama_cpp.LLAMA_FTYPE_MOSTLY_BF16, True, setup.threads
+        if llama_cpp.llama_model_quantize(setup.model.encode(), str(path).encode(), params) != 0:
+            raise ComputeError(f"{setup.model}: llama.cpp cannot turn it into bfloat16; leave --vs llama_cpp_best out")
+        return str(path)
+
+
 _CONTENDERS: dict[str, tuple[str, str, Callable[[Setup], Contender]]] = {
     "slimrt": ("slimrt", "slimrt", Slimrt),
     "llama_cpp": ("llama_cpp", "llama-cpp-python", LlamaCpp),
+    "llama_cpp_best": ("llama_cpp", "llama-cpp-python", LlamaCppBest),
 }
 
 

@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slimrt.bench.contenders import Measurement, Setup, check_installed
+from slimrt.bench.peak import decode_bytes, matrix_bytes, prefill_operations
 from slimrt.bench.process import ContenderProcess
 from slimrt.errors import SettingError
 from slimrt.eval.text import corpus_from_text, load_corpus
 from slimrt.gguf import GGUFFile
+from slimrt.models import read_config
 from slimrt.ops.workers import available_cores
 from slimrt.tokenizer import Tokenizer
 
@@ -95,6 +97,19 @@ class BenchResult:
         """How many times sooner than the reference's the first token is there."""
         return self.row(self.reference, row.length).ttft_s / row.ttft_s
 
+    def of_peak(self, row: BenchRow) -> tuple[float, float] | None:
+        """Shares of slimrt's measured peaks: of products in a dense prefill, of weights and cache read in decode.
+
+        None for other programs and pruned prompts, whose work is not counted.
+        """
+        if not row.contender.startswith("slimrt ") or row.runs[0].kept or "peak" not in self.environment:
+            return None
+        peak, work = self.environment["peak"], self.settings["work"]
+        middle = row.length + self.settings["decode_tokens"] // 2
+        read = decode_bytes(work["matrix_bytes"], self.environment["kv_per_token"], middle)
+        operations = work["prefill_operations"][str(row.length)]
+        return operations / row.ttft_s / peak["operations_s"], read * row.decode_tok_s / peak["bytes_s"]
+
     def to_dict(self) -> dict[str, Any]:
         """Everything, for JSON."""
         return {
@@ -112,6 +127,7 @@ class BenchResult:
                     "ttft_speedup": self.speedup(row),
                     "follow_up_s": row.follow_up_s,
                     "peak_bytes": row.peak_bytes,
+                    "of_peak": self.of_peak(row),
                     "runs": [asdict(measurement) for measurement in row.runs],
                 }
                 for row in self.rows
@@ -130,7 +146,7 @@ class BenchResult:
         # Text, not markup: names and versions come from outside.
         table = Table(title=Text(title), caption=Text(self._caption()), caption_justify="left")
         asked, budget = self.settings["follow_up"], self.settings["kv_budget"]
-        headings = ["prompt", "", "TTFT s", "min..max", "vs", "decode tok/s", "min..max", "vs"]
+        headings = ["prompt", "", "TTFT s", "min..max", "vs", "of peak", "decode tok/s", "min..max", "vs", "of peak"]
         headings += [*(["again s", "of TTFT"] if asked else []), *(["KV MiB", "on host"] if budget else [])]
         for heading in (*headings, "peak MiB", "kept"):
             table.add_column(heading, justify="left" if heading in ("", "kept") else "right", no_wrap=True)
@@ -139,6 +155,7 @@ class BenchResult:
             if row.length != length:
                 table.add_section()
             reference = self.row(self.reference, row.length)
+            shares = [f"{share:.0%}" for share in self.of_peak(row) or ()] or ["", ""]
             decode = f"{row.decode_tok_s / reference.decode_tok_s:.2f}x" if reference.decode_tok_s else ""
             table.add_row(
                 str(row.length) if row.length != length else "",
@@ -146,9 +163,11 @@ class BenchResult:
                 f"{row.ttft_s:.3f}",
                 "{:.3f}..{:.3f}".format(*row.ttft_range),
                 f"{self.speedup(row):.2f}x",
+                shares[0],
                 f"{row.decode_tok_s:.1f}",
                 "{:.1f}..{:.1f}".format(*row.decode_range),
                 decode,
+                shares[1],
                 *([f"{row.follow_up_s:.3f}", f"{row.follow_up_s / row.ttft_s:.0%}"] if row.follow_up_s else []),
                 *(([f"{n / 2**20:.1f}" for n in row.runs[0].kv_bytes or ()] or ["", ""]) if budget else []),
                 f"{row.peak_bytes / 2**20:.0f}",
@@ -171,6 +190,8 @@ class BenchResult:
             *([f"again: the first token of a further answer, after a question of {asked} tokens"] if asked else []),
             f"{env['cpu']}, {env['cores']} cores, {' '.join(env['cpu_features'])}; load average before {env['load']}",
             f"{', '.join(versions)}; {blas or 'BLAS unknown'}",
+            f"slimrt computes on {env['backend']['why']}; measured peak {env['peak']['operations_s'] / 1e9:.0f} "
+            f"GFLOP/s in products, {env['peak']['bytes_s'] / 1e9:.1f} GB/s of weights read",
             *(f"{name}={value}" for name, value in env["variables"].items()),
             f"{env['date']}, {env['system']}",
         ]
@@ -191,7 +212,8 @@ def run(
     follow_up: int = 0,
     kv_budget: int | None = None,
 ) -> BenchResult:
-    """Measure prompts of ``lengths`` tokens under each of ``plans``, and in each program of ``vs`` ("llama_cpp").
+    """Measure prompts of ``lengths`` tokens under each of ``plans``, and in each program of ``vs`` ("llama_cpp", or
+    "llama_cpp_best" on the model requantised to bfloat16).
 
     All read the same token ids: ``text``, or by default Python's own documentation, repeated where it is too short.
     Each program has its own process and its own copy of the model; for each length and repeat they take turns, so that
@@ -233,6 +255,11 @@ def run(
         "follow_up": follow_up,
         "kv_budget": kv_budget,
         "text": "given" if text is not None else "pydoc_data.topics",
+    }
+    config = read_config(file)
+    settings["work"] = {
+        "prefill_operations": {str(length): prefill_operations(config, length) for length in lengths},
+        "matrix_bytes": matrix_bytes(file),
     }
     environment = _environment()
     turns = [("slimrt", plan, f"slimrt {plan}") for plan in plans] + [(program, "off", program) for program in vs]

@@ -27,7 +27,8 @@ class LayerOps:
         sin: Array,
         heads: tuple[int, int, int],
     ) -> tuple[Array, Array, Array]:
-        """Norm, stacked projection, RoPE: x [T, D] -> q [T, H, Dh], k and v [T, Hkv, Dh], these as the cache keeps them.
+        """Norm, stacked projection, RoPE: x [T, D] -> q [T, H, Dh], k and v [T, Hkv, Dh], these as the cache keeps
+        them.
 
         ``heads``: H, Hkv, Dh. The rows of ``weight`` [(H + 2 Hkv) Dh, D] are those of q, k, v.
         """

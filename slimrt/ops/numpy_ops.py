@@ -62,6 +62,7 @@ class NumpyOps(NumpyMemory, LayerOps):
     """
 
     name = "numpy"
+    exact_rows = 1  # of a prompt that was read before so many rows run again at least, for the same bits as then
     unpack_rows = 16  # from so many rows on it pays to unpack a packed layer once, into scratch
 
     def __init__(self, threads: int | None = None, *, packed: bool = False) -> None:

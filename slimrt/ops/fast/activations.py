@@ -86,8 +86,11 @@ def quantize_record(floats, record):
         b = b * splat(F32X16, inverse) + shift
         low = convert(I8X16, reinterpret(I32X16, a))
         high = convert(I8X16, reinterpret(I32X16, b))
-        sum_low = sum_lanes(a - shift) * scale
-        sum_high = sum_lanes(b - shift) * scale
+        sum_low = sum_lanes(a - shift)
+        sum_high = sum_lanes(b - shift)
+        scale += (sum_low + sum_high) - (sum_low + sum_high)  # NaN if one of the floats is NaN or infinite, else 0
+        sum_low *= scale
+        sum_high *= scale
         store(record + NATURAL + block * 32, low)
         store(record + NATURAL + block * 32 + 16, high)
         store(record + HALVES + block * 16, low)

@@ -1,4 +1,5 @@
-"""Leave to use the processor's tiles: the system keeps their 8 KiB of state for those processes only that ask (Linux)."""
+"""Leave to use the processor's tiles: the system keeps their 8 KiB of state for those processes only that ask
+(Linux)."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ _TILE_DATA = 18
 
 @cache
 def tiles_granted() -> bool:
-    """Ask for this process, all of its threads and its later children; False where the system refuses or knows nothing."""
+    """Ask for this process, all of its threads and its later children; False where the system refuses or knows
+    nothing."""
     if sys.platform != "linux" or platform.machine() != "x86_64":
         return False
     return ctypes.CDLL(None).syscall(_ARCH_PRCTL, _REQUEST, _TILE_DATA) == 0

@@ -1,4 +1,5 @@
-"""Numbers of 16 bits: bfloat16 (float32 without its lower 16 bits, rounded to nearest even) for factors, half for the cache.
+"""Numbers of 16 bits: bfloat16 (float32 without its lower 16 bits, rounded to nearest even) for factors, half for the
+cache.
 
 ``narrow(x)`` means ``bits = x.view(uint32); ((bits + (((bits >> 16) & 1) + 0x7FFF)) >> 16).astype(uint16)``.
 """
@@ -9,7 +10,7 @@ from functools import cache
 from typing import Any
 
 from llvmlite import ir
-from numba import float32, types, uint16, uint32
+from numba import float32, types, uint16
 from numba.extending import intrinsic
 
 from slimrt.ops.fast.features import Features

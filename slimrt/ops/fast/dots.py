@@ -111,8 +111,8 @@ def byte_products(features: Features) -> Callable[[Any, Any, Any], Any]:
     @intrinsic
     def products(typingctx, sums, a, b):
         def codegen(context, builder, signature, args):
-            if features.vnni:
-                return _dpbusd(builder, *args)
+            if _counts_bytes(features):
+                return _dpbusd(builder, features, *args)
             return builder.add(args[0], _maddubs(builder, features, *args[1:]))
 
         return sums(sums, a, b), codegen
@@ -128,10 +128,12 @@ def signed_products(features: Features) -> Callable[[Any, Any], Any]:
     def products(typingctx, a, b):
         def codegen(context, builder, signature, args):
             first, second = args
-            if features.vnni:  # (a + 128) * b - 128 * b; a + 128 as unsigned is a with its top bit turned over
+            if _counts_bytes(
+                features
+            ):  # (a + 128) * b - 128 * b; a + 128 as unsigned is a with its top bit turned over
                 top, zero = ir.Constant(first.type, [-128] * 64), ir.Constant(_ints(32, 16), None)
-                both = _dpbusd(builder, zero, builder.xor(first, top), second)
-                return builder.sub(both, _dpbusd(builder, zero, top, second))
+                both = _dpbusd(builder, features, zero, builder.xor(first, top), second)
+                return builder.sub(both, _dpbusd(builder, features, zero, top, second))
             # |a| * (b with a's sign). |a| may be 128: a sum of two products is then at most 2 * 128 * 127 < 2**15.
             negative = builder.icmp_signed("<", first, ir.Constant(first.type, None))
             size = builder.select(negative, builder.neg(first), first)
@@ -147,10 +149,19 @@ def _ints(bits: int, lanes: int) -> ir.VectorType:
     return ir.VectorType(ir.IntType(bits), lanes)
 
 
-def _dpbusd(builder: ir.IRBuilder, sums: ir.Value, a: ir.Value, b: ir.Value) -> ir.Value:
+def _counts_bytes(features: Features) -> bool:
+    """Whether there is vpdpbusd for the widest vectors at hand."""
+    return features.vnni if features.avx512 else features.avxvnni
+
+
+def _dpbusd(builder: ir.IRBuilder, features: Features, sums: ir.Value, a: ir.Value, b: ir.Value) -> ir.Value:
     """vpdpbusd: sums [16] + the sums of four products each of unsigned a [64] and signed b [64]."""
     operands = [sums, builder.bitcast(a, sums.type), builder.bitcast(b, sums.type)]
-    return emit(builder, "llvm.x86.avx512.vpdpbusd.512", sums.type, operands)
+    if features.avx512:
+        return emit(builder, "llvm.x86.avx512.vpdpbusd.512", sums.type, operands)
+    halves = [_half(builder, value) for value in operands]
+    parts = [emit(builder, "llvm.x86.avx512.vpdpbusd.256", _ints(32, 8), side) for side in zip(*halves, strict=True)]
+    return _whole(builder, parts)
 
 
 def _maddubs(builder: ir.IRBuilder, features: Features, a: ir.Value, b: ir.Value) -> ir.Value:
@@ -161,12 +172,22 @@ def _maddubs(builder: ir.IRBuilder, features: Features, a: ir.Value, b: ir.Value
         return emit(builder, "llvm.x86.avx512.pmaddw.d.512", _ints(32, 16), [pairs, ones])
     ones = ir.Constant(_ints(16, 16), [1] * 16)
     parts = []
-    for at in (0, 32):
-        half = ir.Constant(_ints(32, 32), list(range(at, at + 32)))
-        a32, b32 = (builder.shuffle_vector(x, ir.Constant(x.type, ir.Undefined), half) for x in (a, b))
-        pairs = emit(builder, "llvm.x86.avx2.pmadd.ub.sw", _ints(16, 16), [a32, b32])
+    for side in zip(_half(builder, a), _half(builder, b), strict=True):
+        pairs = emit(builder, "llvm.x86.avx2.pmadd.ub.sw", _ints(16, 16), side)
         parts.append(emit(builder, "llvm.x86.avx2.pmadd.wd", _ints(32, 8), [pairs, ones]))
-    return builder.shuffle_vector(*parts, ir.Constant(_ints(32, 16), list(range(16))))
+    return _whole(builder, parts)
+
+
+def _half(builder: ir.IRBuilder, value: ir.Value) -> list[ir.Value]:
+    """A vector's lower and upper half."""
+    count = value.type.count // 2
+    masks = (ir.Constant(_ints(32, count), list(range(at, at + count))) for at in (0, count))
+    return [builder.shuffle_vector(value, ir.Constant(value.type, ir.Undefined), mask) for mask in masks]
+
+
+def _whole(builder: ir.IRBuilder, halves: list[ir.Value]) -> ir.Value:
+    """Two halves of I32X16 joined."""
+    return builder.shuffle_vector(*halves, ir.Constant(_ints(32, 16), list(range(16))))
 
 
 # -- four blocks of 32 -----------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ float16, everything that an operation returns float32, except k and v.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from slimrt.ops.fast.decode import Decoder
 from slimrt.ops.fast.dots import FORMATS
 from slimrt.ops.fast.features import Features, detect
 from slimrt.ops.fast.flash import KEY_BLOCK, flash_kernel, pack_kernel, tile_scratch
-from slimrt.ops.fast.layer_kernels import RESULT_PANELS, feed_forward_kernel, linear_kernel, qkv_kernel
+from slimrt.ops.fast.layer_kernels import RESULT_PANELS, ROW_GAP, feed_forward_kernel, linear_kernel, qkv_kernel
 from slimrt.ops.fast.panels import PanelMaker, Panels
 from slimrt.ops.fast.products import PANEL, shape_of
 from slimrt.ops.fast.team import Program, Team, address
@@ -56,6 +56,7 @@ class FastOps(NumpyOps):
     """Compute and memory operations for a processor with ``features`` (None: those of this one)."""
 
     name = "fast"
+    exact_rows = 2  # a row alone is computed as in decode
     unpack_rows = 2  # a prompt gives the same bits in whatever parts it is read; a single token is decode's
     kv_type = np.float16
 
@@ -92,11 +93,16 @@ class FastOps(NumpyOps):
             task(slice(lo, min(lo + ROW_CHUNK, count)))
 
     def _slices(self, tokens: int) -> tuple[int, int]:
-        """Rows of a slice, in whole blocks, and how many slices: enough for all threads, large enough for the panels."""
+        """Rows of a slice, in whole blocks, and how many slices: enough for all threads, large enough for the
+        panels."""
         most = 256 if self.features.amx else 128  # with tiles the panels would come too slowly for fewer rows
         blocks = -(-tokens // self._shape.rows)
         size = min(max(1, most // self._shape.rows), -(-blocks // self.threads)) * self._shape.rows
         return size, -(-tokens // size)
+
+    def _row_bytes(self, inner: int) -> int:
+        """Of a row of ``inner`` factors in a kernel's scratch."""
+        return inner * self._shape.element_bytes + ROW_GAP
 
     def _thread_scratch(self, nbytes: int) -> tuple[int, int]:
         """Address of scratch for all threads, and bytes from one to the next; valid until the next call."""
@@ -143,7 +149,7 @@ class FastOps(NumpyOps):
         size, items = self._slices(tokens)
         wide = None if bias is None else panels.spread(bias, [part.shape[0] for part in weight.parts])
         scratch, stride = self._thread_scratch(
-            size * (panels.inner * self._shape.element_bytes + min(panels.count, RESULT_PANELS) * PANEL * 4)
+            size * (self._row_bytes(panels.inner) + min(panels.count, RESULT_PANELS) * PANEL * 4)
         )
         program = Program()
         program.add(
@@ -154,7 +160,7 @@ class FastOps(NumpyOps):
         self.team.run(program)
         return out
 
-    def qkv(  # type: ignore[override]
+    def qkv(
         self,
         x: Array,
         gain: Array,
@@ -176,9 +182,7 @@ class FastOps(NumpyOps):
         k, v = (np.empty((tokens, kv_count, width), np.float16) for _ in range(2))
         size, items = self._slices(tokens)
         wide = None if bias is None else panels.spread(bias, [part.shape[0] for part in weight.parts])
-        scratch, stride = self._thread_scratch(
-            size * (panels.inner * self._shape.element_bytes + panels.count * PANEL * 4)
-        )
+        scratch, stride = self._thread_scratch(size * (self._row_bytes(panels.inner) + panels.count * PANEL * 4))
         cos, sin = _plain(cos), _plain(sin)
         program = Program()
         program.add(
@@ -190,13 +194,13 @@ class FastOps(NumpyOps):
         self.team.run(program)
         return q, k, v
 
-    def project(self, x: Array, attention: Array, weight: FastWeight, bias: Array | None) -> Array:  # type: ignore[override]
+    def project(self, x: Array, attention: Array, weight: FastWeight, bias: Array | None) -> Array:
         """See ``LayerOps``."""
         if _by_packed(x, weight):
             return super().project(x, attention, weight, bias)
         return self._linear(attention.reshape(len(x), -1), weight, bias, _plain(x))
 
-    def feed_forward(  # type: ignore[override]
+    def feed_forward(
         self,
         x: Array,
         gain: Array,
@@ -216,9 +220,14 @@ class FastOps(NumpyOps):
         half = first.count // 2
         wide = None if gate_up_bias is None else first.spread(gate_up_bias, [part.shape[0] for part in gate_up.parts])
         down_wide = None if down_bias is None else second.spread(down_bias, [d])
-        element, shape = self._shape.element_bytes, self._shape
         scratch, stride = self._thread_scratch(
-            size * (first.inner * element + half * PANEL * element + shape.panels * 128 + second.count * PANEL * 4)
+            size
+            * (
+                self._row_bytes(first.inner)
+                + self._row_bytes(half * PANEL)
+                + self._shape.panels * 128
+                + second.count * PANEL * 4
+            )
         )
         program = Program()
         program.add(
@@ -248,7 +257,7 @@ class FastOps(NumpyOps):
         out[...] = result
         return out
 
-    def _attend_tiles(self, q: Array, k: Array, v: Array, reach: list[int]) -> Array:  # type: ignore[override]
+    def _attend_tiles(self, q: Array, k: Array, v: Array, reach: Sequence[int]) -> Array:  # type: ignore[override]
         tokens, heads, width = q.shape
         kv_heads, keys, _ = k.shape
         offset, blocks, padded = keys - tokens, -(-keys // KEY_BLOCK), self._shape.padded(width)
@@ -306,5 +315,5 @@ def _rows_together(x: Array) -> Array:
 
 def _as_bfloat16(tensor: TensorInfo) -> TensorInfo:
     bits = dequantize(tensor).view(np.uint32)
-    bits = (bits + (((bits >> 16) & 1) + np.uint32(0x7FFF))) >> 16
-    return TensorInfo(tensor.name, tensor.shape, GGMLQuantizationType.BF16, bits.astype(np.uint16))
+    rounded = (bits + (((bits >> 16) & 1) + np.uint32(0x7FFF))) >> 16
+    return TensorInfo(tensor.name, tensor.shape, GGMLQuantizationType.BF16, rounded.astype(np.uint16))

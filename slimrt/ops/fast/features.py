@@ -18,6 +18,7 @@ class Features:
     """What kernels may use. Masking one (``dataclasses.replace``) gives what a lesser processor would be given."""
 
     avx2: bool = False  # with fma and f16c: without these there is no fast path
+    avxvnni: bool = False  # int8 dot products of 256 bits (vpdpbusd), where there is no AVX-512
     avx512: bool = False  # f, bw, dq, vl
     vnni: bool = False  # int8 dot products of 512 bits (vpdpbusd)
     bf16: bool = False  # bfloat16 dot products of 512 bits (vdpbf16ps)
@@ -31,14 +32,14 @@ class Features:
     @property
     def key(self) -> str:
         """A short name, the same for the same features: part of a cached kernel's name."""
-        names = [name for name in ("avx2", "avx512", "vnni", "bf16", "amx") if getattr(self, name)]
+        names = [name for name in ("avx2", "avxvnni", "avx512", "vnni", "bf16", "amx") if getattr(self, name)]
         return "-".join(names) or "none"
 
     @property
     def words(self) -> str:
         """For the user: which instructions do the work."""
         if not self.avx512:
-            return "AVX2"
+            return "AVX2 with VNNI" if self.avxvnni else "AVX2"
         extra = [name for name, present in (("VNNI", self.vnni), ("BF16", self.bf16), ("AMX", self.amx)) if present]
         return " with ".join(["AVX-512", ", ".join(extra)] if extra else ["AVX-512"])
 
@@ -46,7 +47,7 @@ class Features:
         """These features with some masked, and with them what builds on them."""
         masked = dict.fromkeys(names, False)
         if "avx2" in masked:
-            masked |= dict.fromkeys(("avx512", "vnni", "bf16", "amx"), False)
+            masked |= dict.fromkeys(("avxvnni", "avx512", "vnni", "bf16", "amx"), False)
         if "avx512" in masked:
             masked |= dict.fromkeys(("vnni", "bf16", "amx"), False)
         if "bf16" in masked:
@@ -67,10 +68,11 @@ def detect() -> Features:
     if not names >= _AVX2:
         return NONE
     if not names >= _AVX512:
-        return Features(avx2=True)
+        return Features(avx2=True, avxvnni="avxvnni" in names)
     bf16 = "avx512bf16" in names
     return Features(
         avx2=True,
+        avxvnni="avxvnni" in names,
         avx512=True,
         vnni="avx512vnni" in names,
         bf16=bf16,

@@ -2,9 +2,10 @@
 arXiv 2205.14135).
 
 An item is one tile: ``RUN`` tokens (cut from the first row of the context on) and one KV head with the query heads that
-share it. Its rows go through the keys block by block. A row's reference maximum is raised only when a block exceeds it
-by more than ``_SLACK``: until then exp2 stays far from overflow, and the sums need not be rescaled (the idea is
-FlashAttention-4's). Which keys a row reads depends on its place in the context alone, and so do its bits.
+share it. Its rows go through the keys block by block. A row's reference maximum is that of its first block, and raised
+only when a block exceeds it by more than ``_SLACK``: until then exp2 stays far from overflow, nothing needs to be
+rescaled (the idea is FlashAttention-4's), and one pass over the scores does. Which keys a row reads depends on its
+place in the context alone, and so do its bits.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ from slimrt.ops.reach import RUN, SINK
 __all__ = ["KEY_BLOCK", "flash_kernel", "pack_kernel", "tile_scratch"]
 
 KEY_BLOCK = 256  # keys at a time: scores [rows of a product block, 256] float32 stay in the first cache
-_SLACK = 8.0  # in powers of two
+_SLACK = 60.0  # in powers of two: the sum of so many keys as a context can hold stays far below float32's 2**127
 _LOWEST = -1e30
 
 # 2**f for |f| <= 1/2 to a relative error of 7.5e-5 (bfloat16 rounds by 2e-3) and of 2e-9: minimax polynomials.
@@ -77,9 +78,7 @@ def _where_within(typingctx, kept, below, value, other):
 
 def _exp2(short: bool) -> Any:
     """The word ``exp2`` for F32X16: ``2 ** np.maximum(t, -126)`` for t below 120; NaN stays NaN."""
-    terms = _EXP2_SHORT if short else _EXP2_LONG
-    c0, c1, c2, c3 = terms[:4]
-    c4, c5, c6 = terms[4:] if not short else (0.0, 0.0, 0.0)
+    c0, c1, c2, c3, c4, c5, c6 = (*_EXP2_SHORT, 0.0, 0.0, 0.0) if short else _EXP2_LONG
 
     @inline
     def exp2(t):
@@ -106,8 +105,9 @@ def pack_kernel(features: Features) -> Kernel:
     """Keys and values as panels: an item is one block of ``KEY_BLOCK`` rows of one head; rows past N become zeros.
 
     0 keys, 1 values (float16, rows [Dh] of a head follow each other), 2 bytes from head to head of the keys, 3 of the
-    values, 4 N, 5 blocks, 6 Dh, 7 Dh padded, 8 panels of keys [Hkv, blocks * 16, Dh padded * 16 elements], 9 panels of values
-    [Hkv, Dh padded / 16, blocks * KEY_BLOCK * 16 elements], 10 scratch, 11 bytes of it for each thread: [2, Dh padded] elements
+    values, 4 N, 5 blocks, 6 Dh, 7 Dh padded, 8 panels of keys [Hkv, blocks * 16, Dh padded * 16 elements], 9 panels of
+    values [Hkv, Dh padded / 16, blocks * KEY_BLOCK * 16 elements], 10 scratch, 11 bytes of it for each thread: [2, Dh
+    padded] elements
     """
     shape, put = shape_of(features), elements(features).put
     bf16, width = shape.bf16, shape.element_bytes
@@ -200,25 +200,32 @@ def flash_kernel(features: Features) -> Kernel:
                 if first_key + i >= SINK:  # whole vectors: the sink ends at a multiple of 16
                     value = _where_within(number, high, nothing, value)
                 store(at + 4 * i, value)
-        highest = splat(F32X16, _LOWEST)
-        for i in range(0, keys, 16):
-            highest = maximum(highest, load(F32X16, at + 4 * i))
         peak = load_scalar(float32, peaks + 4 * r)
-        top = float32(max_lanes(highest) * scale)
-        if top > peak + float32(_SLACK):
-            shrink = float32(2.0 ** float32(peak - top)) if peak > float32(_LOWEST) else float32(0.0)
-            peak = top
-            store_scalar(peaks + 4 * r, peak)
-            store_scalar(totals + 4 * r, float32(load_scalar(float32, totals + 4 * r) * shrink))
-            by = splat(F32X16, shrink)
-            for d in range(0, padded, 16):
-                store(mixed + 4 * d, load(F32X16, mixed + 4 * d) * by)
-        times, minus = splat(F32X16, scale), splat(F32X16, float32(-peak))
-        total = splat(F32X16, 0.0)
-        for i in range(0, keys, 16):
-            weight = exp2(fma(load(F32X16, at + 4 * i), times, minus))
-            total = total + weight
-            put(weights + r * KEY_BLOCK * width, i, weight)
+        raised = peak <= float32(_LOWEST)  # the first block: there is no reference yet
+        for _ in range(2):
+            if raised:
+                highest = splat(F32X16, _LOWEST)
+                for i in range(0, keys, 16):
+                    highest = maximum(highest, load(F32X16, at + 4 * i))
+                top = float32(max_lanes(highest) * scale)
+                shrink = float32(2.0 ** float32(peak - top)) if peak > float32(_LOWEST) else float32(0.0)
+                peak = top
+                store_scalar(peaks + 4 * r, peak)
+                store_scalar(totals + 4 * r, float32(load_scalar(float32, totals + 4 * r) * shrink))
+                by = splat(F32X16, shrink)
+                for d in range(0, padded, 16):
+                    store(mixed + 4 * d, load(F32X16, mixed + 4 * d) * by)
+            times, minus = splat(F32X16, scale), splat(F32X16, float32(-peak))
+            total, highest = splat(F32X16, 0.0), splat(F32X16, 0.0)
+            for i in range(0, keys, 16):
+                power = fma(load(F32X16, at + 4 * i), times, minus)
+                highest = maximum(highest, power)
+                weight = exp2(power)
+                total = total + weight
+                put(weights + r * KEY_BLOCK * width, i, weight)
+            if max_lanes(highest) <= float32(_SLACK) or raised:
+                break
+            raised = True
         store_scalar(totals + 4 * r, float32(load_scalar(float32, totals + 4 * r) + sum_lanes(total)))
 
     def flash(item, thread, args):

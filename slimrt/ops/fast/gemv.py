@@ -28,35 +28,43 @@ __all__ = ["Product", "Rows", "add_products", "aligned_zeros", "gemv_kernel", "l
 
 _AHEAD = 4096  # bytes
 _SHARES = 4  # items a thread in a product
-PART = 10
+PART = 11
 
 
 @dataclass(frozen=True)
 class Rows:
-    """A packed matrix [out, in] as the kernel takes it. ``end`` is the last span of the last row, zeros behind it."""
+    """A packed matrix [out, in] as the kernel takes it.
+
+    ``ends``: the last spans of the rows whose last span would reach past the end of the matrix, zeros behind them.
+    """
 
     format: Format
     tensor: TensorInfo
-    end: np.ndarray
+    ends: np.ndarray
 
     @classmethod
     def of(cls, tensor: TensorInfo, features: Features) -> Rows:
         """Raises KeyError if the type has no dot product."""
         form = format_of(tensor.type, features)
-        last = tensor.data[-1:].view(np.uint8).reshape(-1)
-        end = np.zeros(form.nbytes, np.uint8)
-        rest = last[(len(last) - 1) // form.nbytes * form.nbytes :]
-        end[: len(rest)] = rest
-        return cls(form, tensor, end)
+        rows = tensor.data.view(np.uint8).reshape(len(tensor.data), -1)
+        stride = rows.shape[1]
+        spans = -(-tensor.shape[-1] // form.span)
+        count = min(len(rows), -(-(spans * form.nbytes) // stride))
+        ends = np.zeros((count, form.nbytes), np.uint8)
+        start = (spans - 1) * form.nbytes
+        ends[:, : stride - start] = rows[len(rows) - count :, start:]
+        return cls(form, tensor, ends)
 
     @property
     def spans(self) -> int:
+        """Of a row."""
         return -(-self.tensor.shape[-1] // self.format.span)
 
-    def arguments(self) -> tuple[int, int, int, int, int]:
-        """For ``gemv_kernel``: address, bytes a row, rows, spans a row, the address of ``end``."""
+    def arguments(self) -> tuple[int, int, int, int, int, int]:
+        """For ``gemv_kernel``: address, bytes a row, rows, spans a row, the address of ``ends``, how many these are."""
         rows = self.tensor.shape[0]
-        return address(self.tensor.data), self.tensor.nbytes // rows, rows, self.spans, address(self.end)
+        stride = self.tensor.nbytes // rows
+        return address(self.tensor.data), stride, rows, self.spans, address(self.ends), len(self.ends)
 
 
 @cache
@@ -80,15 +88,15 @@ def gemv_kernel(features: Features, kind: GGMLQuantizationType) -> Kernel:
             part -= PART * 8
         item -= argument(part, 0)
         weights, stride, rows = argument(part, 1), argument(part, 2), argument(part, 3)
-        spans, end = argument(part, 4), argument(part, 5)
-        out, out_distance, bias, residual = argument(part, 6), argument(part, 7), argument(part, 8), argument(part, 9)
+        spans, ends, inner = argument(part, 4), argument(part, 5), rows - argument(part, 6)
+        out, out_distance, bias, residual = argument(part, 7), argument(part, 8), argument(part, 9), argument(part, 10)
         stop = min((item + 1) * size, rows)
         limit = weights + stop * stride - _AHEAD
         for row in range(item * size, stop):
             start = weights + row * stride
             last = start + (spans - 1) * nbytes
-            if row == rows - 1:
-                last = end
+            if row >= inner:
+                last = ends + (row - inner) * nbytes
             for vector in range(vectors):
                 floats = buffers + vector * distance
                 record = floats + width * 4

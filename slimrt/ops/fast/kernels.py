@@ -167,7 +167,8 @@ def _complain(error: Exception) -> None:
     if folder not in _complained:
         _complained.add(folder)
         warnings.warn(
-            f"{folder}: compiled kernels cannot be kept here, or those here are damaged ({type(error).__name__}: {error}); "
-            "they are compiled in memory, which takes some seconds at every start; make the folder writable or remove it",
+            f"{folder}: compiled kernels cannot be kept here, or those here are damaged "
+            f"({type(error).__name__}: {error}); they are compiled in memory, which takes some seconds at every start; "
+            "make the folder writable or remove it",
             stacklevel=2,
         )

@@ -1,7 +1,8 @@
-"""The row-wise part of a layer for many rows: an item is a slice of rows, which stays near the core from norm to result.
+"""The row-wise part of a layer for many rows: an item is a slice of rows, which stays near the core from norm to
+result.
 
-Arguments are listed as words of the kernel's table. ``panels`` are those of ``unpack``: all parts of a stacked matrix one
-after the other, each filled up to whole groups; biases are laid out like the panels' columns.
+Arguments are listed as words of the kernel's table. ``panels`` are those of ``unpack``: all parts of a stacked matrix
+one after the other, each filled up to whole groups; biases are laid out like the panels' columns.
 """
 
 from __future__ import annotations
@@ -15,10 +16,21 @@ from slimrt.ops.fast.elements import elements
 from slimrt.ops.fast.features import Features
 from slimrt.ops.fast.kernels import Kernel, compile_kernel, inline
 from slimrt.ops.fast.products import panel_product, shape_of, tile_settings
-from slimrt.ops.fast.vectors import F16X16, F32X16, argument, argument_float, convert, load, load_scalar, store, store_scalar
+from slimrt.ops.fast.vectors import (
+    F16X16,
+    F32X16,
+    argument,
+    argument_float,
+    convert,
+    load,
+    load_scalar,
+    store,
+    store_scalar,
+)
 
-__all__ = ["RESULT_PANELS", "feed_forward_kernel", "linear_kernel", "qkv_kernel"]
+__all__ = ["RESULT_PANELS", "ROW_GAP", "feed_forward_kernel", "linear_kernel", "qkv_kernel"]
 
+ROW_GAP = 64  # bytes behind each row of factors: rows a power of two apart would share a few sets of the cache
 RESULT_PANELS = 64  # of a product that waits to be added to something
 
 
@@ -88,15 +100,16 @@ def qkv_kernel(features: Features) -> Kernel:
         panels, count, bias = argument(args, 7), argument(args, 8), argument(args, 9)
         half, heads, kv_heads, head_dim = argument(args, 14), argument(args, 15), argument(args, 16), argument(args, 17)
         left = argument(args, 21) + thread * argument(args, 22)
-        joint = left + size * padded * width
+        pitch = padded * width + ROW_GAP
+        joint = left + size * pitch
         stride = count * 64
         first = item * size
         rows = min(size, tokens - first)
         for r in range(rows):
-            norm(x + (first + r) * d * 4, gain, d, eps, left + r * padded * width, padded)
+            norm(x + (first + r) * d * 4, gain, d, eps, left + r * pitch, padded)
         begin()
         whole = (rows + height - 1) // height * height
-        multiply(left, padded * width, whole, panels, count, padded * 16 * width, padded, joint, stride)
+        multiply(left, pitch, whole, panels, count, padded * 16 * width, padded, joint, stride)
         end()
         k_columns, v_columns = 4 * argument(args, 10), 4 * argument(args, 11)
         for r in range(rows):
@@ -135,20 +148,19 @@ def linear_kernel(features: Features) -> Kernel:
         panels, count, bias, residual = argument(args, 5), argument(args, 6), argument(args, 7), argument(args, 8)
         columns, out = argument(args, 9), argument(args, 10)
         left = argument(args, 11) + thread * argument(args, 12)
-        result = left + size * padded * width
+        pitch = padded * width + ROW_GAP
+        result = left + size * pitch
         first = item * size
         rows = min(size, tokens - first)
         for r in range(rows):
-            cast(x + (first + r) * k * 4, k, left + r * padded * width, padded)
+            cast(x + (first + r) * k * 4, k, left + r * pitch, padded)
         begin()
         whole = (rows + height - 1) // height * height
         panel_bytes = padded * 16 * width
         for panel in range(0, count, RESULT_PANELS):
             some = min(RESULT_PANELS, count - panel)
             stride = some * 64
-            multiply(
-                left, padded * width, whole, panels + panel * panel_bytes, some, panel_bytes, padded, result, stride
-            )
+            multiply(left, pitch, whole, panels + panel * panel_bytes, some, panel_bytes, padded, result, stride)
             low = panel * 16
             wanted = min(some * 16, columns - low)
             for r in range(rows):
@@ -168,10 +180,10 @@ def linear_kernel(features: Features) -> Kernel:
 def feed_forward_kernel(features: Features) -> Kernel:
     """Norm, gate and up, silu(gate) * up, down, residual: x [T, D] -> out float32 [T, D].
 
-    0 x, 1 T, 2 rows of a slice, 3 D, 4 D padded, 5 gain, 6 eps, 7 panels of gate and up, 8 how many of each, 9 their bias
-    or 0, 10 panels of down, 11 how many, 12 its bias or 0, 13 out,
-    14 scratch, 15 bytes of it for each thread: [slice, D padded] elements, [slice, F padded] elements,
-    [slice, two groups] float32, [slice, columns of down] float32
+    0 x, 1 T, 2 rows of a slice, 3 D, 4 D padded, 5 gain, 6 eps, 7 panels of gate and up, 8 how many of each, 9 their
+    bias or 0, 10 panels of down, 11 how many, 12 its bias or 0, 13 out, 14 scratch, 15 bytes of it for each thread:
+    [slice, D padded] elements, [slice, F padded] elements, [slice, two groups] float32, [slice, columns of down]
+    float32
     """
     shape, words = shape_of(features), elements(features)
     norm, gate = words.norm, words.gate
@@ -184,32 +196,39 @@ def feed_forward_kernel(features: Features) -> Kernel:
         d, padded = argument(args, 3), argument(args, 4)
         gain, eps = argument(args, 5), argument_float(args, 6)
         panels, count, bias = argument(args, 7), argument(args, 8), argument(args, 9)
-        down, down_count, down_bias, out = argument(args, 10), argument(args, 11), argument(args, 12), argument(args, 13)
+        down, down_count, down_bias, out = (
+            argument(args, 10),
+            argument(args, 11),
+            argument(args, 12),
+            argument(args, 13),
+        )
         left = argument(args, 14) + thread * argument(args, 15)
-        hidden = left + size * padded * width
+        pitch = padded * width + ROW_GAP
+        hidden = left + size * pitch
         inner = count * 16  # F padded
-        gates = hidden + size * inner * width
+        hidden_pitch = inner * width + ROW_GAP
+        gates = hidden + size * hidden_pitch
         result = gates + size * group * 128
         first = item * size
         rows = min(size, tokens - first)
         for r in range(rows):
-            norm(x + (first + r) * d * 4, gain, d, eps, left + r * padded * width, padded)
+            norm(x + (first + r) * d * 4, gain, d, eps, left + r * pitch, padded)
         begin()
         whole = (rows + height - 1) // height * height
         panel_bytes, pair = padded * 16 * width, group * 128
         for panel in range(0, count, group):
             for up in range(2):
                 where = panels + (panel + up * count) * panel_bytes
-                multiply(left, padded * width, whole, where, group, panel_bytes, padded, gates + up * group * 64, pair)
+                multiply(left, pitch, whole, where, group, panel_bytes, padded, gates + up * group * 64, pair)
             for r in range(whole):
                 for i in range(0, group * 16, 16):
                     g, u = gates + r * pair + i * 4, gates + r * pair + group * 64 + i * 4
                     if bias != 0:
                         _add(g, bias + (panel * 16 + i) * 4, 16, g)
                         _add(u, bias + ((panel + count) * 16 + i) * 4, 16, u)
-                    gate(g, u, hidden + r * inner * width, panel * 16 + i)
+                    gate(g, u, hidden + r * hidden_pitch, panel * 16 + i)
         stride = down_count * 64
-        multiply(hidden, inner * width, whole, down, down_count, inner * 16 * width, inner, result, stride)
+        multiply(hidden, hidden_pitch, whole, down, down_count, inner * 16 * width, inner, result, stride)
         end()
         for r in range(rows):
             at = result + r * stride

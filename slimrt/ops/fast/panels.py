@@ -17,6 +17,8 @@ from slimrt.ops.fast.unpack import unpack
 
 __all__ = ["PanelMaker", "Panels"]
 
+_CACHED = 32 << 20  # bytes of panels that some cache may hold until they are read
+
 
 @dataclass(eq=False)
 class Panels:
@@ -61,13 +63,14 @@ class PanelMaker:
             count += shape.padded(part.shape[0]) // PANEL
         memory = self._memory(count * panel_bytes)
         begin = -(-address(memory) // 64) * 64
+        past_caches = count * panel_bytes > _CACHED
         program = Program()
         for part, start in zip(parts, starts, strict=True):
             rows = part.shape[0]
             used = -(-rows // PANEL)
             at = begin + start * panel_bytes
             program.add(
-                unpack(self._features, part.type, "bf16" if shape.bf16 else "f32"),
+                unpack(self._features, part.type, "bf16" if shape.bf16 else "f32", past_caches),
                 used,
                 address(part.data), part.nbytes // rows, rows, part.shape[-1], at, inner,
             )  # fmt: skip

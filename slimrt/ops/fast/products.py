@@ -2,7 +2,8 @@
 
 A *panel* is 16 columns of the right factor, step by step: a step is two rows of it in bfloat16 (uint16 [K/2, 16, 2],
 neighbouring rows interleaved, as both ``vdpbf16ps`` and the tiles want them) or one row in float32 ([K, 16]). The left
-factor lies in plain rows of the same element. What a block product means, with ``a`` [R, K] and panels ``b`` as [K, 16 G]:
+factor lies in plain rows of the same element. What a block product means, with ``a`` [R, K] and panels ``b`` as [K, 16
+G]:
 
     c[:R, : 16 * G] = a @ b            # or +=, with ``accumulate``
 
@@ -56,7 +57,8 @@ class Shape:
 
     @property
     def columns(self) -> int:
-        """Columns of a group of panels. K comes in multiples of this too, so that a product's result can be a factor."""
+        """Columns of a group of panels. K comes in multiples of this too, so that a product's result can be a
+        factor."""
         return PANEL * self.panels
 
     def padded(self, columns: int) -> int:
@@ -77,7 +79,8 @@ def shape_of(features: Features) -> Shape:
 
 @cache
 def block_product(features: Features, accumulate: bool) -> Any:
-    """The intrinsic ``product(a, a_stride, b, panel_stride, k, c, c_stride)``: addresses, strides in bytes, K elements."""
+    """The intrinsic ``product(a, a_stride, b, panel_stride, k, c, c_stride)``: addresses, strides in bytes, K
+    elements."""
     build = _tiles if features.amx else _vectors
 
     @intrinsic
@@ -223,7 +226,8 @@ def _tiles(builder: ir.IRBuilder, features: Features, accumulate: bool, *args: i
 
 @cache
 def tile_settings(features: Features) -> tuple[Any, Any]:
-    """The intrinsics ``begin()`` and ``end()`` around a kernel's products: they set up and give back the thread's tiles.
+    """The intrinsics ``begin()`` and ``end()`` around a kernel's products: they set up and give back the thread's
+    tiles.
 
     Nothing happens where no tiles are used. A thread that keeps its tiles costs time at every switch of threads.
     """
@@ -232,7 +236,8 @@ def tile_settings(features: Features) -> tuple[Any, Any]:
     def begin(typingctx):
         def codegen(context, builder, signature, args):
             if features.amx:
-                # Palette 1; from byte 16 on each tile's bytes a row (uint16), from byte 48 on its rows: eight of 16 x 64.
+                # Palette 1; from byte 16 on each tile's bytes a row (uint16), from byte 48 on its rows: eight of 16 x
+                # 64.
                 words = [0] * 16
                 words[0] = 1
                 words[4:8] = [64 << 16 | 64] * 4
@@ -259,10 +264,11 @@ def tile_settings(features: Features) -> tuple[Any, Any]:
 
 @cache
 def panel_product(features: Features, accumulate: bool = False) -> Any:
-    """``multiply(a, a_stride, rows, b, panels, panel_bytes, k, c, c_stride)``: a slice of rows with all panels of a matrix.
+    """``multiply(a, a_stride, rows, b, panels, panel_bytes, k, c, c_stride)``: a slice of rows with all panels of a
+    matrix.
 
-    ``a`` [rows, k], panels ``panel_bytes`` apart, ``c`` float32 [rows, 16 * panels]. Rows and panels are filled up to whole
-    blocks. A group of panels stays near the core while all rows pass.
+    ``a`` [rows, k], panels ``panel_bytes`` apart, ``c`` float32 [rows, 16 * panels]. Rows and panels are filled up to
+    whole blocks. A group of panels stays near the core while all rows pass.
     """
     shape = shape_of(features)
     product = block_product(features, accumulate)

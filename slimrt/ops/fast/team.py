@@ -1,7 +1,7 @@
 """The threads that run kernels, without the interpreter's lock.
 
-A kernel is a compiled ``void kernel(int64 item, int64 thread, int64 args)``. A *job* is a kernel, how many items it has,
-and the address of its arguments; a *program* is a list of jobs, each begun when the one before has ended. The
+A kernel is a compiled ``void kernel(int64 item, int64 thread, int64 args)``. A *job* is a kernel, how many items it
+has, and the address of its arguments; a *program* is a list of jobs, each begun when the one before has ended. The
 caller's thread leads: it opens a job, and whoever is there, itself included, claims items one by one. It waits for
 items that are claimed and for nobody else, so a helper that the system does not run, or that sleeps, or that a fork
 left behind, delays nothing.
@@ -47,6 +47,9 @@ _STATE_BYTES = 192
 _ITEM = 0xFFFFFFFF
 _CLOSED = 0x7FFFFFFF  # as the next item: nothing to claim
 _SPINS = 32  # looks between two yields
+# Cycles of looking in vain, 30 to 100 us, before the first yield: on a busy machine a thread that yields is away for
+# some milliseconds, and the pauses between the jobs of a token are shorter than this.
+_PATIENCE = 200_000
 _IDLE_CYCLES = 10_000_000  # of looking in vain, 3 to 5 ms, before a helper goes to sleep
 
 _CALL = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)  # releases the interpreter's lock
@@ -86,11 +89,12 @@ def _lead(state, program, jobs):
         atomic_store(state + _DONE, 0)
         atomic_store(state + _TICKET, ((ticket >> 32) + 1) << 32)
         _claim_items(state, 0)
+        since = cycles()
         spins = 0
         while atomic_load(state + _DONE) < count:
             spins += 1
             pause()
-            if spins % _SPINS == 0:
+            if spins % _SPINS == 0 and cycles() - since > _PATIENCE:
                 call_void(atomic_load(state + _YIELD))
 
 
@@ -103,7 +107,7 @@ def _help(state, thread, unused):
             since = cycles()
         spins += 1
         pause()
-        if spins % _SPINS == 0:
+        if spins % _SPINS == 0 and cycles() - since > _PATIENCE:
             call_void(atomic_load(state + _YIELD))
             if cycles() - since > _IDLE_CYCLES:
                 return
@@ -205,8 +209,8 @@ class _Shared:
 class Team:
     """``threads`` threads that run programs, the caller's among them.
 
-    Programs of one team run one at a time. Ctrl-C takes effect between two programs: a kernel is never broken off. After
-    a fork the child's team begins anew, without the helpers that only the parent has.
+    Programs of one team run one at a time. Ctrl-C takes effect between two programs: a kernel is never broken off.
+    After a fork the child's team begins anew, without the helpers that only the parent has.
     """
 
     def __init__(self, threads: int) -> None:

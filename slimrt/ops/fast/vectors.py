@@ -1,8 +1,8 @@
 """The words that kernels are written in: vectors of a fixed number of lanes, loaded from and stored to addresses.
 
 A kernel works on addresses (int64), not on arrays: a few operations on vectors turn into the same few instructions,
-whatever Numba knows about the arrays. Each word's docstring gives the NumPy line that means the same, with ``m`` for the
-memory at an address as an array of the vector's element.
+whatever Numba knows about the arrays. Each word's docstring gives the NumPy line that means the same, with ``m`` for
+the memory at an address as an array of the vector's element.
 
 Vector values are ordinary variables of a kernel: ``+``, ``-``, ``*`` work on them lane by lane, integers (``&``, ``|``,
 ``^``, ``<<``, ``>>`` too) with wrap-around. Literals in the kernel's source become lanes with ``splat``.
@@ -18,16 +18,50 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.core.datamodel import PrimitiveModel, register_default
+from numba.core.imputils import lower_builtin
 from numba.core.typing.templates import AbstractTemplate, infer_global
 from numba.core.typing.templates import signature as typed
-from numba.core.imputils import lower_builtin
 from numba.extending import intrinsic
 
 __all__ = [
-    "F16X16", "F32X8", "F32X16", "I8X16", "I8X32", "I8X64", "I16X8", "I16X16", "I16X32", "I32X8", "I32X16", "U8X16", "U8X32",
-    "U8X64", "U16X16", "U32X16", "Vector", "argument", "argument_float", "atomic_add", "atomic_load",
-    "atomic_store", "call_kernel", "call_void", "compare_and_swap", "cycles", "fma", "load", "load_scalar", "maximum",
-    "minimum", "pause", "reinterpret", "splat", "store", "store_scalar", "sum_lanes", "max_lanes",
+    "F16X16",
+    "F32X8",
+    "F32X16",
+    "I8X16",
+    "I8X32",
+    "I8X64",
+    "I16X8",
+    "I16X16",
+    "I16X32",
+    "I32X8",
+    "I32X16",
+    "U8X16",
+    "U8X32",
+    "U8X64",
+    "U16X16",
+    "U32X16",
+    "Vector",
+    "argument",
+    "argument_float",
+    "atomic_add",
+    "atomic_load",
+    "atomic_store",
+    "call_kernel",
+    "call_void",
+    "compare_and_swap",
+    "cycles",
+    "fma",
+    "load",
+    "load_scalar",
+    "max_lanes",
+    "maximum",
+    "minimum",
+    "pause",
+    "reinterpret",
+    "splat",
+    "store",
+    "store_scalar",
+    "sum_lanes",
 ]  # fmt: skip
 
 _ELEMENTS: dict[str, ir.Type] = {
@@ -86,9 +120,7 @@ F16X16 = Vector("f16", 16)
 
 def emit(builder: ir.IRBuilder, name: str, result: ir.Type, args: Sequence[ir.Value]) -> ir.Value:
     """A call of LLVM's intrinsic ``name`` (its full name, such as ``llvm.fma.v16f32``)."""
-    function = cgutils.get_or_insert_function(
-        builder.module, ir.FunctionType(result, [arg.type for arg in args]), name
-    )
+    function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(result, [arg.type for arg in args]), name)
     return builder.call(function, args)
 
 
@@ -282,7 +314,8 @@ def reinterpret(typingctx, kind, a):
 
 @intrinsic
 def convert(typingctx, kind, a):
-    """``a.astype(kind)``: as many lanes of another element; wider or narrower integers, integers <-> f32 (towards 0)."""
+    """``a.astype(kind)``: as many lanes of another element; wider or narrower integers, integers <-> f32 (towards
+    0)."""
     vector = _vector_of(kind)
 
     def codegen(context, builder, signature, args):
