@@ -1,0 +1,193 @@
+// GGML's packed types, one struct each, all through one notion: a *unit* of 32 weights in two runs of 16, each run an
+// affine image of small numbers, w = scale * q + shift. What only wants weights (dequantise, embed) and what wants dot
+// products (GEMV: scale * sum(q x) + shift * sum(x)) read a type through the same function.
+//
+//   SIZE bytes hold VALUES weights in UNITS units; `unit(block, u)` unpacks unit u; its runs are weights `first(u)` and
+//   `second(u)` of the block, 16 from each on.
+//
+// The products are exact or rounded once, as in ggml: the weights are bit-equal to ggml's float32 ones.
+// Formats: ggml-common.h. Blocks of 18, 22, 34 and 210 bytes are aligned to 2 only, so bytes come in as alignment allows.
+#ifndef SLIMRT_QUANT_CUH
+#define SLIMRT_QUANT_CUH
+
+#include "ptx.cuh"
+
+typedef unsigned char byte;
+
+struct Unit {
+    float q[32];
+    float scale[2], shift[2];
+
+    __device__ __forceinline__ float weight(int i) const { return __fmaf_rn(scale[i / 16], q[i], shift[i / 16]); }
+};
+
+__device__ __forceinline__ float half_at(const byte* p) { return to_float(*reinterpret_cast<const f16*>(p)); }
+
+// 4 N bytes from an address that is a multiple of ALIGN.
+template <int N, int ALIGN>
+__device__ __forceinline__ void load_words(unsigned (&words)[N], const byte* p) {
+    if constexpr (ALIGN == 16) {
+        for (int i = 0; i < N; i += 4) {
+            const uint4 v = *reinterpret_cast<const uint4*>(p + 4 * i);
+            words[i] = v.x, words[i + 1] = v.y, words[i + 2] = v.z, words[i + 3] = v.w;
+        }
+    } else if constexpr (ALIGN == 4) {
+        for (int i = 0; i < N; i++) words[i] = *reinterpret_cast<const unsigned*>(p + 4 * i);
+    } else {
+        const unsigned short* halves = reinterpret_cast<const unsigned short*>(p);
+        for (int i = 0; i < N; i++) words[i] = halves[2 * i] | unsigned(halves[2 * i + 1]) << 16;
+    }
+}
+
+// Byte k of a word as a float: laid under the exponent of 2^23, which is then taken off. A conversion has a quarter of
+// the rate.
+__device__ __forceinline__ float byte_value(unsigned word, int k) {
+    return __uint_as_float(__byte_perm(word, 0x4b000000, 0x7440 + k)) - 8388608.0f;
+}
+
+// 16 bytes of nibbles -> q[0..15] from the low and q[16..31] from the high ones; `low` and `high` are or'ed in.
+__device__ __forceinline__ void spread_nibbles(float (&q)[32], const unsigned (&packed)[4], const unsigned (&low)[4],
+                                               const unsigned (&high)[4]) {
+    for (int i = 0; i < 4; i++) {
+        const unsigned a = (packed[i] & 0x0f0f0f0f) | low[i], b = (packed[i] >> 4 & 0x0f0f0f0f) | high[i];
+        for (int k = 0; k < 4; k++) q[4 * i + k] = byte_value(a, k), q[16 + 4 * i + k] = byte_value(b, k);
+    }
+}
+
+// Bits 4 i to 4 i + 3 of `bits`, each to bit 4 of a byte of its own.
+__device__ __forceinline__ unsigned fifth_bits(unsigned bits, int i) {
+    const unsigned four = bits >> 4 * i & 15;
+    return (four & 1) << 4 | (four & 2) << 11 | (four & 4) << 18 | (four & 8) << 25;
+}
+
+// One block is one unit.
+struct Simple {
+    static constexpr int VALUES = 32, UNITS = 1;
+    __device__ static int first(int) { return 0; }
+    __device__ static int second(int) { return 16; }
+};
+
+// Types of 256 weights: unit u covers 16 bytes, half u % 2 of byte group u / 2, whose low nibbles are 32 weights and whose
+// high nibbles the next 32.
+struct Super {
+    static constexpr int VALUES = 256, UNITS = 8;
+    __device__ static int first(int u) { return 64 * (u / 2) + 16 * (u % 2); }
+    __device__ static int second(int u) { return first(u) + 32; }
+};
+
+template <typename VALUE, int BYTES>
+struct Plain : Simple {
+    static constexpr int SIZE = 32 * BYTES;
+    __device__ __forceinline__ static Unit unit(const byte* block, int) {
+        Unit result;
+        unsigned words[8 * BYTES];
+        load_words<8 * BYTES, 16>(words, block);
+        for (int i = 0; i < 32; i++) {
+            if constexpr (BYTES == 4) result.q[i] = __uint_as_float(words[i]);
+            else result.q[i] = to_float(VALUE{static_cast<unsigned short>(words[i / 2] >> 16 * (i % 2))});
+        }
+        result.scale[0] = result.scale[1] = 1.0f, result.shift[0] = result.shift[1] = 0.0f;
+        return result;
+    }
+};
+struct F32 : Plain<float, 4> {};
+struct F16 : Plain<f16, 2> {};
+struct BF16 : Plain<bf16, 2> {};
+
+// scale, [minimum], [32 fifth bits], 16 bytes of nibbles. Without a minimum, weights are centred.
+template <bool MINIMUM, bool FIFTH>
+struct Nibbles : Simple {
+    static constexpr int BITS_AT = MINIMUM ? 4 : 2, PACKED_AT = BITS_AT + (FIFTH ? 4 : 0), SIZE = PACKED_AT + 16;
+    static constexpr int ALIGN = SIZE % 4 ? 2 : 4;
+    __device__ __forceinline__ static Unit unit(const byte* block, int) {
+        Unit result;
+        unsigned packed[4], low[4] = {}, high[4] = {}, bits[1];
+        load_words<4, ALIGN>(packed, block + PACKED_AT);
+        if constexpr (FIFTH) {
+            load_words<1, ALIGN>(bits, block + BITS_AT);
+            for (int i = 0; i < 4; i++) low[i] = fifth_bits(bits[0], i), high[i] = fifth_bits(bits[0], 4 + i);
+        }
+        spread_nibbles(result.q, packed, low, high);
+        const float scale = half_at(block);
+        result.scale[0] = result.scale[1] = scale;
+        result.shift[0] = result.shift[1] = MINIMUM ? half_at(block + 2) : (FIFTH ? -16.0f : -8.0f) * scale;
+        return result;
+    }
+};
+struct Q4_0 : Nibbles<false, false> {};
+struct Q4_1 : Nibbles<true, false> {};
+struct Q5_0 : Nibbles<false, true> {};
+struct Q5_1 : Nibbles<true, true> {};
+
+struct Q8_0 : Simple {
+    static constexpr int SIZE = 34;
+    __device__ __forceinline__ static Unit unit(const byte* block, int) {
+        Unit result;
+        unsigned packed[8];
+        load_words<8, 2>(packed, block + 2);
+        for (int i = 0; i < 32; i++) result.q[i] = byte_value(packed[i / 4] ^ 0x80808080, i % 4);  // -128 becomes 0
+        const float scale = half_at(block);
+        result.scale[0] = result.scale[1] = scale, result.shift[0] = result.shift[1] = -128.0f * scale;
+        return result;
+    }
+};
+
+// Two halves for scales and minima, 8 scales and 8 minima of 6 bits in 12 bytes, [32 bytes of fifth bits: bit i of byte j
+// belongs to weight 32 i + j], 128 bytes of nibbles.
+template <bool FIFTH>
+struct Scaled : Super {
+    static constexpr int PACKED_AT = FIFTH ? 48 : 16, SIZE = PACKED_AT + 128;
+    __device__ __forceinline__ static Unit unit(const byte* block, int u) {
+        Unit result;
+        unsigned packed[4], low[4] = {}, high[4] = {}, tops[4];
+        load_words<4, 16>(packed, block + PACKED_AT + 16 * u);
+        if constexpr (FIFTH) {
+            load_words<4, 16>(tops, block + 16 + 16 * (u % 2));
+            for (int i = 0; i < 4; i++) {
+                low[i] = (tops[i] >> 2 * (u / 2) & 0x01010101) << 4;
+                high[i] = (tops[i] >> (2 * (u / 2) + 1) & 0x01010101) << 4;
+            }
+        }
+        spread_nibbles(result.q, packed, low, high);
+        const float scale = half_at(block), minimum = half_at(block + 2);
+        const byte* six = block + 4;
+        for (int i = 0; i < 2; i++) {
+            const int sub = 2 * (u / 2) + i;  // of 32 weights
+            const int s = sub < 4 ? six[sub] & 63 : (six[sub + 4] & 15) | (six[sub - 4] >> 6) << 4;
+            const int m = sub < 4 ? six[sub + 4] & 63 : six[sub + 4] >> 4 | (six[sub] >> 6) << 4;
+            result.scale[i] = scale * s, result.shift[i] = -minimum * m;
+        }
+        return result;
+    }
+};
+struct Q4_K : Scaled<false> {};
+struct Q5_K : Scaled<true> {};
+
+// Two halves of 128 weights, each 64 bytes of low nibbles and 32 bytes of four 2-bit tops; 16 scales of 8 bits; a half.
+// The low and the high nibbles of a byte are 64 weights apart here.
+struct Q6_K : Super {
+    static constexpr int SIZE = 210;
+    __device__ static int first(int u) { return 128 * (u / 4) + 16 * (u % 4); }
+    __device__ static int second(int u) { return first(u) + 64; }
+    __device__ __forceinline__ static Unit unit(const byte* block, int u) {
+        Unit result;
+        unsigned packed[4], low[4], high[4], tops[4];
+        load_words<4, 2>(packed, block + 16 * u);
+        load_words<4, 2>(tops, block + 128 + 32 * (u / 4) + 16 * (u % 2));
+        const int at = 2 * (u / 2 % 2);  // of the tops: bits 0 and 4, or 2 and 6
+        for (int i = 0; i < 4; i++) {
+            low[i] = (tops[i] >> at & 0x03030303) << 4;
+            high[i] = (tops[i] >> (at + 4) & 0x03030303) << 4;
+        }
+        spread_nibbles(result.q, packed, low, high);
+        const signed char* scales = reinterpret_cast<const signed char*>(block + 192);
+        const float scale = half_at(block + 208);
+        for (int i = 0; i < 2; i++) {
+            result.scale[i] = scale * scales[8 * (u / 4) + u % 4 + 4 * i];
+            result.shift[i] = -32.0f * result.scale[i];
+        }
+        return result;
+    }
+};
+
+#endif
