@@ -57,11 +57,15 @@ class Llama:
         self.head = (
             self.embedding if tied else ops.weight(load.checked("output.weight", config.vocab_size, config.d_model))
         )
-        self.rope = RopeTable(config.rope, load.rope_divisors())
+        self.rope_table = RopeTable(config.rope, load.rope_divisors())
 
     def embed(self, ids: Array) -> Array:
         """ids [T] -> hidden states [T, D]."""
         return self.ops.embed(self.embedding, ids)
+
+    def rope(self, positions: np.ndarray) -> tuple[Array, Array]:
+        """positions [T] -> cos and sin [T, dims/2] of their angles, where the model computes."""
+        return self.ops.angles(self.rope_table, positions)
 
     def unpacked(self, layer: Layer) -> Layer:
         """``layer`` with its matrices ready for many rows (a scratch copy where they are held packed)."""
@@ -86,17 +90,17 @@ class Llama:
 
     def project(self, layer: Layer, x: Array, attention: Array) -> Array:
         """x [T, D] and attention [T, H, Dh] -> x after the output projection and its residual [T, D]."""
-        return x + self.ops.linear(attention.reshape(len(x), -1), layer.out, layer.out_bias)
+        return self.ops.add_linear(x, attention.reshape(len(x), -1), layer.out, layer.out_bias)
 
     def feed_forward(self, layer: Layer, x: Array) -> Array:
         """x [T, D] after ``project`` -> x after the gated feed-forward and its residual [T, D]."""
         ops = self.ops
         gate_up = ops.linear(ops.rmsnorm(x, layer.ffn_norm, self.config.norm_eps), layer.gate_up, layer.gate_up_bias)
-        return x + ops.linear(ops.swiglu(gate_up), layer.down, layer.down_bias)
+        return ops.add_linear(x, ops.swiglu(gate_up), layer.down, layer.down_bias)
 
     def logits(self, x: Array) -> Array:
         """Hidden states [T, D] after the last layer -> [T, V]."""
-        return self.ops.linear(self.ops.rmsnorm(x, self.norm, self.config.norm_eps), self.head)
+        return self.ops.head(self.ops.rmsnorm(x, self.norm, self.config.norm_eps), self.head)
 
 
 class _Loader:
@@ -124,15 +128,15 @@ class _Loader:
         present = [name for name in names if name in self.file.tensors]
         if not present:
             return None
-        parts = []
+        parts: list[TensorInfo | int] = []
         for part, size in sizes.items():
             name = f"{prefix}.{part}.bias"
             if name not in self.file.tensors:
-                parts.append(np.zeros(size, np.float32))
+                parts.append(size)
                 continue
             bias = self.checked(name, size)
-            parts.append(self.ops.vector(self._reordered(bias) if part in ("attn_q", "attn_k") else bias))
-        return np.concatenate(parts)
+            parts.append(self._reordered(bias) if part in ("attn_q", "attn_k") else bias)
+        return self.ops.vector(*parts)
 
     def layer(self, number: int) -> Layer:
         c, blk = self.config, f"blk.{number}"

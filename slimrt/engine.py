@@ -124,9 +124,10 @@ class Engine:
             if context.boundary is not None and number == context.boundary.layer:
                 context.boundary.append(ops.to_host(x))
                 if cuts:
+                    cache.clear(number + 1)
+                if cuts and context.boundary.length > len(x):
                     x, positions = context.boundary.rows(), np.arange(context.boundary.length)
                     cos, sin = model.rope(positions)
-                    cache.clear(number + 1)
             if number in cut_at:
                 assert plan is not None
                 scores = ops.score_blocks(plan.score, q[-plan.query_window :], keys, plan.block, plan.unit)
@@ -167,7 +168,7 @@ class Engine:
 
     def _qkv(self, layer: Any, x: Any, cos: Any, sin: Any) -> tuple[Any, Any, Any]:
         c, empty = self.config, self.ops.empty
-        if len(x) == 1:
+        if len(x) <= self.ops.whole_rows:
             return self.model.qkv(layer, x, cos, sin)
         q = empty((len(x), c.n_heads, c.head_dim))
         k = empty((len(x), c.n_kv_heads, c.head_dim))
@@ -180,9 +181,9 @@ class Engine:
         return q, k, v
 
     def _project(self, layer: Any, x: Any, attention: Any) -> Any:
-        if len(x) == 1:
+        if len(x) <= self.ops.whole_rows:
             return self.model.project(layer, x, attention)
-        result = self.ops.empty(x.shape)
+        result = self.ops.empty(x.shape, x.dtype)
 
         def rows(at: slice) -> None:
             result[at] = self.model.project(layer, x[at], attention[at])
@@ -191,9 +192,9 @@ class Engine:
         return result
 
     def _feed_forward(self, layer: Any, x: Any) -> Any:
-        if len(x) == 1:
+        if len(x) <= self.ops.whole_rows:
             return self.model.feed_forward(layer, x)
-        result = self.ops.empty(x.shape)
+        result = self.ops.empty(x.shape, x.dtype)
 
         def rows(at: slice) -> None:
             result[at] = self.model.feed_forward(layer, x[at])

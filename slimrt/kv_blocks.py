@@ -60,7 +60,7 @@ class HostBlocks:
         self._per_slab = max(1, _SLAB_ROWS // config.block)
         self._slabs: list[Array] = []
         self.views: list[Array] = []  # one a block
-        self.block_bytes = math.prod(self._shape) * 4
+        self.block_bytes = math.prod(self._shape) * ops.itemsize
 
     def runs(self, device: Array, first: int, last: int) -> Iterator[tuple[Array, Array]]:
         """Blocks ``first`` to ``last`` (exclusive) beside the same of ``device`` [2, Hkv, rows from ``first`` on, Dh].

@@ -106,8 +106,8 @@ class KVCache:
 
     def __init__(self, config: ModelConfig, ops: Any) -> None:
         self._shape = (config.n_kv_heads, config.head_dim)
-        self._keys = [ops.empty((config.n_kv_heads, 0, config.head_dim)) for _ in range(config.n_layers)]
-        self._values = [ops.empty((config.n_kv_heads, 0, config.head_dim)) for _ in range(config.n_layers)]
+        # By layer keys, then values: [2, Hkv, capacity, Dh].
+        self._layers = [ops.empty((2, config.n_kv_heads, 0, config.head_dim)) for _ in range(config.n_layers)]
         self._positions = [Positions() for _ in range(config.n_layers)]
 
     def update(
@@ -115,23 +115,30 @@ class KVCache:
     ) -> tuple[Array, Array, np.ndarray]:
         """Append; returns views of all rows."""
         held = len(self._positions[layer])
-        length = held + len(positions)
-        if length > self._keys[layer].shape[1]:
-            self._grow(layer, held, length + _GROWTH)
-        self._keys[layer][:, held:length] = k.transpose(1, 0, 2)
-        self._values[layer][:, held:length] = v.transpose(1, 0, 2)
+        store = self.room(layer, len(positions))
+        store[0, :, held : held + len(positions)] = k.transpose(1, 0, 2)
+        store[1, :, held : held + len(positions)] = v.transpose(1, 0, 2)
         self._positions[layer].append(positions)
         return self._views(layer)
 
+    def room(self, layer: int, rows: int) -> Array:
+        """The layer's memory [2, Hkv, capacity, Dh], with room for ``rows`` more; it moves when it has to grow."""
+        held = len(self._positions[layer])
+        if held + rows > self._layers[layer].shape[2]:
+            shape = (2, self._shape[0], held + rows + _GROWTH, self._shape[1])
+            grown = np.empty_like(self._layers[layer], shape=shape)
+            grown[:, :, :held] = self._layers[layer][:, :, :held]
+            self._layers[layer] = grown
+        return self._layers[layer]
+
+    def appended(self, layer: int, positions: np.ndarray) -> None:
+        """Rows at ``positions`` have been written behind the layer's last, within its ``room``."""
+        self._positions[layer].append(positions)
+
     def _views(self, layer: int) -> tuple[Array, Array, np.ndarray]:
         length = len(self._positions[layer])
-        return self._keys[layer][:, :length], self._values[layer][:, :length], self._positions[layer].array
-
-    def _grow(self, layer: int, held: int, capacity: int) -> None:
-        for store in (self._keys, self._values):
-            grown = np.empty_like(store[layer], shape=(self._shape[0], capacity, self._shape[1]))
-            grown[:, :held] = store[layer][:, :held]
-            store[layer] = grown
+        keys, values = self._layers[layer][:, :, :length]
+        return keys, values, self._positions[layer].array
 
     def attended(self, layer: int) -> None:
         """Nothing to do: no row moves."""
@@ -156,7 +163,7 @@ class KVCache:
 
     def layer_nbytes(self, layer: int) -> tuple[int, int]:
         """Bytes of the rows that a layer holds, and 0 in host memory."""
-        return len(self._positions[layer]) * 2 * 4 * self._shape[0] * self._shape[1], 0
+        return len(self._positions[layer]) * 2 * self._layers[layer].itemsize * self._shape[0] * self._shape[1], 0
 
     @property
     def nbytes_device(self) -> int:
@@ -170,5 +177,4 @@ class KVCache:
 
     def close(self) -> None:
         """Let go of the memory."""
-        self._keys.clear()
-        self._values.clear()
+        self._layers.clear()

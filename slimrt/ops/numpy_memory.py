@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 
@@ -28,13 +29,18 @@ class NumpyMemory:
     def __init__(self) -> None:
         self._copies = ThreadPoolExecutor(1, thread_name_prefix="slimrt-copy")  # no thread before the first copy
 
-    def empty(self, shape: tuple[int, ...]) -> Array:
-        """Uninitialised float32 on the device."""
-        return np.empty(shape, np.float32)
+    itemsize = 4  # bytes of one number of keys and values
 
-    def pinned(self, shape: tuple[int, ...], dtype: type = np.float32) -> Array:
+    def empty(self, shape: tuple[int, ...], dtype: Any = np.float32) -> Array:
+        """Uninitialised memory on the device."""
+        return np.empty(shape, dtype)
+
+    def pinned(self, shape: tuple[int, ...], dtype: Any = np.float32) -> Array:
         """Uninitialised host memory that copies reach at full speed."""
         return np.empty(shape, dtype)
+
+    def reserve(self, shape: tuple[int, ...], count: int) -> None:
+        """Make ready what ``count`` calls of ``pinned(shape)`` will ask for: nothing, it costs nothing here."""
 
     def copy(self, pairs: Sequence[tuple[Array, Array]], after: Fence | None = None) -> Fence:
         """Queue the copies (destination, source) in order, host to device or back, strided or not; returns at once.

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -60,6 +61,7 @@ class NumpyOps(NumpyMemory):
     """
 
     name = "numpy"
+    whole_rows = 1  # up to so many rows pass a layer in one piece
 
     def __init__(self, threads: int | None = None, *, packed: bool = False) -> None:
         super().__init__()
@@ -75,9 +77,10 @@ class NumpyOps(NumpyMemory):
             return Weight(parts, None)
         return Weight(parts, self._unpack(parts))
 
-    def vector(self, tensor: TensorInfo) -> Array:
-        """A small tensor (norm, bias) as float32 [n]."""
-        return dequantize(tensor).reshape(-1)
+    def vector(self, *parts: TensorInfo | int) -> Array:
+        """Small tensors (norms, biases) as one float32 [n]; a number stands for so many zeros."""
+        arrays = [np.zeros(p, np.float32) if isinstance(p, int) else dequantize(p).reshape(-1) for p in parts]
+        return np.concatenate(arrays)
 
     def unpacked(self, weight: Weight) -> Weight:
         """``weight`` ready for many rows: itself if dense, else an unpacked copy that the caller drops after use."""
@@ -121,6 +124,10 @@ class NumpyOps(NumpyMemory):
 
     # -- compute ----------------------------------------------------------------------------------------------------
 
+    def angles(self, table: Any, positions: Array) -> tuple[Array, Array]:
+        """cos and sin of ``positions`` [T] -> two [T, dims/2]; ``table``: a RopeTable."""
+        return table(positions)
+
     def embed(self, weight: Weight, ids: Array) -> Array:
         """Rows ``ids`` [T] of ``weight`` [V, D] -> [T, D]."""
         if weight.dense is not None:
@@ -149,6 +156,14 @@ class NumpyOps(NumpyMemory):
         if bias is not None:
             out += bias
         return out
+
+    def add_linear(self, x: Array, y: Array, weight: Weight, bias: Array | None = None) -> Array:
+        """x [T, out] + y [T, in] @ weight.T (+ bias) -> [T, out]: a residual connection."""
+        return x + self.linear(y, weight, bias)
+
+    def head(self, x: Array, weight: Weight) -> Array:
+        """x [T, D] @ weight.T [D, V] -> logits [T, V]."""
+        return self.linear(x, weight)
 
     def _linear_few(self, x: Array, matrix: Array, out: Array | None) -> Array:
         """Few rows x [T, in], large ``matrix`` [out, in]: reading it is the work, so the threads share its rows."""
