@@ -225,7 +225,13 @@ def quantize(source: Path, target: Path, kind: str, as_json: bool) -> None:
 @click.option("--output", "-o", type=output_path, metavar="FILE.json", help="Write the report with every value.")
 @click.option("--png", type=output_path, metavar="FILE.png", help="Draw quality against time to first token.")
 @ctx_option
-@click.option("--device", type=click.Choice(["cpu", "cuda", "auto"]), default="auto", show_default=True)
+@click.option(
+    "--device",
+    type=click.Choice(["cpu", "cuda", "auto"]),
+    default="auto",
+    show_default=True,
+    help="What computes; auto: a GPU where one works.",
+)
 @click.option("--threads", "-t", type=click.IntRange(1), help="CPU threads.  [all that the process may use]")
 @json_option
 def evaluate(

@@ -12,6 +12,7 @@ import numpy as np
 from slimrt.boundary import BoundaryStates
 from slimrt.config import CacheConfig, PrunePlan
 from slimrt.errors import ComputeError
+from slimrt.kv_blocks import reserve_host_memory
 from slimrt.kv_cache import Cache, KVCache
 from slimrt.kv_offload import OffloadedKVCache
 from slimrt.models import Llama
@@ -70,6 +71,8 @@ class Engine:
 
     def __init__(self, model: Llama, ops: Any, cache: CacheConfig | None = None) -> None:
         self.model, self.ops, self.config, self.cache_config = model, ops, model.config, cache
+        if cache is not None and cache.budget is not None and cache.ctx > cache.budget:
+            reserve_host_memory(ops, cache, model.config)
 
     def new_context(self, boundary_layer: int | None = None) -> Context:
         """An empty context; ``boundary_layer`` is the layer of the first cut if prompts are to be pruned in it."""
@@ -139,6 +142,7 @@ class Engine:
                 cos, sin = model.rope(positions)
             cache.attended(number)
             x = self._feed_forward(layer, x)
+            del layer  # a scratch copy of its weights goes before the next layer's is made
             if trace:
                 trace.layer(number)
             if progress:

@@ -13,7 +13,7 @@ from slimrt.config import CacheConfig, ModelConfig
 from slimrt.kv_cache import Positions
 from slimrt.prefetch import Transfers, wait_all
 
-__all__ = ["Choice", "LayerRows", "choose"]
+__all__ = ["Choice", "LayerRows", "choose", "host_slabs", "reserve_host_memory"]
 
 Array = Any  # the backend's array
 Fence = Any  # the backend's fence
@@ -57,7 +57,7 @@ class HostBlocks:
     def __init__(self, ops: Any, config: CacheConfig, model: ModelConfig) -> None:
         self._ops = ops
         self._shape = (2, model.n_kv_heads, config.block, model.head_dim)
-        self._per_slab = max(1, _SLAB_ROWS // config.block)
+        self._per_slab, _ = host_slabs(config)
         self._slabs: list[Array] = []
         self.views: list[Array] = []  # one a block
         self.block_bytes = math.prod(self._shape) * ops.itemsize
@@ -84,6 +84,18 @@ class HostBlocks:
         """Let go of the memory."""
         self._slabs.clear()
         self.views.clear()
+
+
+def host_slabs(config: CacheConfig) -> tuple[int, int]:
+    """Blocks in a slab of host memory, and how many slabs a layer needs when the context is full."""
+    blocks = max(1, _SLAB_ROWS // config.block)
+    return blocks, -(-config.ctx // (blocks * config.block))
+
+
+def reserve_host_memory(ops: Any, config: CacheConfig, model: ModelConfig) -> None:
+    """Take the host memory of one conversation that fills the context now, once: pinning in a prompt's way is slow."""
+    blocks, slabs = host_slabs(config)
+    ops.reserve((blocks, 2, model.n_kv_heads, config.block, model.head_dim), model.n_layers * slabs)
 
 
 class LayerRows:

@@ -9,16 +9,19 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 
+from slimrt import memory_cuda
 from slimrt.config import CacheConfig, ModelConfig, PrunePlan
 from slimrt.conversation import Conversation, fit_messages
 from slimrt.engine import Engine, Progress
-from slimrt.errors import ContextError, SettingError
+from slimrt.errors import ContextError, SettingError, SlimrtError
 from slimrt.generation import CompletionStream, GenerationRequest, Overflow, check_overflow, request_from_options
 from slimrt.gguf import GGUFFile
 from slimrt.memory import DEFAULT_CTX, MemoryPlan, largest_context
 from slimrt.memory import plan as plan_memory
+from slimrt.memory_cuda import CudaPlan
 from slimrt.models import build, read_config, stretch_rope
-from slimrt.ops.backend import check_device, open_backend
+from slimrt.ops.backend import Backend, check_device, find_gpu, open_backend, open_cuda
+from slimrt.ops.cuda_device import wants_gpu
 from slimrt.presets import choose_plan
 from slimrt.results import Completion
 from slimrt.session import Session
@@ -54,8 +57,9 @@ def load(
 
     ``path``: a file, "hf:owner/repo/file.gguf", or None for the default model, fetched where needed. ``ctx``: the most
     tokens of a conversation (default: the trained context, at most 8192); past the trained context RoPE is stretched
-    by YaRN unless ``rope_scaling`` says "none" or "linear". ``device``: "cpu" or "auto". ``kv_budget``: rows of each
-    layer's KV cache that stay resident and that decode reads (default: all); the rest lies in host memory.
+    by YaRN unless ``rope_scaling`` says "none" or "linear". ``device``: "cpu", "cuda" or "auto" (a GPU where one
+    works). ``kv_budget``: rows of each layer's KV cache that stay resident and that decode reads (default: all); the
+    rest lies in host memory.
     ``threads``: cores to use (default: all that the process may). ``chat_template``: a Jinja template or the name of a
     built-in one, in place of the file's. ``overflow``: when the context is full, "error" ends the text or refuses the
     prompt, "shift" drops the oldest turns or text and says so in the timings. ``progress`` is called with (layers
@@ -85,9 +89,9 @@ def load(
 class LLM:
     """A loaded model and one running conversation.
 
-    ``config`` (sizes), ``tokenizer``, ``ctx``, ``file`` (metadata), ``notes`` (what was decided at load and is worth
-    saying, such as a stretched context). Calls on one LLM from several threads are serialised, streams excepted: two
-    streams at a time need a ``session()`` each.
+    ``config`` (sizes), ``tokenizer``, ``ctx``, ``file`` (metadata), ``backend`` (what computes, and why), ``memory``
+    (its plan), ``notes`` (what was decided at load and is worth saying, such as a stretched context). Calls on one LLM
+    from several threads are serialised, streams excepted: two streams at a time need a ``session()`` each.
     """
 
     def __init__(
@@ -132,18 +136,41 @@ class LLM:
         self._chat_template = chat_template
         self._template: ChatTemplate | None = None
         self._lock = threading.RLock()
-        self.memory = plan_memory(self.config, file, self.ctx, threads=threads)
-        if not self.memory.fits():
-            raise SettingError(
-                _does_not_fit(self.memory, largest_context(self.config, file, self.ctx, threads=threads))
-            )
-        if self.memory.packed:
-            self.notes.append(
-                "weights stay packed: unpacked they would take more than half of the free memory; expect slow decoding"
-            )
-        ops = open_backend(device, threads=threads, packed=self.memory.packed).ops
-        self._engine = Engine(build(self.config, file, ops, progress), ops, cache)
+        self.memory: MemoryPlan | CudaPlan
+        backend = self._gpu(device, cache)
+        if backend is None:
+            self.memory = memory = plan_memory(self.config, file, self.ctx, threads=threads)
+            if not memory.fits():
+                raise SettingError(_does_not_fit(memory, largest_context(self.config, file, self.ctx, threads=threads)))
+            if memory.packed:
+                self.notes.append(
+                    "weights stay packed: unpacked they would take more than half of the free memory; "
+                    "expect slow decoding"
+                )
+            backend = open_backend("cpu", threads=threads, packed=memory.packed)
+        self.backend = backend
+        self._engine = Engine(build(self.config, file, backend.ops, progress), backend.ops, cache)
         self._session: Session = self.session()
+
+    def _gpu(self, device: str, cache: CacheConfig) -> Backend | None:
+        """The GPU, opened, with ``memory`` its plan; None for the CPU, and a note if a GPU is there but not used.
+
+        Raises DeviceError or SettingError where the GPU was asked for by name and cannot be used.
+        """
+        gpu, why = find_gpu(device)
+        if gpu is not None:
+            self.memory, problem = memory_cuda.fit(self.config, self.file, cache, gpu)
+            try:
+                if problem is None:
+                    return open_cuda(gpu)
+                raise SettingError(problem)
+            except SlimrtError as error:
+                if device == "cuda":
+                    raise
+                why = str(error)
+        if device == "auto" and wants_gpu():
+            self.notes.append(f"computing on the CPU: {why}")
+        return None
 
     @property
     def engine(self) -> Engine:

@@ -6,11 +6,13 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, TypeVar
 
 from slimrt.errors import DeviceError
 
-__all__ = ["MIN_CAPABILITY", "CudaDevice", "load_cupy", "probe", "say_why"]
+__all__ = ["MIN_CAPABILITY", "CudaDevice", "load_cupy", "probe", "say_why", "wants_gpu"]
 
 MIN_CAPABILITY = (8, 0)  # cp.async and mma.sync m16n8k16 (Ampere)
 _REMEDY = "or use device='cpu' (--device cpu)"
@@ -20,7 +22,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class CudaDevice:
-    """A GPU that works: sizes in bytes, ``free`` when it was looked at; ``driver`` and ``runtime`` as 12040 for 12.4."""
+    """A GPU that works. Sizes in bytes, ``free`` when it was looked at; ``driver`` and ``runtime``: 12040 for 12.4."""
 
     name: str
     capability: tuple[int, int]
@@ -101,6 +103,11 @@ def probe() -> CudaDevice:
         runtime=built,
         cupy=cupy.__version__,
     )
+
+
+def wants_gpu() -> bool:
+    """Whether there are signs that a GPU was meant to be used: CuPy is installed, or an NVIDIA driver is loaded."""
+    return find_spec("cupy") is not None or Path("/proc/driver/nvidia/version").exists()
 
 
 def say_why(error: BaseException) -> str:

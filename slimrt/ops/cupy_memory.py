@@ -1,9 +1,9 @@
 """Memory operations on a GPU: the rules of ``numpy_memory``, kept by CUDA's streams and events.
 
-Compute runs on the legacy default stream, so whatever touches an array outside a pass (a cache that grows, a session that is
-restored) is ordered with it. Copies run on a stream of their own with priority; the two meet at events, both ways. CuPy's
-pool gives freed memory to the next allocation on the same stream, which is safe there and nowhere else: buffers that both
-streams touch are therefore held until the event after their copy has passed.
+Compute runs on the legacy default stream, so whatever touches an array outside a pass (a cache that grows, a session
+that is restored) is ordered with it. Copies run on a stream of their own with priority; the two meet at events, both
+ways. CuPy's pool gives freed memory to the next allocation on the same stream, which is safe there and nowhere else:
+buffers that both streams touch are therefore held until the event after their copy has passed.
 """
 
 from __future__ import annotations

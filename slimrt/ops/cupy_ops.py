@@ -1,6 +1,7 @@
-"""The GPU backend: every operation checks, allocates, sets the grid and launches; what it computes is in ``kernels_cu/``.
+"""The GPU backend: every operation checks, allocates, sets the grid and launches; ``kernels_cu/`` computes.
 
-Activations, keys and values are float16, the residual stream ``x`` and the logits float32, products accumulate in float32.
+Activations, keys and values are float16, the residual stream ``x`` and the logits float32, products accumulate in
+float32.
 The names and meanings are those of ``numpy_ops``, which is the specification of every kernel.
 """
 
@@ -21,13 +22,13 @@ from slimrt.ops.kernels import Kernels
 from slimrt.ops.reach import Reach
 from slimrt.quants import dequantize
 
-__all__ = ["CupyOps"]
+__all__ = ["HEAD_WIDTHS", "ROW_CHUNK", "CupyOps"]
 
 Array = Any  # of CuPy
 
-HEAD_WIDTHS = (64, 128)
+HEAD_WIDTHS = (64, 128)  # that the attention kernels are made for
+ROW_CHUNK = 4096  # rows that pass the feed-forward together: bounded scratch, products large enough for any GPU
 FEW_ROWS = 16  # below so many rows the weights are the work: each is read once, packed, by the GEMV
-ROW_CHUNK = 4096  # rows that pass the feed-forward together: its scratch is bounded, its products are large enough
 _MAX_GROUP = 16  # query heads of one KV head that the decode kernel takes
 _SPLIT_KEYS = 256  # that one block of the decode kernel should have at least
 
@@ -86,7 +87,7 @@ class CupyOps(CupyMemory):
         """cos and sin of ``positions`` [T] -> two float32 [T, dims/2]; angles in float64, see models.rope.RopeTable."""
         cp = self._cupy
         turns = cp.asarray(positions).astype(np.float64)[:, None] * cp.asarray(table.frequencies)
-        return tuple((wave(turns) * table.gain).astype(np.float32) for wave in (cp.cos, cp.sin))  # type: ignore[return-value]
+        return tuple((wave(turns) * table.gain).astype(np.float32) for wave in (cp.cos, cp.sin))
 
     def embed(self, weight: CudaWeight, ids: np.ndarray | Array) -> Array:
         """Rows ``ids`` [T] of ``weight`` [V, D] -> float32 [T, D]."""
@@ -234,24 +235,23 @@ class CupyOps(CupyMemory):
         scores = self.empty((blocks,), np.float32)
         strides = self._stride("score_blocks", q), self._stride("score_blocks", k)
         shared = 192 * width + 4352
-        names: dict[str, object] = {"T": "f16", "DH": width}
         launch = self.kernels.launch
         if kind == "mean_qk":
             sums = self.empty((kv_heads, rows), np.float32)
             grid: tuple[int, ...] = (-(-rows // 64), kv_heads)
             launch("block_scores", "score_products", grid, 128, q, k, sums, window, rows, heads, kv_heads, *strides,
-                   shared=shared, **names)  # fmt: skip
+                   shared=shared, T="f16", DH=width)  # fmt: skip
             launch("block_scores", "score_mean", (-(-blocks // 128),), 128, sums, scores, rows, blocks, kv_heads,
-                   per_block, 1 / (heads * window), **names)  # fmt: skip
+                   per_block, 1 / (heads * window), T="f16", DH=width)  # fmt: skip
             return self.to_host(scores)
         stats = self.empty((heads * window, blocks, 2), np.float32)
         norms = self.empty((heads * window, 2), np.float32)
         grid = (-(-blocks // max(1, 64 // per_block)), kv_heads)
         launch("block_scores", "score_stats", grid, 128, q, k, stats, window, rows, heads, kv_heads, *strides,
-               per_block, causal, shared=shared, **names)  # fmt: skip
-        launch("block_scores", "score_norms", (heads * window,), 128, stats, norms, blocks, **names)
+               per_block, causal, shared=shared, T="f16", DH=width)  # fmt: skip
+        launch("block_scores", "score_norms", (heads * window,), 128, stats, norms, blocks, T="f16", DH=width)
         launch("block_scores", "score_softmax", (-(-blocks // 128),), 128, stats, norms, scores, window, heads, blocks,
-               int(kind != "token_max"), **names)  # fmt: skip
+               int(kind != "token_max"), T="f16", DH=width)  # fmt: skip
         return self.to_host(scores)
 
     def unit_means(self, k: Array, unit: int) -> Array:
@@ -278,7 +278,7 @@ class CupyOps(CupyMemory):
     # -- checks -----------------------------------------------------------------------------------------------------
 
     def _check(self, what: str, x: Array, dtype: Any, shape: tuple[int | None, ...]) -> None:
-        """RawKernels know neither strides nor types nor devices: what does not match would be read as something else."""
+        """RawKernels know neither strides nor types nor devices: what does not match would be misread."""
         if isinstance(x, np.ndarray):
             raise DeviceError(f"{what}: an array lies in host memory; upload it first; this is a bug")
         if x.device.id != 0:

@@ -14,12 +14,12 @@ from slimrt.ops.cupy_memory import CupyMemory
 from slimrt.ops.kernels import Kernels
 from slimrt.quants import dequantize
 
-__all__ = ["CudaWeight", "Packed", "load_weight", "unpack"]
+__all__ = ["PACKED_TYPES", "CudaWeight", "Packed", "load_weight", "unpack"]
 
 Array = Any  # of CuPy
 
 # The types that have kernels. F32 is not among them here: float16 is what its products are computed in anyway.
-_PACKED = frozenset({
+PACKED_TYPES = frozenset({
     Type.F16, Type.BF16, Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q5_1, Type.Q8_0, Type.Q4_K, Type.Q5_K, Type.Q6_K,
 })  # fmt: skip
 _HOST_ROWS = 1 << 24  # elements of a tensor without kernels that are unpacked on the host at a time
@@ -66,7 +66,7 @@ def load_weight(memory: CupyMemory, tensors: tuple[TensorInfo, ...]) -> CudaWeig
         )
     groups: list[tuple[str, list[TensorInfo]]] = []
     for tensor in tensors:
-        kind = tensor.type.name if tensor.type in _PACKED else "F16"
+        kind = tensor.type.name if tensor.type in PACKED_TYPES else "F16"
         if groups and groups[-1][0] == kind:
             groups[-1][1].append(tensor)
         else:
@@ -79,13 +79,13 @@ def load_weight(memory: CupyMemory, tensors: tuple[TensorInfo, ...]) -> CudaWeig
 def _stacked(memory: CupyMemory, tensors: list[TensorInfo]) -> Array:
     rows = sum(tensor.shape[0] for tensor in tensors)
     width = tensors[0].shape[-1]
-    held = tensors[0].type in _PACKED
+    held = tensors[0].type in PACKED_TYPES
     row_bytes = tensors[0].nbytes // tensors[0].shape[0] if held else 2 * width
     data = memory.empty((rows, row_bytes), np.uint8)
     at = 0
     for tensor in tensors:
         count = tensor.shape[0]
-        if tensor.type in _PACKED:
+        if tensor.type in PACKED_TYPES:
             packed = np.ascontiguousarray(tensor.data).reshape(count, -1).view(np.uint8)
             memory.load(data[at : at + count], packed)
         else:

@@ -1,8 +1,8 @@
 """CUDA sources to modules, once each, and one way to launch what they export.
 
 CuPy's cache of compiled kernels knows a source by its text and options, not by the files it includes: a changed header
-would go unnoticed. So headers are pasted in, and the text is the whole truth. ``#line`` keeps the compiler's messages at the
-right place.
+would go unnoticed. So headers are pasted in, and the text is the whole truth. ``#line`` keeps the compiler's messages
+at the right place.
 """
 
 from __future__ import annotations
