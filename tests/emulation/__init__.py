@@ -4,8 +4,8 @@
     with emulation_mode(deferred=False, seed=7):
         kernel((tokens,), (256,), (x, gain, out, np.int32(width), np.float32(eps)))
 
-A kernel is called as a ``cupy.RawKernel`` is, with NumPy arrays (views with an offset too) in the place of CuPy's. It is
-stricter: the number of arguments and the size of each are compared with the signature, more than 48 KiB of dynamic
+A kernel is called as a ``cupy.RawKernel`` is, with NumPy arrays (views with an offset too) in the place of CuPy's. It
+is stricter: the number of arguments and the size of each are compared with the signature, more than 48 KiB of dynamic
 shared memory must have been allowed, and barriers or warp operations that not all threads reach are an error.
 """
 
@@ -142,7 +142,9 @@ class Kernel:
         grid, block = (tuple(int(n) for n in (*sizes, 1, 1)[:3]) for sizes in (grid, block))
         if min(*grid, *block) < 1 or max(grid[1:]) > 65535 or np.prod(block) > 1024:
             raise EmulationError(f"{self.name}: a GPU cannot launch grid {grid} of blocks {block}")
-        values = [self._value(number, arg, size) for number, (arg, size) in enumerate(zip(args, self._sizes))]
+        values = [
+            self._value(number, arg, size) for number, (arg, size) in enumerate(zip(args, self._sizes, strict=True))
+        ]
         addresses = (ctypes.c_void_p * max(1, len(values)))(*(ctypes.addressof(value) for value in values))
         error = self._launch(
             (ctypes.c_uint * 3)(*grid),
