@@ -3,13 +3,15 @@
     fake = FakeCupy(monkeypatch)            # ``import cupy`` now gives the stand-in
     ops = CupyOps()
 
-Kernels are the sources of ``kernels_cu``, run on the CPU by ``tests.emulation``. Arrays live in memory of their own that NumPy
-functions refuse. Streams are queues: work is done when its stream may and must do it, so that a missing event shows.
+Kernels are the sources of ``kernels_cu``, run on the CPU by ``tests.emulation``. Arrays live in memory of their own
+that NumPy functions refuse. Streams are queues: work is done when its stream may and must do it, so that a missing
+event shows.
 
 * ``copies="late"``: the copy stream does nothing until somebody waits for it; what it will write holds NaN until then.
 * ``compute="late"``: the same of the default stream, so that a copy which does not wait for compute runs too early.
 
-Memory that is given back is filled with NaN, in the order of its stream, as CuPy's pool would use it for something else.
+Memory that is given back is filled with NaN, in the order of its stream, as CuPy's pool would use it for something
+else.
 """
 
 from __future__ import annotations
@@ -142,6 +144,9 @@ class Array:
 
     def __iter__(self) -> Iterator[Array]:
         return (self[i] for i in range(len(self)))
+
+    def __deepcopy__(self, memo: Any) -> Array:
+        return self._elementwise(np.copy)
 
     def _view(self, view: np.ndarray) -> Array:
         assert np.may_share_memory(view, self._a) or not view.size, "this would be a copy, not a view"
@@ -414,7 +419,7 @@ class FakeCupy:
         if monkeypatch is not None:
             monkeypatch.setitem(sys.modules, "cupy", self.module)
 
-    # -- for the classes above ------------------------------------------------------------------------------------------
+    # -- for the classes above ---------------------------------------------------------------------------------------
 
     @property
     def current(self) -> Stream:
@@ -440,7 +445,7 @@ class FakeCupy:
         memory = Allocation(self, int(np.prod(shape)) * np.dtype(dtype).itemsize)
         return Array(self, memory.bytes.view(dtype).reshape(shape), memory)
 
-    # -- the package ----------------------------------------------------------------------------------------------------
+    # -- the package -------------------------------------------------------------------------------------------------
 
     def _module(self) -> types.ModuleType:
         capability, driver, runtime, devices, total = self._facts
