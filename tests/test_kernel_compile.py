@@ -1,0 +1,120 @@
+"""Every kernel through NVRTC for sm_80, sm_89 and sm_90: no spills, registers and shared memory within bounds, and the
+instructions that were meant. Needs no GPU and no driver, only NVIDIA's wheels (dependency group ``dev``)."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.util
+import os
+import re
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from tests.emulation import EXPORTED, SOURCES
+
+ARCHITECTURES = ("sm_80", "sm_89", "sm_90")
+SHARED_PER_BLOCK = {"sm_80": 163 << 10, "sm_89": 99 << 10, "sm_90": 227 << 10}  # the most that may be asked for
+RESERVED = 1024  # of which the system takes this much for itself, and -res-usage counts it
+
+TYPES = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
+SIXTEEN = ("f16", "bf16")
+TENSOR_CORES = {"f16": "HMMA.16816.F32", "bf16": "HMMA.16816.F32.BF16"}
+
+# source, macros, threads a block, dynamic shared bytes, registers that a thread may have, instructions that must be there
+Case = tuple[str, dict[str, object], int, int, int, tuple[str, ...]]
+
+
+def cases() -> list[Case]:
+    result: list[Case] = []
+    for source in ("compact.cu", "argmax.cu", "select_rows.cu"):
+        result.append((source, {}, 128 if source == "compact.cu" else 1024, 48 << 10, 64, ()))
+    for kind in SIXTEEN:
+        for source in ("rmsnorm.cu", "rope.cu", "swiglu.cu", "kv_append.cu", "unit_means.cu", "kv_blocks.cu"):
+            result.append((source, {"T": kind}, 256, 0, 40, ()))
+        for dh in (64, 128):
+            seen = (TENSOR_CORES[kind], "LDSM.16.M88.4", "LDGSTS.E.BYPASS.128")
+            attends = (*seen, "LDSM.16.MT88.4", "MUFU.EX2")
+            defines = {"T": kind, "DH": dh}
+            result.append(("block_scores.cu", defines, 128, 128 * dh + 16640, 96, seen))
+            result.append(("attention_decode.cu", defines, 128, 512 * dh, 128, attends))
+            for tile, stages, registers in ((128, 2, 255), (128, 1, 255), (64, 2, 168), (64, 1, 168)):
+                shared = 2 * dh * (tile + 128 * stages)
+                macros = {**defines, "TILE": tile, "STAGES": stages}
+                result.append(("attention_prefill.cu", macros, 128, shared, registers, attends))
+    for type_ in TYPES:
+        result.append(("embed.cu", {"TYPE": type_}, 128, 0, 64, ()))
+        for kind in SIXTEEN:
+            result.append(("dequantize.cu", {"TYPE": type_, "T": kind}, 128, 0, 64, ()))
+            for out in ("float", kind):
+                result.append(("gemv.cu", {"TYPE": type_, "T": kind, "OUT": out}, 128, 0, 64, ()))
+    return result
+
+
+CASES = cases()
+
+
+@functools.cache
+def toolchain() -> tuple[ctypes.CDLL, Path] | str:
+    """NVRTC and cuobjdump from the wheels, or why not."""
+    package = importlib.util.find_spec("nvidia")
+    for root in (package.submodule_search_locations or []) if package else []:
+        for libraries in Path(root).glob("*/lib"):
+            for path in sorted(libraries.glob("libnvrtc.so.*")):
+                tool = libraries.parent / "bin" / "cuobjdump"
+                if tool.exists() and tool.with_name("nvdisasm").exists():
+                    return ctypes.CDLL(str(path)), tool
+    return "compiling kernels needs the wheels nvidia-cuda-nvrtc, nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm"
+
+
+def compile_source(nvrtc: ctypes.CDLL, code: str, options: Sequence[str]) -> bytes:
+    """CUDA source -> cubin; fails the test with NVRTC's log, which holds warnings too."""
+    program, size = ctypes.c_void_p(), ctypes.c_size_t()
+    assert nvrtc.nvrtcCreateProgram(ctypes.byref(program), code.encode(), b"kernel.cu", 0, None, None) == 0
+    arguments = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
+    status = nvrtc.nvrtcCompileProgram(program, len(options), arguments)
+    nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+    log = ctypes.create_string_buffer(size.value)
+    nvrtc.nvrtcGetProgramLog(program, log)
+    assert status == 0 and not log.value.strip(), log.value.decode()
+    nvrtc.nvrtcGetCUBINSize(program, ctypes.byref(size))
+    cubin = ctypes.create_string_buffer(size.value)
+    nvrtc.nvrtcGetCUBIN(program, cubin)
+    nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+    return cubin.raw[: size.value]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join([case[0][:-3], *map(str, case[1].values())]))
+def test_compiles_within_its_resources(case: Case, architecture: str, tmp_path: Path) -> None:
+    tools = toolchain()
+    if isinstance(tools, str):
+        pytest.skip(tools)
+    nvrtc, cuobjdump = tools
+    source, defines, threads, shared, most_registers, instructions = case
+    code = (SOURCES / source).read_text()
+    options = [f"-arch={architecture}", "-std=c++17", f"-I{SOURCES}", *(f"-D{k}={v}" for k, v in defines.items())]
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(compile_source(nvrtc, code, options))
+    environment = {**os.environ, "PATH": f"{cuobjdump.parent}{os.pathsep}{os.environ.get('PATH', '')}"}
+
+    def dump(option: str) -> str:
+        return subprocess.run(
+            [cuobjdump, option, cubin], capture_output=True, text=True, check=True, env=environment
+        ).stdout
+
+    usage = re.findall(r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", dump("-res-usage"))
+    assert {name for name, *_ in usage} == set(EXPORTED.findall(code))
+    for name, *numbers in usage:
+        registers, stack, static, local = map(int, numbers)
+        assert stack == local == 0, f"{name} spills: {stack} bytes of stack, {local} local"
+        assert registers <= most_registers, name
+        assert -(-registers // 8) * 8 * threads <= 65536, f"{name}: the registers of a block exceed the processor's"
+        reserved = RESERVED if architecture == "sm_90" else 0
+        assert static + shared - reserved <= SHARED_PER_BLOCK[architecture], name
+    if instructions:
+        code = dump("-sass")
+        assert [wanted for wanted in instructions if wanted not in code] == []
