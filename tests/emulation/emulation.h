@@ -10,13 +10,10 @@
 // early is NaN).
 #pragma once
 
-#include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <random>
 #include <utility>
 #include <vector>
 
@@ -123,7 +120,7 @@ inline void switch_context(Context& from, Context& to) {
 inline void prepare(Context& context, char* stack, size_t size, void (*entry)()) {
     // Six saved registers, the address that `ret` takes, and the alignment that a called function expects.
     void** top = reinterpret_cast<void**>(stack + size) - 8;
-    std::fill(top, top + 8, nullptr);
+    std::memset(top, 0, 8 * sizeof(void*));
     top[6] = reinterpret_cast<void*>(entry);
     context.stack_pointer = top;
 }
@@ -219,7 +216,15 @@ inline void collective(Operation operation, void* operands) {
     for (int lane = 0; lane < warp.lanes; lane++) machine.fibers[warp.first + lane].state = State::ready;
 }
 
-static void run_block(std::mt19937& random, size_t shared_bytes) {
+struct Random {
+    uint64_t state;
+    unsigned below(unsigned limit) {  // the upper half of a linear congruential generator (Knuth's MMIX)
+        state = state * 6364136223846793005u + 1442695040888963407u;
+        return unsigned(state >> 33) % limit;
+    }
+};
+
+static void run_block(Random& random, size_t shared_bytes) {
     Machine& m = machine;
     const int threads = int(m.fibers.size());
     std::memset(m.shared, 0xff, shared_bytes);
@@ -234,7 +239,7 @@ static void run_block(std::mt19937& random, size_t shared_bytes) {
     std::vector<int> order(m.warps.size());
     for (size_t i = 0; i < order.size(); i++) order[i] = int(i);
     for (;;) {
-        std::shuffle(order.begin(), order.end(), random);
+        for (size_t i = order.size() - 1; i > 0; i--) std::swap(order[i], order[random.below(unsigned(i) + 1)]);
         int waiting = 0, done = 0;
         for (int number : order) {
             Warp& warp = m.warps[number];
@@ -281,8 +286,8 @@ inline const char* run_grid(dim3 grid, dim3 block, size_t shared_bytes, bool def
         fiber.warp = &warp;
     }
     m.grid_size = grid, m.block_size = block, m.deferred = deferred, m.body = body, m.error = nullptr;
-    m.shared = static_cast<char*>(std::aligned_alloc(16, std::max<size_t>(16, (shared_bytes + 15) / 16 * 16)));
-    std::mt19937 random(seed);
+    m.shared = static_cast<char*>(std::malloc(shared_bytes + !shared_bytes));
+    Random random{seed};
     for (unsigned z = 0; z < grid.z && !m.error; z++)
         for (unsigned y = 0; y < grid.y && !m.error; y++)
             for (unsigned x = 0; x < grid.x && !m.error; x++) {
