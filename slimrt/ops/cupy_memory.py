@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -108,6 +108,8 @@ class CupyMemory:
             self._copies = cupy.cuda.Stream(non_blocking=True, priority=-1)
         self._slabs = PinnedSlabs(cupy)
         self._under_way: deque[tuple[Fence, Pairs]] = deque()  # holds the arrays that copies touch
+        # Where a benchmark wants to know: pairs of events around copies, and around where compute waits for one.
+        self.observed: tuple[list[Any], list[Any]] | None = None
 
     @property
     def itemsize(self) -> int:
@@ -141,8 +143,9 @@ class CupyMemory:
                 with self._copies:
                     if after is not None:
                         self._copies.wait_event(after.event)
-                    for destination, source in pairs:
-                        self._queue(destination, source)
+                    with self._between(0, self._copies):
+                        for destination, source in pairs:
+                            self._queue(destination, source)
             except Exception as failure:
                 foreign = type(failure).__module__.split(".")[0] in ("cupy", "cupy_backends")
                 error = DeviceError(say_why(failure)) if foreign else failure
@@ -183,6 +186,23 @@ class CupyMemory:
         event.record(stream)
         return event
 
+    @contextmanager
+    def _between(self, kind: int, stream: Any) -> Iterator[None]:
+        """Note when ``stream`` comes to what is queued within, and when it has done it, if that is observed."""
+        if self.observed is None:
+            yield
+            return
+        begun, ended = (self._cupy.cuda.Event() for _ in range(2))
+        begun.record(stream)
+        yield
+        ended.record(stream)
+        self.observed[kind].append((begun, ended))
+
+    def total(self, pairs: Sequence[tuple[Any, Any]]) -> float:
+        """Seconds between the events of each of ``pairs``, in all; after ``finish``."""
+        with reported():
+            return sum(float(self._cupy.cuda.get_elapsed_time(*pair)) for pair in pairs) / 1e3
+
     def mark(self) -> Fence:
         """A fence that passes when compute has done all that was asked of it, and waited for, so far."""
         with reported():
@@ -190,7 +210,7 @@ class CupyMemory:
 
     def wait(self, fence: Fence) -> None:
         """What is computed from here on runs after ``fence``; raises what its copies raised."""
-        with reported():
+        with reported(), self._between(1, self._compute):
             self._compute.wait_event(fence.event)
         if fence.error is not None:
             raise fence.error
@@ -219,6 +239,16 @@ class CupyMemory:
         this returns."""
         with reported():
             destination.set(source)
+
+    def elapsed(self, work: Callable[[], object]) -> float:
+        """Seconds that the GPU spends on what ``work`` queues for compute."""
+        with reported():
+            begun, ended = (self._cupy.cuda.Event() for _ in range(2))
+            begun.record(self._compute)
+            work()
+            ended.record(self._compute)
+            ended.synchronize()
+            return float(self._cupy.cuda.get_elapsed_time(begun, ended)) / 1e3
 
     def close(self) -> None:
         """Wait for all copies and give back host memory that nobody uses."""
