@@ -234,7 +234,7 @@ class CupyOps(CupyMemory):
         blocks = -(-rows // per_block)
         scores = self.empty((blocks,), np.float32)
         strides = self._stride("score_blocks", q), self._stride("score_blocks", k)
-        shared = 192 * width + 4352
+        shared = 128 * width + 16640
         launch = self.kernels.launch
         if kind == "mean_qk":
             sums = self.empty((kv_heads, rows), np.float32)
