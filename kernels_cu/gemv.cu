@@ -2,15 +2,15 @@
 //
 //   weight [rows, row bytes] of TYPE, x [tokens, width] of T, bias [rows] float32 or null,
 //   residual [tokens, out_stride] float32 or null (it may be out), out [tokens, out_stride] of OUT
-//   grid (ceil(rows / 2), tokens), block 128. Static shared memory: 32 bytes.
+//   grid (ceil(rows / 4), tokens), block 128. Static shared memory: 64 bytes.
 //
-// Reading the weights is the work. A block takes 2 rows and shares their units of 32 weights among its threads, so that all
-// of a row is in flight at once; the two rows share what was read of x. A unit's dot product is scale * sum(q x) + shift *
+// Reading the weights is the work. A block takes 4 rows and shares their units of 32 weights among its threads, so that all
+// of a row is in flight at once; the rows share what was read of x. A unit's dot product is scale * sum(q x) + shift *
 // sum(x): two operations a weight after unpacking, in float32, and sum(x) is common to the rows.
 #include "quant.cuh"
 #include "reduce.cuh"
 
-constexpr int ROWS = 2;
+constexpr int ROWS = 4;
 
 // 16 values of x as float32.
 __device__ __forceinline__ void load_run(float (&run)[16], const T* x) {
@@ -25,26 +25,28 @@ extern "C" __global__ void __launch_bounds__(128)
 gemv(const byte* weight, const T* x, const float* bias, const float* residual, OUT* out, int rows, int width, int out_stride) {
     __shared__ float partial[ROWS][4];
     const int first_row = blockIdx.x * ROWS;
+    if (first_row >= rows) return;
     const long long row_bytes = (long long)(width / TYPE::VALUES) * TYPE::SIZE;
     const byte* row[ROWS];
-    for (int r = 0; r < ROWS; r++) row[r] = weight + min(first_row + r, rows - 1) * row_bytes;  // a last odd row twice
+    for (int r = 0; r < ROWS; r++) row[r] = weight + min(first_row + r, rows - 1) * row_bytes;  // rows past the end: the last again
     x += (long long)blockIdx.y * width;
 
     float dot[ROWS] = {};
     for (int i = threadIdx.x; i < width / 32; i += blockDim.x) {
         const int block = i / TYPE::UNITS, u = i % TYPE::UNITS;
-        Unit unit[ROWS];
-        for (int r = 0; r < ROWS; r++) unit[r] = TYPE::unit(row[r] + (long long)block * TYPE::SIZE, u);
-        for (int half = 0; half < 2; half++) {
-            float run[16], total = 0.0f, product[ROWS] = {};
-            load_run(run, x + block * TYPE::VALUES + (half ? TYPE::second(u) : TYPE::first(u)));
-            for (int j = 0; j < 16; j++) {
-                total += run[j];
-                for (int r = 0; r < ROWS; r++) product[r] = __fmaf_rn(unit[r].q[16 * half + j], run[j], product[r]);
-            }
-            for (int r = 0; r < ROWS; r++) {
-                dot[r] = __fmaf_rn(unit[r].scale[half], product[r], dot[r]);
-                dot[r] = __fmaf_rn(unit[r].shift[half], total, dot[r]);
+        float run[2][16], total[2] = {};
+        load_run(run[0], x + block * TYPE::VALUES + TYPE::first(u));
+        load_run(run[1], x + block * TYPE::VALUES + TYPE::second(u));
+        for (int half = 0; half < 2; half++)
+            for (int j = 0; j < 16; j++) total[half] += run[half][j];
+        for (int r = 0; r < ROWS; r++) {
+            const Unit unit = TYPE::unit<Raised>(row[r] + (long long)block * TYPE::SIZE, u);
+            for (int half = 0; half < 2; half++) {
+                float product = 0.0f;
+                for (int j = 0; j < 16; j++) product = __fmaf_rn(unit.q[16 * half + j], run[half][j], product);
+                if (TYPE::RAISES) product = Raised::lowered(product, total[half]);
+                dot[r] = __fmaf_rn(unit.scale[half], product, dot[r]);
+                dot[r] = __fmaf_rn(unit.shift[half], total[half], dot[r]);
             }
         }
     }

@@ -2,8 +2,8 @@
 // affine image of small numbers, w = scale * q + shift. What only wants weights (dequantise, embed) and what wants dot
 // products (GEMV: scale * sum(q x) + shift * sum(x)) read a type through the same function.
 //
-//   SIZE bytes hold VALUES weights in UNITS units; `unit(block, u)` unpacks unit u; its runs are weights `first(u)` and
-//   `second(u)` of the block, 16 from each on.
+//   SIZE bytes hold VALUES weights in UNITS units; `unit<AS>(block, u)` unpacks unit u; its runs are weights `first(u)` and
+//   `second(u)` of the block, 16 from each on. RAISES: q comes as AS says, else always exactly.
 //
 // The products are exact or rounded once, as in ggml: the weights are bit-equal to ggml's float32 ones.
 // Formats: ggml-common.h. Blocks of 18, 22, 34 and 210 bytes are aligned to 2 only, so bytes come in as alignment allows.
@@ -23,7 +23,8 @@ struct Unit {
 
 __device__ __forceinline__ float half_at(const byte* p) { return to_float(*reinterpret_cast<const f16*>(p)); }
 
-// 4 N bytes from an address that is a multiple of ALIGN.
+// 4 N bytes from an address that is a multiple of ALIGN. Where that is 2, every second address lies across words: whole
+// words are read all the same, the halves of two are put together, and the last half alone (nothing past the end).
 template <int N, int ALIGN>
 __device__ __forceinline__ void load_words(unsigned (&words)[N], const byte* p) {
     if constexpr (ALIGN == 16) {
@@ -31,26 +32,43 @@ __device__ __forceinline__ void load_words(unsigned (&words)[N], const byte* p) 
             const uint4 v = *reinterpret_cast<const uint4*>(p + 4 * i);
             words[i] = v.x, words[i + 1] = v.y, words[i + 2] = v.z, words[i + 3] = v.w;
         }
-    } else if constexpr (ALIGN == 4) {
-        for (int i = 0; i < N; i++) words[i] = *reinterpret_cast<const unsigned*>(p + 4 * i);
     } else {
-        const unsigned short* halves = reinterpret_cast<const unsigned short*>(p);
-        for (int i = 0; i < N; i++) words[i] = halves[2 * i] | unsigned(halves[2 * i + 1]) << 16;
+        const bool across = ALIGN == 2 && reinterpret_cast<unsigned long long>(p) % 4;
+        const unsigned* whole = reinterpret_cast<const unsigned*>(p - 2 * across);
+        for (int i = 0; i < N; i++) words[i] = whole[i];
+        if constexpr (ALIGN == 2) {
+            const unsigned last = *reinterpret_cast<const unsigned short*>(whole + (across ? N : 0));
+            const unsigned both = across ? 0x5432 : 0x3210;
+            for (int i = 0; i < N; i++) words[i] = __byte_perm(words[i], i + 1 < N ? words[i + 1] : last, both);
+        }
     }
 }
 
-// Byte k of a word as a float: laid under the exponent of 2^23, which is then taken off. A conversion has a quarter of
-// the rate.
-__device__ __forceinline__ float byte_value(unsigned word, int k) {
-    return __uint_as_float(__byte_perm(word, 0x4b000000, 0x7440 + k)) - 8388608.0f;
-}
+// How small numbers n below 128, each in a byte, become floats without a conversion, which has a quarter of the rate.
+// Exact: n, laid under the exponent of 2^23, which is then taken off. Raised: 1 + n / 128, which one byte permutation makes
+// of 128 + n; whoever multiplies and sums takes the ones off at the end.
+struct Exact {
+    static constexpr unsigned TOP = 0;
+    __device__ __forceinline__ static float value(unsigned word, int k) {
+        return __uint_as_float(__byte_perm(word, 0x4b000000, 0x7440 + k)) - 8388608.0f;
+    }
+};
+struct Raised {
+    static constexpr unsigned TOP = 0x80808080;
+    __device__ __forceinline__ static float value(unsigned word, int k) {
+        return __uint_as_float(__byte_perm(word, 0x3f000000, 0x7044 + 256 * k));
+    }
+    // sum(n x) from sum((1 + n / 128) x) and sum(x)
+    __device__ __forceinline__ static float lowered(float product, float total) { return 128.0f * (product - total); }
+};
 
 // 16 bytes of nibbles -> q[0..15] from the low and q[16..31] from the high ones; `low` and `high` are or'ed in.
+template <typename AS>
 __device__ __forceinline__ void spread_nibbles(float (&q)[32], const unsigned (&packed)[4], const unsigned (&low)[4],
                                                const unsigned (&high)[4]) {
     for (int i = 0; i < 4; i++) {
-        const unsigned a = (packed[i] & 0x0f0f0f0f) | low[i], b = (packed[i] >> 4 & 0x0f0f0f0f) | high[i];
-        for (int k = 0; k < 4; k++) q[4 * i + k] = byte_value(a, k), q[16 + 4 * i + k] = byte_value(b, k);
+        const unsigned a = (packed[i] & 0x0f0f0f0f) | low[i] | AS::TOP, b = (packed[i] >> 4 & 0x0f0f0f0f) | high[i] | AS::TOP;
+        for (int k = 0; k < 4; k++) q[4 * i + k] = AS::value(a, k), q[16 + 4 * i + k] = AS::value(b, k);
     }
 }
 
@@ -78,6 +96,8 @@ struct Super {
 template <typename VALUE, int BYTES>
 struct Plain : Simple {
     static constexpr int SIZE = 32 * BYTES;
+    static constexpr bool RAISES = false;
+    template <typename AS>
     __device__ __forceinline__ static Unit unit(const byte* block, int) {
         Unit result;
         unsigned words[8 * BYTES];
@@ -99,6 +119,8 @@ template <bool MINIMUM, bool FIFTH>
 struct Nibbles : Simple {
     static constexpr int BITS_AT = MINIMUM ? 4 : 2, PACKED_AT = BITS_AT + (FIFTH ? 4 : 0), SIZE = PACKED_AT + 16;
     static constexpr int ALIGN = SIZE % 4 ? 2 : 4;
+    static constexpr bool RAISES = true;
+    template <typename AS>
     __device__ __forceinline__ static Unit unit(const byte* block, int) {
         Unit result;
         unsigned packed[4], low[4] = {}, high[4] = {}, bits[1];
@@ -107,7 +129,7 @@ struct Nibbles : Simple {
             load_words<1, ALIGN>(bits, block + BITS_AT);
             for (int i = 0; i < 4; i++) low[i] = fifth_bits(bits[0], i), high[i] = fifth_bits(bits[0], 4 + i);
         }
-        spread_nibbles(result.q, packed, low, high);
+        spread_nibbles<AS>(result.q, packed, low, high);
         const float scale = half_at(block);
         result.scale[0] = result.scale[1] = scale;
         result.shift[0] = result.shift[1] = MINIMUM ? half_at(block + 2) : (FIFTH ? -16.0f : -8.0f) * scale;
@@ -121,11 +143,13 @@ struct Q5_1 : Nibbles<true, true> {};
 
 struct Q8_0 : Simple {
     static constexpr int SIZE = 34;
+    static constexpr bool RAISES = false;
+    template <typename AS>
     __device__ __forceinline__ static Unit unit(const byte* block, int) {
         Unit result;
         unsigned packed[8];
         load_words<8, 2>(packed, block + 2);
-        for (int i = 0; i < 32; i++) result.q[i] = byte_value(packed[i / 4] ^ 0x80808080, i % 4);  // -128 becomes 0
+        for (int i = 0; i < 32; i++) result.q[i] = Exact::value(packed[i / 4] ^ 0x80808080, i % 4);  // -128 becomes 0
         const float scale = half_at(block);
         result.scale[0] = result.scale[1] = scale, result.shift[0] = result.shift[1] = -128.0f * scale;
         return result;
@@ -137,6 +161,8 @@ struct Q8_0 : Simple {
 template <bool FIFTH>
 struct Scaled : Super {
     static constexpr int PACKED_AT = FIFTH ? 48 : 16, SIZE = PACKED_AT + 128;
+    static constexpr bool RAISES = true;
+    template <typename AS>
     __device__ __forceinline__ static Unit unit(const byte* block, int u) {
         Unit result;
         unsigned packed[4], low[4] = {}, high[4] = {}, tops[4];
@@ -148,14 +174,21 @@ struct Scaled : Super {
                 high[i] = (tops[i] >> (2 * (u / 2) + 1) & 0x01010101) << 4;
             }
         }
-        spread_nibbles(result.q, packed, low, high);
-        const float scale = half_at(block), minimum = half_at(block + 2);
-        const byte* six = block + 4;
+        spread_nibbles<AS>(result.q, packed, low, high);
+        // Two neighbouring sub-blocks of 32 weights, so two scales and two minima, each pair in two bytes: of the first four
+        // sub-blocks the low 6 bits, of the others 4 bits elsewhere and the top 2 bits of the first four.
+        unsigned head[4];
+        load_words<4, 16>(head, block);
+        const int down = 16 * (u / 2 % 2);
+        const unsigned a = head[1] >> down, b = head[2] >> down, c = head[3] >> down;
+        const bool early = u < 4;
+        const unsigned scales = early ? a & 0x3f3f : (c & 0x0f0f) | (a >> 2 & 0x3030);
+        const unsigned minima = early ? b & 0x3f3f : (c >> 4 & 0x0f0f) | (b >> 2 & 0x3030);
+        const float scale = to_float(f16{static_cast<unsigned short>(head[0])});
+        const float minimum = to_float(f16{static_cast<unsigned short>(head[0] >> 16)});
         for (int i = 0; i < 2; i++) {
-            const int sub = 2 * (u / 2) + i;  // of 32 weights
-            const int s = sub < 4 ? six[sub] & 63 : (six[sub + 4] & 15) | (six[sub - 4] >> 6) << 4;
-            const int m = sub < 4 ? six[sub + 4] & 63 : six[sub + 4] >> 4 | (six[sub] >> 6) << 4;
-            result.scale[i] = scale * s, result.shift[i] = -minimum * m;
+            result.scale[i] = scale * Exact::value(scales, i);
+            result.shift[i] = -minimum * Exact::value(minima, i);
         }
         return result;
     }
@@ -167,8 +200,10 @@ struct Q5_K : Scaled<true> {};
 // The low and the high nibbles of a byte are 64 weights apart here.
 struct Q6_K : Super {
     static constexpr int SIZE = 210;
+    static constexpr bool RAISES = true;
     __device__ static int first(int u) { return 128 * (u / 4) + 16 * (u % 4); }
     __device__ static int second(int u) { return first(u) + 64; }
+    template <typename AS>
     __device__ __forceinline__ static Unit unit(const byte* block, int u) {
         Unit result;
         unsigned packed[4], low[4], high[4], tops[4];
@@ -179,7 +214,7 @@ struct Q6_K : Super {
             low[i] = (tops[i] >> at & 0x03030303) << 4;
             high[i] = (tops[i] >> (at + 4) & 0x03030303) << 4;
         }
-        spread_nibbles(result.q, packed, low, high);
+        spread_nibbles<AS>(result.q, packed, low, high);
         const signed char* scales = reinterpret_cast<const signed char*>(block + 192);
         const float scale = half_at(block + 208);
         for (int i = 0; i < 2; i++) {

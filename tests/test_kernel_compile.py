@@ -50,7 +50,7 @@ def cases() -> list[Case]:
         for kind in SIXTEEN if type_ in ("BF16", "Q4_0", "Q6_K") else ("f16",):
             result.append(("dequantize.cu", {"TYPE": type_, "T": kind}, 128, 0, 64, ()))
             for out in ("float", kind):
-                result.append(("gemv.cu", {"TYPE": type_, "T": kind, "OUT": out}, 128, 0, 64, ()))
+                result.append(("gemv.cu", {"TYPE": type_, "T": kind, "OUT": out}, 128, 0, 80, ()))
     return result
 
 

@@ -511,6 +511,10 @@ template <bool TRANSPOSED>
 void load_matrices(void** lanes) {
     for (int matrix = 0; matrix < 4; matrix++) {
         unsigned short values[8][8];
+        unsigned banks = 0;  // groups of four, 16 bytes: the eight rows must lie in different ones, or they come in turn
+        for (int row = 0; row < 8; row++)
+            banks |= 1u << reinterpret_cast<uintptr_t>(static_cast<Matrices*>(lanes[8 * matrix + row])->row) / 16 % 8;
+        if (banks != 255) fail("ldmatrix: rows of one matrix lie in the same banks");
         for (int row = 0; row < 8; row++)
             std::memcpy(values[row], static_cast<Matrices*>(lanes[8 * matrix + row])->row, 16);
         for (int lane = 0; lane < 32; lane++) {
