@@ -73,16 +73,18 @@ __device__ __forceinline__ float quad_sum(float x) {
 }
 
 // One step of the running softmax of a row pair (rows g and g + 8 of 16): `scores` [N][4] raw products become weights
-// 2^(scaled - peak), `mixed` and `total` shrink to the new peak. The scale with log2(e) is folded into the exponent.
+// 2^(scaled - peak), `mixed` and `total` shrink to the new peak. The scale with log2(e) is folded into the exponent. Peaks
+// soon stop moving: where none of the warp's did, the multiplications by one are left out.
 template <int N>
 __device__ __forceinline__ void softmax_step(float (&scores)[N][4], float (&mixed)[DH / 8][4], float (&peak)[2], float (&total)[2]) {
+    float shrink[2];
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         float highest = -FLOAT_INFINITY;
 #pragma unroll
         for (int n = 0; n < N; n++) highest = fmaxf(highest, fmaxf(scores[n][2 * half], scores[n][2 * half + 1]));
         const float higher = fmaxf(peak[half], quad_max(highest) * (SCALE * LOG2_E));
-        const float shrink = exp2_fast(peak[half] - higher);
+        shrink[half] = exp2_fast(peak[half] - higher);
         peak[half] = higher;
         float sum = 0.0f;
 #pragma unroll
@@ -92,9 +94,13 @@ __device__ __forceinline__ void softmax_step(float (&scores)[N][4], float (&mixe
                 scores[n][i] = exp2_fast(__fmaf_rn(scores[n][i], SCALE * LOG2_E, -higher));
                 sum += scores[n][i];
             }
-        total[half] = total[half] * shrink + sum;
+        total[half] = total[half] * shrink[half] + sum;
+    }
+    if (__any_sync(FULL_WARP, shrink[0] != 1.0f || shrink[1] != 1.0f)) {
 #pragma unroll
-        for (int d = 0; d < DH / 8; d++) mixed[d][2 * half] *= shrink, mixed[d][2 * half + 1] *= shrink;
+        for (int d = 0; d < DH / 8; d++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) mixed[d][i] *= shrink[i / 2];
     }
 }
 

@@ -30,6 +30,7 @@ __device__ __forceinline__ void multiply(float* products, const T* tile, const T
         const int r = first + lane / 4 + 8 * i;
         row[i] = r < rows ? q + (long long)(r / group) * q_stride + r % group * DH : nullptr;
     }
+    __syncwarp();  // the lanes have read what lies in `products`, and are together again for the tensor cores
     float sums[KEYS / 8][4] = {};
 #pragma unroll
     for (int c = 0; c < DH / 16; c++) {
@@ -42,7 +43,6 @@ __device__ __forceinline__ void multiply(float* products, const T* tile, const T
             mma_m16n8k16<T>(sums[2 * n + 1], a, b[2], b[3]);
         }
     }
-    __syncwarp();  // what the warp left there has been read
 #pragma unroll
     for (int n = 0; n < KEYS / 8; n++)
 #pragma unroll

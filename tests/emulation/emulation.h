@@ -401,6 +401,8 @@ inline unsigned __ballot_sync(unsigned, int predicate) {
     return mine.result;
 }
 
+inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
+
 // -- the twins of ptx.cuh -------------------------------------------------------------------------------------------------------
 
 #define SLIMRT_PTX_CUH
