@@ -40,7 +40,7 @@ def cases() -> list[Case]:
             attends = (*seen, "LDSM.16.MT88.4", "MUFU.EX2")
             defines = {"T": kind, "DH": dh}
             result.append(("block_scores.cu", defines, 128, 128 * dh + 16640, 96, seen))
-            result.append(("attention_decode.cu", defines, 128, 512 * dh, 144, attends))
+            result.append(("attention_decode.cu", defines, 128, 512 * dh, 168, attends))
             for tile, stages, registers in ((128, 2, 255), (128, 1, 255), (64, 2, 168), (64, 1, 168)):
                 shared = 2 * dh * (tile + 128 * stages)
                 macros = {**defines, "TILE": tile, "STAGES": stages}
@@ -50,7 +50,7 @@ def cases() -> list[Case]:
         for kind in SIXTEEN if type_ in ("BF16", "Q4_0", "Q6_K") else ("f16",):
             result.append(("dequantize.cu", {"TYPE": type_, "T": kind}, 128, 0, 64, ()))
             for out in ("float", kind):
-                result.append(("gemv.cu", {"TYPE": type_, "T": kind, "OUT": out}, 128, 0, 80, ()))
+                result.append(("gemv.cu", {"TYPE": type_, "T": kind, "OUT": out}, 128, 0, 96, ()))
     return result
 
 
