@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,6 @@ import pytest
 
 from tests.emulation import SOURCES, EmulationError, compiled, compiler, emulated, emulation_mode
 from tests.kernel_cases import Array, full, half, needs_compiler, noise
-from tests.ptx_cases import PROBE, check_ptx
 
 pytestmark = needs_compiler
 
@@ -126,16 +124,29 @@ def test_launches_are_held_against_the_signature() -> None:
         emulated("rmsnorm.cu", {"T": "f16"}).kernel("norm")
 
 
-@pytest.mark.parametrize("kind", ["f16", "bf16"])
-@pytest.mark.parametrize("deferred", [True, False])
-def test_the_twins_do_what_the_instructions_do(kind: str, deferred: bool) -> None:
-    module = compiled(PROBE.read_text(), {"T": kind})
-
-    def launch(name: str, args: Sequence[Array | np.generic], shared: int) -> None:
-        module.kernel(name)((1,), (32,), args, shared_mem=shared)
-
-    with emulation_mode(deferred=deferred):
-        check_ptx(launch, kind)
+def test_sixteen_bit_conversions_are_numpys() -> None:
+    """The twins of the conversions, over every half and around every rounding."""
+    code = """
+    #include "ptx.cuh"
+    extern "C" __global__ void convert(const T* in, float* out, const float* in2, T* out2, int count, int count2) {
+        for (int i = threadIdx.x; i < count; i += blockDim.x) out[i] = to_float(in[i]);
+        for (int i = threadIdx.x; i < count2; i += blockDim.x) out2[i] = from_float<T>(in2[i]);
+    }
+    """
+    every = np.arange(65536, dtype=np.uint16)
+    edges = (
+        np.arange(0, 2**32, 2**13, dtype=np.uint64)[:, None] + np.array([0, 1, 2**12, 2**13 - 1], np.uint64)
+    ) % 2**32
+    floats = edges.astype(np.uint32).reshape(-1).view(np.float32)
+    with np.errstate(all="ignore"):
+        for kind, halves in (("f16", every.view(np.float16)), ("bf16", every)):
+            out, narrow = np.empty(65536, np.float32), np.empty(floats.shape, np.uint16)
+            sizes = (np.int32(65536), np.int32(floats.size))
+            compiled(code, {"T": kind}).kernel("convert")((1,), (32,), (halves, out, floats, narrow, *sizes))
+            assert np.array_equal(out, full(halves), equal_nan=True)
+            expected, numbers = half(floats, kind).view(np.uint16), ~np.isnan(floats)
+            assert np.array_equal(narrow[numbers], expected[numbers])
+            assert np.isnan(full(narrow.view(halves.dtype))[~numbers]).all()
 
 
 def test_rows_in_the_same_banks_are_refused() -> None:
