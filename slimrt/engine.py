@@ -11,6 +11,7 @@ import numpy as np
 
 from slimrt.boundary import BoundaryStates
 from slimrt.config import CacheConfig, PrunePlan
+from slimrt.decode_graph import CapturedDecode
 from slimrt.errors import ComputeError
 from slimrt.kv_blocks import reserve_host_memory
 from slimrt.kv_cache import Cache, KVCache
@@ -69,9 +70,14 @@ class Context:
 class Engine:
     """One model on one backend. It holds no conversation: the context is an argument."""
 
-    def __init__(self, model: Llama, ops: Any, cache: CacheConfig | None = None) -> None:
+    def __init__(self, model: Llama, ops: Any, cache: CacheConfig | None = None, *, graphs: bool = True) -> None:
+        """``graphs`` False: decode launches kernel by kernel also where the backend can capture them (to debug)."""
         self.model, self.ops, self.config, self.cache_config = model, ops, model.config, cache
-        if cache is not None and cache.budget is not None and cache.ctx > cache.budget:
+        self._captured: CapturedDecode | None = None
+        if cache is None or cache.budget is None:
+            # Under a budget the host chooses blocks within the pass, so there is no graph of it.
+            self._captured = CapturedDecode(model, ops) if graphs and ops.captures else None
+        elif cache.ctx > cache.budget:
             reserve_host_memory(ops, cache, model.config)
 
     def new_context(self, boundary_layer: int | None = None) -> Context:
@@ -109,6 +115,8 @@ class Engine:
 
         ``exact`` False lets a single token read the rows within the cache's budget only.
         """
+        if self._captured is not None and len(ids) == 1 and not (cuts or trace) and self._captured.takes(context):
+            return self._captured.step(context, int(ids[0])), ()
         model, ops, cache = self.model, self.ops, context.cache
         positions = np.arange(context.length, context.length + len(ids))
         cut_at = {cut.layer: cut for cut in cuts}

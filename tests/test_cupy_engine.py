@@ -116,6 +116,35 @@ def test_pruned_prefill_and_a_second_question(monkeypatch: pytest.MonkeyPatch, t
     assert np.abs(np.array(found["cuda"]) - found["true"]).max() <= SLACK * unit
 
 
+@pytest.mark.parametrize("late", [False, True])
+def test_decode_by_captured_graphs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, late: bool) -> None:
+    """A pruned conversation, its layers of different lengths, past several captures; then a second question."""
+    monkeypatch.setattr("slimrt.decode_graph._ROOM", 5)
+    monkeypatch.setattr("slimrt.kv_cache._GROWTH", 3)
+    fake = FakeCupy(monkeypatch, **({"copies": "late", "compute": "late"} if late else {}))  # type: ignore[arg-type]
+    file = tiny(tmp_path, n_layers=3, type="Q4_0")
+    plan = PrunePlan((Stage(0, 0.5), Stage(1, 48)), block=16, query_window=8)
+    document = ids(file, 120)
+    found: dict[str, list[np.ndarray]] = {}
+    launches: dict[str, int] = {}
+    for kind, ops, graphs in (
+        ("true", NumpyOps(1), True), ("half", HalfOps(), True), ("plain", CupyOps(), False), ("graph", CupyOps(), True),
+    ):  # fmt: skip
+        session = Session(Engine(build(read_config(file), file, ops), ops, graphs=graphs), 512)
+        found[kind] = []
+        for question in (document, document + ids(file, 9, 3)):
+            session.prefill(question, plan)
+            before = len(fake.launches)
+            for token in ids(file, 12, 5):
+                session.extend([token])
+                found[kind].append(session.logits)  # type: ignore[arg-type]
+            launches[kind] = len(fake.launches) - before
+    unit = np.abs(np.array(found["half"]) - found["true"]).max()
+    for kind in ("plain", "graph"):
+        assert np.abs(np.array(found[kind]) - found["true"]).max() <= SLACK * unit, kind
+    assert launches["graph"] < launches["plain"] / 2  # the kernels of a replay are not launched one by one
+
+
 def test_a_plan_that_keeps_all_is_the_dense_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     FakeCupy(monkeypatch)
     file = tiny(tmp_path, type="Q4_0")

@@ -48,6 +48,11 @@ class Fence:
         with reported():
             return bool(self.event.done)
 
+    def synchronize(self) -> None:
+        """Return when the point has been passed."""
+        with reported():
+            self.event.synchronize()
+
 
 class PinnedSlabs:
     """Page-locked host memory in slabs of exact size, used again and never given back before ``close``.

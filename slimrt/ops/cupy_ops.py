@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
+from slimrt.config import ModelConfig
 from slimrt.errors import DeviceError
 from slimrt.gguf import TensorInfo
 from slimrt.ops.cuda_device import CudaDevice, load_cupy, probe
@@ -25,6 +27,7 @@ from slimrt.quants import dequantize
 __all__ = ["HEAD_WIDTHS", "ROW_CHUNK", "CupyOps"]
 
 Array = Any  # of CuPy
+Result = TypeVar("Result")
 
 HEAD_WIDTHS = (64, 128)  # that the attention kernels are made for
 ROW_CHUNK = 4096  # rows that pass the feed-forward together: bounded scratch, products large enough for any GPU
@@ -33,11 +36,28 @@ _MAX_GROUP = 16  # query heads of one KV head that the decode kernel takes
 _SPLIT_KEYS = 256  # that one block of the decode kernel should have at least
 
 
+@dataclass(frozen=True)
+class Captured(Generic[Result]):
+    """A recorded graph; ``result`` lies in memory of ``pool``, which is the graph's as long as it lives."""
+
+    graph: Any
+    stream: Any
+    pool: Any
+    result: Result
+
+    def launch(self) -> Result:
+        """Queue it; the result is valid until the next launch."""
+        with reported():
+            self.graph.launch(self.stream)
+        return self.result
+
+
 class CupyOps(CupyMemory):
     """Compute and memory operations on one GPU. Raises DeviceError, here and everywhere, with the remedy."""
 
     name = "cuda"
     whole_rows = ROW_CHUNK  # up to so many rows pass a layer in one piece
+    captures = True  # a graph of kernels can be recorded, and launched as one
 
     def __init__(self, device: CudaDevice | None = None) -> None:
         self.device = device or probe()
@@ -80,6 +100,26 @@ class CupyOps(CupyMemory):
         size = max(1, -(-count // chunks))
         for lo in range(0, max(1, count), size):
             task(slice(lo, min(lo + size, count)))
+
+    def capture(self, task: Callable[[], Result]) -> Captured[Result]:
+        """A graph of what ``task`` queues. It is run twice: once at once, which compiles its kernels and fills a pool
+        of memory that is the graph's own, and once to be recorded. It must not multiply matrices by cuBLAS."""
+        cuda = self._cupy.cuda
+        pool, stream, ready = cuda.MemoryPool(), cuda.Stream(), self.mark()
+        with reported(), cuda.using_allocator(pool.malloc), stream:
+            stream.wait_event(ready.event)
+            task()
+            stream.synchronize()
+            stream.begin_capture()
+            try:
+                result = task()
+            finally:
+                graph = stream.end_capture()
+        return Captured(graph, self._compute, pool, result)
+
+    def attends_alone(self, config: ModelConfig) -> bool:
+        """Whether ``attend_one`` takes a model of these sizes."""
+        return config.n_heads // config.n_kv_heads <= _MAX_GROUP
 
     # -- compute ----------------------------------------------------------------------------------------------------
 
@@ -134,7 +174,7 @@ class CupyOps(CupyMemory):
         for part in weight.parts:
             columns = slice(at, at + part.rows)
             self.kernels.launch(
-                "gemv", "gemv", (-(-part.rows // 2), len(x)), 128,
+                "gemv", "gemv", (-(-part.rows // 4), len(x)), 128,
                 part.data, x, None if bias is None else bias[columns],
                 None if residual is None else residual[:, columns], out[:, columns], part.rows, width, stride,
                 TYPE=part.type, T="f16", OUT=kind,

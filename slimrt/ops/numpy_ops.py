@@ -62,6 +62,7 @@ class NumpyOps(NumpyMemory):
 
     name = "numpy"
     whole_rows = 1  # up to so many rows pass a layer in one piece
+    captures = False  # there is nothing to record: a call is the work
 
     def __init__(self, threads: int | None = None, *, packed: bool = False) -> None:
         super().__init__()
