@@ -40,7 +40,6 @@ class CapturedDecode:
         self._sent: Any = None  # the fence after which ``_host`` may be written again
         self._stores: list[Array] = []
         self._graph: Any = None
-        self._at_boundary: Array = None
 
     def takes(self, context: Context) -> bool:
         """Whether the context is one that this is for: all rows resident, each layer's at a fixed place."""
@@ -61,7 +60,7 @@ class CapturedDecode:
             self._stores = stores
         states = self._graph.launch()
         if boundary is not None:
-            boundary.append(self._ops.to_host(states[boundary.layer]))
+            boundary.append(self._ops.copied(states[boundary.layer]))
         for layer in layers:
             cache.appended(layer, np.array([context.length]))
         context.length += 1

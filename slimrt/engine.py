@@ -133,7 +133,7 @@ class Engine:
                 x, q = x[len(x) - wanted :], q[len(q) - wanted :]
             x = self._project(layer, x, ops.attend(q, keys, values))
             if context.boundary is not None and number == context.boundary.layer:
-                context.boundary.append(ops.to_host(x))
+                context.boundary.append(x)
                 if cuts:
                     cache.clear(number + 1)
                 if cuts and context.boundary.length > len(x):

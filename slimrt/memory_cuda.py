@@ -30,9 +30,10 @@ class CudaPlan:
 
     ``weights``: packed as in the file. ``unpacked``: one layer of them in float16, while a prompt is read. ``kv``: keys
     and values on the device, all or (under a budget) the resident ones with the means of units; ``ring``: the staging
-    slots of a budget. ``rows``: what a prompt's tokens hold while they pass a layer; ``scratch``: what the rows that
-    pass the feed-forward together take besides. ``context``: CUDA itself. ``host``: page-locked host memory for keys
-    and values. ``available``: free memory of the device.
+    slots of a budget. ``boundary``: the hidden states that a pruned prompt leaves for further questions. ``rows``: what
+    a prompt's tokens hold while they pass a layer; ``scratch``: what the rows that pass the feed-forward together take
+    besides. ``context``: CUDA itself. ``host``: page-locked host memory for keys and values. ``available``: free memory
+    of the device.
     """
 
     ctx: int
@@ -40,6 +41,7 @@ class CudaPlan:
     unpacked: int
     kv: int
     ring: int
+    boundary: int
     rows: int
     scratch: int
     context: int
@@ -49,7 +51,7 @@ class CudaPlan:
     @property
     def total(self) -> int:
         """Bytes of the device."""
-        parts = self.weights + self.unpacked + self.kv + self.ring + self.rows + self.scratch
+        parts = self.weights + self.unpacked + self.kv + self.ring + self.boundary + self.rows + self.scratch
         return self.context + int(parts * _SLACK)
 
     def fits(self) -> bool:
@@ -63,6 +65,7 @@ class CudaPlan:
             MemoryRow("one layer unpacked", self.unpacked, "float16, while a prompt is read"),
             MemoryRow("KV cache", self.kv, f"{self.ctx} tokens" if not self.host else "what the budget keeps resident"),
             MemoryRow("staging slots", self.ring, "through which the other keys and values pass"),
+            MemoryRow("hidden states", self.boundary, "of a pruned prompt, for further questions"),
             MemoryRow("rows", self.rows, "of a prompt of the whole context, within a layer"),
             MemoryRow("scratch", self.scratch, f"of {min(self.ctx, ROW_CHUNK)} rows in the feed-forward"),
             MemoryRow("CUDA", self.context, "context, modules, cuBLAS"),
@@ -72,7 +75,7 @@ class CudaPlan:
 
     def refusal(self, room: int) -> str:
         """Why this plan cannot be carried out, in one line; ``room``: the largest context that fits, 0 if none does."""
-        gib = {name: getattr(self, name) / 2**30 for name in ("weights", "kv", "ring", "rows", "scratch")}
+        gib = {name: getattr(self, name) / 2**30 for name in ("weights", "kv", "ring", "boundary", "rows", "scratch")}
         parts = ", ".join(f"{name} {size:.1f}" for name, size in gib.items())
         if room:
             remedy = f"a context of {room} fits (ctx={room}, --ctx {room})"
@@ -115,6 +118,7 @@ def plan(config: ModelConfig, weights: int, cache: CacheConfig, available: int) 
         unpacked=_HALF * c.d_model * (2 * q + 2 * kv + 3 * c.d_ff),
         kv=resident,
         ring=ring,
+        boundary=tokens * x,
         rows=rows,
         scratch=chunk * max(feed_forward, joint) + _FLOAT * c.vocab_size,
         context=_CONTEXT,

@@ -350,12 +350,14 @@ class RawModule:
         self.code, self.options = code, tuple(options)
         self._defines = dict(option[2:].split("=", 1) for option in options if option.startswith("-D"))
 
-    def get_function(self, name: str) -> RawKernel:
+    def compile(self) -> None:
         try:
-            module = emulation.compiled(self.code, self._defines)
-            return RawKernel(name, module.kernel(name))
+            self._module = emulation.compiled(self.code, self._defines)
         except emulation.EmulationError as error:
             raise CompileException(str(error)) from error
+
+    def get_function(self, name: str) -> RawKernel:
+        return RawKernel(name, self._module.kernel(name))
 
 
 class RawKernel:
@@ -385,7 +387,8 @@ class MemoryPool:
 
 class FakeCupy:
     """One GPU. ``room``: bytes of its memory that may be used; ``pinnable``: the same of host memory; ``fail_at``: the
-    copy of that number is refused; ``lost``: what every call raises from when it is set."""
+    copy of that number is refused; ``lost``: what every call raises from when it is set; ``without``: a library that is
+    missing."""
 
     running: FakeCupy
 
@@ -403,6 +406,7 @@ class FakeCupy:
         runtime: int = 13000,
         devices: int = 1,
         total: int = 80 << 30,
+        without: str = "",
     ) -> None:
         self.copies, self.compute, self.room, self.pinnable, self.fail_at = copies, compute, room, pinnable, fail_at
         self.lost: str | None = None
@@ -418,6 +422,9 @@ class FakeCupy:
         self.module = self._module()
         if monkeypatch is not None:
             monkeypatch.setitem(sys.modules, "cupy", self.module)
+            for name in ("cublas", "nvrtc"):
+                library = types.ModuleType(name) if name != without else None  # None: importing it raises ImportError
+                monkeypatch.setitem(sys.modules, f"cupy_backends.cuda.libs.{name}", library)  # type: ignore[arg-type]
 
     # -- for the classes above ---------------------------------------------------------------------------------------
 

@@ -39,6 +39,7 @@ class Hidden:
     ("facts", "said"),
     [
         ({"driver": 0}, "no NVIDIA driver"),
+        ({"without": "cublas"}, r"CuPy finds no cublas of CUDA 13.0 .*slimrt\[cuda13\]"),
         ({"driver": 12040, "runtime": 13000}, r"driver supports CUDA 12.4, this CuPy needs 13.0.*slimrt\[cuda12\]"),
         ({"devices": 0}, "CUDA finds no GPU"),
         ({"capability": (7, 5)}, r"compute capability 7\.5, the kernels need 8\.0"),
@@ -142,6 +143,7 @@ def test_128k_tokens_of_an_8b_model_fit_into_24_gib() -> None:
     assert result.kv == 32 * 4096 * 4096 + means
     x, q, qkv = 4 * 4096, 2 * 4096, 2 * 6144
     assert result.rows == n * (2 * x + q + qkv + 4 * 128)
+    assert result.boundary == n * 4 * 4096
     assert result.host == 32 * n * 4096 == 16 * GIB
     assert result.fits() and result.total < 21 * GIB
     # Without a budget the keys and values alone take 16 GiB.
@@ -153,7 +155,7 @@ def test_128k_tokens_of_an_8b_model_fit_into_24_gib() -> None:
     room = memory_cuda.largest_context(LLAMA_8B, weights_8b(2), cache, 24 * GIB)
     assert 0 < room < 131072 and f"a context of {room} fits" in half.refusal(room)
     assert plan(LLAMA_8B, weights_8b(2), CacheConfig(room, 4096), 24 * GIB).fits()
-    assert sum(row.nbytes for row in result.table()[:6]) <= result.table()[7].nbytes == result.total
+    assert sum(row.nbytes for row in result.table()[:7]) <= result.table()[8].nbytes == result.total
 
 
 def test_the_plan_bounds_what_a_prompt_takes(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:

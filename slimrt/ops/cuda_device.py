@@ -91,6 +91,14 @@ def probe() -> CudaDevice:
             f"{name} has compute capability {capability[0]}.{capability[1]}, the kernels need "
             f"{MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]} (Ampere, 2020) or later; use another GPU, {_REMEDY}"
         )
+    for library in ("cublas", "nvrtc"):
+        try:
+            import_module(f"cupy_backends.cuda.libs.{library}")
+        except ImportError as error:
+            raise DeviceError(
+                f"CuPy finds no {library} of CUDA {_version(built)} ({_first_line(error)}); pip install "
+                f"'slimrt[cuda{built // 1000}]' brings it, {_REMEDY}"
+            ) from error
     free, total = _asked("its free memory", runtime.memGetInfo)  # the first call that needs the device to work
     return CudaDevice(
         name=name,

@@ -123,6 +123,7 @@ class CupyMemory:
 
     def empty(self, shape: tuple[int, ...], dtype: Any = None) -> Array:
         """Uninitialised memory on the device, float16 unless ``dtype`` says otherwise."""
+        self._retire()  # before memory is taken that these may free
         with reported():
             return self._cupy.empty(shape, dtype or self.dtype)
 
@@ -142,6 +143,7 @@ class CupyMemory:
         type is converted here, on the host, when what is under way has ended); the device's side may be strided.
         """
         pairs = list(pairs)
+        self._retire()
         error = after.error if after is not None else None
         if error is None:
             try:
@@ -158,9 +160,12 @@ class CupyMemory:
         with reported():
             fence = Fence(self._event(self._copies), error)
         self._under_way.append((fence, pairs))
+        return fence
+
+    def _retire(self) -> None:
+        """Let go of the arrays of copies that have ended."""
         while self._under_way and self._under_way[0][0].done():
             self._under_way.popleft()
-        return fence
 
     def _queue(self, destination: Array, source: Array) -> None:
         if destination.shape != source.shape:
@@ -233,6 +238,13 @@ class CupyMemory:
             return x
         with reported():
             return self._cupy.asnumpy(x)
+
+    def copied(self, x: Array) -> Array:
+        """A copy of ``x`` on the device."""
+        result = self.empty(x.shape, x.dtype)
+        with reported():
+            result[...] = x
+        return result
 
     def upload(self, x: np.ndarray) -> Array:
         """A copy of ``x`` on the device, in order with compute."""

@@ -105,7 +105,8 @@ class CupyOps(CupyMemory):
         """A graph of what ``task`` queues. It is run twice: once at once, which compiles its kernels and fills a pool
         of memory that is the graph's own, and once to be recorded. It must not multiply matrices by cuBLAS."""
         cuda = self._cupy.cuda
-        pool, stream, ready = cuda.MemoryPool(), cuda.Stream(), self.mark()
+        pool, ready = cuda.MemoryPool(), self.mark()
+        stream = cuda.Stream(non_blocking=True)  # the default stream, and whoever uses it, must not be drawn in
         with reported(), cuda.using_allocator(pool.malloc), stream:
             stream.wait_event(ready.event)
             task()
@@ -305,10 +306,8 @@ class CupyOps(CupyMemory):
         )  # fmt: skip
         return out
 
-    def take(self, x: Array | np.ndarray, rows: np.ndarray) -> Array:
-        """x[rows]: the rows that go on, float32 [M, D]; rows ascending. Of ``x`` on the host only those are moved."""
-        if isinstance(x, np.ndarray):
-            return self.upload(x[rows])
+    def take(self, x: Array, rows: np.ndarray) -> Array:
+        """x[rows]: the rows that go on, float32 [M, D]; rows ascending."""
         self._check("take", x, np.float32, (None, None))
         out = self.empty((len(rows), x.shape[1]), np.float32)
         picked = self.upload(rows.astype(np.int32))

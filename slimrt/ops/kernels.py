@@ -67,6 +67,7 @@ class Kernels:
                 module = self._cupy.RawModule(code=source_text(f"{source}.cu"), options=options)
                 self._modules[source, options] = module
             try:
+                module.compile()
                 kernel = module.get_function(name)
             except Exception as error:
                 first = next((line for line in str(error).splitlines() if "error" in line), f"{error}".split("\n")[0])

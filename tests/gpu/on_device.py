@@ -21,6 +21,7 @@ class DeviceModule:
     def __init__(self, code: str, defines: Mapping[str, object] | None) -> None:
         options = ("-std=c++17", *(f"-D{name}={value}" for name, value in (defines or {}).items()))
         self._module = load_cupy().RawModule(code=code, options=options)
+        self._module.compile()
 
     def kernel(self, name: str) -> DeviceKernel:
         return DeviceKernel(self._module.get_function(name))
