@@ -12,9 +12,6 @@ constexpr float LOG2_E = 1.4426950408889634f;
 constexpr float SCALE = DH == 64 ? 0.125f : 0.08838834764831845f;  // 1 / sqrt(DH)
 
 __device__ __forceinline__ T* chunk_of(T* tile, int row, int chunk) { return tile + row * DH + (chunk ^ (row & 7)) * 8; }
-__device__ __forceinline__ const T* chunk_of(const T* tile, int row, int chunk) {
-    return tile + row * DH + (chunk ^ (row & 7)) * 8;
-}
 
 // The first row that query `row` reads besides the sink; 0 where it reads everything (slimrt.ops.reach.first_row).
 __device__ __forceinline__ int first_row(const int* reach, int head, int row) {
@@ -34,10 +31,20 @@ __device__ __forceinline__ void load_tile(T* tile, const T* from, long long stri
         cp_async16(tile + i * DH, from + i * stride, unsigned(first + row + i) < unsigned(limit));
 }
 
-// Operand a [16, 16]: rows row .. + 15, columns 16 k .. + 15 of a tile.
-__device__ __forceinline__ void rows_operand(unsigned (&a)[4], const T* tile, int row, int k) {
+// Where a lane's row of 16 begins, for ldmatrix: at chunk 0 or 1 of row lane % 16 (operands a and values), or of the rows as
+// keys want them. Chunk 2 k of the same row is that with the bits of 2 k turned, whatever the swizzle did.
+__device__ __forceinline__ int row_start() {
     const int lane = threadIdx.x % 32;
-    ldmatrix_x4(a, chunk_of(tile, row + lane % 16, 2 * k + lane / 16));
+    return lane % 16 * DH + (lane / 16 ^ lane % 8) * 8;
+}
+__device__ __forceinline__ int key_start() {
+    const int lane = threadIdx.x % 32;
+    return (lane / 16 * 8 + lane % 8) * DH + (lane / 8 % 2 ^ lane % 8) * 8;
+}
+
+// Operand a [16, 16]: rows row .. + 15 (a multiple of 16), columns 16 k .. + 15 of a tile.
+__device__ __forceinline__ void rows_operand(unsigned (&a)[4], const T* tile, int row, int k) {
+    ldmatrix_x4(a, tile + row * DH + (row_start() ^ 16 * k));
 }
 
 // The same from global memory, rows of `stride`: 16 from `row` on, zeros from row `limit` on.
@@ -52,14 +59,12 @@ __device__ __forceinline__ void rows_operand_global(unsigned (&a)[4], const T* c
 
 // Operands b [16, 8] of two times 8 keys: b[0], b[1] for keys row .. + 7, b[2], b[3] for the next 8; columns 16 k .. + 15.
 __device__ __forceinline__ void keys_operand(unsigned (&b)[4], const T* tile, int row, int k) {
-    const int lane = threadIdx.x % 32;
-    ldmatrix_x4(b, chunk_of(tile, row + lane / 16 * 8 + lane % 8, 2 * k + lane / 8 % 2));
+    ldmatrix_x4(b, tile + row * DH + (key_start() ^ 16 * k));
 }
 
 // Operands b [16, 8] of 16 values (rows row .. + 15): b[0], b[1] for columns 16 d .. + 7, b[2], b[3] for the next 8.
 __device__ __forceinline__ void values_operand(unsigned (&b)[4], const T* tile, int row, int d) {
-    const int lane = threadIdx.x % 32;
-    ldmatrix_x4_trans(b, chunk_of(tile, row + lane % 16, 2 * d + lane / 16));
+    ldmatrix_x4_trans(b, tile + row * DH + (row_start() ^ 16 * d));
 }
 
 // Over the four lanes that hold a row of an accumulator.

@@ -61,7 +61,7 @@ attention_prefill(const T* q, const T* k, const T* v, T* out, const int* reach, 
         if (STAGES == 2) load_keys(tile + 1);
         float scores[PARTS][KEYS / 8][4] = {};
         if (seen) {
-#pragma unroll 4  // all eight at once, for DH 128, would not fit into the registers of sm_80
+#pragma unroll 2  // more at once, for DH 128, would not fit into the registers
             for (int c = 0; c < DH / 16; c++) {
                 unsigned a[PARTS][4], b[4];
 #pragma unroll
