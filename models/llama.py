@@ -6,7 +6,7 @@ may cut the rows as it likes; positions come in as angles, because after pruning
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from slimrt.errors import ModelFileError
 from slimrt.gguf import GGUFFile, TensorInfo
 from slimrt.models.rope import RopeTable
 from slimrt.quants import check_readable, dequantize
+from slimrt.weight_stream import StreamedLayers
 
 Array = Any  # the backend's array
 
@@ -41,17 +42,26 @@ class Llama:
     """Weights of one model on one backend, and the arithmetic of a layer."""
 
     def __init__(
-        self, config: ModelConfig, file: GGUFFile, ops: Any, progress: Callable[[int, int], None] | None = None
+        self,
+        config: ModelConfig,
+        file: GGUFFile,
+        ops: Any,
+        progress: Callable[[int, int], None] | None = None,
+        *,
+        stream: bool = False,
     ) -> None:
-        self.config, self.ops = config, ops
-        load = _Loader(config, file, ops)
+        self.config, self.ops, self.streamed = config, ops, stream
+        load = _Loader(config, file, ops, ops.host_weight if stream else ops.weight)
         embedding = load.checked("token_embd.weight", config.vocab_size, config.d_model)
         self.embedding = ops.weight(embedding)
-        self.layers = []
-        for number in range(config.n_layers):
-            self.layers.append(load.layer(number))
-            if progress:
-                progress(number + 1, config.n_layers)
+
+        def layers() -> Iterator[Layer]:
+            for number in range(config.n_layers):
+                yield load.layer(number)
+                if progress:
+                    progress(number + 1, config.n_layers)
+
+        self.layers: list[Layer] | StreamedLayers = StreamedLayers(ops, layers()) if stream else list(layers())
         self.norm = load.vector("output_norm.weight", config.d_model)
         tied = "output.weight" not in file.tensors
         self.head = (
@@ -106,8 +116,9 @@ class Llama:
 class _Loader:
     """Takes tensors out of a file, each held against the shape that the configuration calls for."""
 
-    def __init__(self, config: ModelConfig, file: GGUFFile, ops: Any) -> None:
-        self.config, self.file, self.ops = config, file, ops
+    def __init__(self, config: ModelConfig, file: GGUFFile, ops: Any, matrix: Callable[..., Any]) -> None:
+        """``matrix`` makes a handle of the matrices of a layer."""
+        self.config, self.file, self.ops, self.matrix = config, file, ops, matrix
 
     def checked(self, name: str, *shape: int) -> TensorInfo:
         tensor = self.file.tensor(name)
@@ -143,21 +154,21 @@ class _Loader:
         q, kv = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
         return Layer(
             attn_norm=self.vector(f"{blk}.attn_norm.weight", c.d_model),
-            qkv=self.ops.weight(
+            qkv=self.matrix(
                 self._reordered(self.checked(f"{blk}.attn_q.weight", q, c.d_model)),
                 self._reordered(self.checked(f"{blk}.attn_k.weight", kv, c.d_model)),
                 self.checked(f"{blk}.attn_v.weight", kv, c.d_model),
             ),
             qkv_bias=self.biases(blk, {"attn_q": q, "attn_k": kv, "attn_v": kv}),
-            out=self.ops.weight(self.checked(f"{blk}.attn_output.weight", c.d_model, q)),
+            out=self.matrix(self.checked(f"{blk}.attn_output.weight", c.d_model, q)),
             out_bias=self.biases(blk, {"attn_output": c.d_model}),
             ffn_norm=self.vector(f"{blk}.ffn_norm.weight", c.d_model),
-            gate_up=self.ops.weight(
+            gate_up=self.matrix(
                 self.checked(f"{blk}.ffn_gate.weight", c.d_ff, c.d_model),
                 self.checked(f"{blk}.ffn_up.weight", c.d_ff, c.d_model),
             ),
             gate_up_bias=self.biases(blk, {"ffn_gate": c.d_ff, "ffn_up": c.d_ff}),
-            down=self.ops.weight(self.checked(f"{blk}.ffn_down.weight", c.d_model, c.d_ff)),
+            down=self.matrix(self.checked(f"{blk}.ffn_down.weight", c.d_model, c.d_ff)),
             down_bias=self.biases(blk, {"ffn_down": c.d_model}),
         )
 

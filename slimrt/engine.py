@@ -75,8 +75,9 @@ class Engine:
         self.model, self.ops, self.config, self.cache_config = model, ops, model.config, cache
         self._captured: CapturedDecode | None = None
         if cache is None or cache.budget is None:
-            # Under a budget the host chooses blocks within the pass, so there is no graph of it.
-            self._captured = CapturedDecode(model, ops) if graphs and ops.captures else None
+            # Under a budget the host chooses blocks within the pass, streamed weights move: no graph of either.
+            if graphs and ops.captures and not model.streamed:
+                self._captured = CapturedDecode(model, ops)
         elif cache.ctx > cache.budget:
             reserve_host_memory(ops, cache, model.config)
 

@@ -51,6 +51,7 @@ def load(
     rope_factor: float | None = None,
     chat_template: str | None = None,
     overflow: Overflow = "error",
+    stream_weights: bool = False,
     progress: Progress | None = None,
 ) -> LLM:
     """Open a GGUF model.
@@ -62,8 +63,9 @@ def load(
     rest lies in host memory.
     ``threads``: cores to use (default: all that the process may). ``chat_template``: a Jinja template or the name of a
     built-in one, in place of the file's. ``overflow``: when the context is full, "error" ends the text or refuses the
-    prompt, "shift" drops the oldest turns or text and says so in the timings. ``progress`` is called with (layers
-    loaded, layers).
+    prompt, "shift" drops the oldest turns or text and says so in the timings. ``stream_weights``: keep the layers'
+    weights in host memory and bring each to the GPU one layer ahead, for models that exceed it; decoding is slow then.
+    ``progress`` is called with (layers loaded, layers).
 
     Raises ModelFileError for an unusable file, SettingError for options out of range.
     """
@@ -82,6 +84,7 @@ def load(
         rope_factor=rope_factor,
         chat_template=chat_template,
         overflow=overflow,
+        stream_weights=stream_weights,
         progress=progress,
     )
 
@@ -108,6 +111,7 @@ class LLM:
         rope_factor: float | None = None,
         chat_template: str | None = None,
         overflow: Overflow = "error",
+        stream_weights: bool = False,
         progress: Progress | None = None,
     ) -> None:
         self.file = file
@@ -137,7 +141,11 @@ class LLM:
         self._template: ChatTemplate | None = None
         self._lock = threading.RLock()
         self.memory: MemoryPlan | CudaPlan
-        backend = self._gpu(device, cache)
+        backend = self._gpu(device, cache, stream_weights)
+        if backend is None and stream_weights:
+            raise SettingError(
+                "stream_weights: weights are streamed to a GPU, this runs on the CPU; leave it out or use device='cuda'"
+            )
         if backend is None:
             self.memory = memory = plan_memory(self.config, file, self.ctx, threads=threads)
             if not memory.fits():
@@ -149,17 +157,19 @@ class LLM:
                 )
             backend = open_backend("cpu", threads=threads, packed=memory.packed)
         self.backend = backend
-        self._engine = Engine(build(self.config, file, backend.ops, progress), backend.ops, cache)
+        self._engine = Engine(
+            build(self.config, file, backend.ops, progress, stream=stream_weights), backend.ops, cache
+        )
         self._session: Session = self.session()
 
-    def _gpu(self, device: str, cache: CacheConfig) -> Backend | None:
+    def _gpu(self, device: str, cache: CacheConfig, stream: bool) -> Backend | None:
         """The GPU, opened, with ``memory`` its plan; None for the CPU, and a note if a GPU is there but not used.
 
         Raises DeviceError or SettingError where the GPU was asked for by name and cannot be used.
         """
         gpu, why = find_gpu(device)
         if gpu is not None:
-            self.memory, problem = memory_cuda.fit(self.config, self.file, cache, gpu)
+            self.memory, problem = memory_cuda.fit(self.config, self.file, cache, gpu, stream=stream)
             try:
                 if problem is None:
                     return open_cuda(gpu)

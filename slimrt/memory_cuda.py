@@ -7,6 +7,7 @@ the prompt.
 from __future__ import annotations
 
 import bisect
+import math
 from dataclasses import dataclass
 
 from slimrt.config import CacheConfig, ModelConfig
@@ -16,8 +17,9 @@ from slimrt.memory import MemoryRow
 from slimrt.ops.cuda_device import CudaDevice
 from slimrt.ops.cupy_ops import HEAD_WIDTHS, ROW_CHUNK
 from slimrt.ops.cupy_weights import PACKED_TYPES
+from slimrt.weight_stream import SLOTS, layer_bytes
 
-__all__ = ["CudaPlan", "device_weights", "fit", "largest_context", "plan", "unsupported"]
+__all__ = ["CudaPlan", "Weights", "fit", "largest_context", "place_weights", "plan", "unsupported"]
 
 _HALF, _FLOAT = 2, 4  # bytes: activations, keys, values; the residual stream and the logits
 _CONTEXT = 800 << 20  # of CUDA, its modules and cuBLAS's workspace
@@ -32,8 +34,8 @@ class CudaPlan:
     and values on the device, all or (under a budget) the resident ones with the means of units; ``ring``: the staging
     slots of a budget. ``boundary``: the hidden states that a pruned prompt leaves for further questions. ``rows``: what
     a prompt's tokens hold while they pass a layer; ``scratch``: what the rows that pass the feed-forward together take
-    besides. ``context``: CUDA itself. ``host``: page-locked host memory for keys and values. ``available``: free memory
-    of the device.
+    besides. ``context``: CUDA itself. ``host``: page-locked host memory for keys and values, ``streamed``: the same for
+    weights. ``available``: free memory of the device.
     """
 
     ctx: int
@@ -43,6 +45,7 @@ class CudaPlan:
     ring: int
     boundary: int
     rows: int
+    streamed: int
     scratch: int
     context: int
     host: int
@@ -61,7 +64,7 @@ class CudaPlan:
         """The plan as the lines of a table, the total last."""
         verdict = "fits into" if self.fits() else "exceeds"
         return [
-            MemoryRow("weights", self.weights, "packed as in the file"),
+            MemoryRow("weights", self.weights, "two layers at a time" if self.streamed else "packed as in the file"),
             MemoryRow("one layer unpacked", self.unpacked, "float16, while a prompt is read"),
             MemoryRow("KV cache", self.kv, f"{self.ctx} tokens" if not self.host else "what the budget keeps resident"),
             MemoryRow("staging slots", self.ring, "through which the other keys and values pass"),
@@ -70,7 +73,7 @@ class CudaPlan:
             MemoryRow("scratch", self.scratch, f"of {min(self.ctx, ROW_CHUNK)} rows in the feed-forward"),
             MemoryRow("CUDA", self.context, "context, modules, cuBLAS"),
             MemoryRow("total", self.total, f"{verdict} the {self.available / 2**30:.1f} GiB that are free"),
-            MemoryRow("host memory", self.host, "page-locked, for keys and values"),
+            MemoryRow("host memory", self.host + self.streamed, "page-locked, for keys, values, streamed weights"),
         ]
 
     def refusal(self, room: int) -> str:
@@ -80,7 +83,8 @@ class CudaPlan:
         if room:
             remedy = f"a context of {room} fits (ctx={room}, --ctx {room})"
         elif self.weights + self.context > self.available:
-            remedy = "its weights alone exceed the GPU; use a smaller model or quantisation, or device='cpu'"
+            stream = "" if self.streamed else "stream them (stream_weights=True, --stream-weights), "
+            remedy = f"its weights alone exceed the GPU; {stream}use a smaller model or quantisation, or device='cpu'"
         else:
             remedy = "use a smaller model or quantisation, or device='cpu'"
         if room and not self.host:
@@ -91,8 +95,8 @@ class CudaPlan:
         )
 
 
-def plan(config: ModelConfig, weights: int, cache: CacheConfig, available: int) -> CudaPlan:
-    """The plan for a context of ``cache.ctx`` tokens; ``weights``: bytes of them on the device (``device_weights``)."""
+def plan(config: ModelConfig, weights: Weights, cache: CacheConfig, available: int) -> CudaPlan:
+    """The plan for a context of ``cache.ctx`` tokens."""
     c, tokens = config, cache.ctx
     q, kv = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
     chunk = min(tokens, ROW_CHUNK)
@@ -114,7 +118,8 @@ def plan(config: ModelConfig, weights: int, cache: CacheConfig, available: int) 
         host = c.n_layers * slabs * blocks * cache.block * kv_row if tokens > cache.budget else 0
     return CudaPlan(
         ctx=tokens,
-        weights=weights,
+        weights=weights.device,
+        streamed=weights.host,
         unpacked=_HALF * c.d_model * (2 * q + 2 * kv + 3 * c.d_ff),
         kv=resident,
         ring=ring,
@@ -127,20 +132,31 @@ def plan(config: ModelConfig, weights: int, cache: CacheConfig, available: int) 
     )
 
 
-def device_weights(file: GGUFFile) -> int:
-    """Bytes that the tensors take on the device: as in the file, or float16 where there is no kernel for their type."""
-    total = 0
-    for tensor in file.tensors.values():
-        if len(tensor.shape) < 2:
-            total += _FLOAT * tensor.shape[0]
-        elif tensor.type in PACKED_TYPES:
-            total += tensor.nbytes
+@dataclass(frozen=True)
+class Weights:
+    """Bytes of the weights on the device, and in page-locked host memory where the layers are streamed."""
+
+    device: int
+    host: int = 0
+
+
+def place_weights(file: GGUFFile, *, stream: bool = False) -> Weights:
+    """What the tensors take: as in the file, or float16 where there is no kernel for their type."""
+    resident, layers = 0, dict[str, list[int]]()
+    for name, tensor in file.tensors.items():
+        matrix = len(tensor.shape) > 1
+        nbytes = (
+            tensor.nbytes if tensor.type in PACKED_TYPES else math.prod(tensor.shape) * (_HALF if matrix else _FLOAT)
+        )
+        if stream and matrix and name.startswith("blk."):
+            layers.setdefault(name.split(".")[1], []).append(nbytes)
         else:
-            total += _HALF * tensor.shape[0] * tensor.shape[-1]
-    return total
+            resident += nbytes
+    sizes = [layer_bytes(parts) for parts in layers.values()]
+    return Weights(resident + SLOTS * max(sizes, default=0), sum(sizes))
 
 
-def largest_context(config: ModelConfig, weights: int, cache: CacheConfig, available: int) -> int:
+def largest_context(config: ModelConfig, weights: Weights, cache: CacheConfig, available: int) -> int:
     """The most tokens below ``cache.ctx``, in steps of 256, whose plan fits; 0 if not even 256 do."""
     steps = range(0, cache.ctx, 256)
 
@@ -165,9 +181,11 @@ def unsupported(config: ModelConfig) -> str | None:
     return None
 
 
-def fit(config: ModelConfig, file: GGUFFile, cache: CacheConfig, gpu: CudaDevice) -> tuple[CudaPlan, str | None]:
+def fit(
+    config: ModelConfig, file: GGUFFile, cache: CacheConfig, gpu: CudaDevice, *, stream: bool = False
+) -> tuple[CudaPlan, str | None]:
     """The plan of a model on ``gpu``, and in one line why it cannot be carried out there, or None."""
-    weights = device_weights(file)
+    weights = place_weights(file, stream=stream)
     chosen = plan(config, weights, cache, gpu.free)
     problem = unsupported(config)
     if problem is None and not chosen.fits():

@@ -12,7 +12,8 @@ import slimrt
 from slimrt import memory_cuda
 from slimrt.config import CacheConfig, ModelConfig, RopeConfig
 from slimrt.errors import DeviceError, SettingError, SlimrtError
-from slimrt.memory_cuda import plan
+from slimrt.gguf import GGUFFile
+from slimrt.memory_cuda import Weights, place_weights, plan
 from slimrt.ops import cuda_device
 from slimrt.ops.backend import check_device, find_gpu
 from slimrt.ops.cuda_device import probe
@@ -128,8 +129,8 @@ LLAMA_8B = ModelConfig(
 Q4_0 = 18 / 32  # bytes a weight
 
 
-def weights_8b(rate: float) -> int:
-    return int(rate * (LLAMA_8B.n_params - 65 * 4096)) + 4 * 65 * 4096
+def weights_8b(rate: float) -> Weights:
+    return Weights(int(rate * (LLAMA_8B.n_params - 65 * 4096)) + 4 * 65 * 4096)
 
 
 def test_128k_tokens_of_an_8b_model_fit_into_24_gib() -> None:
@@ -177,6 +178,31 @@ def test_the_plan_bounds_what_a_prompt_takes(monkeypatch: pytest.MonkeyPatch, mo
         planned = llm.memory.total - memory_cuda._CONTEXT  # type: ignore[union-attr]
         assert planned / 3 < peak <= planned, (budget, peak, planned)
         monkeypatch.setattr(fake, "empty", allocate)
+
+
+def test_weights_larger_than_the_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Refused with a plan that names the remedy; with it, the same model runs in what its layers leave."""
+    path = write_tiny_llama(tmp_path / "many.gguf", head_dim=64, n_layers=12, d_ff=256, type="Q8_0")
+    file = GGUFFile(path)
+    whole, streamed = place_weights(file), place_weights(file, stream=True)
+    layers = sum(t.nbytes for name, t in file.tensors.items() if name.startswith("blk.") and len(t.shape) > 1)
+    assert streamed.host == pytest.approx(layers, abs=12 * 7 * 256)
+    assert streamed.device == pytest.approx(whole.device - layers + 2 * layers / 12, abs=2 * 7 * 256)
+    FakeCupy(monkeypatch, total=(800 << 20) + whole.device - 1)
+    with pytest.raises(SettingError, match=r"weights alone exceed the GPU; stream them .*--stream-weights"):
+        slimrt.load(path, device="cuda", ctx=256)
+    with pytest.raises(SettingError, match="stream_weights: weights are streamed to a GPU, this runs on the CPU"):
+        slimrt.load(path, device="cpu", stream_weights=True)
+    found = []
+    for stream in (False, True):  # one stand-in at a time: they share what is current
+        fake = FakeCupy(monkeypatch, copies="late", compute="late")
+        llm = slimrt.load(path, device="cuda", ctx=64, prune="off", stream_weights=stream)
+        if stream:
+            assert fake.used < whole.device and fake.pinned_bytes == streamed.host
+        text = llm.generate([5, 6, 7], max_tokens=3, ignore_eos=True).tokens
+        found.append((text, *(llm.logits(tokens).tolist() for tokens in ([1, 2, 3], list(range(30))))))
+    assert found[0] == found[1]
+    assert llm.memory.streamed == streamed.host  # type: ignore[union-attr]
 
 
 def test_errors_are_slimrts() -> None:

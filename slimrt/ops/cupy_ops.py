@@ -7,7 +7,7 @@ The names and meanings are those of ``numpy_ops``, which is the specification of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -19,7 +19,7 @@ from slimrt.errors import DeviceError
 from slimrt.gguf import TensorInfo
 from slimrt.ops.cuda_device import CudaDevice, load_cupy, probe
 from slimrt.ops.cupy_memory import CupyMemory, reported
-from slimrt.ops.cupy_weights import CudaWeight, load_weight, unpack
+from slimrt.ops.cupy_weights import CudaWeight, Packed, load_weight, unpack
 from slimrt.ops.kernels import Kernels
 from slimrt.ops.reach import Reach
 from slimrt.quants import dequantize
@@ -74,6 +74,14 @@ class CupyOps(CupyMemory):
     def weight(self, *parts: TensorInfo) -> CudaWeight:
         """A handle on ``parts`` [out_i, in] stacked along out, packed on the device as in the file."""
         return load_weight(self, parts)
+
+    def host_weight(self, *parts: TensorInfo) -> CudaWeight:
+        """``parts`` as ``weight`` would hold them, in host memory, for a layer that is streamed."""
+        return load_weight(self, parts, host=True)
+
+    def placed_weight(self, parts: Sequence[tuple[str, Array, int]]) -> CudaWeight:
+        """A handle on packed rows that lie on the device: (type, uint8 [rows, bytes per row], width) of each part."""
+        return CudaWeight.of(tuple(Packed(*part) for part in parts))
 
     def vector(self, *parts: TensorInfo | int) -> Array:
         """Small tensors (norms, biases) as one float32 [n]; a number stands for so many zeros."""
@@ -161,10 +169,7 @@ class CupyOps(CupyMemory):
     def head(self, x: Array, weight: CudaWeight) -> Array:
         """x float16 [T, D] @ weight.T [D, V] -> logits float32 [T, V]."""
         self._check("head", x, self.dtype, (None, weight.shape[1]))
-        out = self.empty((len(x), weight.shape[0]), np.float32)
-        for lo in range(0, len(x), FEW_ROWS):
-            self._gemv(x[lo : lo + FEW_ROWS], weight, None, None, out[lo : lo + FEW_ROWS])
-        return out
+        return self._gemv(x, weight, None, None, self.empty((len(x), weight.shape[0]), np.float32))
 
     def _dense(self, weight: CudaWeight) -> Array:
         return weight.dense if weight.dense is not None else unpack(weight, self, self.kernels)
@@ -175,9 +180,9 @@ class CupyOps(CupyMemory):
         for part in weight.parts:
             columns = slice(at, at + part.rows)
             self.kernels.launch(
-                "gemv", "gemv", (-(-part.rows // 4), len(x)), 128,
+                "gemv", "gemv", (-(-part.rows // 8), -(-len(x) // 16)), 256,
                 part.data, x, None if bias is None else bias[columns],
-                None if residual is None else residual[:, columns], out[:, columns], part.rows, width, stride,
+                None if residual is None else residual[:, columns], out[:, columns], part.rows, width, stride, len(x),
                 TYPE=part.type, T="f16", OUT=kind,
             )  # fmt: skip
             at += part.rows

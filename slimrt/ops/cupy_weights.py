@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +28,8 @@ _HOST_ROWS = 1 << 24  # elements of a tensor without kernels that are unpacked o
 
 @dataclass(frozen=True)
 class Packed:
-    """Rows of one type: ``data`` uint8 [rows, bytes per row] on the device, ``width`` elements a row."""
+    """Rows of one type: ``data`` uint8 [rows, bytes per row] on the device, or on the host where the layer is streamed;
+    ``width`` elements a row."""
 
     type: str
     data: Array
@@ -53,9 +55,14 @@ class CudaWeight:
     def nbytes(self) -> int:
         return sum(int(part.data.nbytes) for part in self.parts)
 
+    @classmethod
+    def of(cls, parts: tuple[Packed, ...]) -> CudaWeight:
+        """A weight on the device; one that is float16 throughout needs no unpacking."""
+        return cls(parts, parts[0].data.view(np.float16) if [part.type for part in parts] == ["F16"] else None)
 
-def load_weight(memory: CupyMemory, tensors: tuple[TensorInfo, ...]) -> CudaWeight:
-    """``tensors`` [out_i, in] stacked along out; neighbours of one type become one part.
+
+def load_weight(memory: CupyMemory, tensors: tuple[TensorInfo, ...], *, host: bool = False) -> CudaWeight:
+    """``tensors`` [out_i, in] stacked along out, on the device or the ``host``; neighbours of one type become one part.
 
     Raises DeviceError where a row does not divide into the kernels' units of 32.
     """
@@ -71,28 +78,30 @@ def load_weight(memory: CupyMemory, tensors: tuple[TensorInfo, ...]) -> CudaWeig
             groups[-1][1].append(tensor)
         else:
             groups.append((kind, [tensor]))
-    parts = tuple(Packed(kind, _stacked(memory, group), width) for kind, group in groups)
-    dense = parts[0].data.view(np.float16) if [part.type for part in parts] == ["F16"] else None
-    return CudaWeight(parts, dense)
+    if host:
+        return CudaWeight(tuple(Packed(kind, _stacked(np.empty, np.copyto, group), width) for kind, group in groups))
+    return CudaWeight.of(
+        tuple(Packed(kind, _stacked(memory.empty, memory.load, group), width) for kind, group in groups)
+    )
 
 
-def _stacked(memory: CupyMemory, tensors: list[TensorInfo]) -> Array:
+def _stacked(empty: Callable[..., Array], load: Callable[..., object], tensors: list[TensorInfo]) -> Array:
     rows = sum(tensor.shape[0] for tensor in tensors)
     width = tensors[0].shape[-1]
     held = tensors[0].type in PACKED_TYPES
     row_bytes = tensors[0].nbytes // tensors[0].shape[0] if held else 2 * width
-    data = memory.empty((rows, row_bytes), np.uint8)
+    data = empty((rows, row_bytes), np.uint8)
     at = 0
     for tensor in tensors:
         count = tensor.shape[0]
         if tensor.type in PACKED_TYPES:
             packed = np.ascontiguousarray(tensor.data).reshape(count, -1).view(np.uint8)
-            memory.load(data[at : at + count], packed)
+            load(data[at : at + count], packed)
         else:
             step = max(1, _HOST_ROWS // width)
             for lo in range(0, count, step):
                 half = _half(tensor, slice(lo, min(lo + step, count)))
-                memory.load(data[at + lo : at + lo + len(half)], half.view(np.uint8))
+                load(data[at + lo : at + lo + len(half)], half.view(np.uint8))
         at += count
     return data
 
