@@ -11,7 +11,7 @@ dequantize(const byte* packed, T* out, int units) {
     const int i = blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= units) return;
     const int block = i / TYPE::UNITS, u = i % TYPE::UNITS;
-    const Unit unit = TYPE::unit<Exact>(packed + (long long)block * TYPE::SIZE, u);
+    const auto unit = TYPE::unit(packed + (long long)block * TYPE::SIZE, u);
     T* values = out + (long long)block * TYPE::VALUES;
     for (int j = 0; j < 32; j += 8) {
         const uint4 eight =

@@ -10,7 +10,7 @@ embed(const byte* weight, const int* ids, float* out, int width) {
     out += (long long)blockIdx.x * width;
     for (int i = threadIdx.x; i < width / 32; i += blockDim.x) {
         const int block = i / TYPE::UNITS, u = i % TYPE::UNITS;
-        const Unit unit = TYPE::unit<Exact>(row + block * TYPE::SIZE, u);
+        const auto unit = TYPE::unit(row + block * TYPE::SIZE, u);
         float* values = out + block * TYPE::VALUES;
         for (int j = 0; j < 16; j++) {
             values[TYPE::first(u) + j] = unit.weight(j);

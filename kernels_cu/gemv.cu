@@ -1,66 +1,68 @@
-// The linear layers of decode: out = weight x (+ bias) (+ residual), weights read once, packed as they are.
+// The linear layers of decode: out = x weight^T (+ bias) (+ residual) for few tokens, weights read once, packed as they are.
 //
 //   weight [rows, row bytes] of TYPE, x [tokens, width] of T, bias [rows] float32 or null,
 //   residual [tokens, out_stride] float32 or null (it may be out), out [tokens, out_stride] of OUT
-//   grid (ceil(rows / 4), tokens), block 128. Static shared memory: 64 bytes.
+//   grid (ceil(rows / 16), ceil(tokens / 16)), block 256. Static shared memory: 8 KiB.
 //
-// Reading the weights is the work. A block takes 4 rows and shares their units of 32 weights among its threads, so that all
-// of a row is in flight at once; the rows share what was read of x. A unit's dot product is scale * sum(q x) + shift *
-// sum(x): two operations a weight after unpacking, in float32, and sum(x) is common to the rows.
+// Reading the weights is the work, and unpacking them must not become it. A warp takes 16 rows and goes through them in steps
+// of four units of 32 weights; a lane unpacks one unit of two rows, to T, as prefill does. Tensor cores do the rest: operand
+// a is four weights of each unit for the 16 rows, operand b the same columns of 8 tokens. Which columns a product
+// brings together does not matter as long as both operands agree, so each lane keeps to its own unit and nothing is moved
+// between lanes. The block's warps share the steps and join their sums at the end.
 #include "quant.cuh"
-#include "reduce.cuh"
 
-constexpr int ROWS = 4;
+constexpr int ROWS = 16, TOKENS = 16, WARPS = 8;
 
-// 16 values of x as float32.
-__device__ __forceinline__ void load_run(float (&run)[16], const T* x) {
-    for (int i = 0; i < 2; i++) {
-        const uint4 v = *reinterpret_cast<const uint4*>(x + 8 * i);
-        const unsigned words[4] = {v.x, v.y, v.z, v.w};
-        for (int j = 0; j < 8; j++) run[8 * i + j] = to_float(T{static_cast<unsigned short>(words[j / 2] >> 16 * (j % 2))});
-    }
-}
-
-extern "C" __global__ void __launch_bounds__(128)
-gemv(const byte* weight, const T* x, const float* bias, const float* residual, OUT* out, int rows, int width, int out_stride) {
-    __shared__ float partial[ROWS][4];
-    const int first_row = blockIdx.x * ROWS;
-    if (first_row >= rows) return;
-    const long long row_bytes = (long long)(width / TYPE::VALUES) * TYPE::SIZE;
-    const byte* row[ROWS];
-    for (int r = 0; r < ROWS; r++) row[r] = weight + min(first_row + r, rows - 1) * row_bytes;  // rows past the end: the last again
-    x += (long long)blockIdx.y * width;
-
-    float dot[ROWS] = {};
-    for (int i = threadIdx.x; i < width / 32; i += blockDim.x) {
-        const int block = i / TYPE::UNITS, u = i % TYPE::UNITS;
-        float run[2][16], total[2] = {};
-        load_run(run[0], x + block * TYPE::VALUES + TYPE::first(u));
-        load_run(run[1], x + block * TYPE::VALUES + TYPE::second(u));
-        for (int half = 0; half < 2; half++)
-            for (int j = 0; j < 16; j++) total[half] += run[half][j];
-        for (int r = 0; r < ROWS; r++) {
-            const Unit unit = TYPE::unit<Raised>(row[r] + (long long)block * TYPE::SIZE, u);
-            for (int half = 0; half < 2; half++) {
-                float product = 0.0f;
-                for (int j = 0; j < 16; j++) product = __fmaf_rn(unit.q[16 * half + j], run[half][j], product);
-                if (TYPE::RAISES) product = Raised::lowered(product, total[half]);
-                dot[r] = __fmaf_rn(unit.scale[half], product, dot[r]);
-                dot[r] = __fmaf_rn(unit.shift[half], total[half], dot[r]);
+// The sums of a warp: rows lane / 4 and + 8 (early, late), tokens 2 (lane % 4) and + 1, of GROUPS times 8 tokens. x points at
+// each group's token lane / 4.
+template <int GROUPS>
+__device__ __forceinline__ void multiply(float (&sums)[2][4], const byte* early, const byte* late, const T* const (&x)[2], int units) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    for (int step = 4 * warp; step < units; step += 4 * WARPS) {
+        const bool there = step + lane % 4 < units;
+        const int n = there ? step + lane % 4 : 0, block = n / TYPE::UNITS, u = n % TYPE::UNITS;
+        const auto a = TYPE::unit(early + block * TYPE::SIZE, u), b = TYPE::unit(late + block * TYPE::SIZE, u);
+        __syncwarp();
+#pragma unroll
+        for (int i = 0; i < 4; i++) {  // 8 columns each
+            const unsigned four[4] = {a.pair<T>(8 * i), b.pair<T>(8 * i), a.pair<T>(8 * i + 2), b.pair<T>(8 * i + 2)};
+            const unsigned next[4] = {a.pair<T>(8 * i + 4), b.pair<T>(8 * i + 4), a.pair<T>(8 * i + 6), b.pair<T>(8 * i + 6)};
+            const int column = block * TYPE::VALUES + (i < 2 ? TYPE::first(u) : TYPE::second(u)) + 8 * (i % 2);
+#pragma unroll
+            for (int g = 0; g < GROUPS; g++) {
+                const uint4* columns = reinterpret_cast<const uint4*>(x[g] + column);
+                const uint4 eight = there ? *columns : make_uint4(0, 0, 0, 0);
+                mma_m16n8k16<T>(sums[g], four, eight.x, eight.y);
+                mma_m16n8k16<T>(sums[g], next, eight.z, eight.w);
             }
         }
     }
+}
 
-    for (int r = 0; r < ROWS; r++) {
-        const float sum = warp_reduce<Sum>(dot[r]);
-        if (threadIdx.x % 32 == 0) partial[r][threadIdx.x / 32] = sum;
-    }
+extern "C" __global__ void __launch_bounds__(256)
+gemv(const byte* weight, const T* x, const float* bias, const float* residual, OUT* out, int rows, int width, int out_stride,
+     int tokens) {
+    __shared__ float partial[WARPS][TOKENS][ROWS];
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int first_row = blockIdx.x * ROWS, first_token = blockIdx.y * TOKENS;
+    // Rows and tokens past the end: the last one again. Their sums are not stored.
+    const long long row_bytes = width / TYPE::VALUES * TYPE::SIZE;
+    const byte* early = weight + min(first_row + lane / 4, rows - 1) * row_bytes;
+    const byte* late = weight + min(first_row + lane / 4 + 8, rows - 1) * row_bytes;
+    const T* const of_token[2] = {x + min(first_token + lane / 4, tokens - 1) * (long long)width,
+                                  x + min(first_token + lane / 4 + 8, tokens - 1) * (long long)width};
+    float sums[2][4] = {};
+    if (first_token + 8 < tokens) multiply<2>(sums, early, late, of_token, width / 32);
+    else multiply<1>(sums, early, late, of_token, width / 32);
+
+    for (int g = 0; g < 2; g++)
+        for (int i = 0; i < 4; i++) partial[warp][8 * g + 2 * (lane % 4) + i % 2][lane / 4 + 8 * (i / 2)] = sums[g][i];
     __syncthreads();
-    const int n = first_row + threadIdx.x;
-    if (threadIdx.x < ROWS && n < rows) {
-        const long long at = (long long)blockIdx.y * out_stride + n;
+    const int n = first_row + threadIdx.x % ROWS, m = first_token + threadIdx.x / ROWS;
+    if (n < rows && m < tokens) {
+        const long long at = (long long)m * out_stride + n;
         float sum = 0.0f;
-        for (int warp = 0; warp < 4; warp++) sum += partial[threadIdx.x][warp];
+        for (int w = 0; w < WARPS; w++) sum += partial[w][threadIdx.x / ROWS][threadIdx.x % ROWS];
         if (bias) sum += bias[n];
         if (residual) sum += residual[at];
         out[at] = from_float<OUT>(sum);

@@ -57,6 +57,18 @@ __device__ __forceinline__ unsigned pack<bf16>(float low, float high) {
     return result;
 }
 
+// Two of f16 at once: a - b, and a b + c rounded once.
+__device__ __forceinline__ unsigned sub_f16x2(unsigned a, unsigned b) {
+    unsigned result;
+    asm("sub.f16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+    return result;
+}
+__device__ __forceinline__ unsigned fma_f16x2(unsigned a, unsigned b, unsigned c) {
+    unsigned result;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(c));
+    return result;
+}
+
 // 2^x to about 2 ulp; exp2_fast(-infinity) is 0.
 __device__ __forceinline__ float exp2_fast(float x) {
     float result;

@@ -1,11 +1,10 @@
-// GGML's packed types, one struct each, all through one notion: a *unit* of 32 weights in two runs of 16, each run an
-// affine image of small numbers, w = scale * q + shift. What only wants weights (dequantise, embed) and what wants dot
-// products (GEMV: scale * sum(q x) + shift * sum(x)) read a type through the same function.
+// GGML's packed types, one struct each, all through one notion: a *unit* of 32 weights in two runs of 16. Embedding,
+// dequantisation and GEMV read a type through this alone.
 //
-//   SIZE bytes hold VALUES weights in UNITS units; `unit<AS>(block, u)` unpacks unit u; its runs are weights `first(u)` and
-//   `second(u)` of the block, 16 from each on. RAISES: q comes as AS says, else always exactly.
+//   SIZE bytes hold VALUES weights in UNITS units; `unit(block, u)` reads unit u; its runs are weights `first(u)` and
+//   `second(u)` of the block, 16 from each on. Of a unit, `weight(i)` is weight i in float32, bit-equal to ggml's, and
+//   `pair<T>(i)` weights i and i + 1 (i even) as two of T in a register.
 //
-// The products are exact or rounded once, as in ggml: the weights are bit-equal to ggml's float32 ones.
 // Formats: ggml-common.h. Blocks of 18, 22, 34 and 210 bytes are aligned to 2 only, so bytes come in as alignment allows.
 #ifndef SLIMRT_QUANT_CUH
 #define SLIMRT_QUANT_CUH
@@ -14,11 +13,35 @@
 
 typedef unsigned char byte;
 
-struct Unit {
-    float q[32];
+template <typename A, typename B>
+constexpr bool same = false;
+template <typename A>
+constexpr bool same<A, A> = true;
+
+// 32 numbers n of a byte each; every run of 16 is an affine image of them, scale * n + shift.
+struct Bytes {
+    unsigned words[8];
     float scale[2], shift[2];
 
-    __device__ __forceinline__ float weight(int i) const { return __fmaf_rn(scale[i / 16], q[i], shift[i / 16]); }
+    // n laid under the exponent of 2^23, which is then taken off: a conversion has a quarter of the rate. The product is
+    // exact or the sum's rounding is the only one.
+    __device__ __forceinline__ float weight(int i) const {
+        const float n = __uint_as_float(__byte_perm(words[i / 4], 0x4b000000, 0x7440 + i % 4)) - 8388608.0f;
+        return __fmaf_rn(scale[i / 16], n, shift[i / 16]);
+    }
+
+    // In f16 the same goes for two numbers at once, with 1024 for 2^23. Scale and shift are rounded to f16 first.
+    template <typename T>
+    __device__ __forceinline__ unsigned pair(int i) const {
+        if constexpr (same<T, f16>) {
+            // threadIdx.y is 0, which the compiler cannot know: a constant it would move into a register for each use.
+            const unsigned top = 0x64646464 + threadIdx.y;
+            const unsigned n = sub_f16x2(__byte_perm(words[i / 4], top, i % 4 ? 0x4342 : 0x4140), 0x64006400);
+            return fma_f16x2(n, pack<f16>(scale[i / 16], scale[i / 16]), pack<f16>(shift[i / 16], shift[i / 16]));
+        } else {
+            return pack<T>(weight(i), weight(i + 1));
+        }
+    }
 };
 
 __device__ __forceinline__ float half_at(const byte* p) { return to_float(*reinterpret_cast<const f16*>(p)); }
@@ -44,31 +67,12 @@ __device__ __forceinline__ void load_words(unsigned (&words)[N], const byte* p) 
     }
 }
 
-// How small numbers n below 128, each in a byte, become floats without a conversion, which has a quarter of the rate.
-// Exact: n, laid under the exponent of 2^23, which is then taken off. Raised: 1 + n / 128, which one byte permutation makes
-// of 128 + n; whoever multiplies and sums takes the ones off at the end.
-struct Exact {
-    static constexpr unsigned TOP = 0;
-    __device__ __forceinline__ static float value(unsigned word, int k) {
-        return __uint_as_float(__byte_perm(word, 0x4b000000, 0x7440 + k)) - 8388608.0f;
-    }
-};
-struct Raised {
-    static constexpr unsigned TOP = 0x80808080;
-    __device__ __forceinline__ static float value(unsigned word, int k) {
-        return __uint_as_float(__byte_perm(word, 0x3f000000, 0x7044 + 256 * k));
-    }
-    // sum(n x) from sum((1 + n / 128) x) and sum(x)
-    __device__ __forceinline__ static float lowered(float product, float total) { return 128.0f * (product - total); }
-};
-
-// 16 bytes of nibbles -> q[0..15] from the low and q[16..31] from the high ones; `low` and `high` are or'ed in.
-template <typename AS>
-__device__ __forceinline__ void spread_nibbles(float (&q)[32], const unsigned (&packed)[4], const unsigned (&low)[4],
+// 16 bytes of nibbles -> bytes 0 to 15 from the low and 16 to 31 from the high ones; `low` and `high` are or'ed in.
+__device__ __forceinline__ void spread_nibbles(unsigned (&words)[8], const unsigned (&packed)[4], const unsigned (&low)[4],
                                                const unsigned (&high)[4]) {
     for (int i = 0; i < 4; i++) {
-        const unsigned a = (packed[i] & 0x0f0f0f0f) | low[i] | AS::TOP, b = (packed[i] >> 4 & 0x0f0f0f0f) | high[i] | AS::TOP;
-        for (int k = 0; k < 4; k++) q[4 * i + k] = AS::value(a, k), q[16 + 4 * i + k] = AS::value(b, k);
+        words[i] = (packed[i] & 0x0f0f0f0f) | low[i];
+        words[4 + i] = (packed[i] >> 4 & 0x0f0f0f0f) | high[i];
     }
 }
 
@@ -96,18 +100,22 @@ struct Super {
 template <typename VALUE, int BYTES>
 struct Plain : Simple {
     static constexpr int SIZE = 32 * BYTES;
-    static constexpr bool RAISES = false;
-    template <typename AS>
-    __device__ __forceinline__ static Unit unit(const byte* block, int) {
-        Unit result;
-        unsigned words[8 * BYTES];
-        load_words<8 * BYTES, 16>(words, block);
-        for (int i = 0; i < 32; i++) {
-            if constexpr (BYTES == 4) result.q[i] = __uint_as_float(words[i]);
-            else result.q[i] = to_float(VALUE{static_cast<unsigned short>(words[i / 2] >> 16 * (i % 2))});
-        }
-        result.scale[0] = result.scale[1] = 1.0f, result.shift[0] = result.shift[1] = 0.0f;
+
+    unsigned words[8 * BYTES];
+
+    __device__ __forceinline__ static Plain unit(const byte* block, int) {
+        Plain result;
+        load_words<8 * BYTES, 16>(result.words, block);
         return result;
+    }
+    __device__ __forceinline__ float weight(int i) const {
+        if constexpr (BYTES == 4) return __uint_as_float(words[i]);
+        else return to_float(VALUE{static_cast<unsigned short>(words[i / 2] >> 16 * (i % 2))});
+    }
+    template <typename T>
+    __device__ __forceinline__ unsigned pair(int i) const {
+        if constexpr (same<T, VALUE>) return words[i / 2];
+        else return pack<T>(weight(i), weight(i + 1));
     }
 };
 struct F32 : Plain<float, 4> {};
@@ -119,17 +127,15 @@ template <bool MINIMUM, bool FIFTH>
 struct Nibbles : Simple {
     static constexpr int BITS_AT = MINIMUM ? 4 : 2, PACKED_AT = BITS_AT + (FIFTH ? 4 : 0), SIZE = PACKED_AT + 16;
     static constexpr int ALIGN = SIZE % 4 ? 2 : 4;
-    static constexpr bool RAISES = true;
-    template <typename AS>
-    __device__ __forceinline__ static Unit unit(const byte* block, int) {
-        Unit result;
+    __device__ __forceinline__ static Bytes unit(const byte* block, int) {
+        Bytes result;
         unsigned packed[4], low[4] = {}, high[4] = {}, bits[1];
         load_words<4, ALIGN>(packed, block + PACKED_AT);
         if constexpr (FIFTH) {
             load_words<1, ALIGN>(bits, block + BITS_AT);
             for (int i = 0; i < 4; i++) low[i] = fifth_bits(bits[0], i), high[i] = fifth_bits(bits[0], 4 + i);
         }
-        spread_nibbles<AS>(result.q, packed, low, high);
+        spread_nibbles(result.words, packed, low, high);
         const float scale = half_at(block);
         result.scale[0] = result.scale[1] = scale;
         result.shift[0] = result.shift[1] = MINIMUM ? half_at(block + 2) : (FIFTH ? -16.0f : -8.0f) * scale;
@@ -143,13 +149,10 @@ struct Q5_1 : Nibbles<true, true> {};
 
 struct Q8_0 : Simple {
     static constexpr int SIZE = 34;
-    static constexpr bool RAISES = false;
-    template <typename AS>
-    __device__ __forceinline__ static Unit unit(const byte* block, int) {
-        Unit result;
-        unsigned packed[8];
-        load_words<8, 2>(packed, block + 2);
-        for (int i = 0; i < 32; i++) result.q[i] = Exact::value(packed[i / 4] ^ 0x80808080, i % 4);  // -128 becomes 0
+    __device__ __forceinline__ static Bytes unit(const byte* block, int) {
+        Bytes result;
+        load_words<8, 2>(result.words, block + 2);
+        for (int i = 0; i < 8; i++) result.words[i] ^= 0x80808080;  // -128 becomes 0
         const float scale = half_at(block);
         result.scale[0] = result.scale[1] = scale, result.shift[0] = result.shift[1] = -128.0f * scale;
         return result;
@@ -161,10 +164,8 @@ struct Q8_0 : Simple {
 template <bool FIFTH>
 struct Scaled : Super {
     static constexpr int PACKED_AT = FIFTH ? 48 : 16, SIZE = PACKED_AT + 128;
-    static constexpr bool RAISES = true;
-    template <typename AS>
-    __device__ __forceinline__ static Unit unit(const byte* block, int u) {
-        Unit result;
+    __device__ __forceinline__ static Bytes unit(const byte* block, int u) {
+        Bytes result;
         unsigned packed[4], low[4] = {}, high[4] = {}, tops[4];
         load_words<4, 16>(packed, block + PACKED_AT + 16 * u);
         if constexpr (FIFTH) {
@@ -174,7 +175,7 @@ struct Scaled : Super {
                 high[i] = (tops[i] >> (2 * (u / 2) + 1) & 0x01010101) << 4;
             }
         }
-        spread_nibbles<AS>(result.q, packed, low, high);
+        spread_nibbles(result.words, packed, low, high);
         // Two neighbouring sub-blocks of 32 weights, so two scales and two minima, each pair in two bytes: of the first four
         // sub-blocks the low 6 bits, of the others 4 bits elsewhere and the top 2 bits of the first four.
         unsigned head[4];
@@ -187,8 +188,8 @@ struct Scaled : Super {
         const float scale = to_float(f16{static_cast<unsigned short>(head[0])});
         const float minimum = to_float(f16{static_cast<unsigned short>(head[0] >> 16)});
         for (int i = 0; i < 2; i++) {
-            result.scale[i] = scale * Exact::value(scales, i);
-            result.shift[i] = -minimum * Exact::value(minima, i);
+            result.scale[i] = scale * (scales >> 8 * i & 63);
+            result.shift[i] = -minimum * (minima >> 8 * i & 63);
         }
         return result;
     }
@@ -200,12 +201,10 @@ struct Q5_K : Scaled<true> {};
 // The low and the high nibbles of a byte are 64 weights apart here.
 struct Q6_K : Super {
     static constexpr int SIZE = 210;
-    static constexpr bool RAISES = true;
     __device__ static int first(int u) { return 128 * (u / 4) + 16 * (u % 4); }
     __device__ static int second(int u) { return first(u) + 64; }
-    template <typename AS>
-    __device__ __forceinline__ static Unit unit(const byte* block, int u) {
-        Unit result;
+    __device__ __forceinline__ static Bytes unit(const byte* block, int u) {
+        Bytes result;
         unsigned packed[4], low[4], high[4], tops[4];
         load_words<4, 2>(packed, block + 16 * u);
         load_words<4, 2>(tops, block + 128 + 32 * (u / 4) + 16 * (u % 2));
@@ -214,7 +213,7 @@ struct Q6_K : Super {
             low[i] = (tops[i] >> at & 0x03030303) << 4;
             high[i] = (tops[i] >> (at + 4) & 0x03030303) << 4;
         }
-        spread_nibbles<AS>(result.q, packed, low, high);
+        spread_nibbles(result.words, packed, low, high);
         const signed char* scales = reinterpret_cast<const signed char*>(block + 192);
         const float scale = half_at(block + 208);
         for (int i = 0; i < 2; i++) {

@@ -24,7 +24,7 @@ TYPES = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "
 SIXTEEN = ("f16", "bf16")
 TENSOR_CORES = {"f16": "HMMA.16816.F32", "bf16": "HMMA.16816.F32.BF16"}
 
-# source, macros, threads a block, dynamic shared bytes, registers that a thread may have, instructions that must be there
+# source, macros, threads a block, dynamic shared bytes, registers that a thread may have, instructions to be found
 Case = tuple[str, dict[str, object], int, int, int, tuple[str, ...]]
 
 
@@ -50,7 +50,8 @@ def cases() -> list[Case]:
         for kind in SIXTEEN if type_ in ("BF16", "Q4_0", "Q6_K") else ("f16",):
             result.append(("dequantize.cu", {"TYPE": type_, "T": kind}, 128, 0, 64, ()))
             for out in ("float", kind):
-                result.append(("gemv.cu", {"TYPE": type_, "T": kind, "OUT": out}, 128, 0, 96, ()))
+                macros = {"TYPE": type_, "T": kind, "OUT": out}
+                result.append(("gemv.cu", macros, 256, 0, 96, (TENSOR_CORES[kind],)))
     return result
 
 

@@ -180,7 +180,7 @@ class CupyOps(CupyMemory):
         for part in weight.parts:
             columns = slice(at, at + part.rows)
             self.kernels.launch(
-                "gemv", "gemv", (-(-part.rows // 8), -(-len(x) // 16)), 256,
+                "gemv", "gemv", (-(-part.rows // 16), -(-len(x) // 16)), 256,
                 part.data, x, None if bias is None else bias[columns],
                 None if residual is None else residual[:, columns], out[:, columns], part.rows, width, stride, len(x),
                 TYPE=part.type, T="f16", OUT=kind,

@@ -466,6 +466,18 @@ unsigned pack(float low, float high) {
     return from_float<T>(low).bits | unsigned(from_float<T>(high).bits) << 16;
 }
 
+namespace emulation {
+inline double half_of(unsigned pair, int i) { return to_float(f16{static_cast<unsigned short>(pair >> 16 * i)}); }
+}  // namespace emulation
+inline unsigned sub_f16x2(unsigned a, unsigned b) {
+    using emulation::half_of;
+    return pack<f16>(float(half_of(a, 0) - half_of(b, 0)), float(half_of(a, 1) - half_of(b, 1)));
+}
+inline unsigned fma_f16x2(unsigned a, unsigned b, unsigned c) {
+    using emulation::half_of;
+    return pack<f16>(float(half_of(a, 0) * half_of(b, 0) + half_of(c, 0)), float(half_of(a, 1) * half_of(b, 1) + half_of(c, 1)));
+}
+
 inline float exp2_fast(float x) { return std::exp2(x); }
 
 template <typename T>
