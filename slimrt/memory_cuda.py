@@ -15,7 +15,7 @@ from slimrt.gguf import GGUFFile
 from slimrt.kv_blocks import host_slabs
 from slimrt.memory import MemoryRow
 from slimrt.ops.cuda_device import CudaDevice
-from slimrt.ops.cupy_ops import HEAD_WIDTHS, ROW_CHUNK
+from slimrt.ops.cupy_ops import HEAD_WIDTHS, ROW_CHUNK, row_chunk
 from slimrt.ops.cupy_weights import PACKED_TYPES
 from slimrt.weight_stream import SLOTS, layer_bytes
 
@@ -70,7 +70,7 @@ class CudaPlan:
             MemoryRow("staging slots", self.ring, "through which the other keys and values pass"),
             MemoryRow("hidden states", self.boundary, "of a pruned prompt, for further questions"),
             MemoryRow("rows", self.rows, "of a prompt of the whole context, within a layer"),
-            MemoryRow("scratch", self.scratch, f"of {min(self.ctx, ROW_CHUNK)} rows in the feed-forward"),
+            MemoryRow("scratch", self.scratch, "of the rows that pass the feed-forward together"),
             MemoryRow("CUDA", self.context, "context, modules, cuBLAS"),
             MemoryRow("total", self.total, f"{verdict} the {self.available / 2**30:.1f} GiB that are free"),
             MemoryRow("host memory", self.host + self.streamed, "page-locked, for keys, values, streamed weights"),
@@ -95,11 +95,11 @@ class CudaPlan:
         )
 
 
-def plan(config: ModelConfig, weights: Weights, cache: CacheConfig, available: int) -> CudaPlan:
-    """The plan for a context of ``cache.ctx`` tokens."""
+def plan(config: ModelConfig, weights: Weights, cache: CacheConfig, available: int, chunk: int = ROW_CHUNK) -> CudaPlan:
+    """The plan for a context of ``cache.ctx`` tokens, ``chunk`` of which pass the feed-forward together."""
     c, tokens = config, cache.ctx
     q, kv = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
-    chunk = min(tokens, ROW_CHUNK)
+    chunk = min(tokens, chunk)
     # project: x before and after, the attention's result, q, k, v. The next layer's qkv: x, and q, k, v twice.
     x, qkv = _FLOAT * c.d_model, _HALF * (q + 2 * kv)
     rows = tokens * (max(2 * x + _HALF * q + qkv, x + 2 * qkv) + _FLOAT * c.rope.dims)
@@ -156,13 +156,15 @@ def place_weights(file: GGUFFile, *, stream: bool = False) -> Weights:
     return Weights(resident + SLOTS * max(sizes, default=0), sum(sizes))
 
 
-def largest_context(config: ModelConfig, weights: Weights, cache: CacheConfig, available: int) -> int:
+def largest_context(
+    config: ModelConfig, weights: Weights, cache: CacheConfig, available: int, chunk: int = ROW_CHUNK
+) -> int:
     """The most tokens below ``cache.ctx``, in steps of 256, whose plan fits; 0 if not even 256 do."""
     steps = range(0, cache.ctx, 256)
 
     def exceeds(tokens: int) -> bool:
         smaller = CacheConfig(tokens, cache.budget, block=cache.block, unit=cache.unit) if tokens else None
-        return smaller is not None and not plan(config, weights, smaller, available).fits()
+        return smaller is not None and not plan(config, weights, smaller, available, chunk).fits()
 
     first = bisect.bisect_left(steps, True, key=exceeds)
     return steps[first - 1] if first else 0
@@ -186,8 +188,9 @@ def fit(
 ) -> tuple[CudaPlan, str | None]:
     """The plan of a model on ``gpu``, and in one line why it cannot be carried out there, or None."""
     weights = place_weights(file, stream=stream)
-    chosen = plan(config, weights, cache, gpu.free)
+    chunk = row_chunk(gpu.total)
+    chosen = plan(config, weights, cache, gpu.free, chunk)
     problem = unsupported(config)
     if problem is None and not chosen.fits():
-        problem = chosen.refusal(largest_context(config, weights, cache, gpu.free))
+        problem = chosen.refusal(largest_context(config, weights, cache, gpu.free, chunk))
     return chosen, problem

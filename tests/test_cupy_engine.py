@@ -38,7 +38,6 @@ SHAPES: dict[str, dict[str, Any]] = {
     "BF16": {"type": "BF16", "tied": False},
     "Q4_0": {"type": "Q4_0", "n_heads": 6, "n_kv_heads": 2, "d_model": 96},
     "Q8_0": {"type": "Q8_0", "head_dim": 128, "n_heads": 2, "n_kv_heads": 1},
-    "Q4_K": {"type": "Q4_K", "d_model": 256, "d_ff": 256, "n_layers": 2},
     "Q2_K": {"type": "Q2_K", "d_model": 256, "d_ff": 256, "n_layers": 2},  # no kernel: float16 on the device
     "qwen2": {"arch": "qwen2", "type": "Q5_1"},
     "llama3": {"type": "Q6_K", "d_model": 256, "d_ff": 256, "n_layers": 2, "rope_freqs": True},
@@ -143,6 +142,22 @@ def test_decode_by_captured_graphs(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     for kind in ("plain", "graph"):
         assert np.abs(np.array(found[kind]) - found["true"]).max() <= SLACK * unit, kind
     assert launches["graph"] < launches["plain"] / 2  # the kernels of a replay are not launched one by one
+
+
+def test_rows_in_several_chunks_are_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Each row is treated alone, so how many pass together must not show."""
+    fake = FakeCupy(monkeypatch)
+    file = tiny(tmp_path, type="Q8_0")
+    ops = CupyOps()
+    found = []
+    for rows in (1 << 15, 40):
+        monkeypatch.setattr(ops, "whole_rows", rows)
+        session = Session(engine(file, ops), 512)
+        before = len(fake.launches)
+        session.prefill(ids(file, 100))
+        found.append((session.logits, len(fake.launches) - before))
+    assert np.array_equal(found[0][0], found[1][0])  # type: ignore[arg-type]
+    assert found[1][1] > found[0][1]
 
 
 def test_a_plan_that_keeps_all_is_the_dense_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -24,16 +24,23 @@ from slimrt.ops.kernels import Kernels
 from slimrt.ops.reach import Reach
 from slimrt.quants import dequantize
 
-__all__ = ["HEAD_WIDTHS", "ROW_CHUNK", "CupyOps"]
+__all__ = ["HEAD_WIDTHS", "ROW_CHUNK", "CupyOps", "row_chunk"]
 
 Array = Any  # of CuPy
 Result = TypeVar("Result")
 
 HEAD_WIDTHS = (64, 128)  # that the attention kernels are made for
 ROW_CHUNK = 4096  # rows that pass the feed-forward together: bounded scratch, products large enough for any GPU
+_LARGE_CHUNK = 1 << 15  # the same where memory is plentiful: a whole prompt of 32k is spared the copies into place
+_PLENTIFUL = 40 << 30  # bytes of a GPU
 FEW_ROWS = 16  # below so many rows the weights are the work: each is read once, packed, by the GEMV
 _MAX_GROUP = 16  # query heads of one KV head that the decode kernel takes
 _SPLIT_KEYS = 256  # that one block of the decode kernel should have at least
+
+
+def row_chunk(total: int) -> int:
+    """How many rows pass the row-wise part of a layer together on a GPU of ``total`` bytes."""
+    return _LARGE_CHUNK if total >= _PLENTIFUL else ROW_CHUNK
 
 
 @dataclass(frozen=True)
@@ -56,11 +63,11 @@ class CupyOps(CupyMemory):
     """Compute and memory operations on one GPU. Raises DeviceError, here and everywhere, with the remedy."""
 
     name = "cuda"
-    whole_rows = ROW_CHUNK  # up to so many rows pass a layer in one piece
     captures = True  # a graph of kernels can be recorded, and launched as one
 
     def __init__(self, device: CudaDevice | None = None) -> None:
         self.device = device or probe()
+        self.whole_rows = row_chunk(self.device.total)  # up to so many rows pass a layer in one piece
         super().__init__(load_cupy())
         self.kernels = Kernels(self._cupy)
         # Ampere and Hopper's data-centre chips hold two stages of a large tile, the others one of a small tile.
@@ -104,7 +111,7 @@ class CupyOps(CupyMemory):
 
     def rows(self, task: Callable[[slice], object], count: int) -> None:
         """Call ``task(slice)`` for slices that cover ``count`` rows once, one after the other: scratch is bounded."""
-        chunks = max(1, -(-count // ROW_CHUNK))
+        chunks = max(1, -(-count // self.whole_rows))
         size = max(1, -(-count // chunks))
         for lo in range(0, max(1, count), size):
             task(slice(lo, min(lo + size, count)))
