@@ -194,12 +194,12 @@ class LayerRows:
             if number in where:
                 self._views[slot][...] = self._views[where[number]]
             else:
-                fetched.append((self._views[slot], self.host.views[number]))
+                fetched.append((slot, self.host.views[number]))
             positions = self.positions.array[_rows(number, block)]
             self._slot_positions[slot * block : slot * block + len(positions)] = positions
         if fetched:
             self._transfers.bytes_to_device += len(fetched) * self.host.block_bytes
-            self._fetches.append(self._ops.copy(fetched, after=self._ops.mark()))
+            self._fetches.append(self._ops.fetch_blocks(self._slots_memory(), fetched, self._ops.mark()))
 
     def begin_spilling(self) -> None:
         """All slots are full, and one row more comes: from now on the host has the blocks as well."""

@@ -469,14 +469,13 @@ class FakeCupy:
             self.submit(lambda: np.copyto(target, a))
             return out
 
-        def matmul(a: Array, b: Array, out: Array | None = None) -> Array:
+        def matmul(a: Array, b: Array) -> Array:
             if self.current.queue.recording is not None:
                 raise NotImplementedError("calling cuBLAS API during stream capture is currently unsupported")
             assert a.ndim == b.ndim == 2 and a.dtype == b.dtype == np.float16, "3-D products are upcast by CuPy"
             assert a.flags.c_contiguous or a.flags.f_contiguous
             assert b.flags.c_contiguous or b.flags.f_contiguous
-            out = self.empty((a.shape[0], b.shape[1]), np.float16) if out is None else out
-            assert out.flags.c_contiguous and out.dtype == np.float16 and out.shape == (a.shape[0], b.shape[1])
+            out = self.empty((a.shape[0], b.shape[1]), np.float16)
             x, y, target = a._a, b._a, out._a
 
             def work() -> None:

@@ -70,7 +70,7 @@ def noise(shape: tuple[int, ...], seed: int = 0, scale: float = 1.0) -> Array:
 def assert_as_exact(got: Array, naive: Array, exact: Array, k: float = 2.0) -> None:
     """The error of ``got`` against float64 is at most ``k`` times that of a naive computation of the same precision."""
     assert got.shape == exact.shape
-    assert np.isfinite(got).all()
+    assert np.isfinite(got).all() and np.isfinite(naive).all()
     allowed = k * np.abs(naive.astype(np.float64) - exact).max()
     error = np.abs(got.astype(np.float64) - exact).max()
     assert error <= allowed, f"error {error:.3g}, allowed {allowed:.3g}"

@@ -19,6 +19,9 @@ from slimrt.ops.cupy_ops import CupyOps
 from slimrt.ops.kernels import Kernels, source_text
 from tests import emulation
 from tests.fake_cupy import FakeCupy, RawModule
+from tests.gpu import test_ptx
+from tests.gpu.on_device import pasted
+from tests.test_kernel_compile import CASES, compile_source, toolchain
 
 needs_compiler = pytest.mark.skipif(emulation.compiler() is None, reason="running CUDA sources on the CPU needs g++")
 
@@ -103,6 +106,20 @@ def test_sources_are_whole() -> None:
     text = source_text("attention_prefill.cu")
     assert '#include "' not in text and "#pragma once" not in text
     assert text.count("struct f16 {") == 1 and '#line 1 "ptx.cuh"' in text
+
+
+def test_pasted_sources_compile() -> None:
+    """What CuPy is given is not what the compile gate reads from the folder: NVRTC must take it, without a warning."""
+    tools = toolchain()
+    if isinstance(tools, str):
+        pytest.skip(tools)
+    first: dict[str, dict[str, object]] = {}
+    for source, macros, *_ in CASES:
+        first.setdefault(source, macros)
+    for source, macros in first.items():
+        options = ["-arch=sm_90", "-std=c++17", *(f"-D{name}={value}" for name, value in macros.items())]
+        assert compile_source(tools[0], source_text(source), options)
+    compile_source(tools[0], pasted(test_ptx.SOURCE), ["-arch=sm_80", "-std=c++17", "-DT=f16"])
 
 
 @needs_compiler

@@ -20,7 +20,7 @@ ARCHITECTURES = ("sm_80", "sm_89", "sm_90")
 SHARED_PER_BLOCK = {"sm_80": 163 << 10, "sm_89": 99 << 10, "sm_90": 227 << 10}  # the most that may be asked for
 RESERVED = 1024  # of which the system takes this much for itself, and -res-usage counts it
 
-TYPES = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
+TYPES = ("F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
 SIXTEEN = ("f16", "bf16")
 TENSOR_CORES = {"f16": "HMMA.16816.F32", "bf16": "HMMA.16816.F32.BF16"}
 
@@ -51,7 +51,7 @@ def cases() -> list[Case]:
             result.append(("dequantize.cu", {"TYPE": type_, "T": kind}, 128, 0, 64, ()))
             for out in ("float", kind):
                 macros = {"TYPE": type_, "T": kind, "OUT": out}
-                result.append(("gemv.cu", macros, 256, 0, 96, (TENSOR_CORES[kind],)))
+                result.append(("gemv.cu", macros, 256, 0, 80, (TENSOR_CORES[kind],)))
     return result
 
 

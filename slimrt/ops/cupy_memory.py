@@ -143,6 +143,15 @@ class CupyMemory:
         type is converted here, on the host, when what is under way has ended); the device's side may be strided.
         """
         pairs = list(pairs)
+
+        def queue() -> None:
+            for destination, source in pairs:
+                self._queue(destination, source)
+
+        return self._queued(queue, pairs, after)
+
+    def _queued(self, work: Callable[[], object], held: Pairs, after: Fence | None) -> Fence:
+        """What ``copy`` promises, for ``work`` that queues on the copy stream and touches the arrays ``held``."""
         self._retire()
         error = after.error if after is not None else None
         if error is None:
@@ -151,15 +160,14 @@ class CupyMemory:
                     if after is not None:
                         self._copies.wait_event(after.event)
                     with self._between(0, self._copies):
-                        for destination, source in pairs:
-                            self._queue(destination, source)
+                        work()
             except Exception as failure:
                 foreign = type(failure).__module__.split(".")[0] in ("cupy", "cupy_backends")
                 error = DeviceError(say_why(failure)) if foreign else failure
         # Also after a failure: copies that were queued before it may still run.
         with reported():
             fence = Fence(self._event(self._copies), error)
-        self._under_way.append((fence, pairs))
+        self._under_way.append((fence, held))
         return fence
 
     def _retire(self) -> None:

@@ -18,7 +18,7 @@ from slimrt.config import ModelConfig
 from slimrt.errors import DeviceError
 from slimrt.gguf import TensorInfo
 from slimrt.ops.cuda_device import CudaDevice, load_cupy, probe
-from slimrt.ops.cupy_memory import CupyMemory, reported
+from slimrt.ops.cupy_memory import CupyMemory, Fence, reported
 from slimrt.ops.cupy_weights import CudaWeight, Packed, load_weight, unpack
 from slimrt.ops.kernels import Kernels
 from slimrt.ops.reach import Reach
@@ -153,14 +153,12 @@ class CupyOps(CupyMemory):
         self.kernels.launch("embed", "embed", (len(ids),), 128, part.data, ids, out, part.width, TYPE=part.type)
         return out
 
-    def linear(self, x: Array, weight: CudaWeight, bias: Array | None = None, out: Array | None = None) -> Array:
-        """x float16 [T, in] @ weight.T [in, out] (+ bias float32 [out]) -> float16 [T, out], into ``out`` if given."""
+    def linear(self, x: Array, weight: CudaWeight, bias: Array | None = None) -> Array:
+        """x float16 [T, in] @ weight.T [in, out] (+ bias float32 [out]) -> float16 [T, out]."""
         self._check("linear", x, self.dtype, (None, weight.shape[1]))
-        if out is None:
-            out = self.empty((len(x), weight.shape[0]))
         if len(x) < FEW_ROWS:
-            return self._gemv(x, weight, bias, None, out)
-        self._cupy.matmul(x, self._dense(weight).T, out=out)
+            return self._gemv(x, weight, bias, None, self.empty((len(x), weight.shape[0])))
+        out = self._cupy.matmul(x, self._dense(weight).T)
         if bias is not None:
             out += bias
         return out
@@ -274,6 +272,22 @@ class CupyOps(CupyMemory):
         self.kernels.launch(
             "kv_append", "kv_append", (tokens,), 128, k, v, layer, start, kv_heads, width, stride, capacity, T="f16"
         )
+
+    def fetch_blocks(self, layer: Array, blocks: Sequence[tuple[int, np.ndarray]], after: Fence) -> Fence:
+        """Bring host ``blocks``, (slot, [2, Hkv, block, Dh] page-locked) each, into rows slot * block and on of
+        ``layer`` [2, Hkv, capacity, Dh]: one launch on the copy stream reads them all from the host's memory."""
+        _, kv_heads, rows, width = blocks[0][1].shape
+        self._check("fetch_blocks", layer, self.dtype, (2, kv_heads, None, width))
+
+        def gather() -> None:
+            addresses = self._cupy.asarray(np.array([block.ctypes.data for _, block in blocks], np.uint64))
+            slots = self._cupy.asarray(np.array([slot for slot, _ in blocks], np.int32))
+            self.kernels.launch(
+                "kv_blocks", "blocks_to_layer", (len(blocks), 2 * kv_heads), 128,
+                addresses, slots, layer, rows, width, layer.shape[2], T="f16",
+            )  # fmt: skip
+
+        return self._queued(gather, [(layer, block) for _, block in blocks], after)
 
     def score_blocks(self, kind: str, q: Array, k: Array, block: int, unit: int) -> np.ndarray:
         """How much the queries q [W, H, Dh] of the last rows want each block of k [Hkv, N, Dh] -> [B] on the host."""

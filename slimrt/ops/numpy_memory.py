@@ -57,6 +57,12 @@ class NumpyMemory:
 
         return self._copies.submit(work)
 
+    def fetch_blocks(self, layer: Array, blocks: Sequence[tuple[int, Array]], after: Fence) -> Fence:
+        """Queue copies of host ``blocks``, (slot, [2, Hkv, block, Dh]) each, into rows slot * block and on of ``layer``
+        [2, Hkv, capacity, Dh], as ``copy`` does."""
+        rows = blocks[0][1].shape[2]
+        return self.copy([(layer[:, :, slot * rows : (slot + 1) * rows], block) for slot, block in blocks], after)
+
     def mark(self) -> Fence:
         """A fence that passes when compute has done all that was asked of it, and waited for, so far."""
         return _REACHED

@@ -65,7 +65,12 @@ def emulated(source: str, defines: Mapping[str, object] | None = None) -> Device
 
 def compiled(code: str, defines: Mapping[str, object] | None = None) -> DeviceModule:
     """``tests.emulation.compiled`` on the device; headers are pasted in."""
-    return DeviceModule(_INCLUDE.sub(lambda found: source_text(found[1]), code), defines)
+    return DeviceModule(pasted(code), defines)
+
+
+def pasted(code: str) -> str:
+    """``code`` with the headers of ``kernels_cu`` in the place of their includes."""
+    return _INCLUDE.sub(lambda found: source_text(found[1]), code)
 
 
 @pytest.fixture(autouse=True)
