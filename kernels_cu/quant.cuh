@@ -97,20 +97,19 @@ struct Super {
     __device__ static int second(int u) { return first(u) + 32; }
 };
 
-template <typename VALUE, int BYTES>
+template <typename VALUE>
 struct Plain : Simple {
-    static constexpr int SIZE = 32 * BYTES;
+    static constexpr int SIZE = 64;
 
-    unsigned words[8 * BYTES];
+    unsigned words[16];
 
     __device__ __forceinline__ static Plain unit(const byte* block, int) {
         Plain result;
-        load_words<8 * BYTES, 16>(result.words, block);
+        load_words<16, 16>(result.words, block);
         return result;
     }
     __device__ __forceinline__ float weight(int i) const {
-        if constexpr (BYTES == 4) return __uint_as_float(words[i]);
-        else return to_float(VALUE{static_cast<unsigned short>(words[i / 2] >> 16 * (i % 2))});
+        return to_float(VALUE{static_cast<unsigned short>(words[i / 2] >> 16 * (i % 2))});
     }
     template <typename T>
     __device__ __forceinline__ unsigned pair(int i) const {
@@ -118,9 +117,8 @@ struct Plain : Simple {
         else return pack<T>(weight(i), weight(i + 1));
     }
 };
-struct F32 : Plain<float, 4> {};
-struct F16 : Plain<f16, 2> {};
-struct BF16 : Plain<bf16, 2> {};
+struct F16 : Plain<f16> {};
+struct BF16 : Plain<bf16> {};
 
 // scale, [minimum], [32 fifth bits], 16 bytes of nibbles. Without a minimum, weights are centred.
 template <bool MINIMUM, bool FIFTH>
