@@ -140,6 +140,14 @@ class Array:
     def __array_function__(self, function: Any, _: Any, args: Any, kwargs: Any) -> Any:
         if function is np.empty_like:
             return self._machine.empty(kwargs.get("shape") or self.shape, self.dtype)
+        if function is np.concatenate:
+            parts = args[0]
+            out = self._machine.empty((sum(len(part) for part in parts), *self.shape[1:]), self.dtype)
+            at = 0
+            for part in parts:
+                out[at : at + len(part)] = part
+                at += len(part)
+            return out
         return NotImplemented
 
     def __iter__(self) -> Iterator[Array]:

@@ -22,6 +22,7 @@ from slimrt.gguf import GGUFFile
 from slimrt.models import build, read_config
 from slimrt.ops.cupy_ops import CupyOps
 from slimrt.ops.numpy_ops import NumpyOps
+from slimrt.prune import schedule
 from slimrt.session import Session
 from slimrt.session_file import SavedTalk, read_session, write_session
 from tests import emulation, reference
@@ -142,6 +143,29 @@ def test_decode_by_captured_graphs(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     for kind in ("plain", "graph"):
         assert np.abs(np.array(found[kind]) - found["true"]).max() <= SLACK * unit, kind
     assert launches["graph"] < launches["plain"] / 2  # the kernels of a replay are not launched one by one
+
+
+def test_calibration_tries_plans_behind_the_boundary(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """One dense run, then plans whose first cut may come later than the kept hidden states, as in calibration."""
+    FakeCupy(monkeypatch)
+    file = tiny(tmp_path, n_layers=4, type="Q8_0")
+    prompt = ids(file, 120)
+    found: dict[str, list[np.ndarray]] = {}
+    for kind, ops in (("true", NumpyOps(1)), ("half", HalfOps()), ("cuda", CupyOps())):
+        one = engine(file, ops)
+        context = one.new_context(0)
+        one.prefill(context, prompt)
+        found[kind] = []
+        for layer in (0, 1, 2):
+            plan = PrunePlan((Stage(layer, 0.5),), block=16, query_window=8)
+            context.truncate(len(prompt) - 8)
+            hidden, _ = one.prefill(context, prompt[-8:], plan=plan, cuts=schedule(plan, len(prompt)))
+            following, _ = one.prefill(context, [5, 6], wanted=2)
+            with ops.computing():
+                rows = np.concatenate([hidden, following])
+            found[kind].append(one.logits(rows))
+    unit = np.abs(np.array(found["half"]) - found["true"]).max()
+    assert np.abs(np.array(found["cuda"]) - found["true"]).max() <= SLACK * unit
 
 
 def test_rows_in_several_chunks_are_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -105,8 +105,8 @@ class CupyOps(CupyMemory):
 
     @contextmanager
     def computing(self) -> Iterator[None]:
-        """Around every pass: what CuPy and CUDA raise becomes one line."""
-        with reported():
+        """Around every pass: on the compute stream whatever stream the caller works on; errors become one line."""
+        with reported(), self._compute:
             yield
 
     def rows(self, task: Callable[[slice], object], count: int) -> None:
