@@ -24,8 +24,8 @@ __device__ __forceinline__ float to_float(f16 x) {
 __device__ __forceinline__ float to_float(bf16 x) { return __uint_as_float(unsigned(x.bits) << 16); }
 
 // Rounded to nearest even.
-template <typename T>
-__device__ __forceinline__ T from_float(float x);
+template <typename TO>
+__device__ __forceinline__ TO from_float(float x);
 template <>
 __device__ __forceinline__ float from_float<float>(float x) { return x; }
 template <>
@@ -41,8 +41,8 @@ __device__ __forceinline__ bf16 from_float<bf16>(float x) {
     return result;
 }
 
-// Two of T in a register, the first in the low half.
-template <typename T>
+// Two in a register, the first in the low half.
+template <typename TO>
 __device__ __forceinline__ unsigned pack(float low, float high);
 template <>
 __device__ __forceinline__ unsigned pack<f16>(float low, float high) {
@@ -78,7 +78,7 @@ __device__ __forceinline__ float exp2_fast(float x) {
 
 // d += a b: a [16, 16], b [16, 8], d [16, 8] in the fragment layout of mma.m16n8k16. With g = lane / 4 and t = lane % 4, a
 // lane holds rows g and g + 8 of a and d, at columns 2t and 2t + 1 (of a also those + 8), and column g of b.
-template <typename T>
+template <typename HALF>
 __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1);
 template <>
 __device__ __forceinline__ void mma_m16n8k16<f16>(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {

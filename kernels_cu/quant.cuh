@@ -3,7 +3,7 @@
 //
 //   SIZE bytes hold VALUES weights in UNITS units; `unit(block, u)` reads unit u; its runs are weights `first(u)` and
 //   `second(u)` of the block, 16 from each on. Of a unit, `weight(i)` is weight i in float32, bit-equal to ggml's, and
-//   `pair<T>(i)` weights i and i + 1 (i even) as two of T in a register.
+//   `pair<TO>(i)` weights i and i + 1 (i even) as two of TO in a register.
 //
 // Formats: ggml-common.h. Blocks of 18, 22, 34 and 210 bytes are aligned to 2 only, so bytes come in as alignment allows.
 #ifndef SLIMRT_QUANT_CUH
@@ -31,15 +31,15 @@ struct Bytes {
     }
 
     // In f16 the same goes for two numbers at once, with 1024 for 2^23. Scale and shift are rounded to f16 first.
-    template <typename T>
+    template <typename TO>
     __device__ __forceinline__ unsigned pair(int i) const {
-        if constexpr (same<T, f16>) {
+        if constexpr (same<TO, f16>) {
             // threadIdx.y is 0, which the compiler cannot know: a constant it would move into a register for each use.
             const unsigned top = 0x64646464 + threadIdx.y;
             const unsigned n = sub_f16x2(__byte_perm(words[i / 4], top, i % 4 ? 0x4342 : 0x4140), 0x64006400);
             return fma_f16x2(n, pack<f16>(scale[i / 16], scale[i / 16]), pack<f16>(shift[i / 16], shift[i / 16]));
         } else {
-            return pack<T>(weight(i), weight(i + 1));
+            return pack<TO>(weight(i), weight(i + 1));
         }
     }
 };
@@ -111,10 +111,10 @@ struct Plain : Simple {
     __device__ __forceinline__ float weight(int i) const {
         return to_float(VALUE{static_cast<unsigned short>(words[i / 2] >> 16 * (i % 2))});
     }
-    template <typename T>
+    template <typename TO>
     __device__ __forceinline__ unsigned pair(int i) const {
-        if constexpr (same<T, VALUE>) return words[i / 2];
-        else return pack<T>(weight(i), weight(i + 1));
+        if constexpr (same<TO, VALUE>) return words[i / 2];
+        else return pack<TO>(weight(i), weight(i + 1));
     }
 };
 struct F16 : Plain<f16> {};

@@ -18,9 +18,9 @@ pytestmark = needs_compiler
 ROOT = Path(__file__).parents[1]
 
 
-def attend(code: str, stages: int) -> Array:
+def attend(code: str, stages: int, **more: object) -> Array:
     """What a source of the prefill kernel makes of a fixed input: three tiles of queries, two heads."""
-    kernel = compiled(code, {"T": "f16", "DH": 64, "TILE": 64, "STAGES": stages}).kernel("attention_prefill")
+    kernel = compiled(code, {"T": "f16", "DH": 64, "TILE": 64, "STAGES": stages, **more}).kernel("attention_prefill")
     q, k, v = (half(noise(shape, seed)) for seed, shape in enumerate([(190, 2, 64), (1, 190, 64), (1, 190, 64)]))
     out = np.zeros_like(q)
     sizes = (np.int32(n) for n in (190, 190, 2, 1, 128, 190 * 64))
@@ -87,6 +87,12 @@ def test_the_order_of_warps_shows_a_missing_barrier() -> None:
                 kernel((1,), (128,), (x, out))
             results.append(np.array_equal(out, x[::-1]))
         assert all(results) if "threads" in barrier else not any(results)
+
+
+def test_fibers_without_our_assembly() -> None:
+    """The way of other processors, ucontext, gives the same bits."""
+    code = (SOURCES / PREFILL).read_text()
+    assert np.array_equal(attend(code, 1, EMULATION_UCONTEXT=1), attend(code, 1))
 
 
 def test_divergence_is_an_error_not_a_hang() -> None:

@@ -18,7 +18,11 @@
 #include <vector>
 
 #include <sys/mman.h>
+
 #if !defined(__x86_64__)
+#define EMULATION_UCONTEXT  // switches stacks with the system's help: slower
+#endif
+#if defined(EMULATION_UCONTEXT)
 #include <ucontext.h>
 #endif
 
@@ -86,7 +90,7 @@ extern char __stop_kernel_shared[] __attribute__((weak, visibility("hidden")));
 
 namespace emulation {
 
-#if defined(__x86_64__)
+#if !defined(EMULATION_UCONTEXT)
 struct Context {
     void* stack_pointer = nullptr;
 };
@@ -437,8 +441,8 @@ inline float to_float(float x) { return x; }
 inline float to_float(f16 x) { return emulation::halves.of[x.bits]; }
 inline float to_float(bf16 x) { return __uint_as_float(unsigned(x.bits) << 16); }
 
-template <typename T>
-T from_float(float x);
+template <typename TO>
+TO from_float(float x);
 template <>
 inline float from_float<float>(float x) {
     return x;
@@ -461,9 +465,9 @@ inline bf16 from_float<bf16>(float x) {
     if ((bits & 0x7fffffff) > 0x7f800000) return {0x7fff};
     return {static_cast<unsigned short>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
 }
-template <typename T>
+template <typename TO>
 unsigned pack(float low, float high) {
-    return from_float<T>(low).bits | unsigned(from_float<T>(high).bits) << 16;
+    return from_float<TO>(low).bits | unsigned(from_float<TO>(high).bits) << 16;
 }
 
 namespace emulation {
@@ -480,7 +484,7 @@ inline unsigned fma_f16x2(unsigned a, unsigned b, unsigned c) {
 
 inline float exp2_fast(float x) { return std::exp2(x); }
 
-template <typename T>
+template <typename HALF>
 void mma_m16n8k16(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
     struct Mma {
         float* d;
@@ -489,8 +493,8 @@ void mma_m16n8k16(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b
     } mine{d, a, {b0, b1}};
     emulation::collective(
         [](void** lanes) {
-            auto low = [](unsigned pair) { return to_float(T{static_cast<unsigned short>(pair)}); };
-            auto high = [](unsigned pair) { return to_float(T{static_cast<unsigned short>(pair >> 16)}); };
+            auto low = [](unsigned pair) { return to_float(HALF{static_cast<unsigned short>(pair)}); };
+            auto high = [](unsigned pair) { return to_float(HALF{static_cast<unsigned short>(pair >> 16)}); };
             float a[16][16], b[16][8], sum[16][8];
             for (int lane = 0; lane < 32; lane++) {
                 const Mma& from = *static_cast<Mma*>(lanes[lane]);
