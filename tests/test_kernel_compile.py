@@ -119,3 +119,19 @@ def test_compiles_within_its_resources(case: Case, architecture: str, tmp_path: 
     if instructions:
         code = dump("-sass")
         assert [wanted for wanted in instructions if wanted not in code] == []
+
+
+def test_every_kernel_is_compiled_and_in_the_contract() -> None:
+    """``kernels_cu/README.md`` gives each exported kernel with as many arguments as it takes."""
+    listed = dict(re.findall(r"`(\w+)\(([^`]*)\)`", (SOURCES / "README.md").read_text()))
+    assert {path.name for path in SOURCES.glob("*.cu")} == {case[0] for case in CASES}
+    found = set()
+    for path in SOURCES.glob("*.cu"):
+        code = path.read_text()
+        for name in EXPORTED.findall(code):
+            found.add(name)
+            parameters = re.search(rf"\b{name}\(((?:const |unsigned |long )*\w+[^)]*)\)\s*{{", code)
+            assert parameters is not None
+            counts = [len(re.sub(r"\[[^]]*\]", "", text).split(",")) for text in (parameters[1], listed[name])]
+            assert counts[0] == counts[1], name
+    assert found == set(listed)
