@@ -11,9 +11,9 @@
 //
 // Keys and values come by cp.async in turn, k0 v0 k1 v1 ..., one group each; all but the youngest group is waited for, so
 // keys j + 1 are under way during the softmax of tile j, values j + 1 during the product with keys j + 1.
-// STAGES 2: two buffers of each, the next load starts as soon as the tile is there: two barriers a tile, for devices with
-// much shared memory (sm_80, sm_90: TILE 128). STAGES 1: one buffer of each, refilled when all have read it: four barriers,
-// but half the memory, so that two blocks fit where there is little (sm_86, sm_89: TILE 64).
+// STAGES 2: two buffers of each, the next load starts as soon as the tile is there: two barriers a tile. STAGES 1: one buffer
+// of each, refilled when all have read it: four barriers, less memory. What fits twice on a multiprocessor (DH 128):
+// 128 rows in 2 stages on sm_90, 128 in 1 on sm_80, 64 in 1 on sm_86 and sm_89.
 #include "attention.cuh"
 
 constexpr int KEYS = 64, THREADS = 128, PARTS = TILE / 64;  // a warp holds PARTS times 16 rows

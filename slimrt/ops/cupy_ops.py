@@ -70,9 +70,9 @@ class CupyOps(CupyMemory):
         self.whole_rows = row_chunk(self.device.total)  # up to so many rows pass a layer in one piece
         super().__init__(load_cupy())
         self.kernels = Kernels(self._cupy)
-        # Ampere and Hopper's data-centre chips hold two stages of a large tile, the others one of a small tile.
-        large = self.device.shared_per_block >= 160 << 10
-        self._tile, self._stages = (128, 2) if large else (64, 1)
+        # As large a tile as leaves room for two blocks on a multiprocessor: Hopper 96 KiB each, A100 64, others 48.
+        shared = self.device.shared_per_block
+        self._tile, self._stages = (128, 2) if shared >= 200 << 10 else (128, 1) if shared >= 160 << 10 else (64, 1)
         self._counts = self.upload(np.arange(1 << 12, dtype=np.int32))  # a pointer into it is a number in memory
         self._reaches: dict[tuple[int, ...], Array] = {}
 
