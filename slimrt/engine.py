@@ -78,6 +78,12 @@ class Engine:
         if cache is not None and cache.budget is not None and cache.ctx > cache.budget:
             reserve_host_memory(ops, cache, model.config)
 
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of keys and values that one token leaves, over all layers, as this backend keeps them."""
+        c = self.config
+        return c.n_layers * 2 * c.n_kv_heads * c.head_dim * np.dtype(self.ops.kv_type).itemsize
+
     def new_context(self, boundary_layer: int | None = None, windows: Windows | None = None) -> Context:
         """An empty context; ``boundary_layer`` is the layer of the first cut if prompts are to be pruned in it."""
         boundary = None if boundary_layer is None else BoundaryStates(boundary_layer, self.config.d_model)
