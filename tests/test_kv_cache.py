@@ -228,10 +228,10 @@ def test_a_long_context_is_searched_in_groups() -> None:
     """The shortlist is the groups whose mean key is best, and their blocks are compared as all blocks would be."""
 
     class Recording(NumpyOps):
-        columns = 0
+        seen = 0
 
         def score_blocks(self, kind, q, k, block, unit):  # type: ignore[no-untyped-def]
-            self.columns += k.shape[1]
+            self.seen += k.shape[1]
             return super().score_blocks(kind, q, k, block, unit)
 
     def layer(ops: NumpyOps, config: CacheConfig, keys: np.ndarray, steps: list[int]) -> LayerRows:
@@ -260,9 +260,9 @@ def test_a_long_context_is_searched_in_groups() -> None:
         config = CacheConfig(1 << 20, 1024)
         blocks = length // config.block
         rows = layer(ops, config, rng.standard_normal((KV_HEADS, length, WIDTH), dtype=np.float32), [0, blocks])
-        ops.columns = 0
+        ops.seen = 0
         rows.wanted(q, blocks)
-        compared.append(ops.columns)
+        compared.append(ops.seen)
     assert compared == [256, 64 + 512, 512 + 512]  # without groups 256, 1024, 8192
     ops.close()
 
