@@ -134,11 +134,10 @@ class LLM:
         self._template: ChatTemplate | None = None
         self._lock = threading.RLock()
         fast = uses_kernels(device)
-        self.memory = plan_memory(self.config, file, self.ctx, threads=threads, fast=fast)
+        how: Any = {"threads": threads, "fast": fast, "kv_budget": kv_budget}
+        self.memory = plan_memory(self.config, file, self.ctx, **how)
         if not self.memory.fits():
-            raise SettingError(
-                _does_not_fit(self.memory, largest_context(self.config, file, self.ctx, threads=threads, fast=fast))
-            )
+            raise SettingError(_does_not_fit(self.memory, largest_context(self.config, file, self.ctx, **how)))
         if self.memory.packed and not fast:
             self.notes.append(
                 "weights stay packed: unpacked they would take more than half of the free memory; expect slow decoding"
@@ -354,7 +353,7 @@ def _does_not_fit(plan: MemoryPlan, room: int) -> str:
     remedy = f"a context of {room} fits (ctx={room}, --ctx {room})" if room else "use a smaller model or quantisation"
     return (
         f"the model needs {plan.total / 2**30:.1f} GiB at a context of {plan.ctx} (weights {plan.weights / 2**30:.1f}, "
-        f"KV cache {plan.kv / 2**30:.1f}, hidden states {plan.boundary / 2**30:.1f}, "
+        f"KV cache {(plan.kv + plan.kv_host) / 2**30:.1f}, hidden states {plan.boundary / 2**30:.1f}, "
         f"scratch {plan.scratch / 2**30:.1f}), {plan.available / 2**30:.1f} GiB are free; {remedy}"
     )
 

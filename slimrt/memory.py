@@ -9,7 +9,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from slimrt.config import ModelConfig
+from slimrt.config import CacheConfig, ModelConfig
 from slimrt.errors import SettingError
 from slimrt.gguf import GGUFFile
 from slimrt.ops.numpy_ops import KEY_TILE, QUERY_TILE, ROW_CHUNK
@@ -36,8 +36,10 @@ class MemoryPlan:
 
     ``fast``: on compiled kernels, else NumPy. ``weights``: float32 where they are unpacked, else (``packed``) the bytes
     of the file, mapped. ``kv_per_token``: keys and values of one token over all layers; ``kv``: those of ``ctx``
-    tokens. ``boundary``: the hidden states that a pruned prompt leaves for further questions. ``scratch``: what prefill
-    of the whole context takes besides. ``available``: free memory when the plan was made, None where that is unknown.
+    tokens, or under a budget those that stay resident, with the mean keys of all units; ``kv_host``: then those of
+    ``ctx`` tokens, and the staging slots that they pass through. ``boundary``: the hidden states that a pruned prompt
+    leaves for further questions. ``scratch``: what prefill of the whole context takes besides. ``available``: free
+    memory when the plan was made, None where that is unknown.
     """
 
     ctx: int
@@ -49,10 +51,11 @@ class MemoryPlan:
     boundary: int
     scratch: int
     available: int | None
+    kv_host: int = 0
 
     @property
     def total(self) -> int:
-        return self.weights + self.kv + self.boundary + self.scratch
+        return self.weights + self.kv + self.kv_host + self.boundary + self.scratch
 
     def fits(self) -> bool:
         """Whether ``total`` is available; True where it is unknown what is."""
@@ -71,10 +74,19 @@ class MemoryPlan:
                 1024 * self.kv_per_token,
                 f"{'float16' if self.fast else 'float32'}; part of the next line",
             ),
-            MemoryRow("KV cache, whole context", self.kv, f"{self.ctx} tokens; grows as they come"),
+            *self._kv_rows(),
             MemoryRow("hidden states", self.boundary, "of a pruned prompt, for further questions"),
             MemoryRow("scratch", self.scratch, "while a prompt of the whole context is read"),
             MemoryRow("total", self.total, note),
+        ]
+
+    def _kv_rows(self) -> list[MemoryRow]:
+        grows = f"{self.ctx} tokens; grows as they come"
+        if not self.kv_host:
+            return [MemoryRow("KV cache, whole context", self.kv, grows)]
+        return [
+            MemoryRow("KV cache, resident", self.kv, "the budget, and mean keys of all units"),
+            MemoryRow("KV cache, behind it", self.kv_host, grows),
         ]
 
 
@@ -87,12 +99,14 @@ def plan(
     packed: bool | None = None,
     available: int | None = None,
     fast: bool = False,
+    kv_budget: int | None = None,
 ) -> MemoryPlan:
     """The memory plan of a model on a CPU backend.
 
     ``threads`` None: all cores. ``fast``: compiled kernels, which keep weights packed, else NumPy. ``packed`` None:
     weights are unpacked if their float32 form takes at most half of the memory that is free. ``available`` None: ask
-    the system. Raises SettingError if ``ctx`` is below 1.
+    the system. ``kv_budget``: rows of each layer that stay resident (None: all). Raises SettingError if ``ctx`` is
+    below 1 or the budget too small.
     """
     if ctx < 1:
         raise SettingError(f"ctx {ctx}: must be at least 1")
@@ -105,17 +119,29 @@ def plan(
     threads = threads or available_cores()
     kv_per_token = config.kv_bytes_per_token // (2 if fast else 1)
     scratch = _fast_scratch(config, ctx, threads) if fast else _prefill_scratch(config, ctx, threads, packed) * _FLOAT
+    kv, kv_host = _budgeted(config, CacheConfig(ctx, kv_budget), kv_per_token)
     return MemoryPlan(
         ctx=ctx,
         fast=fast,
         packed=packed,
         weights=sum(tensor.nbytes for tensor in file.tensors.values()) if packed else dense,
         kv_per_token=kv_per_token,
-        kv=ctx * kv_per_token,
+        kv=kv,
+        kv_host=kv_host,
         boundary=ctx * config.d_model * _FLOAT,
         scratch=scratch,
         available=available,
     )
+
+
+def _budgeted(config: ModelConfig, cache: CacheConfig, kv_per_token: int) -> tuple[int, int]:
+    """Bytes of resident keys, values and means, and of those behind them: nothing without a budget, or within it."""
+    if cache.budget is None or cache.budget >= cache.ctx:
+        return cache.ctx * kv_per_token, 0
+    means = cache.ctx // cache.unit + cache.ctx // cache.block // cache.group
+    resident = cache.slots * cache.block * kv_per_token + means * config.kv_bytes_per_token // 2  # keys, in float32
+    staging = (1 + cache.lookahead) * cache.ctx * kv_per_token // config.n_layers
+    return resident, cache.ctx * kv_per_token + staging
 
 
 def largest_context(
@@ -126,13 +152,15 @@ def largest_context(
     threads: int | None = None,
     available: int | None = None,
     fast: bool = False,
+    kv_budget: int | None = None,
 ) -> int:
     """The most tokens below ``ctx``, in steps of 256, whose plan fits; 0 if not even 256 do."""
     steps = range(0, ctx, 256)
     available = available_memory() if available is None else available
 
     def fits(size: int) -> bool:
-        return plan(config, file, size, threads=threads, available=available, fast=fast).fits()
+        budget = None if kv_budget is None or kv_budget >= size else kv_budget
+        return plan(config, file, size, threads=threads, available=available, fast=fast, kv_budget=budget).fits()
 
     # Plans grow with the context, so the first that does not fit can be searched by halves.
     first = bisect.bisect_left(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import tomllib
 from html.parser import HTMLParser
@@ -15,7 +16,7 @@ from rich.console import Console
 
 import slimrt
 from click_cli import cli
-from slimrt.config import PrunePlan, Stage
+from slimrt.config import PrunePlan, Stage, Window
 from slimrt.explain.blocks import block_texts
 from slimrt.explain.page import html_page, readable_score, readable_seconds
 from slimrt.explain.report import Explanation, explain
@@ -153,6 +154,24 @@ def test_rows_in_host_memory_are_shown(model: Path) -> None:
     assert sum("0 B in host memory" not in label for label in labels if "host" in label) == sum(
         layer.kv_host > 0 for layer in split.layers
     )
+
+
+def test_windows_are_shown_where_they_are(llm: slimrt.LLM) -> None:
+    windowed = PrunePlan(
+        PLAN.stages, block=16, query_window=8, windows=(Window(0, (64, 0)), Window(1, (64, 64))), full_rows=50
+    )
+    ids = llm.tokenize(DOCUMENT + HOSTILE)
+    seen = explain(slimrt.load(llm.file.path, prune=windowed, threads=1), ids)
+    assert seen.windowed_rows == (len(ids) - 50) // 128 * 128 > 0
+    assert [layer.near_heads for layer in seen.layers] == [1, 2, 0, 0, 0, 0]
+    page = html_page(seen)
+    assert "Near heads" in page and "1 of 2" in page and "on 3 KV heads of 2 layers" in page
+    shown = Console(width=100, record=True, file=open(os.devnull, "w"))  # noqa: PTH123, SIM115
+    for part in summary(seen):
+        shown.print(part)
+    assert re.search(r"near heads.*\n0-1 .* 3 of 4", shown.export_text())
+    only = explain(slimrt.load(llm.file.path, prune=PrunePlan(windows=windowed.windows, full_rows=50), threads=1), ids)
+    assert only.why_dense == "" and only.cuts == () and only.windowed_rows > 0
 
 
 # -- text of blocks ----------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import slimrt
 from slimrt.errors import SettingError
 from slimrt.gguf import GGUFFile
 from slimrt.inspect import describe
-from slimrt.memory import available_memory, plan
+from slimrt.memory import available_memory, largest_context, plan
 from slimrt.models import read_config
 
 CTX = 3072
@@ -26,11 +26,27 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_llama(path, n_layers=3, d_model=256, n_heads=8, n_kv_heads=2, d_ff=512, type="Q8_0", ctx=CTX)
 
 
+def test_a_budget_splits_the_cache(tmp_path: Path) -> None:
+    file = GGUFFile(write_tiny_llama(tmp_path / "tiny.gguf"))
+    config = read_config(file)
+    whole = plan(config, file, 4096, available=1 << 40)
+    split = plan(config, file, 4096, available=1 << 40, kv_budget=512)
+    row = config.kv_bytes_per_token
+    assert (whole.kv, whole.kv_host) == (4096 * row, 0)
+    # Mean keys: one a unit of 8 rows, one a group of 8 blocks of 16; two staging slots of one layer each.
+    assert split.kv == 512 * row + (4096 // 8 + 4096 // 128) * row // 2
+    assert split.kv_host == 4096 * row + 2 * 4096 * row // config.n_layers
+    assert plan(config, file, 512, available=1 << 40, kv_budget=512).kv_host == 0
+    assert [r.part for r in split.rows()][2:4] == ["KV cache, resident", "KV cache, behind it"]
+    assert largest_context(config, file, 4096, available=split.total - 1, kv_budget=512) < 4096
+
+
 def test_plan_is_what_load_and_prefill_allocate(model: Path) -> None:
     file = GGUFFile(model)
     config = read_config(file)
     planned = plan(config, file, CTX, threads=1, packed=False)
     ids = np.random.default_rng(0).integers(3, 200, CTX).tolist()
+    slimrt.load(model, ctx=64, threads=1, device="numpy").logits([1])  # what is imported on the way is not in the plan
     tracemalloc.start()
     try:
         llm = slimrt.load(model, ctx=CTX, threads=1, device="numpy")

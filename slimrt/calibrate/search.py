@@ -37,10 +37,9 @@ Progress = Callable[[int, int, str], None]
 _TASKS = ("recall", "continuation")
 _ROUNDS = (0.15, 0.25, 0.6)  # of the samples; each round measures the plans that the one before left
 _FIRSTS = 3  # layers for the first cut that are tried with every choice of what follows
-_SURVIVORS = (5, 4)  # plans a preset that a round leaves
+_SURVIVORS = (4, 4)  # plans a preset that a round leaves
 _HEAD_SAMPLES = 2  # on which layers and heads are limited alone: one of each task; KL tells them apart on little text
 _TTFT_REPEATS = 3
-_SAFE = 2  # of these the ones that lose least; the others are the cheapest
 
 
 @dataclass(frozen=True)
@@ -76,6 +75,12 @@ class Measured:
     def excess(self, bounds: Bounds) -> float:
         """How far outside ``bounds`` it is; at most 0 within them."""
         return max(self.kl - bounds.kl, self.recall_drop - bounds.recall, self.nll_rise - bounds.nll)
+
+    def is_within(self, bounds: Bounds) -> bool:
+        """Whether it keeps ``bounds`` on other text too, as far as can be told: with a standard error to spare."""
+        recall = self.recall_drop + (self.recall_interval[1] - self.recall_drop) / 2
+        nll = self.nll_rise + (self.nll_interval[1] - self.nll_rise) / 2
+        return 1.2 * self.kl <= bounds.kl and recall <= bounds.recall and nll <= bounds.nll
 
     def may_be_within(self, bounds: Bounds) -> bool:
         """Whether more samples could still bring it within ``bounds``."""
@@ -180,7 +185,8 @@ def calibrate(
     scored = runner.run(candidates, seen, length)
     best = min(scored, key=_loss).plan
     cut_once = runner.run(selectors(llm.config, best), seen, length)
-    plans = [*(one.plan for one in cut_once), *grid(llm.config, best, _firsts(cut_once))]
+    firsts = _firsts(cut_once, max(bounds.values(), key=lambda one: one.kl))
+    plans = [*(one.plan for one in cut_once), *grid(llm.config, best, firsts)]
     tried = {one.plan: one for one in (*scored, *runner.run(plans, seen, length))}
     # What survives is tried with windows too, and they without any cut: how much they may lose is in their choice.
     left = {name: _survivors([tried[plan] for plan in plans], one, _SURVIVORS[0]) for name, one in bounds.items()}
@@ -198,7 +204,7 @@ def calibrate(
         for variant in (plan, *with_windows(llm.config, plan, losses, bounds[name].kl))
         if not variant.does_nothing
     )
-    seen += rounds[1]
+    seen = list(rounds[1])  # fresh text: what the first round has chosen by is too kind to the chosen
     tried |= {one.plan: one for one in runner.run(plans, seen, length)}
     plans = _distinct(
         plan for one in bounds.values() for plan in _survivors([tried[plan] for plan in plans], one, _SURVIVORS[1])
@@ -236,22 +242,29 @@ def _loss(measured: Measured) -> float:
     return measured.kl + max(0.0, measured.recall_drop) + max(0.0, measured.nll_rise)
 
 
-def _firsts(single: Sequence[Measured]) -> list[int]:
-    """The layers that select well enough for their depth: each loses less than all before it; the best ``_FIRSTS``."""
-    front: list[Measured] = []
-    for one in sorted(single, key=lambda one: one.plan.stages[0].layer):
-        if not front or _loss(one) < _loss(front[-1]):
-            front.append(one)
-    return [one.plan.stages[0].layer for one in front[-_FIRSTS:]]
+def _firsts(single: Sequence[Measured], loosest: Bounds) -> list[int]:
+    """``_FIRSTS`` layers that select well for their depth: each loses less than all before it, and not too much."""
+    by_layer = sorted(single, key=lambda one: one.plan.stages[0].layer)
+    return [plan.stages[0].layer for plan in _spread(by_layer, loosest, _FIRSTS)]
 
 
 def _survivors(measured: Iterable[Measured], bounds: Bounds, count: int) -> list[PrunePlan]:
-    """The cheapest plans that may be within ``bounds``, and those that exceed them least."""
-    measured = sorted(measured, key=lambda one: one.work)
-    possible = [one for one in measured if one.may_be_within(bounds)]
-    safe = sorted(possible or measured, key=lambda one: one.excess(bounds))[:_SAFE]
-    cheap = [one for one in possible if one not in safe][: count - len(safe)]
-    return [one.plan for one in (*safe, *cheap)]
+    """``count`` plans that may be within ``bounds``: the cheapest, the one that loses least, and some between them."""
+    return _spread(sorted(measured, key=lambda one: one.work), bounds, count)
+
+
+def _spread(measured: Sequence[Measured], bounds: Bounds, count: int) -> list[PrunePlan]:
+    """Of those that may be within ``bounds`` and lose less than all before them ``count``, evenly from first to last.
+
+    If none may be within the bounds, the one that exceeds them least.
+    """
+    front: list[Measured] = []
+    for one in measured:
+        if one.may_be_within(bounds) and (not front or _loss(one) < _loss(front[-1])):
+            front.append(one)
+    front = front or [min(measured, key=lambda one: one.excess(bounds))]
+    picked = np.unique(np.linspace(0, len(front) - 1, count).round().astype(int))
+    return [front[at].plan for at in picked]
 
 
 def _distinct(plans: Iterable[PrunePlan]) -> list[PrunePlan]:
@@ -269,7 +282,7 @@ def _time(llm: LLM, prompt: Sequence[int], presets: dict[str, Measured | None]) 
 
 
 def _cheapest_within(measured: Iterable[Measured], bounds: Bounds) -> Measured | None:
-    within = [one for one in measured if one.excess(bounds) <= 0]
+    within = [one for one in measured if one.is_within(bounds)]
     return min(within, key=lambda one: one.work, default=None)
 
 
