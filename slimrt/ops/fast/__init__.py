@@ -8,8 +8,8 @@ Read in this order:
   same.
 - ``kernels``: from a Python function to an address, cached on disk. A kernel is ``def k(item, thread, args)``, three
   int64: which part of the work, which thread's scratch, and the address of its arguments, themselves int64 words
-  (``argument(args, i)``) or float64 (``argument_float``). It is made by a cached factory, ``def k_kernel(features)``, and
-  everything that the factory's closure holds is in the key that it gives to ``compile_kernel``.
+  (``argument(args, i)``) or float64 (``argument_float``). It is made by a cached factory, ``def k_kernel(features)``,
+  and everything that the factory's closure holds is in the key that it gives to ``compile_kernel``.
 - ``team``: the threads that run programs, lists of jobs of so many items. A job ends when its items are done; nobody
   waits for a thread that has not begun.
 - Prefill: ``products`` (blocks of rows times panels: tiles, AVX-512, AVX2), ``unpack`` and ``panels`` (from packed rows

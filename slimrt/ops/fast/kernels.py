@@ -106,8 +106,9 @@ package_digest()  # now, of the sources that this process runs: they may be repl
 
 def cache_folder() -> Path:
     """Where this version of the package keeps its kernels: beside the models (``$SLIMRT_CACHE`` moves both)."""
-    place = os.environ.get("SLIMRT_CACHE") or platformdirs.user_cache_dir("slimrt", appauthor=False)
-    return Path(place) / "kernels" / package_digest()
+    override = os.environ.get("SLIMRT_CACHE")
+    place = Path(override).expanduser() if override else platformdirs.user_cache_path("slimrt")
+    return place / "kernels" / package_digest()
 
 
 def _drop_unused(parent: Path) -> None:
