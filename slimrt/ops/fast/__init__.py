@@ -14,7 +14,7 @@ Read in this order:
   waits for a thread that has not begun.
 - Prefill: ``products`` (blocks of rows times panels: tiles, AVX-512, AVX2), ``unpack`` and ``panels`` (from packed rows
   to panels), ``elements`` and ``layer_kernels`` (the row-wise parts of a layer), ``flash`` (attention).
-- Decode: ``activations`` and ``dots`` (int8 vectors, a dot product for each type of weights), ``gemv``, ``attend_few``,
-  ``decode`` (a whole token as one program).
+- Decode: ``activations``, ``byte_products`` and ``dots`` (int8 vectors, a dot product for each type of weights),
+  ``gemv``, ``attend_few``, ``decode`` (a whole token as one program).
 - ``fast_ops``: the operations, as the engine calls them.
 """
