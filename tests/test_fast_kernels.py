@@ -16,8 +16,7 @@ from slimrt.ops.fast.kernels import inline
 
 pytestmark = pytest.mark.skipif(not detect().avx2, reason="this processor has no fast path")
 
-# A factory's helper, too long to be put in line, so that it keeps a name; the arguments say with which numbers it is
-# made.
+# A helper too long to be put in line, so that it keeps a name; the arguments say with which numbers it is made.
 PROGRAM = """
 import sys
 import numpy as np

@@ -6,6 +6,7 @@ bfloat16 (or not, where the processor has no bfloat16 products), sums in float32
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -206,6 +207,29 @@ def test_a_row_gives_the_same_bits_in_any_company(ops: FastOps) -> None:
         whole = ops.attend(q, k, v, reach=reach)
         for lo, hi in ((0, 2), (2, 135), (135, 700)):
             assert np.array_equal(whole[lo:hi], ops.attend(q[lo:hi], k[:, :hi], v[:, :hi], reach=reach))
+
+
+def test_callers_in_several_threads_do_not_mix(ops: FastOps) -> None:
+    """Sessions of one model may compute at a time: the kernels' scratch is shared, and grows."""
+    width, failures = 64, []
+    cases = []
+    for tokens in (20, 700, 150, 400):
+        q = random(tokens, tokens, 4, width)
+        k, v = (random(tokens + seed, 2, tokens, width).astype(np.float16) for seed in (1, 2))
+        cases.append((q, k, v, FastOps(1, features=ops.features).attend(q, k, v)))
+    fresh = FastOps(2, features=ops.features)
+
+    def work(q: Array, k: Array, v: Array, expected: Array) -> None:
+        for _ in range(5):
+            if not np.array_equal(fresh.attend(q, k, v), expected):
+                failures.append(len(q))
+
+    threads = [threading.Thread(target=work, args=case) for case in cases]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
 
 
 def test_logits_of_many_rows(ops: FastOps) -> None:

@@ -201,6 +201,16 @@ def test_another_version_of_the_sources_has_another_folder(monkeypatch: pytest.M
     assert before != after and before == kernels.cache_folder()
 
 
+def test_folders_of_old_versions_go(cache: Path) -> None:
+    old, recent = cache.parent / "old", cache.parent / "recent"
+    for folder in (old, recent):
+        folder.mkdir()
+        (folder / "kernel.nbc").write_text("x")
+    os.utime(old, (0, 0))
+    compile_kernel(_double, "x")
+    assert cache.exists() and recent.exists() and not old.exists()
+
+
 def test_a_folder_that_cannot_be_used_costs_one_line(cache: Path) -> None:
     cache.write_text("a file in the folder's place")
     with pytest.warns(UserWarning, match="cannot be kept here") as seen:

@@ -34,6 +34,7 @@ from slimrt.ops.fast.activations import (
     SUMS,
     SUMS16,
 )  # fmt: skip
+from slimrt.ops.fast.byte_products import byte_products, ints, signed_products
 from slimrt.ops.fast.features import Features
 from slimrt.ops.fast.kernels import inline
 from slimrt.ops.fast.lanes import bits_times, constant, joiner, picker, where_set
@@ -49,7 +50,6 @@ from slimrt.ops.fast.vectors import (
     U8X64,
     Vector,
     convert,
-    emit,
     fma,
     load,
     pointer,
@@ -101,95 +101,6 @@ def format_of(kind: GGMLQuantizationType, features: Features) -> Format:
     return Format(kind, span, span // elements * size, offset, quantized, maker(features))
 
 
-# -- products of bytes -----------------------------------------------------------------------------------------------
-
-
-@cache
-def byte_products(features: Features) -> Callable[[Any, Any, Any], Any]:
-    """``(sums I32X16, a U8X64, b I8X64) -> sums + (a.astype(i4) * b).reshape(16, 4).sum(axis=1)``; a at most 127."""
-
-    @intrinsic
-    def products(typingctx, sums, a, b):
-        def codegen(context, builder, signature, args):
-            if _counts_bytes(features):
-                return _dpbusd(builder, features, *args)
-            return builder.add(args[0], _maddubs(builder, features, *args[1:]))
-
-        return sums(sums, a, b), codegen
-
-    return products
-
-
-@cache
-def signed_products(features: Features) -> Callable[[Any, Any], Any]:
-    """``(a I8X64, b I8X64) -> (a.astype(i4) * b).reshape(16, 4).sum(axis=1)``; b at least -127."""
-
-    @intrinsic
-    def products(typingctx, a, b):
-        def codegen(context, builder, signature, args):
-            first, second = args
-            if _counts_bytes(
-                features
-            ):  # (a + 128) * b - 128 * b; a + 128 as unsigned is a with its top bit turned over
-                top, zero = ir.Constant(first.type, [-128] * 64), ir.Constant(_ints(32, 16), None)
-                both = _dpbusd(builder, features, zero, builder.xor(first, top), second)
-                return builder.sub(both, _dpbusd(builder, features, zero, top, second))
-            # |a| * (b with a's sign). |a| may be 128: a sum of two products is then at most 2 * 128 * 127 < 2**15.
-            negative = builder.icmp_signed("<", first, ir.Constant(first.type, None))
-            size = builder.select(negative, builder.neg(first), first)
-            turned = builder.select(negative, builder.neg(second), second)
-            return _maddubs(builder, features, size, turned)
-
-        return I32X16(a, b), codegen
-
-    return products
-
-
-def _ints(bits: int, lanes: int) -> ir.VectorType:
-    return ir.VectorType(ir.IntType(bits), lanes)
-
-
-def _counts_bytes(features: Features) -> bool:
-    """Whether there is vpdpbusd for the widest vectors at hand."""
-    return features.vnni if features.avx512 else features.avxvnni
-
-
-def _dpbusd(builder: ir.IRBuilder, features: Features, sums: ir.Value, a: ir.Value, b: ir.Value) -> ir.Value:
-    """vpdpbusd: sums [16] + the sums of four products each of unsigned a [64] and signed b [64]."""
-    operands = [sums, builder.bitcast(a, sums.type), builder.bitcast(b, sums.type)]
-    if features.avx512:
-        return emit(builder, "llvm.x86.avx512.vpdpbusd.512", sums.type, operands)
-    halves = [_half(builder, value) for value in operands]
-    parts = [emit(builder, "llvm.x86.avx512.vpdpbusd.256", _ints(32, 8), side) for side in zip(*halves, strict=True)]
-    return _whole(builder, parts)
-
-
-def _maddubs(builder: ir.IRBuilder, features: Features, a: ir.Value, b: ir.Value) -> ir.Value:
-    """The same in two steps: vpmaddubsw sums two products in 16 bits (which must hold them), vpmaddwd two of these."""
-    if features.avx512:
-        pairs = emit(builder, "llvm.x86.avx512.pmaddubs.w.512", _ints(16, 32), [a, b])
-        ones = ir.Constant(_ints(16, 32), [1] * 32)
-        return emit(builder, "llvm.x86.avx512.pmaddw.d.512", _ints(32, 16), [pairs, ones])
-    ones = ir.Constant(_ints(16, 16), [1] * 16)
-    parts = []
-    for side in zip(_half(builder, a), _half(builder, b), strict=True):
-        pairs = emit(builder, "llvm.x86.avx2.pmadd.ub.sw", _ints(16, 16), side)
-        parts.append(emit(builder, "llvm.x86.avx2.pmadd.wd", _ints(32, 8), [pairs, ones]))
-    return _whole(builder, parts)
-
-
-def _half(builder: ir.IRBuilder, value: ir.Value) -> list[ir.Value]:
-    """A vector's lower and upper half."""
-    count = value.type.count // 2
-    masks = (ir.Constant(_ints(32, count), list(range(at, at + count))) for at in (0, count))
-    return [builder.shuffle_vector(value, ir.Constant(value.type, ir.Undefined), mask) for mask in masks]
-
-
-def _whole(builder: ir.IRBuilder, halves: list[ir.Value]) -> ir.Value:
-    """Two halves of I32X16 joined."""
-    return builder.shuffle_vector(*halves, ir.Constant(_ints(32, 16), list(range(16))))
-
-
 # -- four blocks of 32 -----------------------------------------------------------------------------------------------
 
 
@@ -206,7 +117,7 @@ def field(features: Features, size: int, stride: int, at: int) -> Callable[[Any]
     def read(typingctx, w):
         def codegen(context, builder, signature, args):
             def words(offset: int, count: int, bits: int) -> ir.Value:
-                where = pointer(builder, builder.add(args[0], ir.IntType(64)(offset)), _ints(bits, count))
+                where = pointer(builder, builder.add(args[0], ir.IntType(64)(offset)), ints(bits, count))
                 return builder.load(where, align=1)
 
             if picks:
@@ -214,13 +125,13 @@ def field(features: Features, size: int, stride: int, at: int) -> Callable[[Any]
                 starts = [(block * stride + at) // 4 + word for block in range(4) for word in range(size // 4)]
                 index = [i if i < 16 else i - last // 4 + 16 for i in starts]
                 value = builder.shuffle_vector(
-                    words(0, 16, 32), words(last, 16, 32), ir.Constant(_ints(32, len(index)), index)
+                    words(0, 16, 32), words(last, 16, 32), ir.Constant(ints(32, len(index)), index)
                 )
                 return builder.bitcast(value, kind.llvm)
             parts = [words(block * stride + at, size, 8) for block in range(4)]
             while len(parts) > 1:
                 index = list(range(2 * parts[0].type.count))
-                mask = ir.Constant(_ints(32, len(index)), index)
+                mask = ir.Constant(ints(32, len(index)), index)
                 parts = [builder.shuffle_vector(a, b, mask) for a, b in zip(parts[::2], parts[1::2], strict=True)]
             return parts[0]
 

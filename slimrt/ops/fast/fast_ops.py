@@ -104,13 +104,19 @@ class FastOps(NumpyOps):
         """Of a row of ``inner`` factors in a kernel's scratch."""
         return inner * self._shape.element_bytes + ROW_GAP
 
-    def _thread_scratch(self, nbytes: int) -> tuple[int, int]:
-        """Address of scratch for all threads, and bytes from one to the next; valid until the next call."""
+    def _thread_scratch(self, program: Program, nbytes: int) -> tuple[int, int]:
+        """Address of scratch for all threads, and bytes from one to the next, for ``program``.
+
+        Programs run one at a time, so one memory serves all of them; each holds what it was given, for another caller
+        may need a larger one before it runs.
+        """
         stride = -(-nbytes // 4096) * 4096 + 64
         needed = stride * self.threads + 64
-        if len(self._scratch) < needed:
-            self._scratch = np.empty(needed, np.uint8)
-        return -(-address(self._scratch) // 64) * 64, stride
+        scratch = self._scratch
+        if len(scratch) < needed:
+            self._scratch = scratch = np.empty(needed, np.uint8)
+        program.hold(scratch)
+        return -(-address(scratch) // 64) * 64, stride
 
     # -- compute ----------------------------------------------------------------------------------------------------
 
@@ -148,10 +154,10 @@ class FastOps(NumpyOps):
         x, tokens, out = _plain(x), len(x), np.empty((len(x), weight.shape[0]), np.float32)
         size, items = self._slices(tokens)
         wide = None if bias is None else panels.spread(bias, [part.shape[0] for part in weight.parts])
-        scratch, stride = self._thread_scratch(
-            size * (self._row_bytes(panels.inner) + min(panels.count, RESULT_PANELS) * PANEL * 4)
-        )
         program = Program()
+        scratch, stride = self._thread_scratch(
+            program, size * (self._row_bytes(panels.inner) + min(panels.count, RESULT_PANELS) * PANEL * 4)
+        )
         program.add(
             linear_kernel(self.features), items,
             address(x), tokens, size, weight.shape[1], panels.inner, panels.address, panels.count, _at(wide),
@@ -182,9 +188,10 @@ class FastOps(NumpyOps):
         k, v = (np.empty((tokens, kv_count, width), np.float16) for _ in range(2))
         size, items = self._slices(tokens)
         wide = None if bias is None else panels.spread(bias, [part.shape[0] for part in weight.parts])
-        scratch, stride = self._thread_scratch(size * (self._row_bytes(panels.inner) + panels.count * PANEL * 4))
-        cos, sin = _plain(cos), _plain(sin)
         program = Program()
+        nbytes = size * (self._row_bytes(panels.inner) + panels.count * PANEL * 4)
+        scratch, stride = self._thread_scratch(program, nbytes)
+        cos, sin = _plain(cos), _plain(sin)
         program.add(
             qkv_kernel(self.features), items,
             address(x), tokens, size, d, panels.inner, address(gain), float(eps), panels.address, panels.count,
@@ -220,16 +227,17 @@ class FastOps(NumpyOps):
         half = first.count // 2
         wide = None if gate_up_bias is None else first.spread(gate_up_bias, [part.shape[0] for part in gate_up.parts])
         down_wide = None if down_bias is None else second.spread(down_bias, [d])
+        program = Program()
         scratch, stride = self._thread_scratch(
+            program,
             size
             * (
                 self._row_bytes(first.inner)
                 + self._row_bytes(half * PANEL)
                 + self._shape.panels * 128
                 + second.count * PANEL * 4
-            )
+            ),
         )
-        program = Program()
         program.add(
             feed_forward_kernel(self.features), items,
             address(x), tokens, size, d, first.inner, address(gain), float(eps), first.address, half, _at(wide),
@@ -267,7 +275,8 @@ class FastOps(NumpyOps):
         key_panels = -(-address(packed) // 64) * 64
         value_panels = key_panels + kv_heads * blocks * KEY_BLOCK * padded * element
         nbytes = tile_scratch(self.features, heads // kv_heads, width)
-        scratch, stride = self._thread_scratch(nbytes)
+        program = Program()
+        scratch, stride = self._thread_scratch(program, nbytes)
         starts = [0, *range(RUN - offset % RUN, tokens, RUN)]
         tiles = np.array(
             [
@@ -277,7 +286,6 @@ class FastOps(NumpyOps):
             ],
             np.int64,
         )
-        program = Program()
         program.add(
             pack_kernel(self.features), kv_heads * blocks,
             address(k), address(v), k.strides[0], v.strides[0], keys, blocks, width, padded, key_panels, value_panels,

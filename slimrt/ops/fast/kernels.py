@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
+import shutil
+import time
 import warnings
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
@@ -26,6 +29,8 @@ from numba.core.dispatcher import Dispatcher
 from numba.core.extending import _Intrinsic
 
 __all__ = ["KERNEL", "Kernel", "compile_kernel", "inline"]
+
+_UNUSED_S = 60 * 24 * 3600  # after two months
 
 KERNEL = types.void(types.int64, types.int64, types.int64)  # (item, thread, args)
 _OPTIONS = {"nopython": True, "error_model": "numpy", "boundscheck": False}
@@ -100,8 +105,18 @@ package_digest()  # now, of the sources that this process runs: they may be repl
 
 
 def cache_folder() -> Path:
-    """Where this version of the package keeps its kernels."""
-    return Path(platformdirs.user_cache_dir("slimrt", appauthor=False)) / "kernels" / package_digest()
+    """Where this version of the package keeps its kernels: beside the models (``$SLIMRT_CACHE`` moves both)."""
+    override = os.environ.get("SLIMRT_CACHE")
+    place = Path(override).expanduser() if override else platformdirs.user_cache_path("slimrt")
+    return place / "kernels" / package_digest()
+
+
+def _drop_unused(parent: Path) -> None:
+    """Remove the folders of other versions in which nothing was compiled for a long time."""
+    for folder in parent.iterdir():
+        with contextlib.suppress(OSError):
+            if time.time() - folder.stat().st_mtime > _UNUSED_S:
+                shutil.rmtree(folder)
 
 
 class _Locator:
@@ -111,7 +126,10 @@ class _Locator:
         self._key = key
 
     def ensure_cache_path(self) -> None:
-        cache_folder().mkdir(parents=True, exist_ok=True)
+        folder = cache_folder()
+        if not folder.exists():
+            folder.mkdir(parents=True, exist_ok=True)  # another process may be as far
+            _drop_unused(folder.parent)
 
     def get_cache_path(self) -> str:
         return str(cache_folder())

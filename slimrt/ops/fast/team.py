@@ -157,6 +157,10 @@ class Program:
         """How many jobs."""
         return len(self._jobs) // 3
 
+    def hold(self, array: np.ndarray) -> None:
+        """Keep ``array``, whose address is among the arguments, as long as the program."""
+        self._arguments.append(array)
+
     @property
     def table(self) -> np.ndarray:
         """[jobs, 3]: kernel, items, address of the arguments; the items may be changed between two runs."""
