@@ -15,9 +15,7 @@ Array = np.ndarray
 NULL = np.uintp(0)
 MODES = {"deferred": (True, 0), "eager-1": (False, 1), "eager-2": (False, 2)}
 
-needs_compiler = pytest.mark.skipif(
-    compiler() is None, reason="kernels are run on the CPU by g++, on Linux; install it"
-)
+needs_compiler = pytest.mark.skipif(compiler() is None, reason="kernels run on the CPU by g++ on Linux; install it")
 
 
 @pytest.fixture(params=MODES, autouse=True)

@@ -171,7 +171,7 @@ def asan_environment() -> dict[str, str]:
     library = subprocess.run([gxx, "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
     if not Path(library).is_absolute():
         pytest.skip("AddressSanitizer's library is not installed with g++")
-    options = "detect_leaks=0:detect_stack_use_after_return=0"
+    options = "detect_leaks=0:detect_stack_use_after_return=0:quarantine_size_mb=16"
     return {**os.environ, "LD_PRELOAD": library, "ASAN_OPTIONS": options, "SLIMRT_EMULATION_ASAN": "1"}
 
 

@@ -99,7 +99,8 @@ def _compiled(code: str, defines: tuple[tuple[str, str], ...]) -> Module:
         CACHE.mkdir(parents=True, exist_ok=True)
         fresh = CACHE / f"{key}.{os.getpid()}.so"  # renamed when complete: tests run in several processes
         command = [gxx, *flags, "-include", str(HEADER), f"-I{SOURCES}", "-x", "c++", "-", "-o", str(fresh)]
-        done = subprocess.run(command, input=code, capture_output=True, text=True)
+        plain = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}  # not into the compiler
+        done = subprocess.run(command, input=code, capture_output=True, text=True, env=plain)
         if done.returncode:
             raise EmulationError(f"g++ refused the source ({' '.join(flags)}):\n{done.stderr}")
         fresh.replace(library)
