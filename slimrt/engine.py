@@ -162,7 +162,7 @@ class Engine:
 
     def decode_step(self, context: Context, token: int) -> np.ndarray:
         """Read one token; returns the next-token logits [V] (a host array). Raises as ``logits`` does."""
-        if self._decoder is None or not isinstance(context.cache, KVCache):
+        if not isinstance(context.cache, KVCache) or self._decoder is None:
             return self.logits(self.prefill(context, [token], exact=False)[0])[0]
         middle = None if context.boundary is None else context.boundary.layer
         logits, hidden = self._decoder.step(context.cache, token, context.length, middle=middle)

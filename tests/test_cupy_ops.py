@@ -114,7 +114,7 @@ def test_pasted_sources_compile() -> None:
     if isinstance(tools, str):
         pytest.skip(tools)
     first: dict[str, dict[str, object]] = {}
-    for source, macros, *_ in CASES:
+    for _, (source, macros, *_) in CASES:
         first.setdefault(source, macros)
     for source, macros in first.items():
         options = ["-arch=sm_90", "-std=c++17", *(f"-D{name}={value}" for name, value in macros.items())]
