@@ -94,6 +94,13 @@ def test_an_unknown_device(model: Path) -> None:
         slimrt.load(model, device="tpu")
 
 
+def test_streams_of_threads_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    FakeCupy(monkeypatch)
+    monkeypatch.setenv("CUPY_CUDA_PER_THREAD_DEFAULT_STREAM", "1")
+    with pytest.raises(DeviceError, match="PER_THREAD_DEFAULT_STREAM is set; .* unset it"):
+        probe()
+
+
 def test_a_gpu_that_works(monkeypatch: pytest.MonkeyPatch) -> None:
     FakeCupy(monkeypatch)
     gpu, why = find_gpu("auto")
