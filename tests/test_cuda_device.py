@@ -97,7 +97,7 @@ def test_an_unknown_device(model: Path) -> None:
 def test_streams_of_threads_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     FakeCupy(monkeypatch)
     monkeypatch.setenv("CUPY_CUDA_PER_THREAD_DEFAULT_STREAM", "1")
-    with pytest.raises(DeviceError, match="PER_THREAD_DEFAULT_STREAM is set; .* unset it"):
+    with pytest.raises(DeviceError, match=r"PER_THREAD_DEFAULT_STREAM is set; .* unset it"):
         probe()
 
 
