@@ -81,7 +81,8 @@ __device__ __forceinline__ float quad_sum(float x) {
 // 2^(scaled - peak), `mixed` and `total` shrink to the new peak. The scale with log2(e) is folded into the exponent. Peaks
 // soon stop moving: where none of the warp's did, the multiplications by one are left out.
 template <int N>
-__device__ __forceinline__ void softmax_step(float (&scores)[N][4], float (&mixed)[DH / 8][4], float (&peak)[2], float (&total)[2]) {
+__device__ __forceinline__ void softmax_step(float (&scores)[N][4], float (&mixed)[DH / 8][4], float (&peak)[2],
+                                             float (&total)[2]) {
     float shrink[2];
 #pragma unroll
     for (int half = 0; half < 2; half++) {

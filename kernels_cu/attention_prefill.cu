@@ -25,7 +25,8 @@ attention_prefill(const T* q, const T* k, const T* v, T* out, const int* reach, 
     T* const key_tiles = queries + TILE * DH;
     T* const value_tiles = key_tiles + STAGES * KEYS * DH;
 
-    const int lane = threadIdx.x % 32, warp = __shfl_sync(FULL_WARP, int(threadIdx.x) / 32, 0);  // the same in all lanes: uniform
+    // By a shuffle the compiler knows that all lanes have the same: what follows from it stays in uniform registers.
+    const int lane = threadIdx.x % 32, warp = __shfl_sync(FULL_WARP, int(threadIdx.x) / 32, 0);
     const int head = blockIdx.x, kv_head = head / (heads / kv_heads);
     const int offset = keys - tokens, first_query = ((keys - 1) / TILE - int(blockIdx.y)) * TILE;
     const int my_first = first_query + 16 * PARTS * warp, my_last = my_first + 16 * PARTS - 1;
@@ -36,11 +37,13 @@ attention_prefill(const T* q, const T* k, const T* v, T* out, const int* reach, 
     const int jump = first ? first - KEYS : 0;  // from the sink to the window
     auto first_key = [=](int tile) { return tile == 0 ? 0 : jump + tile * KEYS; };
     auto load_keys = [=](int tile) {
-        if (tile < tiles) load_tile<KEYS, THREADS>(key_tiles + tile % STAGES * KEYS * DH, k + head_at, DH, first_key(tile), keys);
+        if (tile < tiles)
+            load_tile<KEYS, THREADS>(key_tiles + tile % STAGES * KEYS * DH, k + head_at, DH, first_key(tile), keys);
         cp_async_commit();
     };
     auto load_values = [=](int tile) {
-        if (tile < tiles) load_tile<KEYS, THREADS>(value_tiles + tile % STAGES * KEYS * DH, v + head_at, DH, first_key(tile), keys);
+        if (tile < tiles)
+            load_tile<KEYS, THREADS>(value_tiles + tile % STAGES * KEYS * DH, v + head_at, DH, first_key(tile), keys);
         cp_async_commit();
     };
 

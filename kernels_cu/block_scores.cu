@@ -23,7 +23,8 @@ constexpr int KEYS = 64, ROWS = 16, PITCH = KEYS + 1;  // the pitch keeps 16 row
 
 // Products of rows `first` .. + 15 of a KV head's W * group rows with a tile of 64 keys -> products [16, PITCH], unscaled.
 // Row r is query r / group in head r % group of the KV head.
-__device__ __forceinline__ void multiply(float* products, const T* tile, const T* q, int first, int rows, int group, int q_stride) {
+__device__ __forceinline__ void multiply(float* products, const T* tile, const T* q, int first, int rows, int group,
+                                         int q_stride) {
     const int lane = threadIdx.x % 32;
     const T* row[2];
     for (int i = 0; i < 2; i++) {
@@ -122,7 +123,8 @@ score_softmax(const float2* stats, const float2* norms, float* scores, int windo
 }
 
 extern "C" __global__ void __launch_bounds__(128)
-score_products(const T* q, const T* means, float* sums, int window, int units, int heads, int kv_heads, int q_stride, int keys_stride) {
+score_products(const T* q, const T* means, float* sums, int window, int units, int heads, int kv_heads, int q_stride,
+               int keys_stride) {
     DYNAMIC_SHARED(T, tile);
     __shared__ float partial[4][KEYS];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;

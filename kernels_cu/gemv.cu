@@ -16,7 +16,8 @@ constexpr int ROWS = 16, TOKENS = 16, WARPS = 8;
 // The sums of a warp: rows lane / 4 and + 8 (early, late), tokens 2 (lane % 4) and + 1, of GROUPS times 8 tokens. x points at
 // each group's token lane / 4.
 template <int GROUPS>
-__device__ __forceinline__ void multiply(float (&sums)[2][4], const byte* early, const byte* late, const T* const (&x)[2], int units) {
+__device__ __forceinline__ void multiply(float (&sums)[2][4], const byte* early, const byte* late, const T* const (&x)[2],
+                                         int units) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     for (int step = 4 * warp; step < units; step += 4 * WARPS) {
         const bool there = step + lane % 4 < units;

@@ -25,14 +25,12 @@ class BoundaryStates:
         self.length = 0
 
     def append(self, x: Array) -> None:
-        """Add rows x [T, D]. The first are kept as they are: nobody may write into ``x`` afterwards."""
+        """Add rows x [T, D]."""
         end = self.length + len(x)
-        if not self.length:
-            self._rows, self.length = x, end
-            return
-        if end > len(self._rows):
+        if self._rows is None or end > len(self._rows):
             grown = np.empty_like(x, shape=(end + _GROWTH, self._width))
-            grown[: self.length] = self._rows[: self.length]
+            if self.length:
+                grown[: self.length] = self._rows[: self.length]
             self._rows = grown
         self._rows[self.length : end] = x
         self.length = end

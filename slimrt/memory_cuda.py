@@ -110,7 +110,8 @@ def plan(config: ModelConfig, weights: Weights, cache: CacheConfig, available: i
         resident, ring, host = c.n_layers * kv_row * tokens, 0, 0
     else:
         kept = min(cache.slots * cache.block, tokens)
-        means = -(-tokens // cache.unit) * kv_row // 2 * 2  # they double when they grow
+        # Mean keys of units and of groups of blocks; their room doubles when it grows.
+        means = 2 * (-(-tokens // cache.unit) + tokens // cache.block // cache.group) * kv_row // 2
         resident = c.n_layers * (kept * kv_row + means)
         whole = -(-tokens // cache.block) * cache.block
         ring = (1 + cache.lookahead) * whole * kv_row

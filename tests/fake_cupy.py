@@ -160,7 +160,18 @@ class Array:
         assert np.may_share_memory(view, self._a) or not view.size, "this would be a copy, not a view"
         return Array(self._machine, view, self._memory)
 
+    def _picked(self, key: tuple[Any, ...]) -> Array:
+        """By arrays of indices on the device: a copy."""
+        stand_in = tuple(np.zeros(part.shape, np.int64) if isinstance(part, Array) else part for part in key)
+        out = self._machine.empty(np.empty(self.shape, np.bool_)[stand_in].shape, self.dtype)
+        source, target = self._a, out._a
+        real = tuple(part._a if isinstance(part, Array) else part for part in key)
+        self._machine.submit(lambda: np.copyto(target, source[real]))
+        return out
+
     def __getitem__(self, key: Any) -> Array:
+        if isinstance(key, tuple) and any(isinstance(part, Array) for part in key):
+            return self._picked(key)
         for part in key if isinstance(key, tuple) else (key,):
             assert part is None or part is Ellipsis or isinstance(part, (int, np.integer, slice)), f"index {part!r}"
         view = self._a[key]
@@ -520,6 +531,7 @@ class FakeCupy:
         module.__version__ = "14.2.0"  # type: ignore[attr-defined]
         module.ndarray, module.RawModule, module.asarray, module.matmul = Array, RawModule, asarray, matmul  # type: ignore[attr-defined]
         module.empty = lambda shape, dtype=float: self.empty(shape, dtype)  # type: ignore[attr-defined]
+        module.ascontiguousarray = lambda a: a if a.flags.c_contiguous else a._elementwise(np.ascontiguousarray)  # type: ignore[attr-defined]
         module.asnumpy = lambda a: a.get()  # type: ignore[attr-defined]
         module.cos = lambda a: a._elementwise(np.cos)  # type: ignore[attr-defined]
         module.sin = lambda a: a._elementwise(np.sin)  # type: ignore[attr-defined]

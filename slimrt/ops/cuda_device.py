@@ -15,6 +15,7 @@ from slimrt.errors import DeviceError
 __all__ = ["MIN_CAPABILITY", "CudaDevice", "load_cupy", "probe", "say_why", "wants_gpu"]
 
 MIN_CAPABILITY = (8, 0)  # cp.async and mma.sync m16n8k16 (Ampere)
+_PER_THREAD = "CUPY_CUDA_PER_THREAD_DEFAULT_STREAM"
 _REMEDY = "or use device='cpu' (--device cpu)"
 
 Result = TypeVar("Result")
@@ -68,6 +69,9 @@ def probe() -> CudaDevice:
     Raises DeviceError, in one line, if CuPy, the driver, or the GPU is missing, too old, or does not work.
     """
     cupy = load_cupy()
+    if os.environ.get(_PER_THREAD, "0") not in ("", "0"):
+        # What is done outside a pass would then not be ordered with it.
+        raise DeviceError(f"{_PER_THREAD} is set; slimrt computes on the legacy default stream; unset it, {_REMEDY}")
     runtime = cupy.cuda.runtime
     driver = _asked("its driver version", runtime.driverGetVersion)
     built = _asked("its runtime version", runtime.runtimeGetVersion)

@@ -91,7 +91,7 @@ def _compiled(code: str, defines: tuple[tuple[str, str], ...]) -> Module:
     if os.environ.get("SLIMRT_EMULATION_ASAN"):  # the process must have been started with libasan preloaded
         flags.append("-fsanitize=address")
     flags += [f"-D{name}={value}" for name, value in defines]
-    headers = [HEADER, *sorted(SOURCES.glob("*.cuh"))]
+    headers = [*sorted(HEADER.parent.glob("*.h")), *sorted(SOURCES.glob("*.cuh"))]
     parts = [code, *flags, platform.machine(), *(path.read_text() for path in headers)]
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
     library = CACHE / f"{key}.so"
