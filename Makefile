@@ -1,5 +1,6 @@
 # make chat    a conversation with the default model, from nothing but Python 3.11+
 # make test    everything that CI runs
+# make gpu     everything that needs a GPU; make gpu DRY=1 walks through it on the CPU
 # Options: make chat PYTHON=python3.13 ARGS="--ctx 8k"; make test TESTS="tests/test_hub.py -k hf"
 
 PYTHON ?= python3
@@ -7,9 +8,9 @@ ARGS ?=
 TESTS ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-OURS := slimrt models convert kernels_cu tests click_cli.py
+OURS := slimrt models convert kernels_cu tests scripts click_cli.py
 
-.PHONY: help chat test lint types unit format clean
+.PHONY: help chat test lint types unit format gpu clean
 help:
 	@sed -n 's/^# //p' Makefile
 
@@ -38,6 +39,12 @@ types: .venv/installed-dev
 unit: .venv/installed-dev
 	@echo "== pytest"
 	@$(BIN)/pytest -q -n 2 --durations=5 --durations-min=5 $(TESTS)
+
+# CuPy itself is for whoever has the GPU to choose: .venv/bin/pip install -e '.[cuda12]' or '.[cuda13]'. Timings and checks
+# go to docs/results, and from there, where the README has a place for them, into its table.
+gpu: .venv/installed-dev
+	@$(BIN)/python scripts/gpu.py $(if $(DRY),--dry) $(if $(OUT),--out $(OUT)); status=$$?; \
+		$(if $(DRY),:,$(BIN)/python scripts/results_table.py) && exit $$status
 
 format: .venv/installed-dev
 	@$(BIN)/ruff check --fix $(OURS)

@@ -234,7 +234,13 @@ def quantize(source: Path, target: Path, kind: str, as_json: bool) -> None:
 @click.option("--output", "-o", type=output_path, metavar="FILE.json", help="Write the report with every value.")
 @click.option("--png", type=output_path, metavar="FILE.png", help="Draw quality against time to first token.")
 @ctx_option
-@click.option("--device", type=click.Choice(["cpu", "cuda", "numpy", "auto"]), default="auto", show_default=True)
+@click.option(
+    "--device",
+    type=click.Choice(["cpu", "cuda", "numpy", "auto"]),
+    default="auto",
+    show_default=True,
+    help="What computes; auto: a GPU where one works.",
+)
 @click.option("--threads", "-t", type=click.IntRange(1), help="CPU threads.  [all that the process may use]")
 @json_option
 def evaluate(
@@ -367,6 +373,97 @@ def ttft(model: str | None, file: Path | None, as_json: bool, **settings: Any) -
     from slimrt.terminal import benchmark
 
     benchmark.bench_ttft(model, benchmark.BenchSettings(text=file, **settings), as_json=as_json)
+
+
+@bench.command()
+@click.option(
+    "--device",
+    type=click.Choice(["cpu", "cuda", "auto"]),
+    default="auto",
+    show_default=True,
+    help="What computes; auto: a GPU where one works.",
+)
+@click.option(
+    "--shape",
+    type=LazyChoice("slimrt.bench.synthetic", "SHAPES"),
+    default="smollm2-135m",
+    show_default=True,
+    help="Whose sizes.",
+)
+@click.option("--tokens", type=Size(), default=2048, show_default=True, help="Rows of a prompt.")
+@click.option("--kernel", "kernels", multiple=True, metavar="NAME", help="An operation to measure; repeatable.  [all]")
+@click.option(
+    "--repeats", type=click.IntRange(1), default=5, show_default=True, help="Runs of each; medians are shown."
+)
+@click.option("--threads", "-t", type=click.IntRange(1), help="CPU threads.  [all that the process may use]")
+@json_option
+def kernels(as_json: bool, **settings: Any) -> None:
+    """Speed of every operation, against the roofline of the machine.
+
+    Random weights and rows of the sizes of a known model; needs no model.
+
+    \b
+    slimrt bench kernels --shape llama-3.1-8b --tokens 16k --device cuda
+    """
+    from slimrt.terminal import benchmark
+
+    benchmark.bench_kernels(benchmark.KernelSettings(**settings), as_json=as_json)
+
+
+@bench.command()
+@click.option(
+    "--device",
+    type=click.Choice(["cpu", "cuda", "auto"]),
+    default="auto",
+    show_default=True,
+    help="What computes; auto: a GPU where one works.",
+)
+@click.option(
+    "--shape",
+    type=LazyChoice("slimrt.bench.synthetic", "SHAPES"),
+    default="smollm2-135m",
+    show_default=True,
+    help="Whose sizes.",
+)
+@click.option("--type", "kind", default="Q4_0", show_default=True, help="Type of the matrices: F16, Q4_0, Q8_0, ...")
+@click.option(
+    "--length",
+    "lengths",
+    type=Size(),
+    multiple=True,
+    default=(2048, 4096),
+    show_default=True,
+    help="Tokens of a prompt; repeatable.",
+)
+@click.option(
+    "--prune",
+    "plans",
+    multiple=True,
+    default=("off",),
+    show_default=True,
+    type=LazyChoice("slimrt.bench.shaped", "PLANS"),
+    help="A plan to measure; repeatable.",
+)
+@click.option(
+    "--kv-budget", type=Size(), metavar="ROWS", help="Rows of keys and values a layer that decode reads.  [all]"
+)
+@click.option(
+    "--repeats", type=click.IntRange(1), default=1, show_default=True, help="Runs of each; medians are shown."
+)
+@click.option("--decode-tokens", type=click.IntRange(0), default=16, show_default=True, help="Tokens decoded a run.")
+@click.option("--threads", "-t", type=click.IntRange(1), help="CPU threads.  [all that the process may use]")
+@json_option
+def shape(as_json: bool, **settings: Any) -> None:
+    """Time to first token of a known model's shape, random weights.
+
+    Needs no model file. On a GPU it also tells how much of the copying to and from host memory hides behind compute.
+
+    \b
+    slimrt bench shape --shape llama-3.1-8b --type Q4_0 --length 32k --prune off --prune 8k/4k/2k --device cuda
+    """
+    from slimrt.terminal import benchmark
+
+    benchmark.bench_shape(benchmark.ShapeSettings(**settings), as_json=as_json)
 
 
 def main() -> None:

@@ -18,9 +18,19 @@ __all__ = ["ARCHITECTURES", "Llama", "build", "read_config", "stretch_rope"]
 ARCHITECTURES: dict[str, bool] = {"llama": True, "qwen2": False}
 
 
-def build(config: ModelConfig, file: GGUFFile, ops: Any, progress: Callable[[int, int], None] | None = None) -> Llama:
-    """The model's weights on ``ops``. Raises ModelFileError for missing or misshapen tensors."""
-    return Llama(config, file, ops, progress)
+def build(
+    config: ModelConfig,
+    file: GGUFFile,
+    ops: Any,
+    progress: Callable[[int, int], None] | None = None,
+    *,
+    stream: bool = False,
+) -> Llama:
+    """The model's weights on ``ops``; ``stream``: those of the layers in host memory, for a device that is too small.
+
+    Raises ModelFileError for missing or misshapen tensors.
+    """
+    return Llama(config, file, ops, progress, stream=stream)
 
 
 def read_config(file: GGUFFile) -> ModelConfig:

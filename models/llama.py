@@ -6,7 +6,7 @@ may cut the rows as it likes; positions come in as angles, because after pruning
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from slimrt.errors import ModelFileError
 from slimrt.gguf import GGUFFile, TensorInfo
 from slimrt.models.rope import RopeTable
 from slimrt.quants import check_readable, dequantize
+from slimrt.weight_stream import StreamedLayers
 
 Array = Any  # the backend's array
 
@@ -41,27 +42,40 @@ class Llama:
     """Weights of one model on one backend, and the arithmetic of a layer."""
 
     def __init__(
-        self, config: ModelConfig, file: GGUFFile, ops: Any, progress: Callable[[int, int], None] | None = None
+        self,
+        config: ModelConfig,
+        file: GGUFFile,
+        ops: Any,
+        progress: Callable[[int, int], None] | None = None,
+        *,
+        stream: bool = False,
     ) -> None:
-        self.config, self.ops = config, ops
-        load = _Loader(config, file, ops)
+        self.config, self.ops, self.streamed = config, ops, stream
+        load = _Loader(config, file, ops, ops.host_weight if stream else ops.weight)
         embedding = load.checked("token_embd.weight", config.vocab_size, config.d_model)
         self.embedding = ops.weight(embedding)
-        self.layers = []
-        for number in range(config.n_layers):
-            self.layers.append(load.layer(number))
-            if progress:
-                progress(number + 1, config.n_layers)
+
+        def layers() -> Iterator[Layer]:
+            for number in range(config.n_layers):
+                yield load.layer(number)
+                if progress:
+                    progress(number + 1, config.n_layers)
+
+        self.layers: list[Layer] | StreamedLayers = StreamedLayers(ops, layers()) if stream else list(layers())
         self.norm = load.vector("output_norm.weight", config.d_model)
         tied = "output.weight" not in file.tensors
         self.head = (
             self.embedding if tied else ops.weight(load.checked("output.weight", config.vocab_size, config.d_model))
         )
-        self.rope = RopeTable(config.rope, load.rope_divisors())
+        self.rope_table = RopeTable(config.rope, load.rope_divisors())
 
     def embed(self, ids: Array) -> Array:
         """ids [T] -> hidden states [T, D]."""
         return self.ops.embed(self.embedding, ids)
+
+    def rope(self, positions: np.ndarray) -> tuple[Array, Array]:
+        """positions [T] -> cos and sin [T, dims/2] of their angles, where the model computes."""
+        return self.ops.angles(self.rope_table, positions)
 
     def unpacked(self, layer: Layer) -> Layer:
         """``layer`` with its matrices ready for many rows (a scratch copy where they are held packed)."""
@@ -95,14 +109,15 @@ class Llama:
 
     def logits(self, x: Array) -> Array:
         """Hidden states [T, D] after the last layer -> [T, V]."""
-        return self.ops.linear(self.ops.rmsnorm(x, self.norm, self.config.norm_eps), self.head)
+        return self.ops.head(self.ops.rmsnorm(x, self.norm, self.config.norm_eps), self.head)
 
 
 class _Loader:
     """Takes tensors out of a file, each held against the shape that the configuration calls for."""
 
-    def __init__(self, config: ModelConfig, file: GGUFFile, ops: Any) -> None:
-        self.config, self.file, self.ops = config, file, ops
+    def __init__(self, config: ModelConfig, file: GGUFFile, ops: Any, matrix: Callable[..., Any]) -> None:
+        """``matrix`` makes a handle of the matrices of a layer."""
+        self.config, self.file, self.ops, self.matrix = config, file, ops, matrix
 
     def checked(self, name: str, *shape: int) -> TensorInfo:
         tensor = self.file.tensor(name)
@@ -123,36 +138,36 @@ class _Loader:
         present = [name for name in names if name in self.file.tensors]
         if not present:
             return None
-        parts = []
+        parts: list[TensorInfo | int] = []
         for part, size in sizes.items():
             name = f"{prefix}.{part}.bias"
             if name not in self.file.tensors:
-                parts.append(np.zeros(size, np.float32))
+                parts.append(size)
                 continue
             bias = self.checked(name, size)
-            parts.append(self.ops.vector(self._reordered(bias) if part in ("attn_q", "attn_k") else bias))
-        return np.concatenate(parts)
+            parts.append(self._reordered(bias) if part in ("attn_q", "attn_k") else bias)
+        return self.ops.vector(*parts)
 
     def layer(self, number: int) -> Layer:
         c, blk = self.config, f"blk.{number}"
         q, kv = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
         return Layer(
             attn_norm=self.vector(f"{blk}.attn_norm.weight", c.d_model),
-            qkv=self.ops.weight(
+            qkv=self.matrix(
                 self._reordered(self.checked(f"{blk}.attn_q.weight", q, c.d_model)),
                 self._reordered(self.checked(f"{blk}.attn_k.weight", kv, c.d_model)),
                 self.checked(f"{blk}.attn_v.weight", kv, c.d_model),
             ),
             qkv_bias=self.biases(blk, {"attn_q": q, "attn_k": kv, "attn_v": kv}),
-            out=self.ops.weight(self.checked(f"{blk}.attn_output.weight", c.d_model, q)),
+            out=self.matrix(self.checked(f"{blk}.attn_output.weight", c.d_model, q)),
             out_bias=self.biases(blk, {"attn_output": c.d_model}),
             ffn_norm=self.vector(f"{blk}.ffn_norm.weight", c.d_model),
-            gate_up=self.ops.weight(
+            gate_up=self.matrix(
                 self.checked(f"{blk}.ffn_gate.weight", c.d_ff, c.d_model),
                 self.checked(f"{blk}.ffn_up.weight", c.d_ff, c.d_model),
             ),
             gate_up_bias=self.biases(blk, {"ffn_gate": c.d_ff, "ffn_up": c.d_ff}),
-            down=self.ops.weight(self.checked(f"{blk}.ffn_down.weight", c.d_model, c.d_ff)),
+            down=self.matrix(self.checked(f"{blk}.ffn_down.weight", c.d_model, c.d_ff)),
             down_bias=self.biases(blk, {"ffn_down": c.d_model}),
         )
 

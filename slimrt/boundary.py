@@ -1,37 +1,45 @@
-"""Hidden states at the first pruning layer, kept in host memory so that another question can be asked."""
+"""Hidden states at the first pruning layer, kept where the model computes so that another question can be asked."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+
+Array = Any  # the backend's array
 
 _GROWTH = 256  # rows of slack when the store grows: decode appends one row at a time
 
 
 class BoundaryStates:
-    """Every token's hidden state [N, D] after the attention of ``layer``, before anything is cut.
+    """Every token's hidden state [N, D] float32 after the attention of ``layer``, before anything is cut.
 
     Up to there the pass is dense, so these rows and the dense layers' keys and values are all that a later question
-    needs: selection starts from them, and only the pruned stages run again.
+    needs: selection starts from them, and only the pruned stages run again. Plain arrays only, so it can be copied.
     """
 
     def __init__(self, layer: int, width: int) -> None:
         self.layer = layer
-        self._rows = np.empty((0, width), np.float32)
+        self._width = width
+        self._rows: Array = None
         self.length = 0
 
-    def append(self, x: np.ndarray) -> None:
-        """Add rows x [T, D] (host memory)."""
+    def append(self, x: Array) -> None:
+        """Add rows x [T, D]. The first are kept as they are: nobody may write into ``x`` afterwards."""
         end = self.length + len(x)
+        if not self.length:
+            self._rows, self.length = x, end
+            return
         if end > len(self._rows):
-            grown = np.empty((end + _GROWTH, self._rows.shape[1]), np.float32)
+            grown = np.empty_like(x, shape=(end + _GROWTH, self._width))
             grown[: self.length] = self._rows[: self.length]
             self._rows = grown
         self._rows[self.length : end] = x
         self.length = end
 
-    def rows(self) -> np.ndarray:
+    def rows(self) -> Array:
         """All rows [N, D], a view."""
-        return self._rows[: self.length]
+        return np.empty((0, self._width), np.float32) if self._rows is None else self._rows[: self.length]
 
     def truncate(self, length: int) -> None:
         """Forget the rows from ``length`` on."""
@@ -39,4 +47,4 @@ class BoundaryStates:
 
     @property
     def nbytes(self) -> int:
-        return self.length * self._rows.shape[1] * 4
+        return self.length * self._width * 4

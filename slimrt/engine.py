@@ -12,6 +12,7 @@ import numpy as np
 from slimrt.boundary import BoundaryStates
 from slimrt.config import CacheConfig, PrunePlan
 from slimrt.errors import ComputeError
+from slimrt.kv_blocks import reserve_host_memory
 from slimrt.kv_cache import Cache, KVCache
 from slimrt.kv_offload import OffloadedKVCache
 from slimrt.models import Llama
@@ -70,8 +71,18 @@ class Context:
 class Engine:
     """One model on one backend. It holds no conversation: the context is an argument."""
 
-    def __init__(self, model: Llama, ops: Any, cache: CacheConfig | None = None) -> None:
+    def __init__(self, model: Llama, ops: Any, cache: CacheConfig | None = None, *, whole_tokens: bool = True) -> None:
+        """``whole_tokens`` False: decode goes layer by layer also where the backend has a way of its own (to debug)."""
         self.model, self.ops, self.config, self.cache_config = model, ops, model.config, cache
+        self._whole_tokens = whole_tokens
+        if cache is not None and cache.budget is not None and cache.ctx > cache.budget:
+            reserve_host_memory(ops, cache, model.config)
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of keys and values that one token leaves, over all layers, as this backend keeps them."""
+        c = self.config
+        return c.n_layers * 2 * c.n_kv_heads * c.head_dim * np.dtype(self.ops.kv_type).itemsize
 
     def new_context(self, boundary_layer: int | None = None, windows: Windows | None = None) -> Context:
         """An empty context; ``boundary_layer`` is the layer of the first cut if prompts are to be pruned in it."""
@@ -124,11 +135,12 @@ class Engine:
                 x, q = x[len(x) - wanted :], q[len(q) - wanted :]
             x = model.project(layer, x, self._attend(context.windows, number, q, keys, values))
             if context.boundary is not None and number == context.boundary.layer:
-                context.boundary.append(ops.to_host(x))
+                context.boundary.append(x)
                 if cuts:
+                    cache.clear(number + 1)
+                if cuts and context.boundary.length > len(x):
                     x, positions = context.boundary.rows(), np.arange(context.boundary.length)
                     cos, sin = model.rope(positions)
-                    cache.clear(number + 1)
             if number in cut_at:
                 assert plan is not None
                 scores = ops.score_blocks(plan.score, q[-plan.query_window :], keys, plan.block, plan.unit)
@@ -162,7 +174,7 @@ class Engine:
     @functools.cached_property
     def _decoder(self) -> Decoder | None:
         """The backend's own way to read a token, if it has one: made when the first token is decoded."""
-        decoder: Decoder | None = self.ops.decoder(self.model)
+        decoder: Decoder | None = self.ops.decoder(self.model) if self._whole_tokens else None
         return decoder
 
     @_computing

@@ -40,3 +40,7 @@ class SessionFileError(SlimrtError, ValueError):
 
 class ComputeError(SlimrtError):
     """The arithmetic left the finite numbers (NaN weights, corrupt tensors)."""
+
+
+class DeviceError(SlimrtError):
+    """The GPU cannot be used: missing, too old or too small, its driver or CuPy at fault, a launch or a copy failed."""

@@ -13,7 +13,7 @@ from slimrt.config import CacheConfig, ModelConfig
 from slimrt.kv_cache import Positions
 from slimrt.prefetch import Transfers, wait_all
 
-__all__ = ["Choice", "LayerRows", "choose"]
+__all__ = ["Choice", "LayerRows", "choose", "host_slabs", "reserve_host_memory"]
 
 Array = Any  # the backend's array
 Fence = Any  # the backend's fence
@@ -57,7 +57,7 @@ class HostBlocks:
     def __init__(self, ops: Any, config: CacheConfig, model: ModelConfig) -> None:
         self._ops = ops
         self._shape = (2, model.n_kv_heads, config.block, model.head_dim)
-        self._per_slab = max(1, _SLAB_ROWS // config.block)
+        self._per_slab, _ = host_slabs(config)
         self._slabs: list[Array] = []
         self.views: list[Array] = []  # one a block
         self.block_bytes = math.prod(self._shape) * np.dtype(ops.kv_type).itemsize
@@ -84,6 +84,18 @@ class HostBlocks:
         """Let go of the memory."""
         self._slabs.clear()
         self.views.clear()
+
+
+def host_slabs(config: CacheConfig) -> tuple[int, int]:
+    """Blocks in a slab of host memory, and how many slabs a layer needs when the context is full."""
+    blocks = max(1, _SLAB_ROWS // config.block)
+    return blocks, -(-config.ctx // (blocks * config.block))
+
+
+def reserve_host_memory(ops: Any, config: CacheConfig, model: ModelConfig) -> None:
+    """Take the host memory of one conversation that fills the context now, once: pinning in a prompt's way is slow."""
+    blocks, slabs = host_slabs(config)
+    ops.reserve((blocks, 2, model.n_kv_heads, config.block, model.head_dim), model.n_layers * slabs)
 
 
 class LayerRows:
@@ -184,12 +196,12 @@ class LayerRows:
             if number in where:
                 self._views[slot][...] = self._views[where[number]]
             else:
-                fetched.append((self._views[slot], self.host.views[number]))
+                fetched.append((slot, self.host.views[number]))
             positions = self.positions.array[_rows(number, block)]
             self._slot_positions[slot * block : slot * block + len(positions)] = positions
         if fetched:
             self._transfers.bytes_to_device += len(fetched) * self.host.block_bytes
-            self._fetches.append(self._ops.copy(fetched, after=self._ops.mark()))
+            self._fetches.append(self._ops.fetch_blocks(self._slots_memory(), fetched, self._ops.mark()))
 
     def begin_spilling(self) -> None:
         """All slots are full, and one row more comes: from now on the host has the blocks as well."""
@@ -261,9 +273,7 @@ class LayerRows:
         blocks = (best[:, None] * c.group + np.arange(c.group)).reshape(-1)
         blocks = np.concatenate([blocks, np.arange(groups * c.group, tail)])
         rows = (blocks[:, None] * units + np.arange(units)).reshape(-1)
-        fine = self._ops.empty((self.means.shape[0], len(rows), self.means.shape[2]))
-        for head, means in enumerate(self.means):
-            fine[head] = self._ops.take(means, rows)
+        fine = self._ops.columns(self.means, rows)
         scores = np.full(tail, -math.inf, np.float32)
         scores[blocks] = score(c.score, q, fine, units, 1)
         return scores
@@ -345,7 +355,7 @@ class LayerRows:
         block = self._config.block
         held = sum(min(block, len(self) - number * block) for number in self.slots if number >= 0)
         means = self.on_host * (block // self._config.unit) + self.on_host // self._config.group if self.selects else 0
-        mean_bytes = self.means.shape[0] * self.means.shape[2] * 4  # float32, whatever the rows are
+        mean_bytes = self.means.shape[0] * self.means.shape[2] * self.means.dtype.itemsize
         return held * self.row_bytes + means * mean_bytes
 
     @property

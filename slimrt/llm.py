@@ -9,16 +9,19 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 
+from slimrt import memory_cuda
 from slimrt.config import CacheConfig, ModelConfig, PrunePlan
 from slimrt.conversation import Conversation, fit_messages
 from slimrt.engine import Engine, Progress
-from slimrt.errors import ContextError, SettingError
+from slimrt.errors import ContextError, SettingError, SlimrtError
 from slimrt.generation import CompletionStream, GenerationRequest, Overflow, check_overflow, request_from_options
 from slimrt.gguf import GGUFFile
 from slimrt.memory import DEFAULT_CTX, MemoryPlan, largest_context
 from slimrt.memory import plan as plan_memory
+from slimrt.memory_cuda import CudaPlan
 from slimrt.models import build, read_config, stretch_rope
-from slimrt.ops.backend import check_device, open_backend, uses_kernels
+from slimrt.ops.backend import Backend, check_device, find_gpu, open_backend, open_cuda, uses_kernels
+from slimrt.ops.cuda_device import wants_gpu
 from slimrt.presets import choose_plan
 from slimrt.results import Completion
 from slimrt.session import Session
@@ -48,19 +51,22 @@ def load(
     rope_factor: float | None = None,
     chat_template: str | None = None,
     overflow: Overflow = "error",
+    stream_weights: bool = False,
     progress: Progress | None = None,
 ) -> LLM:
     """Open a GGUF model.
 
     ``path``: a file, "hf:owner/repo/file.gguf", or None for the default model, fetched where needed. ``ctx``: the most
     tokens of a conversation (default: the trained context, at most 8192); past the trained context RoPE is stretched
-    by YaRN unless ``rope_scaling`` says "none" or "linear". ``device``: "cpu" or "auto" for compiled kernels where
-    Numba is installed and the processor allows, "numpy" for the slower reference. ``kv_budget``: rows of each
-    layer's KV cache that stay resident and that decode reads (default: all); the rest lies in host memory.
+    by YaRN unless ``rope_scaling`` says "none" or "linear". ``device``: "auto" (a GPU where one works, else the CPU),
+    "cuda", "cpu" (compiled kernels where Numba is installed and the processor allows), "numpy" (the slower reference).
+    ``kv_budget``: rows of each layer's KV cache that stay resident and that decode reads (default: all); the rest lies
+    in host memory.
     ``threads``: cores to use (default: all that the process may). ``chat_template``: a Jinja template or the name of a
     built-in one, in place of the file's. ``overflow``: when the context is full, "error" ends the text or refuses the
-    prompt, "shift" drops the oldest turns or text and says so in the timings. ``progress`` is called with (layers
-    loaded, layers).
+    prompt, "shift" drops the oldest turns or text and says so in the timings. ``stream_weights``: keep the layers'
+    weights in host memory and bring each to the GPU one layer ahead, for models that exceed it; decoding is slow then.
+    ``progress`` is called with (layers loaded, layers).
 
     Raises ModelFileError for an unusable file, SettingError for options out of range.
     """
@@ -79,6 +85,7 @@ def load(
         rope_factor=rope_factor,
         chat_template=chat_template,
         overflow=overflow,
+        stream_weights=stream_weights,
         progress=progress,
     )
 
@@ -86,9 +93,9 @@ def load(
 class LLM:
     """A loaded model and one running conversation.
 
-    ``config`` (sizes), ``tokenizer``, ``ctx``, ``file`` (metadata), ``backend`` (what computes, and why), ``notes``
-    (what was decided at load and is worth saying, such as a stretched context). Calls on one LLM from several threads
-    are serialised, streams excepted: two streams at a time need a ``session()`` each.
+    ``config`` (sizes), ``tokenizer``, ``ctx``, ``file`` (metadata), ``backend`` (what computes, and why), ``memory``
+    (its plan), ``notes`` (what was decided at load and is worth saying, such as a stretched context). Calls on one LLM
+    from several threads are serialised, streams excepted: two streams at a time need a ``session()`` each.
     """
 
     def __init__(
@@ -105,6 +112,7 @@ class LLM:
         rope_factor: float | None = None,
         chat_template: str | None = None,
         overflow: Overflow = "error",
+        stream_weights: bool = False,
         progress: Progress | None = None,
     ) -> None:
         self.file = file
@@ -133,18 +141,50 @@ class LLM:
         self._chat_template = chat_template
         self._template: ChatTemplate | None = None
         self._lock = threading.RLock()
-        fast = uses_kernels(device)
-        how: Any = {"threads": threads, "fast": fast, "kv_budget": kv_budget}
-        self.memory = plan_memory(self.config, file, self.ctx, **how)
-        if not self.memory.fits():
-            raise SettingError(_does_not_fit(self.memory, largest_context(self.config, file, self.ctx, **how)))
-        if self.memory.packed and not fast:
-            self.notes.append(
-                "weights stay packed: unpacked they would take more than half of the free memory; expect slow decoding"
+        self.memory: MemoryPlan | CudaPlan
+        backend = self._gpu(device, cache, stream_weights)
+        if backend is None and stream_weights:
+            raise SettingError(
+                "stream_weights: weights are streamed to a GPU, this runs on the CPU; leave it out or use device='cuda'"
             )
-        self.backend = open_backend(device, threads=threads, packed=self.memory.packed)
-        self._engine = Engine(build(self.config, file, self.backend.ops, progress), self.backend.ops, cache)
+        if backend is None:
+            device = "numpy" if device == "numpy" else "cpu"
+            fast = uses_kernels(device)
+            how: Any = {"threads": threads, "fast": fast, "kv_budget": kv_budget}
+            self.memory = memory = plan_memory(self.config, file, self.ctx, **how)
+            if not memory.fits():
+                raise SettingError(_does_not_fit(memory, largest_context(self.config, file, self.ctx, **how)))
+            if memory.packed and not fast:
+                self.notes.append(
+                    "weights stay packed: unpacked they would take more than half of the free memory; "
+                    "expect slow decoding"
+                )
+            backend = open_backend(device, threads=threads, packed=memory.packed)
+        self.backend = backend
+        self._engine = Engine(
+            build(self.config, file, backend.ops, progress, stream=stream_weights), backend.ops, cache
+        )
         self._session: Session = self.session()
+
+    def _gpu(self, device: str, cache: CacheConfig, stream: bool) -> Backend | None:
+        """The GPU, opened, with ``memory`` its plan; None for the CPU, and a note if a GPU is there but not used.
+
+        Raises DeviceError or SettingError where the GPU was asked for by name and cannot be used.
+        """
+        gpu, why = find_gpu(device)
+        if gpu is not None:
+            self.memory, problem = memory_cuda.fit(self.config, self.file, cache, gpu, stream=stream)
+            try:
+                if problem is None:
+                    return open_cuda(gpu)
+                raise SettingError(problem)
+            except SlimrtError as error:
+                if device == "cuda":
+                    raise
+                why = str(error)
+        if device == "auto" and wants_gpu():
+            self.notes.append(f"computing on the CPU: {why}")
+        return None
 
     @property
     def engine(self) -> Engine:

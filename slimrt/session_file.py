@@ -157,7 +157,7 @@ def _arrays(session: Session) -> Iterator[np.ndarray]:
         yield np.ascontiguousarray(session.engine.ops.to_host(values), "<f4")
         yield np.ascontiguousarray(positions, "<i8")
     if context.boundary is not None:
-        yield np.ascontiguousarray(context.boundary.rows(), "<f4")
+        yield np.ascontiguousarray(session.engine.ops.to_host(context.boundary.rows()), "<f4")
     if session.logits is not None:
         yield np.ascontiguousarray(session.logits, "<f4")
 
@@ -251,7 +251,7 @@ class _Reader:
                 raise self._broken(f"the positions of layer {layer} do not ascend within 0..{tokens - 1}")
             _put(engine, context, layer, keys, values, positions)
         if context.boundary is not None:
-            context.boundary.append(self._array("<f4", (tokens, c.d_model), "the boundary states"))
+            context.boundary.append(_placed(engine, self._array("<f4", (tokens, c.d_model), "the boundary states")))
         return self._array("<f4", (c.vocab_size,), "the logits") if header["logits"] else None
 
     def _broken(self, what: str) -> SessionFileError:
@@ -355,6 +355,14 @@ class _Reader:
         if dtype == "<f4" and not np.isfinite(array).all():
             raise self._broken(f"{what} are not finite")
         return array
+
+
+def _placed(engine: Engine, rows: np.ndarray) -> Any:
+    """``rows`` where the model computes."""
+    ops = engine.ops
+    placed = ops.empty(rows.shape, rows.dtype)
+    ops.wait(ops.copy([(placed, rows)], after=ops.mark()))
+    return placed
 
 
 def _put(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from types import FrameType
+from typing import Any
 
 import numpy as np
 
@@ -60,10 +61,10 @@ class DeferredOps(NumpyOps):
         self._pinned: list[np.ndarray] = []
         self._attended: list[tuple[np.ndarray, int]] = []
 
-    def empty(self, shape: tuple[int, ...], dtype: type = np.float32) -> np.ndarray:
+    def empty(self, shape: tuple[int, ...], dtype: Any = np.float32) -> np.ndarray:
         return np.full(shape, np.nan, dtype)
 
-    def pinned(self, shape: tuple[int, ...], dtype: type = np.float32) -> np.ndarray:
+    def pinned(self, shape: tuple[int, ...], dtype: Any = np.float32) -> np.ndarray:
         self._pinned.append(np.full(shape, np.nan, dtype))
         return self._pinned[-1]
 

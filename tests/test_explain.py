@@ -100,7 +100,7 @@ def test_numbers_agree_with_one_another(llm: slimrt.LLM, seen: Explanation) -> N
     assert [(span.first, span.last) for span in seen.spans()] == [(0, 1), (2, 3), (4, 5)]
     assert sum(layer.seconds for layer in seen.layers) + seen.outside_s == pytest.approx(seen.ttft_s)
     assert all(layer.seconds > 0 for layer in seen.layers) and seen.outside_s > 0
-    assert seen.kv_dense == seen.tokens * llm.memory.kv_per_token
+    assert seen.kv_dense == seen.tokens * llm.engine.kv_bytes_per_token
     assert seen.kv_host == 0 and seen.kv_resident == seen.kv_kept < seen.kv_dense
 
 

@@ -150,9 +150,9 @@ def test_a_saved_session_continues_with_the_same_bits(
 
 def test_the_cache_is_counted_as_it_lies(llm: slimrt.LLM, ids: list[int]) -> None:
     timings = llm.generate(ids, max_tokens=1).timings
-    assert timings.kv_bytes_device == 900 * llm.memory.kv_per_token
-    assert llm.memory.kv_per_token == 4 * 2 * 2 * 32 * 2  # layers, keys and values, heads, their width, float16
-    assert llm.memory.kv_per_token * 2 == llm.config.kv_bytes_per_token
+    assert timings.kv_bytes_device == 900 * llm.engine.kv_bytes_per_token
+    assert llm.engine.kv_bytes_per_token == 4 * 2 * 2 * 32 * 2  # layers, keys and values, heads, their width, float16
+    assert llm.engine.kv_bytes_per_token * 2 == llm.config.kv_bytes_per_token
 
 
 def test_plan_is_what_load_and_prefill_allocate(tmp_path: Path) -> None:

@@ -424,7 +424,7 @@ def test_logprobs_measure_the_budget(tiny: Path, ids: list[int]) -> None:
 def test_bytes_in_timings(tiny: Path, ids: list[int]) -> None:
     small = slimrt.load(tiny, ctx=1024, rope_scaling="none", prune="off", kv_budget=128)
     timings = small.generate(ids[:512], max_tokens=1).timings
-    row = small.memory.kv_per_token
+    row = small.engine.kv_bytes_per_token
     assert timings.kv_bytes_host == 512 * row
     # Means are of keys only, in float32: one a unit of 8 rows, one a group of 8 blocks of 16 rows.
     means = (512 // 8 + 512 // 128) * small.config.kv_bytes_per_token // 2

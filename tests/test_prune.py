@@ -49,7 +49,7 @@ def test_kept_tokens_and_bytes(llm: slimrt.LLM, document: list[int]) -> None:
     # ceil(350 / 32) and ceil(175 / 32) blocks, the last of them ragged
     assert (first, second) == (10 * 32 + ragged, 5 * 32 + ragged)
     rows = 15 * len(document) + 8 * first + 7 * second
-    assert result.timings.kv_bytes_device == rows * llm.memory.kv_per_token // llm.config.n_layers
+    assert result.timings.kv_bytes_device == rows * llm.engine.kv_bytes_per_token // llm.config.n_layers
 
 
 def test_rope_positions_stay(llm: slimrt.LLM, document: list[int]) -> None:

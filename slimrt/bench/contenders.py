@@ -92,7 +92,7 @@ class Slimrt:
             "slimrt": slimrt.__version__,
             "backend": {"name": ops.name, "why": self._llm.backend.why},
             "peak": {"operations_s": peak.operations_s, "bytes_s": peak.bytes_s},
-            "kv_per_token": self._llm.memory.kv_per_token,
+            "kv_per_token": self._llm.engine.kv_bytes_per_token,
             "numpy": np.__version__,
             "blas": [{k: info.get(k) for k in wanted} for info in threadpool_info() if info["user_api"] == "blas"],
             "cpu_features": features["SIMD Extensions"]["found"],

@@ -26,7 +26,7 @@ from slimrt.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["LENGTHS", "BenchResult", "BenchRow", "run"]
+__all__ = ["LENGTHS", "BenchResult", "BenchRow", "environment", "run"]
 
 LENGTHS = (512, 2048, 4096, 8000)
 _WARM_UP = 256  # tokens: enough to start threads, load code and touch every weight
@@ -261,7 +261,7 @@ def run(
         "prefill_operations": {str(length): prefill_operations(config, length) for length in lengths},
         "matrix_bytes": matrix_bytes(file),
     }
-    environment = _environment()
+    about = environment()
     turns = [("slimrt", plan, f"slimrt {plan}") for plan in plans] + [(program, "off", program) for program in vs]
     rows = []
     done, total = 0, len(lengths) * repeats * len(turns)
@@ -269,7 +269,7 @@ def run(
     with contextlib.ExitStack() as stack:
         processes = {name: stack.enter_context(ContenderProcess(name, setup)) for name in ("slimrt", *vs)}
         for name, plan, _ in turns:
-            environment |= processes[name].about
+            about |= processes[name].about
             processes[name].measure(ids[:_WARM_UP], min(decode_tokens, 4), plan)
         for length in lengths:
             runs: dict[str, list[Measurement]] = {label: [] for _, _, label in turns}
@@ -283,7 +283,7 @@ def run(
             rows += [BenchRow(label, length, tuple(measured)) for label, measured in runs.items()]
     if progress:
         progress(done, total, "")
-    return BenchResult(tuple(rows), settings, environment)
+    return BenchResult(tuple(rows), settings, about)
 
 
 def _prompt(tokenizer: Tokenizer, text: str | None, length: int) -> list[int]:
@@ -294,7 +294,8 @@ def _prompt(tokenizer: Tokenizer, text: str | None, length: int) -> list[int]:
     return (begin + body * -(-length // len(body)))[:length]
 
 
-def _environment() -> dict[str, Any]:
+def environment() -> dict[str, Any]:
+    """Where and when a measurement was taken."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "system": platform.platform(),

@@ -83,7 +83,7 @@ def work(config: ModelConfig, plan: PrunePlan, tokens: int) -> float:
     limits = windows(plan, tokens)
     for layer in range(c.n_layers):
         projections = c.d_model * (q + 2 * kv) * rows
-        attention = q * rows * rows
+        attention: float = q * rows * rows
         if layer in limits.reach:
             saved = [keys_read(0, limits.rows) - keys_read(reach, limits.rows) for reach in limits.reach[layer]]
             attention -= q * 2 * sum(saved) / c.n_kv_heads

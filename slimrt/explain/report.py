@@ -151,7 +151,7 @@ def explain(llm: LLM, ids: Sequence[int], *, question: str = "", progress: Progr
     sink, local = (0, 0) if plan is None else (plan.sink_blocks, local_blocks(plan, len(ids)))
     cuts = tuple(_cut(cut, block) for cut in trace.cuts)
     boundary, layers = session.context.boundary, _layers(session, trace)
-    token = llm.memory.kv_per_token
+    token = llm.engine.kv_bytes_per_token
     return Explanation(
         model=llm.config.name,
         file=llm.file.path.name,

@@ -6,12 +6,23 @@ import importlib.util
 from dataclasses import dataclass
 from typing import Any
 
-from slimrt.errors import SettingError
+from slimrt.errors import DeviceError, SettingError
+from slimrt.ops.cuda_device import CudaDevice, probe
 from slimrt.ops.numpy_ops import NumpyOps
 
-__all__ = ["DEVICES", "Backend", "check_device", "describe_backend", "fast_features", "open_backend", "uses_kernels"]
+__all__ = [
+    "DEVICES",
+    "Backend",
+    "check_device",
+    "describe_backend",
+    "fast_features",
+    "find_gpu",
+    "open_backend",
+    "open_cuda",
+    "uses_kernels",
+]
 
-DEVICES = ("auto", "cpu", "numpy")
+DEVICES = ("auto", "cuda", "cpu", "numpy")
 
 
 @dataclass(frozen=True)
@@ -23,12 +34,35 @@ class Backend:
 
 
 def check_device(device: str) -> None:
-    """Raise SettingError for a device that is unknown or cannot work here: before anything is read."""
+    """Raise SettingError for a device that is unknown, DeviceError for one that cannot work here: before anything is
+    read."""
     if device not in DEVICES:
-        raise SettingError(
-            f"device '{device}': this version computes on the CPU; use 'cpu' or 'auto', or 'numpy' for the slower "
-            "backend that is the reference"
-        )
+        raise SettingError(f"device '{device}': must be one of {', '.join(DEVICES)}")
+    if device == "cuda":
+        probe()
+
+
+def find_gpu(device: str) -> tuple[CudaDevice | None, str]:
+    """The GPU for ``device``, or None where that is the CPU or ("auto") none works; and why, in one line.
+
+    Raises DeviceError where "cuda" is asked for and does not work.
+    """
+    if device in ("cpu", "numpy"):
+        return None, "the CPU was asked for"
+    try:
+        gpu = probe()
+    except DeviceError as error:
+        if device == "cuda":
+            raise
+        return None, str(error)
+    return gpu, str(gpu)
+
+
+def open_cuda(gpu: CudaDevice) -> Backend:
+    """The backend on ``gpu``. Raises DeviceError if it does not start."""
+    from slimrt.ops.cupy_ops import CupyOps
+
+    return Backend(CupyOps(gpu), str(gpu))
 
 
 def fast_features() -> tuple[Any, str]:
@@ -48,12 +82,15 @@ def fast_features() -> tuple[Any, str]:
 
 
 def uses_kernels(device: str) -> bool:
-    """Whether ``device`` leads to the compiled kernels, which keep weights packed and the cache in float16."""
-    return device != "numpy" and fast_features()[0] is not None
+    """Whether ``device`` leads to the CPU's compiled kernels, which keep weights packed and the cache in float16."""
+    return device != "numpy" and find_gpu(device)[0] is None and fast_features()[0] is not None
 
 
 def describe_backend(device: str) -> dict[str, str]:
-    """What ``open_backend`` would open: its name, and why."""
+    """What ``open_backend`` would open: its name, and why. Raises DeviceError for "cuda" where that does not work."""
+    gpu, _ = find_gpu(device)
+    if gpu is not None:
+        return {"name": "cuda", "why": str(gpu)}
     if device == "numpy":
         return {"name": "numpy", "why": "NumPy: asked for"}
     features, why = fast_features()
@@ -61,12 +98,16 @@ def describe_backend(device: str) -> dict[str, str]:
 
 
 def open_backend(device: str, *, threads: int | None = None, packed: bool = False) -> Backend:
-    """The backend for ``device``: "cpu" or "auto" for the best that works here, "numpy" for the specification.
+    """The backend for ``device``: "cuda", "cpu" for the best that works on it, "numpy" for the specification, or
+    "auto".
 
     ``threads``: cores to use (None: all). ``packed``: NumPy keeps weights as they lie in the file. Raises SettingError
-    for a device that is unknown or does not work here.
+    for a device that is unknown, DeviceError for one that does not work here.
     """
     check_device(device)
+    gpu, _ = find_gpu(device)
+    if gpu is not None:
+        return open_cuda(gpu)
     if device == "numpy":
         return Backend(NumpyOps(threads, packed=packed), describe_backend(device)["why"])
     features, why = fast_features()

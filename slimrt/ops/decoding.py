@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from slimrt.kv_cache import KVCache
-from slimrt.ops.reach import Reach
+if TYPE_CHECKING:
+    from slimrt.kv_cache import KVCache
 
 __all__ = ["Decoder"]
 
@@ -22,11 +21,10 @@ class Decoder(Protocol):
         token: int,
         position: int,
         *,
-        reach: Sequence[Reach] | None = None,
         middle: int | None = None,
-    ) -> tuple[np.ndarray, np.ndarray | None]:
-        """Read one token: its keys and values are appended to every layer of ``cache``.
+    ) -> tuple[np.ndarray, Any]:
+        """Read one token: its keys and values are appended to every layer of ``cache``; it looks at all of them.
 
-        ``reach``: for each layer how far back its KV heads look. Returns the logits [V] (finite or not), and the hidden
-        states [1, D] of layer ``middle`` (None: none) between attention and feed-forward; both new arrays.
+        Returns the logits [V] on the host (finite or not), and the hidden states [1, D] of layer ``middle`` (None:
+        None) between attention and feed-forward, where the model computes; both new arrays.
         """

@@ -14,7 +14,8 @@ Weight = Any  # the backend's handle
 
 
 class LayerOps:
-    """For backends with ``rows``, ``empty``, ``kv_type``, ``rmsnorm``, ``linear``, ``rope`` and ``swiglu``."""
+    """For backends with ``rows``, ``whole_rows``, ``empty``, ``kv_type``, ``rmsnorm``, ``linear``, ``add_linear``,
+    ``rope`` and ``swiglu``."""
 
     def qkv(
         self: Any,
@@ -40,7 +41,7 @@ class LayerOps:
             self.rope(joint[:, : count + kv_count], cos, sin)
             return joint[:, :count], joint[:, count:-kv_count], joint[:, -kv_count:]
 
-        if len(x) == 1:
+        if len(x) <= self.whole_rows:
             return part(x, cos, sin)
         q = self.empty((len(x), count, width))
         k = self.empty((len(x), kv_count, width), self.kv_type)
@@ -55,12 +56,12 @@ class LayerOps:
     def project(self: Any, x: Array, attention: Array, weight: Weight, bias: Array | None) -> Array:
         """x [T, D] and attention [T, H, Dh] -> x + attention @ weight.T (+ bias) [T, D]."""
         attention = attention.reshape(len(x), -1)
-        if len(x) == 1:
-            return x + self.linear(attention, weight, bias)
-        result = self.empty(x.shape)
+        if len(x) <= self.whole_rows:
+            return self.add_linear(x, attention, weight, bias)
+        result = self.empty(x.shape, x.dtype)
 
         def rows(at: slice) -> None:
-            result[at] = x[at] + self.linear(attention[at], weight, bias)
+            result[at] = self.add_linear(x[at], attention[at], weight, bias)
 
         self.rows(rows, len(x))
         return result
@@ -79,11 +80,11 @@ class LayerOps:
 
         def part(x: Array) -> Array:
             hidden = self.swiglu(self.linear(self.rmsnorm(x, gain, eps), gate_up, gate_up_bias))
-            return x + self.linear(hidden, down, down_bias)
+            return self.add_linear(x, hidden, down, down_bias)
 
-        if len(x) == 1:
+        if len(x) <= self.whole_rows:
             return part(x)
-        result = self.empty(x.shape)
+        result = self.empty(x.shape, x.dtype)
 
         def rows(at: slice) -> None:
             result[at] = part(x[at])

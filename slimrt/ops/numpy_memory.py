@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 
@@ -33,13 +34,16 @@ class NumpyMemory:
     def __init__(self) -> None:
         self._copies = ThreadPoolExecutor(1, thread_name_prefix="slimrt-copy")  # no thread before the first copy
 
-    def empty(self, shape: tuple[int, ...], dtype: type = np.float32) -> Array:
+    def empty(self, shape: tuple[int, ...], dtype: Any = np.float32) -> Array:
         """Uninitialised memory on the device."""
         return np.empty(shape, dtype)
 
-    def pinned(self, shape: tuple[int, ...], dtype: type = np.float32) -> Array:
+    def pinned(self, shape: tuple[int, ...], dtype: Any = np.float32) -> Array:
         """Uninitialised host memory that copies reach at full speed."""
         return np.empty(shape, dtype)
+
+    def reserve(self, shape: tuple[int, ...], count: int) -> None:
+        """Make ready what ``count`` calls of ``pinned(shape)`` will ask for: nothing, it costs nothing here."""
 
     def copy(self, pairs: Sequence[tuple[Array, Array]], after: Fence | None = None) -> Fence:
         """Queue the copies (destination, source) in order, host to device or back, strided or not; returns at once.
@@ -55,6 +59,12 @@ class NumpyMemory:
                 np.copyto(destination, source)
 
         return self._copies.submit(work)
+
+    def fetch_blocks(self, layer: Array, blocks: Sequence[tuple[int, Array]], after: Fence) -> Fence:
+        """Queue copies of host ``blocks``, (slot, [2, Hkv, block, Dh]) each, into rows slot * block and on of ``layer``
+        [2, Hkv, capacity, Dh], as ``copy`` does."""
+        rows = blocks[0][1].shape[2]
+        return self.copy([(layer[:, :, slot * rows : (slot + 1) * rows], block) for slot, block in blocks], after)
 
     def mark(self) -> Fence:
         """A fence that passes when compute has done all that was asked of it, and waited for, so far."""

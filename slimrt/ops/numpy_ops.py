@@ -64,6 +64,7 @@ class NumpyOps(NumpyMemory, LayerOps):
     name = "numpy"
     exact_rows = 1  # of a prompt that was read before so many rows run again at least, for the same bits as then
     unpack_rows = 16  # from so many rows on it pays to unpack a packed layer once, into scratch
+    whole_rows = 1  # up to so many rows pass a layer in one piece
 
     def __init__(self, threads: int | None = None, *, packed: bool = False) -> None:
         super().__init__()
@@ -79,9 +80,10 @@ class NumpyOps(NumpyMemory, LayerOps):
             return Weight(parts, None)
         return Weight(parts, self._unpack(parts))
 
-    def vector(self, tensor: TensorInfo) -> Array:
-        """A small tensor (norm, bias) as float32 [n]."""
-        return dequantize(tensor).reshape(-1)
+    def vector(self, *parts: TensorInfo | int) -> Array:
+        """Small tensors (norms, biases) as one float32 [n]; a number stands for so many zeros."""
+        arrays = [np.zeros(p, np.float32) if isinstance(p, int) else dequantize(p).reshape(-1) for p in parts]
+        return np.concatenate(arrays)
 
     def unpacked(self, weight: Weight) -> Weight:
         """``weight`` ready for many rows: itself if dense, else an unpacked copy that the caller drops after use."""
@@ -128,6 +130,10 @@ class NumpyOps(NumpyMemory, LayerOps):
 
     # -- compute ----------------------------------------------------------------------------------------------------
 
+    def angles(self, table: Any, positions: Array) -> tuple[Array, Array]:
+        """cos and sin of ``positions`` [T] -> two [T, dims/2]; ``table``: a RopeTable."""
+        return table(positions)
+
     def embed(self, weight: Weight, ids: Array) -> Array:
         """Rows ``ids`` [T] of ``weight`` [V, D] -> [T, D]."""
         if weight.dense is not None:
@@ -156,6 +162,14 @@ class NumpyOps(NumpyMemory, LayerOps):
         if bias is not None:
             out += bias
         return out
+
+    def add_linear(self, x: Array, y: Array, weight: Weight, bias: Array | None = None) -> Array:
+        """x [T, out] + y [T, in] @ weight.T (+ bias) -> [T, out]: a residual connection."""
+        return x + self.linear(y, weight, bias)
+
+    def head(self, x: Array, weight: Weight) -> Array:
+        """x [T, D] @ weight.T [D, V] -> logits [T, V]."""
+        return self.linear(x, weight)
 
     def _linear_few(self, x: Array, matrix: Array, out: Array | None) -> Array:
         """Few rows x [T, in], large ``matrix`` [out, in]: reading it is the work, so the threads share its rows."""
@@ -210,6 +224,10 @@ class NumpyOps(NumpyMemory, LayerOps):
     def unit_means(self, k: Array, unit: int) -> Array:
         """Mean key of each run of ``unit`` rows: k [Hkv, N, Dh] -> [Hkv, ceil(N / unit), Dh]."""
         return unit_means(k, unit)
+
+    def columns(self, x: Array, columns: np.ndarray) -> Array:
+        """x[:, columns]: of x [Hkv, N, Dh] some of the N."""
+        return x[:, columns]
 
     def take(self, x: Array, rows: Array) -> Array:
         """x[rows]: the rows that go on; rows ascending."""

@@ -1,4 +1,4 @@
-"""``slimrt bench ttft``: time to first token and decode speed, side by side with other programs."""
+"""``slimrt bench``: time to first token side by side with other programs, the speed of single operations."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from slimrt.terminal.progress import progress_bar
 from slimrt.terminal.tables import print_wide
 from slimrt.terminal.text_input import read_document
 
-__all__ = ["BenchSettings", "bench_ttft"]
+__all__ = ["BenchSettings", "KernelSettings", "ShapeSettings", "bench_kernels", "bench_shape", "bench_ttft"]
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,76 @@ def bench_ttft(model: str | None, settings: BenchSettings, *, as_json: bool) -> 
         from slimrt.bench.plot import save_png
 
         save_png(result, settings.png)
+    if as_json:
+        click.echo(result.to_json())
+    else:
+        print_wide(result.table())
+
+
+@dataclass(frozen=True)
+class KernelSettings:
+    """What is measured: sizes of ``shape``, ``tokens`` rows; ``kernels``: names, none for all."""
+
+    device: str
+    shape: str
+    tokens: int
+    repeats: int
+    kernels: tuple[str, ...]
+    threads: int | None
+
+
+def bench_kernels(settings: KernelSettings, *, as_json: bool) -> None:
+    """Measure; a table, or with ``as_json`` every row, goes to stdout."""
+    from slimrt.bench.kernels import run
+
+    with progress_bar("measuring") as progress:
+        result = run(
+            settings.device,
+            settings.shape,
+            settings.tokens,
+            settings.repeats,
+            settings.kernels,
+            settings.threads,
+            progress,
+        )
+    if as_json:
+        click.echo(result.to_json())
+    else:
+        print_wide(result.table())
+
+
+@dataclass(frozen=True)
+class ShapeSettings:
+    """What is measured: a model of ``shape``, its matrices of type ``kind``. ``plans``: names of ``shaped.PLANS``."""
+
+    device: str
+    shape: str
+    kind: str
+    lengths: tuple[int, ...]
+    plans: tuple[str, ...]
+    kv_budget: int | None
+    repeats: int
+    decode_tokens: int
+    threads: int | None
+
+
+def bench_shape(settings: ShapeSettings, *, as_json: bool) -> None:
+    """Measure; a table, or with ``as_json`` every row, goes to stdout."""
+    from slimrt.bench.shaped import run
+
+    with progress_bar("measuring") as progress:
+        result = run(
+            settings.device,
+            settings.shape,
+            settings.kind,
+            settings.lengths,
+            settings.plans,
+            settings.kv_budget,
+            settings.repeats,
+            settings.decode_tokens,
+            settings.threads,
+            progress,
+        )
     if as_json:
         click.echo(result.to_json())
     else:

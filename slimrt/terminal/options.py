@@ -49,6 +49,7 @@ class LoadSettings:
     rope_factor: float | None = None
     chat_template: str | None = None
     overflow: Overflow = "error"
+    stream_weights: bool = False
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ def load_options(command: Command) -> Command:
         click.option("--prune", default="auto", show_default=True, metavar="auto|fast|off|PLAN.json",
                      help="Which prompt tokens leave the forward pass early."),
         click.option("--device", type=click.Choice(["cpu", "cuda", "numpy", "auto"]), default="auto", show_default=True,
-                     help="What computes; numpy: the slower reference, without compiled kernels."),
+                     help="What computes; auto: a GPU where one works; numpy: the slower reference."),
         click.option("--threads", "-t", type=click.IntRange(1), help="CPU threads.  [all that the process may use]"),
         click.option("--kv-budget", type=Size(), metavar="ROWS",
                      help="Rows of keys and values a layer that decode reads.  [all]"),
@@ -151,6 +152,8 @@ def load_options(command: Command) -> Command:
         click.option("--rope-factor", type=float, metavar="X", help="How far RoPE is stretched.  [as --ctx needs]"),
         click.option("--overflow", type=click.Choice(["error", "shift"]), default="error", show_default=True,
                      help="When the context is full: stop, or drop the oldest text."),
+        click.option("--stream-weights", is_flag=True,
+                     help="Keep weights in host memory, for models larger than the GPU."),
         click.option("--chat-template", metavar="NAME|JINJA", help="In place of the model's own chat template."),
     )  # fmt: skip
 

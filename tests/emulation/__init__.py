@@ -1,0 +1,169 @@
+"""Runs CUDA kernels of ``kernels_cu`` on the CPU, their source unchanged: compiled by g++ behind ``emulation.h``.
+
+    kernel = emulated("rmsnorm.cu", {"T": "f16"}).kernel("rmsnorm")
+    with emulation_mode(deferred=False, seed=7):
+        kernel((tokens,), (256,), (x, gain, out, np.int32(width), np.float32(eps)))
+
+A kernel is called as a ``cupy.RawKernel`` is, with NumPy arrays (views with an offset too) in the place of CuPy's. It
+is stricter: the number of arguments and the size of each are compared with the signature, more than 48 KiB of dynamic
+shared memory must have been allowed, and barriers or warp operations that not all threads reach are an error.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+__all__ = ["EmulationError", "Kernel", "Module", "compiled", "compiler", "emulated", "emulation_mode"]
+
+ROOT = Path(__file__).parents[2]
+SOURCES = ROOT / "kernels_cu"
+HEADER = Path(__file__).with_name("emulation.h")
+CACHE = ROOT / "build" / "emulation"  # `make clean` empties it
+EXPORTED = re.compile(r'extern "C" __global__ void (?:__launch_bounds__\([^)]*\)\s+)?(\w+)\(')
+SHARED_LIMIT = 48 << 10  # what a kernel may use without asking
+
+
+class EmulationError(RuntimeError):
+    """A launch that a GPU would refuse, or under which it would hang or compute garbage."""
+
+
+@dataclass(frozen=True)
+class Mode:
+    """``deferred``: cp.async lands when it is waited for, else at once. ``seed``: of the order in which warps run."""
+
+    deferred: bool = True
+    seed: int = 0
+
+
+_mode = Mode()
+
+
+@contextmanager
+def emulation_mode(*, deferred: bool = True, seed: int = 0) -> Iterator[None]:
+    """Every launch within runs in this mode."""
+    global _mode
+    outer, _mode = _mode, Mode(deferred, seed)
+    try:
+        yield
+    finally:
+        _mode = outer
+
+
+def compiler() -> str | None:
+    """g++ on Linux, or None: then nothing can be emulated, and tests that want it skip."""
+    return shutil.which("g++") if sys.platform == "linux" else None
+
+
+def emulated(source: str, defines: Mapping[str, object] | None = None) -> Module:
+    """The kernels of ``kernels_cu/source``, compiled with ``-DNAME=VALUE`` for each of ``defines``."""
+    path = SOURCES / source
+    return compiled(f'#line 1 "{path}"\n{path.read_text()}', defines)
+
+
+def compiled(code: str, defines: Mapping[str, object] | None = None) -> Module:
+    """The kernels of CUDA source text; it may include the headers of ``kernels_cu`` or have them pasted in."""
+    return _compiled(code, tuple(sorted((name, str(value)) for name, value in (defines or {}).items())))
+
+
+@functools.cache
+def _compiled(code: str, defines: tuple[tuple[str, str], ...]) -> Module:
+    gxx = compiler()
+    if gxx is None:
+        raise EmulationError("emulation needs g++ on Linux; install it")
+    names = EXPORTED.findall(code)
+    code = f"{code}\n" + "".join(f"EXPORT_KERNEL({name})\n" for name in names)
+    flags = ["-std=c++17", "-O2", "-g1", "-fPIC", "-shared", "-w", "-fno-strict-aliasing", "-ffp-contract=off"]
+    if os.environ.get("SLIMRT_EMULATION_ASAN"):  # the process must have been started with libasan preloaded
+        flags.append("-fsanitize=address")
+    flags += [f"-D{name}={value}" for name, value in defines]
+    headers = [HEADER, *sorted(SOURCES.glob("*.cuh"))]
+    parts = [code, *flags, platform.machine(), *(path.read_text() for path in headers)]
+    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
+    library = CACHE / f"{key}.so"
+    if not library.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        fresh = CACHE / f"{key}.{os.getpid()}.so"  # renamed when complete: tests run in several processes
+        command = [gxx, *flags, "-include", str(HEADER), f"-I{SOURCES}", "-x", "c++", "-", "-o", str(fresh)]
+        done = subprocess.run(command, input=code, capture_output=True, text=True)
+        if done.returncode:
+            raise EmulationError(f"g++ refused the source ({' '.join(flags)}):\n{done.stderr}")
+        fresh.replace(library)
+    return Module(ctypes.CDLL(str(library)), names)
+
+
+class Module:
+    """A compiled source; its kernels by name."""
+
+    def __init__(self, library: ctypes.CDLL, names: Sequence[str]) -> None:
+        self._library, self.names = library, tuple(names)
+
+    def kernel(self, name: str) -> Kernel:
+        if name not in self.names:
+            raise EmulationError(f"no kernel '{name}' here; there are {', '.join(self.names)}")
+        return Kernel(self._library, name)
+
+    get_function = kernel  # as cupy.RawModule calls it
+
+
+class Kernel:
+    """``kernel(grid, block, args, shared_mem=0)`` runs it and returns when it is done."""
+
+    def __init__(self, library: ctypes.CDLL, name: str) -> None:
+        self.name, self.max_dynamic_shared_size_bytes = name, SHARED_LIMIT
+        self._launch = getattr(library, f"launch_{name}")
+        self._launch.restype = ctypes.c_char_p
+        signature = getattr(library, f"signature_{name}")
+        signature.restype = ctypes.POINTER(ctypes.c_int)
+        sizes = signature()
+        self._sizes = [sizes[i] for i in range(1, 1 + sizes[0])]
+
+    def __call__(self, grid: Sequence[int], block: Sequence[int], args: Sequence[Any], *, shared_mem: int = 0) -> None:
+        if len(args) != len(self._sizes):
+            raise EmulationError(f"{self.name}: {len(args)} arguments given, it takes {len(self._sizes)}")
+        if not 0 <= shared_mem <= self.max_dynamic_shared_size_bytes:
+            raise EmulationError(
+                f"{self.name}: {shared_mem} bytes of dynamic shared memory; "
+                f"{self.max_dynamic_shared_size_bytes} are allowed (max_dynamic_shared_size_bytes)"
+            )
+        grid, block = (tuple(int(n) for n in (*sizes, 1, 1)[:3]) for sizes in (grid, block))
+        if min(*grid, *block) < 1 or max(grid[1:]) > 65535 or np.prod(block) > 1024:
+            raise EmulationError(f"{self.name}: a GPU cannot launch grid {grid} of blocks {block}")
+        values = [
+            self._value(number, arg, size) for number, (arg, size) in enumerate(zip(args, self._sizes, strict=True))
+        ]
+        addresses = (ctypes.c_void_p * max(1, len(values)))(*(ctypes.addressof(value) for value in values))
+        error = self._launch(
+            (ctypes.c_uint * 3)(*grid),
+            (ctypes.c_uint * 3)(*block),
+            ctypes.c_size_t(shared_mem),
+            int(_mode.deferred),
+            ctypes.c_uint(_mode.seed),
+            addresses,
+        )
+        if error:
+            raise EmulationError(f"{self.name}: {error.decode()}")
+
+    def _value(self, number: int, arg: Any, size: int) -> Any:
+        """The argument as the C value of ``size`` bytes, negative for a pointer, that the kernel gets."""
+        if size < 0 and hasattr(arg, "ctypes"):  # an array
+            return ctypes.c_void_p(arg.ctypes.data)
+        if not isinstance(arg, np.generic) or arg.itemsize != abs(size):
+            kind = f"{arg.dtype} scalar" if isinstance(arg, np.generic) else type(arg).__name__
+            wants = "an array, or numpy.uintp(0) for null" if size < 0 else f"a NumPy scalar of {size} bytes"
+            raise EmulationError(f"{self.name}: argument {number} is a {kind}; it takes {wants}")
+        return (ctypes.c_char * arg.itemsize).from_buffer_copy(arg.tobytes())

@@ -1,0 +1,61 @@
+"""A naive computation in the GPU's precision: its error is the unit in which the GPU backend's error is measured."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from slimrt.gguf import TensorInfo
+from slimrt.ops.numpy_ops import NumpyOps, Weight
+from slimrt.ops.reach import Reach
+
+
+def half(x: np.ndarray) -> np.ndarray:
+    """``x`` rounded to float16, held as float32."""
+    return x.astype(np.float16).astype(np.float32)
+
+
+class HalfOps(NumpyOps):
+    """NumPy that rounds to float16 whatever the GPU backend stores as float16; products are summed in float32."""
+
+    def __init__(self) -> None:
+        super().__init__(1)
+
+    def _unpack(self, parts: Sequence[TensorInfo]) -> np.ndarray:
+        return half(super()._unpack(parts))
+
+    def linear(self, x: np.ndarray, weight: Weight, bias: Any = None, out: Any = None) -> np.ndarray:
+        return half(super().linear(x, weight, bias, out))
+
+    def head(self, x: np.ndarray, weight: Weight) -> np.ndarray:
+        return super().linear(x, weight)
+
+    def rmsnorm(self, x: np.ndarray, gain: np.ndarray, eps: float) -> np.ndarray:
+        return half(super().rmsnorm(x, gain, eps))
+
+    def rope(self, x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
+        x[...] = half(super().rope(x, cos, sin))
+        return x
+
+    def swiglu(self, gate_up: np.ndarray) -> np.ndarray:
+        return half(super().swiglu(gate_up))
+
+    def unit_means(self, k: np.ndarray, unit: int) -> np.ndarray:
+        return half(super().unit_means(k, unit))
+
+    def attend(self, q: Any, k: Any, v: Any, out: Any = None, reach: Reach = None) -> np.ndarray:
+        assert reach is None or not any(reach)
+        tokens, heads, width = q.shape
+        kv_heads, keys, _ = k.shape
+        result = np.empty_like(q)
+        later = np.arange(keys)[None, :] > (keys - tokens + np.arange(tokens))[:, None]
+        for head in range(heads):
+            group = head // (heads // kv_heads)
+            scores = q[:, head] @ k[group].T * np.float32(1 / math.sqrt(width))
+            scores[later] = -np.inf
+            weights = np.exp(scores - scores.max(axis=1, keepdims=True))
+            result[:, head] = half(half(weights) @ v[group] / weights.sum(axis=1, keepdims=True))
+        return result

@@ -1,0 +1,119 @@
+"""``make gpu DRY=1`` walks every step; results become the README's table by a script."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scripts import gpu
+from scripts.results_table import BEGIN, END, NOTHING, newest, updated
+from tests import emulation
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.skipif(emulation.compiler() is None, reason="running CUDA sources on the CPU needs g++")
+def test_a_dry_run_walks_every_step(tmp_path: Path) -> None:
+    out = tmp_path / "results.json"
+    done = subprocess.run(
+        ["make", "--no-print-directory", "gpu", "DRY=1", f"OUT={out}"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = json.loads(out.read_text())
+    assert results["dry"] and list(results["steps"]) == list(gpu.STEPS)
+    assert {step["ended"] for step in results["steps"].values()} == {"passed"}
+    found = {name: step["results"] for name, step in results["steps"].items()}
+    assert found["ptx"]["passed"] > 5 and found["kernels"]["passed"] > 5
+    assert found["device"]["h2d_gb_s"] > 0
+    assert max(found["backend"]["max_error"]["cuda"][:4]) > 0
+    assert [(row["length"], row["plan"]) for row in found["ttft"]["rows"]] == [
+        (96, "off"), (96, "tiny"), (160, "off"), (160, "tiny"),
+    ]  # fmt: skip
+    assert all(row["decode_tok_s"] > 0 and row["weight_bytes"] > 0 for row in found["decode"]["rows"])
+    assert all(row["bytes_moved"] > 0 for row in found["ring"]["rows"])
+    table = updated(f"before\n{BEGIN}\nold\n{END}\nafter", results)
+    assert table is not None and table.startswith("before\n") and table.endswith("\nafter") and "old" not in table
+    assert "| 160 |" in table and "F16 dense" in table and "Emulated GPU" in table
+
+
+def test_the_whole_run_stays_below_nine_minutes() -> None:
+    assert sum(seconds for _, seconds in gpu.STEPS.values()) < 9 * 60
+
+
+def test_a_step_that_hangs_or_fails_costs_only_itself(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The driver runs its own file for each step; here another one stands in for it."""
+    script = tmp_path / "step.py"
+    script.write_text(
+        "import sys, time, pathlib\n"
+        "name, out = sys.argv[sys.argv.index('--step') + 1], pathlib.Path(sys.argv[sys.argv.index('--out') + 1])\n"
+        "out.write_text('{\"rows\": [1]}')\n"
+        "if name == 'bench': time.sleep(60)\n"
+        "if name == 'ttft': sys.exit('broken')\n"
+    )
+    monkeypatch.setattr(gpu, "__file__", str(script))
+    monkeypatch.setattr(gpu, "STEPS", dict.fromkeys(("device", "bench", "ttft", "ring"), (gpu.smoke, 9)))
+    monkeypatch.setattr(gpu, "DRY_SECONDS", 3)
+    out = tmp_path / "results.json"
+    assert gpu.run_all(list(gpu.STEPS), out, dry=True) == 1
+    steps = json.loads(out.read_text())["steps"]
+    assert {name: step["ended"] for name, step in steps.items()} == {
+        "device": "passed", "bench": "out of time", "ttft": "failed", "ring": "passed",
+    }  # fmt: skip
+    assert all(step["results"] == {"rows": [1]} for step in steps.values()) and "broken" in steps["ttft"]["tail"]
+
+
+def test_without_a_gpu_one_line_says_what_to_do(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "scripts/gpu.py", "--out", str(tmp_path / "results.json")],
+        cwd=ROOT, capture_output=True, text=True, env={"PATH": "", "CUDA_VISIBLE_DEVICES": ""},
+    )  # fmt: skip
+    assert done.returncode == 1 and "make gpu DRY=1" in done.stdout
+
+
+def test_the_table() -> None:
+    def step(results: dict[str, Any], ended: str = "passed") -> dict[str, Any]:
+        return {"ended": ended, "seconds": 1.0, "results": results}
+
+    results = {
+        "date": "2031-05-06T07:08:09", "dry": False,
+        "steps": {
+            "device": step({"about": "A card"}),
+            "ttft": step({"type": "F16", "shape": "llama-3.1-8b", "rows": [
+                {"length": 8192, "plan": "off", "ttft_s": 1.234},
+                {"length": 8192, "plan": "1/2,1/4", "ttft_s": 0.5},
+                {"length": 16384, "plan": "off", "error": "memory"},
+            ]}, "out of time"),
+            "peer_ttft": step({"rows": [{"length": 8192, "ttft_s": 2.0, "program": "transformers 5"}]}),
+        },
+    }  # fmt: skip
+    made = updated(f"{BEGIN}\n{END}\n", results)
+    assert made is not None and made.splitlines()[1:4] == [
+        "| prompt tokens | F16 dense | F16 1/2,1/4 | transformers 5 |",
+        "|---:|---:|---:|---:|",
+        "| 8192 | 1.23 | 0.50 | 2.00 |",
+    ]
+    assert "did not end well: ttft" in made
+    assert NOTHING in (updated(f"{BEGIN}\n{END}\n", None) or "")
+    assert updated("no place", results) is None
+
+
+def test_dry_results_never_reach_the_table(tmp_path: Path) -> None:
+    (tmp_path / "gpu-a.json").write_text(json.dumps({"dry": True, "date": "2031"}))
+    assert newest(tmp_path) is None
+    (tmp_path / "gpu-b.json").write_text(json.dumps({"dry": False, "date": "2030"}))
+    assert newest(tmp_path) == {"dry": False, "date": "2030"}
+
+
+def test_the_script_on_a_copy_of_the_readme(tmp_path: Path) -> None:
+    copy, results = tmp_path / "README.md", tmp_path / "results.json"
+    results.write_text(json.dumps({"dry": False, "date": "2031-01-01", "steps": {}}))
+    copy.write_text((ROOT / "README.md").read_text() + f"\n{BEGIN}\n{END}\n")
+    command = [sys.executable, "scripts/results_table.py", "--readme", str(copy), "--results", str(results)]
+    assert subprocess.run([*command, "--check"], cwd=ROOT).returncode == 1
+    assert subprocess.run(command, cwd=ROOT).returncode == 0
+    assert subprocess.run([*command, "--check"], cwd=ROOT).returncode == 0

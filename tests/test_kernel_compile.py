@@ -1,0 +1,142 @@
+"""Every kernel through NVRTC for sm_80, sm_89 and sm_90: no spills, registers and shared memory within bounds, and the
+instructions that were meant. Needs no GPU and no driver, only NVIDIA's wheels (dependency group ``dev``)."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.util
+import os
+import re
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from tests.emulation import EXPORTED, SOURCES
+
+ARCHITECTURES = ("sm_80", "sm_89", "sm_90")
+PREFILL_TILES = {"sm_80": (128, 1), "sm_89": (64, 1), "sm_90": (128, 2)}  # rows, stages: as CupyOps chooses
+SHARED_PER_BLOCK = {"sm_80": 163 << 10, "sm_89": 99 << 10, "sm_90": 227 << 10}  # the most that may be asked for
+RESERVED = 1024  # of which the system takes this much for itself, and -res-usage counts it
+
+TYPES = ("F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
+SIXTEEN = ("f16", "bf16")
+TENSOR_CORES = {"f16": "HMMA.16816.F32", "bf16": "HMMA.16816.F32.BF16"}
+
+# source, macros, threads a block, dynamic shared bytes, registers that a thread may have, instructions to be found
+Case = tuple[str, dict[str, object], int, int, int, tuple[str, ...]]
+
+
+def cases(architecture: str) -> list[Case]:
+    result: list[Case] = []
+    for source in ("compact.cu", "argmax.cu", "select_rows.cu"):
+        result.append((source, {}, 128 if source == "compact.cu" else 1024, 48 << 10, 64, ()))
+    for kind in SIXTEEN:
+        for source in ("rmsnorm.cu", "rope.cu", "swiglu.cu", "kv_append.cu", "unit_means.cu", "kv_blocks.cu"):
+            result.append((source, {"T": kind}, 256, 0, 40, ()))
+        for dh in (64, 128):
+            seen = (TENSOR_CORES[kind], "LDSM.16.M88.4", "LDGSTS.E.BYPASS.128")
+            attends = (*seen, "LDSM.16.MT88.4", "MUFU.EX2")
+            defines = {"T": kind, "DH": dh}
+            result.append(("block_scores.cu", defines, 128, 128 * dh + 16640, 96, seen))
+            result.append(("attention_decode.cu", defines, 128, 512 * dh, 168, attends))
+            tile, stages = PREFILL_TILES[architecture]
+            shared = 2 * dh * (tile + 128 * stages)
+            assert 2 * (shared + RESERVED) <= SHARED_PER_BLOCK[architecture] + RESERVED, "two blocks fit at once"
+            macros = {**defines, "TILE": tile, "STAGES": stages}
+            result.append(("attention_prefill.cu", macros, 128, shared, 255 if tile == 128 else 168, attends))
+    for type_ in TYPES:
+        result.append(("embed.cu", {"TYPE": type_}, 128, 0, 64, ()))
+        for kind in SIXTEEN if type_ in ("BF16", "Q4_0", "Q6_K") else ("f16",):
+            result.append(("dequantize.cu", {"TYPE": type_, "T": kind}, 128, 0, 64, ()))
+            for out in ("float", kind) if type_ == "Q4_0" else ("float",):  # only the last store differs
+                macros = {"TYPE": type_, "T": kind, "OUT": out}
+                result.append(("gemv.cu", macros, 256, 0, 80, (TENSOR_CORES[kind],)))
+    return result
+
+
+CASES = [(architecture, case) for architecture in ARCHITECTURES for case in cases(architecture)]
+
+
+@functools.cache
+def toolchain() -> tuple[ctypes.CDLL, Path] | str:
+    """NVRTC and cuobjdump from the wheels, or why not."""
+    package = importlib.util.find_spec("nvidia")
+    for root in (package.submodule_search_locations or []) if package else []:
+        for libraries in Path(root).glob("*/lib"):
+            for path in sorted(libraries.glob("libnvrtc.so.*")):
+                tool = libraries.parent / "bin" / "cuobjdump"
+                if tool.exists() and tool.with_name("nvdisasm").exists():
+                    return ctypes.CDLL(str(path)), tool
+    return "compiling kernels needs the wheels nvidia-cuda-nvrtc, nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm"
+
+
+def compile_source(nvrtc: ctypes.CDLL, code: str, options: Sequence[str]) -> bytes:
+    """CUDA source -> cubin; fails the test with NVRTC's log, which holds warnings too."""
+    program, size = ctypes.c_void_p(), ctypes.c_size_t()
+    assert nvrtc.nvrtcCreateProgram(ctypes.byref(program), code.encode(), b"kernel.cu", 0, None, None) == 0
+    arguments = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
+    status = nvrtc.nvrtcCompileProgram(program, len(options), arguments)
+    nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+    log = ctypes.create_string_buffer(size.value)
+    nvrtc.nvrtcGetProgramLog(program, log)
+    assert status == 0 and not log.value.strip(), log.value.decode()
+    nvrtc.nvrtcGetCUBINSize(program, ctypes.byref(size))
+    cubin = ctypes.create_string_buffer(size.value)
+    nvrtc.nvrtcGetCUBIN(program, cubin)
+    nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+    return cubin.raw[: size.value]
+
+
+def name_of(value: str | Case) -> str:
+    return value if isinstance(value, str) else "-".join([value[0][:-3], *map(str, value[1].values())])
+
+
+@pytest.mark.parametrize(("architecture", "case"), CASES, ids=name_of)
+def test_compiles_within_its_resources(architecture: str, case: Case, tmp_path: Path) -> None:
+    tools = toolchain()
+    if isinstance(tools, str):
+        pytest.skip(tools)
+    nvrtc, cuobjdump = tools
+    source, defines, threads, shared, most_registers, instructions = case
+    code = (SOURCES / source).read_text()
+    options = [f"-arch={architecture}", "-std=c++17", f"-I{SOURCES}", *(f"-D{k}={v}" for k, v in defines.items())]
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(compile_source(nvrtc, code, options))
+    environment = {**os.environ, "PATH": f"{cuobjdump.parent}{os.pathsep}{os.environ.get('PATH', '')}"}
+
+    def dump(option: str) -> str:
+        return subprocess.run(
+            [cuobjdump, option, cubin], capture_output=True, text=True, check=True, env=environment
+        ).stdout
+
+    usage = re.findall(r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", dump("-res-usage"))
+    assert {name for name, *_ in usage} == set(EXPORTED.findall(code))
+    for name, *numbers in usage:
+        registers, stack, static, local = map(int, numbers)
+        assert stack == local == 0, f"{name} spills: {stack} bytes of stack, {local} local"
+        assert registers <= most_registers, name
+        assert -(-registers // 8) * 8 * threads <= 65536, f"{name}: the registers of a block exceed the processor's"
+        reserved = RESERVED if architecture == "sm_90" else 0
+        assert static + shared - reserved <= SHARED_PER_BLOCK[architecture], name
+    if instructions:
+        code = dump("-sass")
+        assert [wanted for wanted in instructions if wanted not in code] == []
+
+
+def test_every_kernel_is_compiled_and_in_the_contract() -> None:
+    """``kernels_cu/README.md`` gives each exported kernel with as many arguments as it takes."""
+    listed = dict(re.findall(r"`(\w+)\(([^`]*)\)`", (SOURCES / "README.md").read_text()))
+    assert {path.name for path in SOURCES.glob("*.cu")} == {case[0] for _, case in CASES}
+    found = set()
+    for path in SOURCES.glob("*.cu"):
+        code = path.read_text()
+        for name in EXPORTED.findall(code):
+            found.add(name)
+            parameters = re.search(rf"\b{name}\(((?:const |unsigned |long )*\w+[^)]*)\)\s*{{", code)
+            assert parameters is not None
+            counts = [len(re.sub(r"\[[^]]*\]", "", text).split(",")) for text in (parameters[1], listed[name])]
+            assert counts[0] == counts[1], name
+    assert found == set(listed)
