@@ -100,9 +100,9 @@ class BenchResult:
     def of_peak(self, row: BenchRow) -> tuple[float, float] | None:
         """Shares of slimrt's measured peaks: of products in a dense prefill, of weights and cache read in decode.
 
-        None for other programs and pruned prompts, whose work is not counted.
+        None for other programs and other plans, whose work is not counted.
         """
-        if not row.contender.startswith("slimrt ") or row.runs[0].kept or "peak" not in self.environment:
+        if row.contender != "slimrt off" or "peak" not in self.environment:
             return None
         peak, work = self.environment["peak"], self.settings["work"]
         middle = row.length + self.settings["decode_tokens"] // 2
