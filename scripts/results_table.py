@@ -1,8 +1,10 @@
-"""The README's table of GPU results, made of the newest ``docs/results/gpu-*.json``; never written by hand.
+"""The README's tables of results, made of the newest files in ``docs/results``; never written by hand.
 
-    python scripts/results_table.py [--readme README.md] [--results FILE ...] [--check]
+    python scripts/results_table.py [--readme README.md] [--results FILE] [--check]
 
-The table stands between two marker lines (``BEGIN``, ``END`` below); a README without them is left as it is.
+GPU results are what ``make gpu`` leaves (``gpu-*.json``), CPU results what ``slimrt bench ttft --json`` prints
+(``cpu-*.json``). Each table stands between two marker lines (``BEGIN``, ``END``; ``CPU_BEGIN``, ``CPU_END``). A README
+without those of the GPU is refused, a place for the CPU's may be missing.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- gpu results: begin -->", "<!-- gpu results: end -->"
+CPU_BEGIN, CPU_END = "<!-- cpu results: begin -->", "<!-- cpu results: end -->"
 NOTHING = "No GPU has been measured yet: `make gpu` measures one and fills this table."
 
 
@@ -54,19 +57,62 @@ def table(results: dict[str, Any] | None) -> str:
     return "\n".join(lines)
 
 
-def updated(readme: str, results: dict[str, Any] | None) -> str | None:
-    """``readme`` with the table in its place, or None if it has no place for it."""
-    before, begin, rest = readme.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        return None
-    return f"{before}{BEGIN}\n{table(results)}\n{END}{after}"
+def cpu_table(results: dict[str, Any]) -> str:
+    """Markdown: a line a prompt length, a pair of columns a contender; medians, the range of all runs in brackets."""
+    rows, environment, settings = results["rows"], results["environment"], results["settings"]
+    contenders = list(dict.fromkeys(row["contender"] for row in rows))
+    lines = [
+        f"| prompt tokens | {' | '.join(f'{name}: first token, s | tokens/s' for name in contenders)} |",
+        f"|---:|{'---:|---:|' * len(contenders)}",
+    ]
+    for length in dict.fromkeys(row["length"] for row in rows):
+        cells = []
+        for row in (row for row in rows if row["length"] == length):
+            low, high = row["ttft_range_s"]
+            slow, quick = row["decode_range_tok_s"]
+            cells.append(
+                f"{row['ttft_s']:.2f} ({low:.2f}..{high:.2f}) | {row['decode_tok_s']:.0f} ({slow:.0f}..{quick:.0f})"
+            )
+        lines.append(f"| {length} | {' | '.join(cells)} |")
+    options = [f"--length {length}" for length in settings["lengths"]]
+    options += [f"--prune {plan}" for plan in settings["plans"]] + [f"--vs {name}" for name in settings["vs"]]
+    why = environment.get("backend", {}).get("why", "unknown backend")
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"{Path(settings['model']).name}, {settings['threads']} threads of {environment['cpu']}; {why}; medians of "
+            f"{settings['repeats']} runs in turns (range), load average before {environment['load']}; "
+            f"{environment['date'][:10]}, `slimrt bench ttft {' '.join(options)} --repeats {settings['repeats']}`.",
+        ]
+    )
+
+
+def placed(readme: str, begin: str, end: str, text: str) -> str | None:
+    """``readme`` with ``text`` between its two marker lines, or None if it has none."""
+    before, found, rest = readme.partition(begin)
+    _, ended, after = rest.partition(end)
+    return f"{before}{begin}\n{text}\n{end}{after}" if found and ended else None
+
+
+def updated(readme: str, results: dict[str, Any] | None, cpu: dict[str, Any] | None = None) -> str | None:
+    """``readme`` with the tables in their places, or None if it has no place for the GPU's."""
+    after = placed(readme, BEGIN, END, table(results))
+    if after is None or cpu is None:
+        return after
+    return placed(after, CPU_BEGIN, CPU_END, cpu_table(cpu)) or after
 
 
 def newest(folder: Path) -> dict[str, Any] | None:
-    """The latest results that are not a dry run's."""
+    """The latest results of a GPU that are not a dry run's."""
     found = [json.loads(path.read_text()) for path in folder.glob("gpu-*.json")]
     return max((results for results in found if not results["dry"]), key=lambda results: results["date"], default=None)
+
+
+def newest_cpu(folder: Path) -> dict[str, Any] | None:
+    """The latest results of a CPU."""
+    found = [json.loads(path.read_text()) for path in folder.glob("cpu-*.json")]
+    return max(found, key=lambda results: results["environment"]["date"], default=None)
 
 
 def main() -> None:
@@ -77,12 +123,12 @@ def main() -> None:
     options = parser.parse_args()
     results = json.loads(options.results.read_text()) if options.results else newest(ROOT / "docs" / "results")
     before = options.readme.read_text()
-    after = updated(before, results)
+    after = updated(before, results, newest_cpu(ROOT / "docs" / "results"))
     if after is None:
         sys.exit(f"{options.readme}: has no lines {BEGIN!r} and {END!r}; add them where the table is to stand")
     if options.check:
         sys.exit(
-            0 if after == before else f"{options.readme}: its table of GPU results is not the newest; run this script"
+            0 if after == before else f"{options.readme}: its tables of results are not the newest; run this script"
         )
     options.readme.write_text(after)
 

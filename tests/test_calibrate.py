@@ -130,11 +130,11 @@ def test_windows_go_to_the_heads_that_lose_least_as_far_as_the_bound_allows(llm:
     cut = PrunePlan((Stage(3, 0.5),))
     losses = {(layer, head): 0.002 for layer in range(6) for head in range(llm.config.n_kv_heads)}
     losses |= {(1, 0): 0.0005, (3, 1): 0.002, (4, 0): 0.0}  # layer 4 lies behind the cut
-    plans = with_windows(llm.config, cut, losses, bound=0.01)
-    # 0.3 of the bound is 0.003: two heads at 512 and at 1024 rows; all of it is 0.01: five heads.
+    plans = with_windows(llm.config, cut, losses, bound=0.02)
+    # 0.2 of the bound is 0.004: two heads at 768 and at 1024 rows; half of it is 0.01: five heads.
     assert [sum(map(bool, sum((w.reach for w in plan.windows), ()))) for plan in plans] == [2, 2, 5, 5]
-    assert [max(plan.windows[0].reach) for plan in plans] == [512, 1024, 512, 1024]
-    assert (1, (512, 0)) in [(w.layer, w.reach) for w in plans[0].windows]
+    assert [max(plan.windows[0].reach) for plan in plans] == [768, 1024, 768, 1024]
+    assert (1, (768, 0)) in [(w.layer, w.reach) for w in plans[0].windows]
     assert all(w.layer != 4 for plan in plans for w in plan.windows)
     for plan in plans:
         check_plan(plan, llm.config)

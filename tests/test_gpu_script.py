@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from scripts import gpu
-from scripts.results_table import BEGIN, END, NOTHING, newest, updated
+from scripts.results_table import BEGIN, CPU_BEGIN, CPU_END, END, NOTHING, newest, updated
 from tests import emulation
 
 ROOT = Path(__file__).parents[1]
@@ -117,3 +117,21 @@ def test_the_script_on_a_copy_of_the_readme(tmp_path: Path) -> None:
     assert subprocess.run([*command, "--check"], cwd=ROOT).returncode == 1
     assert subprocess.run(command, cwd=ROOT).returncode == 0
     assert subprocess.run([*command, "--check"], cwd=ROOT).returncode == 0
+
+
+def test_the_table_of_cpu_results() -> None:
+    def row(contender: str, length: int, seconds: float) -> dict[str, object]:
+        return {"contender": contender, "length": length, "ttft_s": seconds, "ttft_range_s": [seconds / 2, seconds * 2],
+                "decode_tok_s": 50.4, "decode_range_tok_s": [40.0, 60.6]}  # fmt: skip
+
+    cpu = {
+        "rows": [row(name, length, length / rate) for length in (512, 8000) for name, rate in (("slimrt off", 1e3), ("x", 1e2))],
+        "environment": {"cpu": "a CPU", "load": 0.5, "date": "2026-11-24T10:00:00+00:00", "backend": {"why": "kernels"}},
+        "settings": {"model": "/there/m.gguf", "threads": 2, "repeats": 3, "lengths": [512, 8000], "plans": ["off"], "vs": ["x"]},
+    }  # fmt: skip
+    readme = f"a\n{CPU_BEGIN}\nold\n{CPU_END}\nb\n{BEGIN}\n{END}\n"
+    made = updated(readme, None, cpu)
+    assert made is not None and "old" not in made and "/there" not in made
+    assert "| 8000 | 8.00 (4.00..16.00) | 50 (40..61) | 80.00 (40.00..160.00) | 50 (40..61) |" in made
+    assert "`slimrt bench ttft --length 512 --length 8000 --prune off --vs x --repeats 3`" in made
+    assert updated(f"{BEGIN}\n{END}\n", None, cpu) == updated(f"{BEGIN}\n{END}\n", None)

@@ -38,7 +38,7 @@ _TASKS = ("recall", "continuation")
 _ROUNDS = (0.15, 0.25, 0.6)  # of the samples; each round measures the plans that the one before left
 _FIRSTS = 3  # layers for the first cut that are tried with every choice of what follows
 _SURVIVORS = (4, 4)  # plans a preset that a round leaves
-_HEAD_SAMPLES = 2  # on which layers and heads are limited alone: one of each task; KL tells them apart on little text
+_HEAD_SAMPLES = 2  # on which layers and heads are limited alone: quotations, for which heads look back the farthest
 _TTFT_REPEATS = 3
 
 
@@ -190,11 +190,12 @@ def calibrate(
     tried = {one.plan: one for one in (*scored, *runner.run(plans, seen, length))}
     # What survives is tried with windows too, and they without any cut: how much they may lose is in their choice.
     left = {name: _survivors([tried[plan] for plan in plans], one, _SURVIVORS[0]) for name, one in bounds.items()}
+    quotations = [sample for sample in drawn if sample.task == "recall"][:_HEAD_SAMPLES]
     losses = head_losses(
         llm.config,
         best,
         min(one.kl for one in bounds.values()),
-        lambda plans: [one.kl for one in runner.run(plans, seen[:_HEAD_SAMPLES], length)],
+        lambda plans: [one.kl for one in runner.run(plans, quotations, length)],
     )
     uncut = dataclasses.replace(best, stages=())
     plans = _distinct(
