@@ -124,10 +124,13 @@ def test_the_table_of_cpu_results() -> None:
         return {"contender": contender, "length": length, "ttft_s": seconds, "ttft_range_s": [seconds / 2, seconds * 2],
                 "decode_tok_s": 50.4, "decode_range_tok_s": [40.0, 60.6]}  # fmt: skip
 
+    contenders = (("slimrt off", 1000.0), ("x", 100.0))
     cpu = {
-        "rows": [row(name, length, length / rate) for length in (512, 8000) for name, rate in (("slimrt off", 1e3), ("x", 1e2))],
-        "environment": {"cpu": "a CPU", "load": 0.5, "date": "2026-11-24T10:00:00+00:00", "backend": {"why": "kernels"}},
-        "settings": {"model": "/there/m.gguf", "threads": 2, "repeats": 3, "lengths": [512, 8000], "plans": ["off"], "vs": ["x"]},
+        "rows": [row(name, length, length / rate) for length in (512, 8000) for name, rate in contenders],
+        "environment": {"cpu": "a CPU", "load": 0.5, "date": "2026-11-24T10:00:00", "backend": {"why": "kernels"}},
+        "settings": {
+            "model": "/there/m.gguf", "threads": 2, "repeats": 3, "lengths": [512, 8000], "plans": ["off"], "vs": ["x"]
+        },
     }  # fmt: skip
     readme = f"a\n{CPU_BEGIN}\nold\n{CPU_END}\nb\n{BEGIN}\n{END}\n"
     made = updated(readme, None, cpu)
