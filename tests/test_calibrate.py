@@ -245,7 +245,9 @@ def test_the_command_writes_presets_that_loading_takes(model: Path, llm: LLM) ->
             choice = choose_plan(name, model, llm.config)
             assert choice.source == f"'{name}' of {beside.name}"
             assert choice.plan == PrunePlan.from_dict(data["presets"][name]["plan"])
-            assert data["presets"][name]["measured"]["samples"] == 8
+            assert (
+                data["presets"][name]["measured"]["samples"] == 6
+            )  # the first round's two have chosen, and judge no more
             assert len(data["presets"][name]["ttft_s"]["plan"]) == 3
         assert not list(model.parent.glob(".*journal"))
     finally:
