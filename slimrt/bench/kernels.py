@@ -182,9 +182,10 @@ def _row(case: Case, seconds: float, peaks: Peaks) -> KernelRow:
 def _cases(ops: Any, c: ModelConfig, tokens: int, threads: int | None) -> Iterator[Case]:
     """Every operation of a layer, at the sizes of ``c`` and with ``tokens`` rows."""
     rng = np.random.default_rng(0)
-    item = ops.empty((1,)).dtype.itemsize  # of activations, keys and values
-    # On a CPU weights lie unpacked; what unpacking costs shows where they do not.
-    packing = ops if ops.name == "cuda" else NumpyOps(threads, packed=True)
+    item, kv_item = ops.empty((1,)).dtype.itemsize, np.dtype(ops.kv_type).itemsize
+    # On NumPy weights lie unpacked; what unpacking costs shows where they do not.
+    packs = ops.name != "numpy"
+    packing = ops if packs else NumpyOps(threads, packed=True)
     q, kv, D, F = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim, c.d_model, c.d_ff
     types = [kind for kind in TYPES if not kind.endswith("K") or D % 256 == 0]
 
@@ -193,7 +194,7 @@ def _cases(ops: Any, c: ModelConfig, tokens: int, threads: int | None) -> Iterat
         return put(ops, np.resize(row, shape), dtype)
 
     def keys(rows: int) -> tuple[Any, Any]:
-        both = normal(2, c.n_kv_heads, rows, c.head_dim)
+        both = normal(2, c.n_kv_heads, rows, c.head_dim, dtype=ops.kv_type)
         return both[0], both[1]
 
     def matrix(kind: str, backend: Any, rows: int, columns: int) -> Any:
@@ -236,7 +237,7 @@ def _cases(ops: Any, c: ModelConfig, tokens: int, threads: int | None) -> Iterat
         if kind != "F16" or ops.name != "cuda":  # float16 is what a GPU multiplies: nothing to unpack
             yield Case("dequantize", f"[{F}, {D}] {kind}", 0, packed + F * D * item, dequantize)
 
-    for kind in types if ops.name == "cuda" else ["F32"]:
+    for kind in types if packs else ["F32"]:
 
         def gemv(kind: str = kind) -> Work:
             weight, x = matrix(kind, ops, F, D), normal(1, D)
@@ -256,21 +257,21 @@ def _cases(ops: Any, c: ModelConfig, tokens: int, threads: int | None) -> Iterat
         return lambda: ops.attend(x, k, v)
 
     yield Case("attention_prefill", f"[{tokens}, {c.n_heads}/{c.n_kv_heads}, {c.head_dim}] causal",
-               2 * tokens * (tokens + 1) * q, 2 * item * tokens * (q + kv), prefill)  # fmt: skip
+               2 * tokens * (tokens + 1) * q, 2 * tokens * (item * q + kv_item * kv), prefill)  # fmt: skip
 
     def decode() -> Work:
         (k, v), x = keys(tokens), normal(1, c.n_heads, c.head_dim)
         return lambda: ops.attend(x, k, v)
 
     yield Case("attention_decode", f"[1, {c.n_heads}/{c.n_kv_heads}, {c.head_dim}] x {tokens}", 4 * tokens * q,
-               2 * item * tokens * kv, decode)  # fmt: skip
+               2 * kv_item * tokens * kv, decode)  # fmt: skip
 
     def means() -> Work:
         k, _ = keys(tokens)
         return lambda: ops.unit_means(k, _UNIT)
 
     yield Case("unit_means", f"[{c.n_kv_heads}, {tokens}, {c.head_dim}]", tokens * kv,
-               item * tokens * kv * (1 + 1 / _UNIT), means)  # fmt: skip
+               tokens * kv * (kv_item + item / _UNIT), means)  # fmt: skip
 
     for score in ("token_mass", "unit_softmax"):
 
@@ -279,7 +280,9 @@ def _cases(ops: Any, c: ModelConfig, tokens: int, threads: int | None) -> Iterat
             return lambda: ops.score_blocks(score, x, k, _BLOCK, _UNIT)
 
         seen = tokens if score == "token_mass" else tokens / _UNIT
-        yield Case("block_scores", f"{score}, {_WINDOW} x {tokens}", 2 * _WINDOW * seen * q, item * tokens * kv, scores)
+        yield Case(
+            "block_scores", f"{score}, {_WINDOW} x {tokens}", 2 * _WINDOW * seen * q, kv_item * tokens * kv, scores
+        )
 
     def compact() -> Work:
         x, rows = normal(tokens, D, dtype=np.float32), np.arange(0, tokens, 2)
