@@ -195,7 +195,7 @@ def calibrate(
         llm.config,
         best,
         min(one.kl for one in bounds.values()),
-        lambda plans: [one.kl for one in runner.run(plans, quotations, length)],
+        lambda plans: runner.kl(plans, quotations),
     )
     uncut = dataclasses.replace(best, stages=())
     plans = _distinct(
@@ -295,7 +295,17 @@ class _Runner:
         self._planned, self._progress = planned, progress
 
     def run(self, plans: Sequence[PrunePlan], samples: Sequence[Sample], length: int) -> list[Measured]:
-        """The losses of every plan over all ``samples``; what was measured before is not measured again."""
+        """The losses of every plan over all ``samples``, of both tasks; what was measured before is not again."""
+        self._measure(plans, samples)
+        return [_summary(self._llm.config, plan, samples, self._journal, length) for plan in plans]
+
+    def kl(self, plans: Sequence[PrunePlan], samples: Sequence[Sample]) -> list[float]:
+        """The mean KL of every plan over all ``samples``."""
+        self._measure(plans, samples)
+        found = [[self._journal.get(_name(sample), plan) for sample in samples] for plan in plans]
+        return [float(np.mean([one["kl"] for one in losses if one])) for losses in found]
+
+    def _measure(self, plans: Sequence[PrunePlan], samples: Sequence[Sample]) -> None:
         for sample in samples:
             name = _name(sample)
             missing = [plan for plan in plans if self._journal.get(name, plan) is None]
@@ -306,7 +316,6 @@ class _Runner:
                 for plan in missing:
                     self._say(f"{name} {_stages_text(plan)}")
                     self._journal.add(name, plan, probe.measure(plan))
-        return [_summary(self._llm.config, plan, samples, self._journal, length) for plan in plans]
 
     def _say(self, what: str) -> None:
         if self._progress:

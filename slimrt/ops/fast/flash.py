@@ -259,15 +259,22 @@ def flash_kernel(features: Features) -> Kernel:
         last = offset + token + tokens - 1
         for block in range(last // KEY_BLOCK + 1):
             start = block * KEY_BLOCK
-            if start >= SINK and start + KEY_BLOCK <= first:
+            stop = start + KEY_BLOCK
+            if start >= SINK and stop <= first:
                 continue
-            skips = first > SINK and start < first
+            # Of the block where the sink lies the sink only, of the block where the window begins what lies within: both
+            # are whole columns. Where they are the same block the gap between them is masked.
+            if start == 0 and stop <= first:
+                stop = SINK
+            elif 0 < start < first:
+                start = first
+            skips = first > SINK and stop > SINK and start < first
             for r in range(0, whole, height):
                 low = offset + token + r // group
                 high = min(offset + token + (r + height - 1) // group, last)
                 if start > high:
                     continue
-                count = min(KEY_BLOCK, (high - start) // columns * columns + columns)
+                count = min(stop - start, (high - start) // columns * columns + columns)
                 score(
                     queries + r * padded * width, padded * width, height, keys + start // 16 * key_bytes,
                     count // 16, key_bytes, padded, scores, KEY_BLOCK * 4,
