@@ -15,7 +15,7 @@ from slimrt.calibrate.candidates import first_layer, grid, scorings, selectors, 
 from slimrt.calibrate.heads import head_losses, with_windows
 from slimrt.calibrate.journal import Journal
 from slimrt.calibrate.probe import probing
-from slimrt.calibrate.search import Bounds, Measured, _firsts, _rounds, _survivors, calibrate
+from slimrt.calibrate.search import Bounds, Measured, _finalists, _firsts, _rounds, _survivors, calibrate
 from slimrt.config import ModelConfig, PrunePlan, Stage, Window
 from slimrt.errors import ContextError, SettingError
 from slimrt.eval.run import judge, respond
@@ -124,6 +124,16 @@ def test_survivors_are_possible_and_lie_between_cheap_and_safe() -> None:
     assert _survivors(tried, Bounds(0.03, 0.02, 0.1), 3) == [plans[2], plans[4], plans[6]]  # .08/2 is too far off
     assert _survivors(tried, Bounds(0.03, 0.02, 0.1), 9) == plans[2:]
     assert _survivors(tried, Bounds(0.001, 0.0, 0.0), 4) == [plans[6]]
+
+
+def test_finalists_lie_around_the_cheapest_within_the_bounds() -> None:
+    plans = [PrunePlan((Stage(layer, 0.5),)) for layer in range(1, 9)]
+    tried = [measured(plan, kl=0.12 / n, recall=-0.02, work=0.1 * n) for n, plan in enumerate(plans, 1)]
+    bounds = Bounds(0.03, 0.02, 0.1)  # plan 3 has .04 and could still be within, plan 5 has .024 and is
+    assert _finalists(tried, bounds, 4) == plans[3:7] and _finalists(tried, bounds, 2) == plans[3:5]
+    assert _finalists(tried, bounds, 20) == plans[3:]
+    assert _finalists(tried, Bounds(0.0165, 0.02, 0.1), 2) == plans[6:]  # none is within yet
+    assert _finalists(tried, Bounds(0.001, 0.0, 0.0), 4) == plans[7:]
 
 
 def test_windows_go_to_the_heads_that_lose_least_as_far_as_the_bound_allows(llm: LLM) -> None:

@@ -37,7 +37,7 @@ Progress = Callable[[int, int, str], None]
 _TASKS = ("recall", "continuation")
 _ROUNDS = (0.15, 0.25, 0.6)  # of the samples; each round measures the plans that the one before left
 _FIRSTS = 3  # layers for the first cut that are tried with every choice of what follows
-_SURVIVORS = (4, 4)  # plans a preset that a round leaves
+_SURVIVORS = (4, 5)  # plans a preset that a round leaves
 _HEAD_SAMPLES = 2  # on which layers and heads are limited alone: quotations, for which heads look back the farthest
 _TTFT_REPEATS = 3
 
@@ -208,7 +208,7 @@ def calibrate(
     seen = list(rounds[1])  # fresh text: what the first round has chosen by is too kind to the chosen
     tried |= {one.plan: one for one in runner.run(plans, seen, length)}
     plans = _distinct(
-        plan for one in bounds.values() for plan in _survivors([tried[plan] for plan in plans], one, _SURVIVORS[1])
+        plan for one in bounds.values() for plan in _finalists([tried[plan] for plan in plans], one, _SURVIVORS[1])
     )
     seen += rounds[2]
     tried |= {one.plan: one for one in runner.run(plans, seen, length)}
@@ -255,17 +255,27 @@ def _survivors(measured: Iterable[Measured], bounds: Bounds, count: int) -> list
 
 
 def _spread(measured: Sequence[Measured], bounds: Bounds, count: int) -> list[PrunePlan]:
-    """Of those that may be within ``bounds`` and lose less than all before them ``count``, evenly from first to last.
+    """``count`` of the front of ``measured``, evenly from first to last."""
+    front = _front(measured, bounds)
+    picked = np.unique(np.linspace(0, len(front) - 1, count).round().astype(int))
+    return [front[at].plan for at in picked]
 
-    If none may be within the bounds, the one that exceeds them least.
-    """
+
+def _finalists(measured: Iterable[Measured], bounds: Bounds, count: int) -> list[PrunePlan]:
+    """``count`` plans around the cheapest that is within ``bounds`` by now: half of them cheaper, the others dearer."""
+    front = _front(sorted(measured, key=lambda one: one.work), bounds)
+    within = [at for at, one in enumerate(front) if one.is_within(bounds)]
+    first = max(0, min((within[0] if within else len(front)) - count // 2, len(front) - count))
+    return [one.plan for one in front[first : first + count]]
+
+
+def _front(measured: Sequence[Measured], bounds: Bounds) -> list[Measured]:
+    """Those that may be within ``bounds`` and lose less than all before them; if none may, what exceeds them least."""
     front: list[Measured] = []
     for one in measured:
         if one.may_be_within(bounds) and (not front or _loss(one) < _loss(front[-1])):
             front.append(one)
-    front = front or [min(measured, key=lambda one: one.excess(bounds))]
-    picked = np.unique(np.linspace(0, len(front) - 1, count).round().astype(int))
-    return [front[at].plan for at in picked]
+    return front or [min(measured, key=lambda one: one.excess(bounds))]
 
 
 def _distinct(plans: Iterable[PrunePlan]) -> list[PrunePlan]:

@@ -262,8 +262,8 @@ def flash_kernel(features: Features) -> Kernel:
             stop = start + KEY_BLOCK
             if start >= SINK and stop <= first:
                 continue
-            # Of the block where the sink lies the sink only, of the block where the window begins what lies within: both
-            # are whole columns. Where they are the same block the gap between them is masked.
+            # Of the block where the sink lies the sink only, of the one where the window begins what lies within: whole
+            # columns both. Where that is the same block the gap between them is masked.
             if start == 0 and stop <= first:
                 stop = SINK
             elif 0 < start < first:
