@@ -293,7 +293,8 @@ def _time(llm: LLM, prompt: Sequence[int], presets: dict[str, Measured | None]) 
 
 
 def _cheapest_within(measured: Iterable[Measured], bounds: Bounds) -> Measured | None:
-    within = [one for one in measured if one.is_within(bounds)]
+    # Windows that reach over the whole of a short prompt lose nothing and gain nothing.
+    within = [one for one in measured if one.is_within(bounds) and one.work < 1]
     return min(within, key=lambda one: one.work, default=None)
 
 
