@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pydoc_data.topics
+from importlib import resources
 from pathlib import Path
 
 import numpy as np
@@ -247,6 +248,19 @@ def test_json_both_ways(tmp_path: Path, llm: slimrt.LLM, document: list[int]) ->
     path.write_text(WINDOWED.to_json())
     assert PrunePlan.from_file(path) == WINDOWED
     assert np.array_equal(llm.logits(document, prune=str(path)), llm.logits(document, prune=WINDOWED))
+
+
+def test_the_default_model_comes_with_presets(llm: slimrt.LLM, default_model: Path) -> None:
+    bounds = {"auto": (0.05, 0.01, 0.02), "fast": (0.2, 0.02, 0.08)}  # KL, recall, nats: what the README promises
+    shipped = json.loads(resources.files("slimrt.plans").joinpath("smollm2-135m.slim.json").read_text())
+    for name, limits in bounds.items():
+        choice = choose_plan(name, default_model, llm.config)
+        assert choice.plan is not None and choice.source == f"'{name}' shipped for this model"
+        assert choice.plan == PrunePlan.from_dict(shipped["presets"][name]["plan"])
+        measured = shipped["presets"][name]["measured"]
+        losses = [measured[key] for key in ("kl", "recall_drop", "nll_rise")]
+        assert all(loss <= limit for loss, limit in zip(losses, limits, strict=True))
+    assert slimrt.load(default_model, ctx=512).plan.source == "'auto' shipped for this model"
 
 
 def test_presets(tmp_path: Path) -> None:
