@@ -157,8 +157,8 @@ def test_ctrl_c_between_two_programs(tmp_path: Path) -> None:
         "done, by = np.zeros(10, np.int64), np.zeros(2, np.int64)\n"
         "team, program = Team(2), Program()\n"
         "program.add(compile_kernel(_count, 'test'), 10, address(done), 1000000, address(by))\n"
-        "team.run(program); print('ready', flush=True)\n"
-        "try:\n"
+        "try:\n"  # before the parent is told: its signal may come at once
+        "    team.run(program); print('ready', flush=True)\n"
         "    while True: team.run(program)\n"
         "except KeyboardInterrupt:\n"
         "    print('whole' if len(set(done)) == 1 else 'broken off', flush=True)\n"
