@@ -21,6 +21,7 @@ from slimrt.terminal.options import (
     Size,
     answer_options,
     ctx_option,
+    device_option,
     file_option,
     json_option,
     load_options,
@@ -234,13 +235,7 @@ def quantize(source: Path, target: Path, kind: str, as_json: bool) -> None:
 @click.option("--output", "-o", type=output_path, metavar="FILE.json", help="Write the report with every value.")
 @click.option("--png", type=output_path, metavar="FILE.png", help="Draw quality against time to first token.")
 @ctx_option
-@click.option(
-    "--device",
-    type=click.Choice(["cpu", "cuda", "numpy", "auto"]),
-    default="auto",
-    show_default=True,
-    help="What computes; auto: a GPU where one works.",
-)
+@device_option
 @click.option("--threads", "-t", type=click.IntRange(1), help="CPU threads.  [all that the process may use]")
 @json_option
 def evaluate(
@@ -376,13 +371,7 @@ def ttft(model: str | None, file: Path | None, as_json: bool, **settings: Any) -
 
 
 @bench.command()
-@click.option(
-    "--device",
-    type=click.Choice(["cpu", "cuda", "auto"]),
-    default="auto",
-    show_default=True,
-    help="What computes; auto: a GPU where one works.",
-)
+@device_option
 @click.option(
     "--shape",
     type=LazyChoice("slimrt.bench.synthetic", "SHAPES"),
@@ -411,13 +400,7 @@ def kernels(as_json: bool, **settings: Any) -> None:
 
 
 @bench.command()
-@click.option(
-    "--device",
-    type=click.Choice(["cpu", "cuda", "auto"]),
-    default="auto",
-    show_default=True,
-    help="What computes; auto: a GPU where one works.",
-)
+@device_option
 @click.option(
     "--shape",
     type=LazyChoice("slimrt.bench.synthetic", "SHAPES"),

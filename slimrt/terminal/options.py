@@ -23,6 +23,7 @@ __all__ = [
     "LoadSettings",
     "answer_options",
     "ctx_option",
+    "device_option",
     "file_option",
     "json_option",
     "load_options",
@@ -117,6 +118,13 @@ model_option = click.option(
     "--model", "-m", metavar="MODEL", help="A .gguf file, hf:owner/repo/file.gguf or a catalogue name.  [smollm2-135m]"
 )
 ctx_option = click.option("--ctx", "-c", type=Size(), help="Most tokens of a conversation, such as 8192 or 64k.")
+device_option = click.option(
+    "--device",
+    type=click.Choice(["cpu", "cuda", "numpy", "auto"]),
+    default="auto",
+    show_default=True,
+    help="What computes; auto: a GPU where one works; numpy: the slower reference.",
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout and nothing else there.")
 output_path = click.Path(path_type=Path, dir_okay=False)
 
@@ -141,8 +149,7 @@ def load_options(command: Command) -> Command:
         ctx_option,
         click.option("--prune", default="auto", show_default=True, metavar="auto|fast|off|PLAN.json",
                      help="Which prompt tokens leave the forward pass early."),
-        click.option("--device", type=click.Choice(["cpu", "cuda", "numpy", "auto"]), default="auto", show_default=True,
-                     help="What computes; auto: a GPU where one works; numpy: the slower reference."),
+        device_option,
         click.option("--threads", "-t", type=click.IntRange(1), help="CPU threads.  [all that the process may use]"),
         click.option("--kv-budget", type=Size(), metavar="ROWS",
                      help="Rows of keys and values a layer that decode reads.  [all]"),
