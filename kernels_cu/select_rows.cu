@@ -1,8 +1,8 @@
 // Which rows of the prompt go on: slimrt.prune.select_rows without a trip to the host.
 //
-//   scores [B] float32 of blocks of `block` rows, N rows in all; the first `sink` and last `local` blocks and the best of
-//   the others, `count` blocks in all, stay; ties go to the earlier block, NaN comes last. rows: the kept rows below N,
-//   ascending, int32
+//   scores [B] float32 of blocks of `block` rows, N rows in all; a block is wanted at least `follow` times as much as the
+//   one before it; the first `sink` and last `local` blocks and the most wanted of the others, `count` blocks in all,
+//   stay; ties go to the earlier block, NaN comes last. rows: the kept rows below N, ascending, int32
 //   grid (1), block 1024, dynamic shared memory 4 * B
 //
 // A block stays if fewer than `count` blocks come before it in the order of scores: B comparisons a block, no sort (2048
@@ -10,12 +10,13 @@
 #include "ptx.cuh"
 
 extern "C" __global__ void __launch_bounds__(1024)
-select_rows(const float* scores, int* rows, int blocks, int count, int block, int total_rows, int sink, int local) {
+select_rows(const float* scores, int* rows, int blocks, int count, int block, int total_rows, int sink, int local,
+            float follow) {
     DYNAMIC_SHARED(float, wanted);
     __shared__ int warp_kept[32];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     for (int b = threadIdx.x; b < blocks; b += blockDim.x) {
-        const float score = scores[b];
+        const float score = b > 0 ? fmaxf(scores[b], follow * scores[b - 1]) : scores[b];  // the number of the two, if one
         wanted[b] = b < sink || b >= blocks - local ? FLOAT_INFINITY : score == score ? score : -FLOAT_INFINITY;
     }
     __syncthreads();

@@ -226,7 +226,9 @@ class PrunePlan:
 
     Tokens are grouped into blocks of ``block``, blocks into units of ``unit``. The first ``sink_blocks`` and the last
     ``local_blocks`` blocks always stay; the others compete by ``score``, computed from the queries of the last
-    ``query_window`` prompt tokens. Prompts of fewer than ``min_tokens`` run dense.
+    ``query_window`` prompt tokens. A block is wanted at least ``follow`` times as much as the one before it: attention
+    finds where a passage begins, and what is read or quoted is what comes next. Prompts of fewer than ``min_tokens``
+    run dense.
 
     ``windows`` limit how far back heads of the layers before the first cut look: those layers compute every token, and
     most of the time of a long prompt is their attention. The last ``full_rows`` tokens of the prompt, the question most
@@ -240,6 +242,7 @@ class PrunePlan:
     local_blocks: int = 1
     score: str = "token_mass"
     query_window: int = 16
+    follow: float = 1.0
     min_tokens: int = 0
     windows: tuple[Window, ...] = ()
     full_rows: int = 256
@@ -268,6 +271,8 @@ class PrunePlan:
         for name in ("sink_blocks", "min_tokens", "full_rows"):
             if getattr(self, name) < 0:
                 raise SettingError(f"prune plan: {name} {getattr(self, name)} must be at least 0")
+        if isinstance(self.follow, bool) or not isinstance(self.follow, int | float) or not 0 <= self.follow <= 1:
+            raise SettingError(f"prune plan: follow {self.follow!r} must lie in [0, 1]")
         if self.block % self.unit:
             raise SettingError(f"prune plan: block {self.block} must be a multiple of unit {self.unit}")
         for entries in (self.stages, self.windows):

@@ -13,7 +13,7 @@ from slimrt.errors import SettingError
 from slimrt.ops.numpy_scores import BLOCK_SCORES
 from slimrt.ops.reach import RUN
 
-__all__ = ["Cut", "Windows", "check_plan", "local_blocks", "schedule", "select_rows", "why_dense", "windows"]
+__all__ = ["Cut", "Windows", "check_plan", "local_blocks", "ranking", "schedule", "select_rows", "why_dense", "windows"]
 
 
 @dataclass(frozen=True)
@@ -103,16 +103,21 @@ def local_blocks(plan: PrunePlan, rows: int) -> int:
     return max(plan.local_blocks + ragged, window)
 
 
-def select_rows(plan: PrunePlan, cut: Cut, scores: np.ndarray, rows: int) -> np.ndarray:
-    """The rows that go on, ascending: the sink, the local blocks, and the best-scored of the rest.
+def ranking(plan: PrunePlan, scores: np.ndarray, rows: int) -> np.ndarray:
+    """All blocks [B], the most wanted first: the sink and the local blocks, then by score.
 
-    ``scores`` [B] belong to the blocks of the ``rows`` rows that are active now. Ties go to the earlier block.
+    ``scores`` [B], none negative, belong to the blocks of the ``rows`` rows that are active now. A block is wanted for
+    its own score or for what is left (``plan.follow``) of its predecessor's. Ties go to the earlier block.
     """
-    total = len(scores)
-    local = local_blocks(plan, rows)
     wanted = scores.astype(np.float64)
+    wanted[1:] = np.maximum(wanted[1:], plan.follow * wanted[:-1])
     wanted[: plan.sink_blocks] = np.inf
-    wanted[max(0, total - local) :] = np.inf
-    kept = np.sort(np.argsort(-wanted, kind="stable")[: cut.blocks])
+    wanted[max(0, len(scores) - local_blocks(plan, rows)) :] = np.inf
+    return np.argsort(-wanted, kind="stable")
+
+
+def select_rows(plan: PrunePlan, cut: Cut, scores: np.ndarray, rows: int) -> np.ndarray:
+    """The rows that go on, ascending: those of the ``cut.blocks`` blocks that are wanted most (see ``ranking``)."""
+    kept = np.sort(ranking(plan, scores, rows)[: cut.blocks])
     picked = (kept[:, None] * plan.block + np.arange(plan.block)).reshape(-1)
     return picked[picked < rows]

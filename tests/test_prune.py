@@ -143,10 +143,11 @@ def test_short_prompts_run_dense(llm: slimrt.LLM, document: list[int]) -> None:
     sink=st.integers(0, 3),
     local=st.integers(1, 3),
     window=st.integers(1, 200),
+    follow=st.sampled_from([0.0, 0.5, 1.0]),
     seed=st.integers(0, 2**32 - 1),
 )
 def test_what_always_stays(
-    tokens: int, keep: list[float], block: int, sink: int, local: int, window: int, seed: int
+    tokens: int, keep: list[float], block: int, sink: int, local: int, window: int, follow: float, seed: int
 ) -> None:
     plan = PrunePlan(
         stages=tuple(Stage(i, k) for i, k in enumerate(keep)),
@@ -155,6 +156,7 @@ def test_what_always_stays(
         sink_blocks=sink,
         local_blocks=local,
         query_window=window,
+        follow=follow,
     )
     rng = np.random.default_rng(seed)
     active = np.arange(tokens)
@@ -166,11 +168,12 @@ def test_what_always_stays(
         assert len(set(rows // block)) == cut.blocks
         assert set(range(min(len(active), sink * block))) <= set(rows)
         assert set(range(max(0, len(active) - max(window, local * block)), len(active))) <= set(rows)
-        # No block that stays by its score is worse than one that leaves.
-        free = [b for b in range(sink, blocks) if scores[b] is not None]
-        left = [scores[b] for b in free if b * block not in set(rows)]
+        # No block that stays because it is wanted is wanted less than one that leaves.
+        wanted = [max(scores[b], follow * float(scores[b - 1]) if b else 0) for b in range(blocks)]
+        free = range(sink, blocks)
+        left = [wanted[b] for b in free if b * block not in set(rows)]
         chosen = [
-            scores[b]
+            wanted[b]
             for b in free
             if b * block in set(rows) and (b + 1) * block <= len(active) - max(window, local * block)
         ]
@@ -180,10 +183,16 @@ def test_what_always_stays(
 
 
 def test_best_blocks_stay() -> None:
-    plan = PrunePlan(stages=(Stage(0, 256),), query_window=1)
     scores = np.array([0, 5, 1, 9, 1, 7, 2, 0], np.float32)
-    rows = select_rows(plan, Cut(0, 4), scores, 512)
-    assert sorted(set(rows // 64)) == [0, 3, 5, 7]
+    for follow, blocks, kept in (
+        (0, 4, [0, 3, 5, 7]),
+        (1, 4, [0, 3, 4, 7]),  # the one behind 9 goes on with it
+        (1, 6, [0, 3, 4, 5, 6, 7]),
+        (0.5, 5, [0, 1, 3, 5, 7]),  # 5 beats half of 9
+    ):
+        plan = PrunePlan(stages=(Stage(0, 256),), query_window=1, follow=follow)
+        rows = select_rows(plan, Cut(0, blocks), scores, 512)
+        assert sorted(set(rows // 64)) == kept
 
 
 def test_plans_are_checked(tmp_path: Path, llm: slimrt.LLM) -> None:
@@ -225,6 +234,10 @@ def test_plans_are_checked(tmp_path: Path, llm: slimrt.LLM) -> None:
         {"score": None},
         {"min_tokens": -1},
         {"full_rows": -1},
+        {"follow": -0.5},
+        {"follow": 1.5},
+        {"follow": True},
+        {"follow": "all"},
         {"windows": 3},
         {"windows": [3]},
         {"windows": [{"layer": 1}]},
