@@ -162,7 +162,7 @@ class Engine:
 
     def decode_step(self, context: Context, token: int) -> np.ndarray:
         """Read one token; returns the next-token logits [V] (a host array). Raises as ``logits`` does."""
-        if not isinstance(context.cache, KVCache) or self._decoder is None:
+        if self._decoder is None or not self._decoder.reads(context.cache):
             return self.logits(self.prefill(context, [token], exact=False)[0])[0]
         middle = None if context.boundary is None else context.boundary.layer
         logits, hidden = self._decoder.step(context.cache, token, context.length, middle=middle)

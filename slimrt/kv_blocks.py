@@ -115,8 +115,8 @@ class LayerRows:
         self._views: list[Array] = []  # [2, Hkv, block, Dh] of each slot
         self.host = HostBlocks(ops, config, model)
         self.row_bytes = self.host.block_bytes // config.block
-        self.means: Array = ops.empty((model.n_kv_heads, 0, model.head_dim))
-        self._group_means: Array = ops.empty((model.n_kv_heads, 0, model.head_dim))
+        none = (model.n_kv_heads, 0, model.head_dim)
+        self.means, self._group_means = ops.empty(none, ops.kv_type), ops.empty(none, ops.kv_type)
         self.selects = False  # whether this layer chooses for its group, and so needs means
         self._slot_positions = np.empty(self.capacity, np.int64)
         self._fetches: list[Fence] = []
@@ -253,7 +253,7 @@ class LayerRows:
         """``means`` [Hkv, n, Dh] with at least ``wanted`` columns, the first ``held`` as they were."""
         if wanted <= means.shape[1]:
             return means
-        grown = self._ops.empty((means.shape[0], 2 * wanted, means.shape[2]))
+        grown = self._ops.empty((means.shape[0], 2 * wanted, means.shape[2]), self._ops.kv_type)
         grown[:, :held] = means[:, :held]
         return grown
 

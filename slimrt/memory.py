@@ -139,7 +139,7 @@ def _budgeted(config: ModelConfig, cache: CacheConfig, kv_per_token: int) -> tup
     if cache.budget is None or cache.budget >= cache.ctx:
         return cache.ctx * kv_per_token, 0
     means = cache.ctx // cache.unit + cache.ctx // cache.block // cache.group
-    resident = cache.slots * cache.block * kv_per_token + means * config.kv_bytes_per_token // 2  # keys, in float32
+    resident = cache.slots * cache.block * kv_per_token + means * kv_per_token // 2  # means of keys only
     staging = (1 + cache.lookahead) * cache.ctx * kv_per_token // config.n_layers
     return resident, cache.ctx * kv_per_token + staging
 

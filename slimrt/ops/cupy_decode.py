@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from slimrt.kv_cache import KVCache
+
 if TYPE_CHECKING:
-    from slimrt.kv_cache import KVCache
+    from slimrt.kv_cache import Cache
     from slimrt.models import Llama
 
 __all__ = ["CapturedDecode"]
@@ -39,11 +41,16 @@ class CapturedDecode:
         self._stores: list[Array] = []
         self._graph: Any = None
 
+    def reads(self, cache: Cache) -> bool:
+        """Only where everything is resident: what a cache with a budget chooses is not known when a graph begins."""
+        return isinstance(cache, KVCache)
+
     def step(
-        self, cache: KVCache, token: int, position: int, *, middle: int | None = None
+        self, cache: Cache, token: int, position: int, *, middle: int | None = None
     ) -> tuple[np.ndarray, Array | None]:
         """Read ``token``; the logits [V] on the host, the hidden states [1, D] of layer ``middle`` on the device."""
         ops = self._ops
+        assert isinstance(cache, KVCache)
         with ops.computing():
             states = self._read(cache, token, position)
             logits = ops.to_host(self._model.logits(states[-1]))[0]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 if TYPE_CHECKING:
-    from slimrt.kv_cache import KVCache
+    from slimrt.kv_cache import Cache
 
 __all__ = ["Decoder"]
 
@@ -15,15 +15,19 @@ __all__ = ["Decoder"]
 class Decoder(Protocol):
     """Made by a backend's ``decoder(model)``; None there: the engine goes through the layers as for many tokens."""
 
+    def reads(self, cache: Cache) -> bool:
+        """Whether ``step`` can work on a cache of this kind."""
+
     def step(
         self,
-        cache: KVCache,
+        cache: Cache,
         token: int,
         position: int,
         *,
         middle: int | None = None,
     ) -> tuple[np.ndarray, Any]:
-        """Read one token: its keys and values are appended to every layer of ``cache``; it looks at all of them.
+        """Read one token: its keys and values are appended to every layer of ``cache``; it looks at all of them, or at
+        those that the cache chooses.
 
         Returns the logits [V] on the host (finite or not), and the hidden states [1, D] of layer ``middle`` (None:
         None) between attention and feed-forward, where the model computes; both new arrays.

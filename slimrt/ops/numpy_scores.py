@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-__all__ = ["BLOCK_SCORES", "unit_means"]
+__all__ = ["BLOCK_SCORES", "WEIGHT_SCORES", "unit_means"]
 
 Array = np.ndarray
 
@@ -69,12 +69,20 @@ def unit_softmax(q: Array, k: Array, block: int, unit: int) -> Array:
 
 def token_max(q: Array, k: Array, block: int, unit: int) -> Array:
     """The strongest attention that any of the queries, in any head, pays to any token of the block."""
-    return _per_block(_attention(q, k).max(axis=(0, 1)), block, np.maximum)
+    return _strongest(_attention(q, k), block)
 
 
 def token_mass(q: Array, k: Array, block: int, unit: int) -> Array:
     """The attention that the block receives in all, averaged over queries, in the head that wants it most."""
-    return _per_block(_attention(q, k).mean(axis=1), block, np.add).max(axis=0)
+    return _mass(_attention(q, k), block)
+
+
+def _strongest(weights: Array, block: int) -> Array:
+    return _per_block(weights.max(axis=(0, 1)), block, np.maximum)
+
+
+def _mass(weights: Array, block: int) -> Array:
+    return _per_block(weights.mean(axis=1), block, np.add).max(axis=0)
 
 
 BLOCK_SCORES: dict[str, Callable[[Array, Array, int, int], Array]] = {
@@ -83,3 +91,6 @@ BLOCK_SCORES: dict[str, Callable[[Array, Array, int, int], Array]] = {
     "token_max": token_max,
     "token_mass": token_mass,
 }
+
+# Of those the ones that follow from attention weights [H, W, N] alone: for backends that have computed them.
+WEIGHT_SCORES: dict[str, Callable[[Array, int], Array]] = {"token_max": _strongest, "token_mass": _mass}

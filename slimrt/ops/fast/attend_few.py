@@ -42,7 +42,7 @@ from slimrt.ops.fast.vectors import (
 )
 from slimrt.ops.reach import RUN, SINK, Reach
 
-__all__ = ["Grouping", "attend", "attend_kernel", "join_kernel", "partial_bytes", "spans_for"]
+__all__ = ["Grouping", "attend", "attend_kernel", "join_kernel", "partial_bytes", "score_key", "spans_for"]
 
 _TOGETHER = 4  # query heads that share a loaded key
 _AHEAD = 4096  # bytes that keys and values are prefetched ahead
@@ -100,8 +100,9 @@ def _widened(builder: ir.IRBuilder, where: ir.Value, at: int) -> ir.Value:
 
 
 @cache
-def _score_key(head_dim: int, heads: int) -> Any:
-    """``(key, q, sums)``: 16 partial sums of key [Dh] * q[h, Dh] to ``sums`` [h, 16 keys, 16] for each of the heads."""
+def score_key(head_dim: int, heads: int) -> Any:
+    """A function ``(key, q, sums)``: 16 partial sums of key [Dh] * q[h, Dh] to ``sums`` [h, 16 keys, 16] for each of
+    the heads."""
 
     @intrinsic
     def score(typingctx, key, q, sums):
@@ -194,7 +195,7 @@ def attend_kernel(features: Features, head_dim: int, group: int) -> Kernel:
     lines = -(-row_bytes // 64)
     # As many pieces of 16 columns at once as their sums fit into half of the 32 registers, for each of the heads.
     wide = max(n for n in range(1, pieces + 1) if pieces % n == 0 and (n == 1 or n * heads <= 16))
-    score_key = _score_key(head_dim, heads)
+    score = score_key(head_dim, heads)
     begin, add, end = _mix_key(heads, wide, partial)
 
     @inline
@@ -205,7 +206,7 @@ def attend_kernel(features: Features, head_dim: int, group: int) -> Kernel:
                 key = keys + min(some + i, count - 1) * row_bytes
                 for line in range(lines):
                     prefetch(key + _AHEAD + line * 64)
-                score_key(key, q, sums + i * 64)
+                score(key, q, sums + i * 64)
             for head in range(heads):
                 store(scores + head * TILE * 4 + some * 4, sum_each(sums + head * 16 * 64))
         for head in range(heads):

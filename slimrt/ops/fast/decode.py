@@ -15,7 +15,8 @@ Per layer, each line a job that begins when the one before has ended:
 
 and behind the last layer a norm and the head. The residual stream goes from ``hidden`` to the layer's row of
 ``middle`` (after attention) and back to ``hidden``. What changes from token to token are a few words of the jobs'
-arguments: how many rows a layer holds, and where they lie.
+arguments: how many rows a layer holds, and where they lie. Under a KV budget the cache chooses what the query reads:
+there the program halts before every attention.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from typing import Any
 import numpy as np
 from numba import float32
 
-from slimrt.kv_cache import KVCache
+from slimrt.kv_cache import Cache, KVCache
 from slimrt.ops.fast.activations import (
     RECORD,
     RECORD_BYTES,
@@ -59,7 +60,6 @@ from slimrt.ops.fast.vectors import (
     store_scalar,
     sum_lanes,
 )
-from slimrt.ops.reach import Reach
 
 __all__ = ["Decoder"]
 
@@ -153,11 +153,20 @@ class _Layer:
 
     def place(self, store: np.ndarray) -> None:
         """The rows lie in ``store`` [2, Hkv, capacity, Dh]."""
+        self.write_to(store)
+        self.read_from(*store)
+        self.store = weakref.ref(store)
+
+    def write_to(self, store: np.ndarray) -> None:
+        """The new row goes to ``store`` [2, Hkv, capacity, Dh]."""
+        self.store = None
         keys, values = store
         self.append[6:9] = address(keys), address(values), keys.strides[0]
+
+    def read_from(self, keys: np.ndarray, values: np.ndarray) -> None:
+        """Attention reads ``keys``, ``values`` [Hkv, N, Dh]."""
         self.attend[1:4] = address(keys), address(values), keys.strides[0]
         self.attend[13] = values.strides[0]
-        self.store = weakref.ref(store)
 
 
 class Decoder:
@@ -183,6 +192,7 @@ class Decoder:
         self._logits = self._floats(1, c.vocab_size)[0]
         self._joint = self._floats(1, heads * c.head_dim)[0]
         self._gate, self._up = self._floats(2, c.d_ff)
+        self._row = np.zeros((2, c.n_kv_heads, 1, c.head_dim), np.float16)  # a key and a value on their way to a cache
         self._angles = self._floats(2, max(1, c.rope.dims // 2))
         self._normed, self._mixed, self._activated = (
             aligned_zeros(1, activation_bytes(n)) for n in (c.d_model, c.n_heads * c.head_dim, c.d_ff)
@@ -266,14 +276,12 @@ class Decoder:
 
     # -- a token ------------------------------------------------------------------------------------------------------
 
+    def reads(self, cache: Cache) -> bool:
+        """Any cache: see ``slimrt.ops.decoding.Decoder``."""
+        return True
+
     def step(
-        self,
-        cache: KVCache,
-        token: int,
-        position: int,
-        *,
-        reach: Sequence[Reach] | None = None,
-        middle: int | None = None,
+        self, cache: Cache, token: int, position: int, *, middle: int | None = None
     ) -> tuple[np.ndarray, np.ndarray | None]:
         """See ``slimrt.ops.decoding.Decoder``."""
         with self._lock:
@@ -281,32 +289,48 @@ class Decoder:
             cos, sin = self._model.rope(np.array([position]))
             self._hidden[:d] = self._model.embed(np.array([token]))[0]
             self._angles[0, : cos.shape[1]], self._angles[1, : sin.shape[1]] = cos[0], sin[0]
-            windows = self._begin(cache, position, reach)
-            self._ops.team.run(self._program)
-            del windows  # the program had their addresses
+            if isinstance(cache, KVCache):
+                self._run(cache, position)
+            else:
+                self._run_by_layer(cache, position)
             between = None if middle is None else self._middle[middle, :d][None].copy()
             return self._logits[: self.config.vocab_size].copy(), between
 
-    def _begin(self, cache: KVCache, position: int, reach: Sequence[Reach] | None) -> list[np.ndarray]:
-        """Make room for a row in every layer, and tell the program where the rows lie and how many there are."""
-        kv_heads, threads, table = self.config.n_kv_heads, self._ops.threads, self._program.table
-        at, windows = np.array([position]), []
+    def _run(self, cache: KVCache, position: int) -> None:
+        """All layers in one go: where rows lie and how many there are is known before."""
+        at = np.array([position])
         for number, layer in enumerate(self._layers):
             store = cache.room(number, 1)
             if layer.store is None or layer.store() is not store:
                 layer.place(store)
             cache.appended(number, at)
-            rows = cache.length(number)
-            size = spans_for(rows, kv_heads, threads)
-            spans = -(-rows // size)
-            layer.append[9] = rows - 1
-            layer.attend[4] = rows
-            layer.attend[7:9] = size, spans
-            layer.join[1] = spans
-            table[layer.job, 1] = kv_heads * spans
-            far = None if reach is None else reach[number]
-            layer.attend[10] = 0
-            if far is not None:
-                windows.append(np.array(far, np.int64))
-                layer.attend[10] = address(windows[-1])
-        return windows
+            layer.append[9] = cache.length(number) - 1
+            self._read(layer, cache.length(number))
+        self._ops.team.run(self._program)
+
+    def _run_by_layer(self, cache: Cache, position: int) -> None:
+        """Between the rotation and the attention of each layer the cache says which rows the query reads."""
+        c, at, begun = self.config, np.array([position]), 0
+        q = self._joint[: c.n_heads * c.head_dim].reshape(1, c.n_heads, c.head_dim)
+        k, v = self._row.transpose(0, 2, 1, 3)  # [1, Hkv, Dh] each
+        for number, layer in enumerate(self._layers):
+            layer.write_to(self._row)
+            layer.append[9] = 0
+            self._ops.team.run(self._program, begun, layer.job)
+            if number:
+                cache.attended(number - 1)
+            keys, values, _ = cache.update(number, k, v, at, q)
+            layer.read_from(keys, values)
+            self._read(layer, keys.shape[1])
+            begun = layer.job
+        self._ops.team.run(self._program, begun)
+        cache.attended(len(self._layers) - 1)
+
+    def _read(self, layer: _Layer, rows: int) -> None:
+        """Attention of ``layer`` reads ``rows`` rows: how they are shared out."""
+        size = spans_for(rows, self.config.n_kv_heads, self._ops.threads)
+        spans = -(-rows // size)
+        layer.attend[4] = rows
+        layer.attend[7:9] = size, spans
+        layer.join[1] = spans
+        self._program.table[layer.job, 1] = self.config.n_kv_heads * spans

@@ -22,10 +22,12 @@ from slimrt.ops.fast.dots import FORMATS
 from slimrt.ops.fast.features import Features, detect
 from slimrt.ops.fast.flash import KEY_BLOCK, flash_kernel, pack_kernel, tile_scratch
 from slimrt.ops.fast.layer_kernels import RESULT_PANELS, ROW_GAP, feed_forward_kernel, linear_kernel, qkv_kernel
+from slimrt.ops.fast.one_query import attention_weights
 from slimrt.ops.fast.panels import PanelMaker, Panels
 from slimrt.ops.fast.products import PANEL, shape_of
 from slimrt.ops.fast.team import Program, Team, address
 from slimrt.ops.numpy_ops import ROW_CHUNK, NumpyOps
+from slimrt.ops.numpy_scores import WEIGHT_SCORES
 from slimrt.ops.reach import RUN, Reach, first_row
 from slimrt.quants import dequantize
 
@@ -247,11 +249,13 @@ class FastOps(NumpyOps):
         return out
 
     def score_blocks(self, kind: str, q: Array, k: Array, block: int, unit: int) -> np.ndarray:
-        """See ``NumpyOps``; k float16 or, for means, float32."""
+        """See ``NumpyOps``; k float16."""
+        if len(q) == 1 and unit == 1 and kind in WEIGHT_SCORES and q.shape[2] % 16 == 0:
+            return WEIGHT_SCORES[kind](attention_weights(self, q, _rows_together(k))[:, None], block)
         return super().score_blocks(kind, q, k.astype(np.float32), block, unit)
 
     def unit_means(self, k: Array, unit: int) -> Array:
-        """See ``NumpyOps``; float32 means of float16 rows."""
+        """See ``NumpyOps``; means of float16 rows, in float32."""
         return super().unit_means(k.astype(np.float32), unit)
 
     def attend(self, q: Array, k: Array, v: Array, out: Array | None = None, reach: Reach = None) -> Array:

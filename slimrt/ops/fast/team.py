@@ -243,9 +243,9 @@ class Team:
             ).start()
         self._started = True
 
-    def run(self, program: Program) -> None:
-        """Run ``program``; returns when its last item is done."""
-        table = program.table
+    def run(self, program: Program, first: int = 0, last: int | None = None) -> None:
+        """Run the jobs ``first`` to ``last`` (exclusive; None: the end) of ``program``; returns when all are done."""
+        table = program.table[first:last]
         with self._lock:
             if not self._started:
                 self._start()
