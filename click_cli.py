@@ -261,7 +261,7 @@ def evaluate(
 @click.option("--max-recall-drop", type=click.FloatRange(0), default=0.01, show_default=True, help="Of 1.")
 @click.option("--max-nll-rise", type=click.FloatRange(0), default=0.02, show_default=True, help="Nats a token.")
 @click.option("--length", type=Size(), default=3000, show_default=True, help="Tokens of a prompt.")
-@click.option("--samples", type=click.IntRange(8), default=40, show_default=True, help="Prompts in all.")
+@click.option("--samples", type=click.IntRange(8), default=48, show_default=True, help="Prompts in all.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Same seed, same prompts.")
 @click.option(
     "--text", type=click.Path(path_type=Path), metavar="FILE", help="Running text, UTF-8.  [Python's documentation]"

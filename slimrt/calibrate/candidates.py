@@ -3,71 +3,89 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+import itertools
+from collections.abc import Callable, Iterable
+from functools import cache
 
+from slimrt.calibrate.finding import Findings
 from slimrt.config import ModelConfig, PrunePlan, Stage
 from slimrt.errors import SettingError
 from slimrt.ops.reach import keys_read
 from slimrt.prune import schedule, windows
 
-__all__ = ["MIN_TOKENS", "first_layer", "grid", "scorings", "selectors", "work"]
+__all__ = ["LONG", "MIN_TOKENS", "candidates", "first_layer", "recomputed", "scorings", "work"]
 
 MIN_TOKENS = 1024  # shorter prompts are read in little time anyway, and were not measured
+LONG = 8192  # tokens of the prompts that plans are compared by
 
-# Of the layers: where the first cut is tried, where scores are compared. Layers differ much in how well their attention
-# tells what will be wanted (SmolLM2: 14 and 18 well, 12 and 16 badly), so each of them is.
-_EARLIEST, _MIDDLE, _LATEST = 0.4, 0.47, 0.75
-# The second cut comes so far into the layers that the first one leaves, a third so far behind that.
-_SECOND, _THIRD = (0.3, 0.55), 0.8
-_KEEPS = (
-    (0.33,),
-    (0.25,),
-    (0.75, 0.25),
-    (0.5, 0.25),
-    (0.5, 0.125),
-    (0.33, 0.17),
-    (0.25, 0.125),
-    (0.5, 0.25, 0.125),
+# Of the layers: where cuts are tried. Layers differ much in how well their attention tells what will be wanted.
+_EARLIEST, _LATEST = 0.2, 0.8
+_STAGE_LAYERS = 9  # of those, the ones that find best
+_KEEPS = (0.75, 0.67, 0.5, 0.4, 0.33, 0.25, 0.17, 0.125)
+_STAGES = 3  # at most
+_SCORES = (
+    ("token_mass", 16),
+    ("token_mass", 32),
+    ("token_max", 16),
+    ("token_max", 32),
+    ("unit_softmax", 32),
+    ("mean_qk", 32),
 )
-_SCORES = ("token_max", "token_mass", "unit_softmax", "mean_qk")
+_LEAST_SAVED = 0.9  # of the dense run's arithmetic: plans that do more are not worth a loss
+# A further question computes what lies behind the first cut anew: a plan whose later layers do more than this share of
+# its work would be quick once, and slow ever after.
+_RECOMPUTED = 0.5
+# Candidates are spread over what they cost, and in each range over first layers and numbers of cuts.
+_BINS, _KINDS = 7, 5
 
 
 def first_layer(config: ModelConfig) -> int:
     """The earliest layer that any candidate cuts at. Raises SettingError for a model too shallow to be cut."""
-    layer = round(_EARLIEST * config.n_layers)
-    if not 0 < layer < config.n_layers - 1:
+    if config.n_layers < 4:
         raise SettingError(f"calibrate: this model has {config.n_layers} layers, at least 4 are needed to prune it")
-    return layer
+    return max(1, round(_EARLIEST * config.n_layers))
 
 
 def scorings(config: ModelConfig) -> list[PrunePlan]:
-    """One middling choice of stages under every score, with a short query window and a wide local window too."""
-    stages = _stages(config, round(_MIDDLE * config.n_layers), (0.5, 0.25), _SECOND[1])
-    plain = [PrunePlan(stages, score=score, query_window=32, min_tokens=MIN_TOKENS) for score in _SCORES]
-    best = plain[0]
-    return [*plain, dataclasses.replace(best, local_blocks=8), dataclasses.replace(best, query_window=16)]
-
-
-def selectors(config: ModelConfig, scoring: PrunePlan) -> list[PrunePlan]:
-    """A single cut to one half at every layer that may be the first, scored as ``scoring`` does; earliest first."""
+    """Every score, with short and long query windows, at every layer that may be cut at; all of these plans keep
+    everything."""
     last = max(first_layer(config), min(round(_LATEST * config.n_layers), config.n_layers - 2))
-    layers = range(first_layer(config), last + 1)
-    return [dataclasses.replace(scoring, stages=(Stage(layer, 0.5),)) for layer in layers]
+    stages = tuple(Stage(layer, 1.0) for layer in range(first_layer(config), last + 1))
+    return [PrunePlan(stages, score=score, query_window=rows, min_tokens=MIN_TOKENS) for score, rows in _SCORES]
 
 
-def grid(config: ModelConfig, scoring: PrunePlan, firsts: Iterable[int]) -> list[PrunePlan]:
-    """Every choice of kept fractions behind the layers ``firsts``, scored as ``scoring`` does."""
-    stages = {_stages(config, first, keeps, second): None for first in firsts for keeps in _KEEPS for second in _SECOND}
-    return [dataclasses.replace(scoring, stages=one) for one in stages]
+def candidates(
+    config: ModelConfig, scoring: PrunePlan, findings: Findings, limited: Callable[[PrunePlan], PrunePlan]
+) -> list[PrunePlan]:
+    """Cuts that can be expected to lose little, from the cheapest kind to the dearest.
+
+    ``scoring``: whose score and query window they take, ``findings``: what it found, ``limited``: gives a plan windows.
+    """
+    layers = findings.layers(min(_KEEPS[:-2]), _STAGE_LAYERS)
+    choices = [
+        tuple(map(Stage, at, keeps))
+        for count in range(1, _STAGES + 1)
+        for at in itertools.combinations(layers, count)
+        for keeps in itertools.combinations(_KEEPS, count)
+    ]
+    plans = [limited(dataclasses.replace(scoring, stages=stages)) for stages in choices]
+    costs = [(work(config, plan, LONG), plan) for plan in plans if recomputed(config, plan, LONG) <= _RECOMPUTED]
+    costs = [(cost, plan) for cost, plan in costs if cost <= _LEAST_SAVED]
+    if not costs:
+        return []
+    low = min(cost for cost, _ in costs)
+    bins: list[list[PrunePlan]] = [[] for _ in range(_BINS)]
+    for cost, plan in costs:
+        bins[min(_BINS - 1, int((cost - low) / (_LEAST_SAVED - low + 1e-9) * _BINS))].append(plan)
+    return [plan for one in bins for plan in _best(one, findings)]
 
 
-def _stages(config: ModelConfig, first: int, keeps: Iterable[float], second: float) -> tuple[Stage, ...]:
-    left = config.n_layers - 1 - first
-    layers = [first, first + max(1, round(second * left)), first + max(2, round(_THIRD * left))]
-    found: dict[int, float] = {}
-    for layer, keep in zip(layers, keeps, strict=False):
-        found[min(layer, config.n_layers - 2)] = keep  # in a shallow model two cuts may fall together: the deeper wins
-    return tuple(Stage(layer, keep) for layer, keep in sorted(found.items()))
+def _best(plans: Iterable[PrunePlan], findings: Findings) -> list[PrunePlan]:
+    """The best of ``plans`` of each of ``_KINDS`` kinds."""
+    found: dict[tuple[int, int], PrunePlan] = {}
+    for plan in sorted(plans, key=lambda plan: (findings.loss(plan.stages), len(plan.stages))):
+        found.setdefault((plan.stages[0].layer, len(plan.stages)), plan)
+    return list(found.values())[:_KINDS]
 
 
 def work(config: ModelConfig, plan: PrunePlan, tokens: int) -> float:
@@ -78,16 +96,34 @@ def work(config: ModelConfig, plan: PrunePlan, tokens: int) -> float:
     """
     c = config
     q, kv = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
+    dense = tokens * (c.d_model * (2 * q + 2 * kv + 3 * c.d_ff) + q * tokens) * c.n_layers
+    return sum(_by_layer(config, plan, tokens)) / dense
+
+
+def recomputed(config: ModelConfig, plan: PrunePlan, tokens: int) -> float:
+    """The share of a plan's own arithmetic that lies behind its first cut: what a further question does again."""
+    if not plan.stages:
+        return 0.0
+    by_layer = _by_layer(config, plan, tokens)
+    return sum(by_layer[plan.stages[0].layer + 1 :]) / sum(by_layer)
+
+
+def _by_layer(config: ModelConfig, plan: PrunePlan, tokens: int) -> list[float]:
+    """Multiply-adds of each layer."""
+    c = config
+    q, kv = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
     cut_at = {cut.layer: cut.blocks * plan.block for cut in schedule(plan, tokens)}
-    rows, total = tokens, 0.0
     limits = windows(plan, tokens)
+    rows, found = tokens, []
     for layer in range(c.n_layers):
         projections = c.d_model * (q + 2 * kv) * rows
         attention: float = q * rows * rows
         if layer in limits.reach:
-            saved = [keys_read(0, limits.rows) - keys_read(reach, limits.rows) for reach in limits.reach[layer]]
+            saved = [_keys(0, limits.rows) - _keys(reach, limits.rows) for reach in limits.reach[layer]]
             attention -= q * 2 * sum(saved) / c.n_kv_heads
         rows = min(rows, cut_at.get(layer, rows))  # the output projection is cheap, and comes before the cut
-        total += projections + attention + c.d_model * (q + 3 * c.d_ff) * rows
-    dense = tokens * (c.d_model * (2 * q + 2 * kv + 3 * c.d_ff) + q * tokens) * c.n_layers
-    return total / dense
+        found.append(projections + attention + c.d_model * (q + 3 * c.d_ff) * rows)
+    return found
+
+
+_keys = cache(keys_read)

@@ -14,16 +14,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from slimrt.config import ModelConfig, PrunePlan, Window
 
-__all__ = ["VARIANTS", "Head", "head_losses", "with_windows"]
+__all__ = ["REACH", "SHARES", "Head", "head_losses", "quiet", "with_windows"]
 
 Head = tuple[int, int]  # layer, KV head
 
-_REACHES = (768, 1024)  # rows; heads are compared under the first. Under 512 SmolLM2 quotes a long text less well
-_SHARES = (
-    0.2,
-    0.5,
-)  # of the KL that a plan may lose: what the heads under windows may lose in sum, each measured alone
-VARIANTS = len(_REACHES) * len(_SHARES)
+REACH = 1024  # rows. Under 512 SmolLM2 quotes a long text less well, under 768 it continues one less well
+_COMPARED = 768  # rows: how far heads look back when they are compared, on prompts that are not so long
+SHARES = (0.1, 0.25)  # of the KL that a plan may lose: what all its heads under windows may lose in sum, each alone
 _QUIET = 0.04  # of that KL: a layer that loses less with all of its heads under windows is not looked at more closely
 
 
@@ -45,28 +42,27 @@ def head_losses(
     return found | dict(zip(loud, alone, strict=True))
 
 
-def with_windows(config: ModelConfig, plan: PrunePlan, losses: Mapping[Head, float], bound: float) -> list[PrunePlan]:
-    """``plan`` with windows on some and on more heads of the layers up to its first cut, nearer and farther ones.
-
-    ``losses``: the KL that each head loses alone, ``bound``: what the plan may lose. The plan itself is not among them.
-    """
-    last = plan.stages[0].layer if plan.stages else config.n_layers
-    heads = sorted((head for head in losses if head[0] <= last), key=lambda head: (losses[head], head))
+def quiet(losses: Mapping[Head, float], allowed: float) -> list[Head]:
+    """The heads that lose least: as many as lose ``allowed`` nats in sum."""
+    heads = sorted(losses, key=lambda head: (losses[head], head))
     totals = list(itertools.accumulate(losses[head] for head in heads))
-    found: dict[PrunePlan, None] = {}
-    for share in _SHARES:
-        by_layer: dict[int, list[int]] = {}
-        for layer, head in heads[: bisect.bisect_right(totals, share * bound)]:
+    return heads[: bisect.bisect_right(totals, allowed)]
+
+
+def with_windows(config: ModelConfig, plan: PrunePlan, heads: Iterable[Head]) -> PrunePlan:
+    """``plan`` with windows on those of ``heads`` that lie in layers up to its first cut."""
+    last = plan.stages[0].layer if plan.stages else config.n_layers
+    by_layer: dict[int, list[int]] = {}
+    for layer, head in heads:
+        if layer <= last:
             by_layer.setdefault(layer, []).append(head)
-        for reach in _REACHES if by_layer else ():
-            windows = tuple(_window(config, layer, by_layer[layer], reach) for layer in sorted(by_layer))
-            found[dataclasses.replace(plan, windows=windows)] = None
-    return list(found)
+    windows = tuple(_window(config, layer, by_layer[layer], REACH) for layer in sorted(by_layer))
+    return dataclasses.replace(plan, windows=windows)
 
 
 def _limited(config: ModelConfig, scoring: PrunePlan, heads: Mapping[int, Sequence[int]]) -> PrunePlan:
     """A plan that limits these heads of these layers and does nothing else."""
-    windows = tuple(_window(config, layer, heads[layer], _REACHES[0]) for layer in sorted(heads))
+    windows = tuple(_window(config, layer, heads[layer], _COMPARED) for layer in sorted(heads))
     return dataclasses.replace(scoring, stages=(), windows=windows)
 
 

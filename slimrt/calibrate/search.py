@@ -1,4 +1,5 @@
-"""The search: scores first, then layers and fractions, then windows, in rounds of fewer plans and more text."""
+"""The search: what each score finds at each layer, which heads need not look far, then plans, in rounds of fewer plans
+and more text."""
 
 from __future__ import annotations
 
@@ -13,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from slimrt import __version__
-from slimrt.calibrate.candidates import MIN_TOKENS, first_layer, grid, scorings, selectors, work
-from slimrt.calibrate.heads import VARIANTS, head_losses, with_windows
+from slimrt.calibrate.candidates import LONG, MIN_TOKENS, candidates, first_layer, scorings, work
+from slimrt.calibrate.finding import Findings, observe
+from slimrt.calibrate.heads import SHARES, head_losses, quiet, with_windows
 from slimrt.calibrate.journal import Journal
 from slimrt.calibrate.probe import probing
-from slimrt.config import ModelConfig, PrunePlan
+from slimrt.config import ModelConfig, PrunePlan, Stage
 from slimrt.errors import ContextError, SettingError
 from slimrt.eval.metrics import bootstrap_interval
 from slimrt.eval.run import context_needed, time_to_first_token
@@ -35,9 +37,12 @@ __all__ = ["Bounds", "Calibration", "Measured", "calibrate", "calibration_contex
 Progress = Callable[[int, int, str], None]
 
 _TASKS = ("recall", "continuation")
-_ROUNDS = (0.15, 0.25, 0.6)  # of the samples; each round measures the plans that the one before left
-_FIRSTS = 3  # layers for the first cut that are tried with every choice of what follows
-_SURVIVORS = (4, 5)  # plans a preset that a round leaves
+_ROUNDS = (0.2, 0.3, 0.5)  # of the samples; each round measures the plans that the one before left
+_OBSERVED = (10, 24)  # quotations on which scores are compared, and layers under the best of them
+_FOUND = 6, 0.25  # scores are compared by what they find at so many of their best layers when such a share is kept
+_FIRST_PLANS = 35  # about as many as the first round has
+_LONGER = 2  # times as long are the prompts of the last round, where the context allows: windows cost the more there
+_SURVIVORS = (4, 4)  # plans a preset that a round leaves
 _HEAD_SAMPLES = 2  # on which layers and heads are limited alone: quotations, for which heads look back the farthest
 _TTFT_REPEATS = 3
 
@@ -60,7 +65,7 @@ class Bounds:
 class Measured:
     """The losses of ``plan`` over ``samples`` prompts: means, and 95 % intervals by paired bootstrap.
 
-    ``work``: its share of the dense run's arithmetic, at the length of the samples.
+    ``work``: its share of the dense run's arithmetic in a prompt of ``LONG`` tokens.
     """
 
     plan: PrunePlan
@@ -77,10 +82,10 @@ class Measured:
         return max(self.kl - bounds.kl, self.recall_drop - bounds.recall, self.nll_rise - bounds.nll)
 
     def is_within(self, bounds: Bounds) -> bool:
-        """Whether it keeps ``bounds`` on other text too, as far as can be told: with a standard error to spare."""
-        recall = self.recall_drop + (self.recall_interval[1] - self.recall_drop) / 2
-        nll = self.nll_rise + (self.nll_interval[1] - self.nll_rise) / 2
-        return 1.2 * self.kl <= bounds.kl and recall <= bounds.recall and nll <= bounds.nll
+        """Whether it keeps ``bounds`` on other text too, as far as can be told: with half a standard error to spare."""
+        recall = self.recall_drop + (self.recall_interval[1] - self.recall_drop) / 4
+        nll = self.nll_rise + (self.nll_interval[1] - self.nll_rise) / 4
+        return 1.1 * self.kl <= bounds.kl and recall <= bounds.recall and nll <= bounds.nll
 
     def may_be_within(self, bounds: Bounds) -> bool:
         """Whether more samples could still bring it within ``bounds``."""
@@ -97,7 +102,7 @@ class Calibration:
     presets: dict[str, Measured | None]
     measured: tuple[Measured, ...]
     ttft_s: dict[str, tuple[float, ...]]  # of "dense" and the presets, on one of the prompts, measured in turns
-    length: int
+    lengths: tuple[int, int]  # of the prompts, but for the last round, and in it
     seed: int
     text: dict[str, str]
 
@@ -111,7 +116,7 @@ class Calibration:
                 entry["measured"] = _without_plan(found)
                 entry["ttft_s"] = {"dense": self.ttft_s["dense"], "plan": self.ttft_s[name]}
             presets[name] = entry
-        settings = {"version": __version__, "length": self.length, "seed": self.seed, "text": self.text}
+        settings = {"version": __version__, "lengths": self.lengths, "seed": self.seed, "text": self.text}
         return {
             "model": self.model,
             "presets": presets,
@@ -123,9 +128,10 @@ def _without_plan(measured: Measured) -> dict[str, Any]:
     return {name: value for name, value in dataclasses.asdict(measured).items() if name != "plan"}
 
 
-def calibration_context(length: int) -> int:
-    """The context that a model must be loaded with to be calibrated on prompts of ``length``."""
-    return context_needed(_TASKS, [length])
+def calibration_context(length: int, trained: int) -> int:
+    """The context that a model is best loaded with to be calibrated on prompts of ``length``: enough for the longer
+    prompts of the last round, unless it was ``trained`` on less."""
+    return max(context_needed(_TASKS, [length]), min(context_needed(_TASKS, [_LONGER * length]), trained))
 
 
 def calibrate(
@@ -134,92 +140,96 @@ def calibrate(
     journal_path: Path,
     *,
     length: int = 3000,
-    samples: int = 40,
+    samples: int = 48,
     seed: int = 0,
     text: Path | None = None,
     progress: Progress | None = None,
 ) -> tuple[Calibration, Journal]:
     """Find, for each preset of ``bounds``, the plan that does least arithmetic of those within its bounds.
 
-    ``samples`` prompts of ``length`` tokens, recall and continuation in turns, are drawn from ``text`` (default:
-    Python's own documentation). Measurements go to ``journal_path`` as they are made and are read from there if they
-    were made before; the caller removes the journal when the result is stored. ``progress`` is called with
-    (measurements done, measurements planned, what comes next).
+    ``samples`` prompts of ``length`` tokens, those of the last round up to twice as long where the context holds them,
+    recall and continuation in turns, are drawn from ``text`` (default: Python's own documentation). Measurements go to
+    ``journal_path`` as they are made and are read from there if they were made before; the caller removes the journal
+    when the result is stored. ``progress`` is called with (measurements done, measurements planned, what comes next).
 
     Raises SettingError for settings out of range, ContextError where prompts exceed the context: before any work.
     """
-    needed = calibration_context(length)
+    needed = context_needed(_TASKS, [length])
     if needed > llm.ctx:
         raise ContextError(f"prompts of {length} tokens and their answers take {needed}, the context holds {llm.ctx}")
     if samples < 8:
         raise SettingError(f"samples {samples}: must be at least 8, 40 or more to be trusted")
-    layer = first_layer(llm.config)
-    candidates = scorings(llm.config)
+    config, layer = llm.config, first_layer(llm.config)
     if length < MIN_TOKENS:
         raise SettingError(
             f"length {length}: must be at least {MIN_TOKENS}, shorter prompts run dense under every plan"
         )
     source = Source(llm.tokenizer, load_corpus(llm.tokenizer, text))
+    longest = min(_LONGER * length, length + llm.ctx - needed)
     drawn = _drawn(source, length, samples, seed)
     header = {
         "version": __version__,
-        "model": fingerprint(llm.config),
+        "model": fingerprint(config),
         "bytes": llm.file.path.stat().st_size,
         "text": source.corpus.sha256,
-        "length": length,
+        "lengths": [length, longest],
         "samples": samples,
         "seed": seed,
     }
     journal = Journal(journal_path, header)
-    rounds = _rounds(drawn)
-    single = len(selectors(llm.config, candidates[0]))
-    whole = len(grid(llm.config, candidates[0], range(layer, layer + min(_FIRSTS, single))))
-    limited = llm.config.n_layers * (1 + llm.config.n_kv_heads // 2)  # as if half of the layers were loud
-    planned = len(rounds[0]) * (len(candidates) + single + whole) + _HEAD_SAMPLES * limited
-    counts = ((_SURVIVORS[0] + 1) * (1 + VARIANTS), _SURVIVORS[1])
-    planned += sum(len(one) * count * len(bounds) for one, count in zip(rounds[1:], counts, strict=True))
+    rounds, quotations = _rounds(drawn), [sample for sample in drawn if sample.task == "recall"]
+    if longest > length:
+        rounds[-1] = _drawn(source, longest, len(rounds[-1]), seed)
+    watched = scorings(config)
+    planned = _OBSERVED[0] * (len(watched) - 1) + min(_OBSERVED[1], len(quotations))
+    planned += _HEAD_SAMPLES * config.n_layers * (1 + config.n_kv_heads // 2)  # as if half of the layers were loud
+    counts = (_FIRST_PLANS, len(bounds) * _SURVIVORS[0] * (1 + len(SHARES)), len(bounds) * _SURVIVORS[1])
+    planned += sum(len(one) * count for one, count in zip(rounds, counts, strict=True))
     runner = _Runner(llm, journal, layer, planned, progress)
 
-    # Scores under one choice of layers; single cuts at every layer under the best score; then all of it together.
-    seen = list(rounds[0])
-    scored = runner.run(candidates, seen, length)
-    best = min(scored, key=_loss).plan
-    cut_once = runner.run(selectors(llm.config, best), seen, length)
-    firsts = _firsts(cut_once, max(bounds.values(), key=lambda one: one.kl))
-    plans = [*(one.plan for one in cut_once), *grid(llm.config, best, firsts)]
-    tried = {one.plan: one for one in (*scored, *runner.run(plans, seen, length))}
-    # What survives is tried with windows too, and they without any cut: how much they may lose is in their choice.
-    left = {name: _survivors([tried[plan] for plan in plans], one, _SURVIVORS[0]) for name, one in bounds.items()}
-    quotations = [sample for sample in drawn if sample.task == "recall"][:_HEAD_SAMPLES]
-    losses = head_losses(
-        llm.config,
-        best,
-        min(one.kl for one in bounds.values()),
-        lambda plans: runner.kl(plans, quotations),
-    )
-    uncut = dataclasses.replace(best, stages=())
+    # Which score finds what is quoted, and at which layers; which heads need not look far back.
+    scoring = min(watched, key=lambda plan: _misses(runner.observe(plan, quotations[: _OBSERVED[0]])))
+    findings = runner.observe(scoring, quotations[: _OBSERVED[1]])
+    tightest = min(one.kl for one in bounds.values())
+    losses = head_losses(config, scoring, tightest, lambda plans: runner.kl(plans, quotations[:_HEAD_SAMPLES]))
+
+    def limited(plan: PrunePlan, allowed: float) -> PrunePlan:
+        return with_windows(config, plan, quiet(losses, allowed))
+
+    def cautious(plan: PrunePlan) -> PrunePlan:
+        return limited(plan, SHARES[0] * tightest)
+
+    plans = [cautious(dataclasses.replace(scoring, stages=())), *candidates(config, scoring, findings, cautious)]
+    plans = [plan for plan in plans if not plan.does_nothing]
+    tried = {one.plan: one for one in runner.run(plans, rounds[0])}
+    # Of what survives, other windows: how much they may lose depends on the preset.
     plans = _distinct(
         variant
-        for name, found in left.items()
-        for plan in (*found, uncut)
-        for variant in (plan, *with_windows(llm.config, plan, losses, bounds[name].kl))
-        if not variant.does_nothing
+        for one in bounds.values()
+        for plan in _survivors([tried[plan] for plan in plans], one, _SURVIVORS[0])
+        for variant in (plan, *(limited(plan, share * one.kl) for share in SHARES))
     )
     seen = list(rounds[1])  # fresh text: what the first round has chosen by is too kind to the chosen
-    tried |= {one.plan: one for one in runner.run(plans, seen, length)}
-    plans = _distinct(
-        plan for one in bounds.values() for plan in _finalists([tried[plan] for plan in plans], one, _SURVIVORS[1])
-    )
-    seen += rounds[2]
-    tried |= {one.plan: one for one in runner.run(plans, seen, length)}
-    finalists = [tried[plan] for plan in plans]
-    presets = {name: _cheapest_within(finalists, bounds[name]) for name in PRESETS if name in bounds}
-    ttft = _time(llm, drawn[0].prompt, presets)
+    tried |= {one.plan: one for one in runner.run(plans, seen)}
+    # The last round begins around the cheapest plan that is within the bounds by now. Where it finds none that is, the
+    # next dearer ones have their turn.
+    seen, second = [*seen, *rounds[2]], [tried[plan] for plan in plans]
+    presets: dict[str, Measured | None] = {}
+    for name, one in ((name, bounds[name]) for name in PRESETS if name in bounds):
+        presets[name] = None
+        for turn in _finalists(second, one, _SURVIVORS[1]):
+            finalists = runner.run(turn, seen)
+            tried |= {found.plan: found for found in finalists}
+            presets[name] = _cheapest_within(finalists, one)
+            if presets[name]:
+                break
+    ttft = _time(llm, rounds[-1][0].prompt, presets)
     if progress:
         progress(planned, planned, "done")
     measured = tuple(sorted(tried.values(), key=lambda one: (one.samples, -one.work), reverse=True))
     corpus = {"name": Path(source.corpus.name).name, "sha256": source.corpus.sha256}
-    return Calibration(fingerprint(llm.config), bounds, presets, measured, ttft, length, seed, corpus), journal
+    lengths = length, longest
+    return Calibration(fingerprint(config), bounds, presets, measured, ttft, lengths, seed, corpus), journal
 
 
 def _drawn(source: Source, length: int, samples: int, seed: int) -> list[Sample]:
@@ -243,30 +253,27 @@ def _loss(measured: Measured) -> float:
     return measured.kl + max(0.0, measured.recall_drop) + max(0.0, measured.nll_rise)
 
 
-def _firsts(single: Sequence[Measured], loosest: Bounds) -> list[int]:
-    """``_FIRSTS`` layers that select well for their depth: each loses less than all before it, and not too much."""
-    by_layer = sorted(single, key=lambda one: one.plan.stages[0].layer)
-    return [plan.stages[0].layer for plan in _spread(by_layer, loosest, _FIRSTS)]
+def _misses(findings: Findings) -> float:
+    """What the best layers would lose, to compare scores by."""
+    count, keep = _FOUND
+    return float(np.mean([findings.loss([Stage(layer, keep)]) for layer in findings.layers(keep, count)]))
 
 
 def _survivors(measured: Iterable[Measured], bounds: Bounds, count: int) -> list[PrunePlan]:
     """``count`` plans that may be within ``bounds``: the cheapest, the one that loses least, and some between them."""
-    return _spread(sorted(measured, key=lambda one: one.work), bounds, count)
-
-
-def _spread(measured: Sequence[Measured], bounds: Bounds, count: int) -> list[PrunePlan]:
-    """``count`` of the front of ``measured``, evenly from first to last."""
-    front = _front(measured, bounds)
-    picked = np.unique(np.linspace(0, len(front) - 1, count).round().astype(int))
+    front = _front(sorted(measured, key=lambda one: one.work), bounds)
+    picked = np.unique(np.linspace(0, len(front) - 1, count).round().astype(int)) if front else []
     return [front[at].plan for at in picked]
 
 
-def _finalists(measured: Iterable[Measured], bounds: Bounds, count: int) -> list[PrunePlan]:
-    """``count`` plans around the cheapest that is within ``bounds`` by now: half of them cheaper, the others dearer."""
+def _finalists(measured: Iterable[Measured], bounds: Bounds, count: int) -> list[list[PrunePlan]]:
+    """``count`` plans around the cheapest that is within ``bounds`` by now, half of them cheaper; then the dearer ones,
+    as many at a time."""
     front = _front(sorted(measured, key=lambda one: one.work), bounds)
     within = [at for at, one in enumerate(front) if one.is_within(bounds)]
     first = max(0, min((within[0] if within else len(front)) - count // 2, len(front) - count))
-    return [one.plan for one in front[first : first + count]]
+    plans = [one.plan for one in front[first:]]
+    return [plans[at : at + count] for at in range(0, len(plans), count)]
 
 
 def _front(measured: Sequence[Measured], bounds: Bounds) -> list[Measured]:
@@ -275,7 +282,7 @@ def _front(measured: Sequence[Measured], bounds: Bounds) -> list[Measured]:
     for one in measured:
         if one.may_be_within(bounds) and (not front or _loss(one) < _loss(front[-1])):
             front.append(one)
-    return front or [min(measured, key=lambda one: one.excess(bounds))]
+    return front or sorted(measured, key=lambda one: one.excess(bounds))[:1]
 
 
 def _distinct(plans: Iterable[PrunePlan]) -> list[PrunePlan]:
@@ -305,10 +312,18 @@ class _Runner:
         self._llm, self._journal, self._layer = llm, journal, layer
         self._planned, self._progress = planned, progress
 
-    def run(self, plans: Sequence[PrunePlan], samples: Sequence[Sample], length: int) -> list[Measured]:
+    def run(self, plans: Sequence[PrunePlan], samples: Sequence[Sample]) -> list[Measured]:
         """The losses of every plan over all ``samples``, of both tasks; what was measured before is not again."""
         self._measure(plans, samples)
-        return [_summary(self._llm.config, plan, samples, self._journal, length) for plan in plans]
+        return [_summary(self._llm.config, plan, samples, self._journal) for plan in plans]
+
+    def observe(self, scoring: PrunePlan, samples: Sequence[Sample]) -> Findings:
+        """What ``scoring`` finds at its layers on quotations."""
+        for sample in samples:
+            if self._journal.get(_name(sample), scoring) is None:
+                self._say(f"{_name(sample)} {scoring.score} of the last {scoring.query_window}")
+                self._journal.add(_name(sample), scoring, observe(self._llm.engine, sample, scoring))
+        return Findings(one for sample in samples if (one := self._journal.get(_name(sample), scoring)))
 
     def kl(self, plans: Sequence[PrunePlan], samples: Sequence[Sample]) -> list[float]:
         """The mean KL of every plan over all ``samples``."""
@@ -333,9 +348,7 @@ class _Runner:
             self._progress(min(len(self._journal), self._planned), self._planned, what)
 
 
-def _summary(
-    config: ModelConfig, plan: PrunePlan, samples: Sequence[Sample], journal: Journal, length: int
-) -> Measured:
+def _summary(config: ModelConfig, plan: PrunePlan, samples: Sequence[Sample], journal: Journal) -> Measured:
     losses = {sample: journal.get(_name(sample), plan) for sample in samples}
     recall = [one["accuracy"] for sample, one in losses.items() if one and sample.task == "recall"]
     nll = [one["nll"] for sample, one in losses.items() if one and sample.task == "continuation"]
@@ -343,7 +356,7 @@ def _summary(
     return Measured(
         plan,
         len(kl),
-        round(work(config, plan, length), 4),
+        round(work(config, plan, LONG), 4),
         float(np.mean(kl)),
         float(np.mean(recall)),
         bootstrap_interval(recall),

@@ -22,6 +22,7 @@ class Sample:
 
     "generation": up to ``max_tokens`` tokens are drawn greedily, the answer should contain every one of ``references``.
     "continuation": the tokens ``continuation`` are read after the prompt, and the logits that predict them are judged.
+    ``quoted``: the first row of the prompt that holds the continuation already, None where none does.
     """
 
     task: str
@@ -31,6 +32,7 @@ class Sample:
     references: tuple[str, ...] = ()
     continuation: tuple[int, ...] = ()
     max_tokens: int = 0
+    quoted: int | None = None
 
 
 @dataclass(frozen=True)

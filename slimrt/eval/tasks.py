@@ -36,7 +36,8 @@ def _recall(source: Source, length: int, count: int, rng: np.random.Generator) -
         place = rng.integers(0, size - 2 * RECALL_TOKENS + 1)
         cue, answer = np.split(window[place : place + 2 * RECALL_TOKENS], 2)
         prompt = (*begin, *window.tolist(), *cue.tolist())
-        yield Sample("recall", index, "continuation", prompt, continuation=tuple(answer.tolist()))
+        quoted = len(begin) + int(place) + RECALL_TOKENS
+        yield Sample("recall", index, "continuation", prompt, continuation=tuple(answer.tolist()), quoted=quoted)
 
 
 def _continuation(source: Source, length: int, count: int, rng: np.random.Generator) -> Iterator[Sample]:

@@ -44,6 +44,8 @@ class CalibrateSettings:
 def calibrate_model(settings: CalibrateSettings, load: LoadSettings, *, as_json: bool) -> None:
     """Run the search and store its presets; a table, or with ``as_json`` the whole file, goes to stdout."""
     from slimrt.calibrate.search import Bounds, calibrate, calibration_context
+    from slimrt.gguf import GGUFFile
+    from slimrt.models import read_config
     from slimrt.output import write_atomically
     from slimrt.presets import preset_path
 
@@ -52,7 +54,8 @@ def calibrate_model(settings: CalibrateSettings, load: LoadSettings, *, as_json:
         raise SettingError(f"output '{target}': its folder cannot be written; name another file (--output)")
     auto = Bounds(settings.max_kl, settings.max_recall_drop, settings.max_nll_rise)
     fast = Bounds(auto.kl * _FAST["kl"], auto.recall * _FAST["recall"], auto.nll * _FAST["nll"])
-    llm = load_model(replace(load, ctx=calibration_context(settings.length)))
+    trained = read_config(GGUFFile(find_model(load.model))).ctx_train
+    llm = load_model(replace(load, ctx=calibration_context(settings.length, trained)))
     journal_path = target.with_name(f".{target.name}.journal")
     with progress_bar("calibrating") as progress:
         found, journal = calibrate(
@@ -85,7 +88,8 @@ def calibrate_model(settings: CalibrateSettings, load: LoadSettings, *, as_json:
 def _table(found: Calibration) -> Table:
     from rich.table import Table
 
-    table = Table(title=f"Presets, against the dense run at {found.length} tokens", title_justify="left")
+    title = "Presets, against the dense run, prompts of {:,} and {:,} tokens".format(*found.lengths)
+    table = Table(title=title, title_justify="left")
     for heading in ("preset", "cuts", "TTFT", "KL", "recall drop", "nats more"):
         table.add_column(heading, justify="left" if heading in ("preset", "cuts") else "right")
     for name, preset in found.presets.items():
