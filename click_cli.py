@@ -24,9 +24,13 @@ from slimrt.terminal.options import (
     device_option,
     file_option,
     json_option,
+    kv_budget_option,
     load_options,
     model_option,
     output_path,
+    repeats_option,
+    shape_option,
+    threads_option,
 )
 
 CHAT_MAX_TOKENS, GENERATE_MAX_TOKENS = 1024, 128
@@ -236,7 +240,7 @@ def quantize(source: Path, target: Path, kind: str, as_json: bool) -> None:
 @click.option("--png", type=output_path, metavar="FILE.png", help="Draw quality against time to first token.")
 @ctx_option
 @device_option
-@click.option("--threads", "-t", type=click.IntRange(1), help="CPU threads.  [all that the process may use]")
+@threads_option
 @json_option
 def evaluate(
     model: str | None, ctx: int | None, device: str, threads: int | None, as_json: bool, **settings: Any
@@ -269,7 +273,7 @@ def evaluate(
 @click.option(
     "--output", "-o", type=output_path, metavar="FILE.slim.json", help="Where presets go.  [beside the model]"
 )
-@click.option("--threads", "-t", type=click.IntRange(1), help="CPU threads.  [all that the process may use]")
+@threads_option
 @json_option
 def calibrate(model: str | None, threads: int | None, as_json: bool, **settings: Any) -> None:
     """Find the fastest prune plans of a model within a stated loss of quality.
@@ -339,9 +343,7 @@ def bench() -> None:
     metavar="llama_cpp|llama_cpp_best",
     help="Another program to measure beside it; best: on its fastest format; repeatable.",
 )
-@click.option(
-    "--repeats", type=click.IntRange(1), default=3, show_default=True, help="Runs of each; medians are shown."
-)
+@repeats_option(3)
 @click.option("--decode-tokens", type=click.IntRange(0), default=32, show_default=True, help="Tokens generated a run.")
 @click.option(
     "--follow-up",
@@ -350,10 +352,8 @@ def bench() -> None:
     metavar="TOKENS",
     help="Then ask a further question of so many tokens.  [none]",
 )
-@click.option(
-    "--kv-budget", type=Size(), metavar="ROWS", help="Rows of keys and values a layer that decode reads.  [all]"
-)
-@click.option("--threads", "-t", type=click.IntRange(1), help="CPU threads.  [all that the process may use]")
+@kv_budget_option
+@threads_option
 @file_option("Text of the prompts.  [Python's documentation]")
 @click.option("--png", type=output_path, metavar="FILE.png", help="Draw time to first token over prompt length.")
 @json_option
@@ -372,19 +372,11 @@ def ttft(model: str | None, file: Path | None, as_json: bool, **settings: Any) -
 
 @bench.command()
 @device_option
-@click.option(
-    "--shape",
-    type=LazyChoice("slimrt.bench.synthetic", "SHAPES"),
-    default="smollm2-135m",
-    show_default=True,
-    help="Whose sizes.",
-)
+@shape_option
 @click.option("--tokens", type=Size(), default=2048, show_default=True, help="Rows of a prompt.")
 @click.option("--kernel", "kernels", multiple=True, metavar="NAME", help="An operation to measure; repeatable.  [all]")
-@click.option(
-    "--repeats", type=click.IntRange(1), default=5, show_default=True, help="Runs of each; medians are shown."
-)
-@click.option("--threads", "-t", type=click.IntRange(1), help="CPU threads.  [all that the process may use]")
+@repeats_option(5)
+@threads_option
 @json_option
 def kernels(as_json: bool, **settings: Any) -> None:
     """Speed of every operation, against the roofline of the machine.
@@ -401,13 +393,7 @@ def kernels(as_json: bool, **settings: Any) -> None:
 
 @bench.command()
 @device_option
-@click.option(
-    "--shape",
-    type=LazyChoice("slimrt.bench.synthetic", "SHAPES"),
-    default="smollm2-135m",
-    show_default=True,
-    help="Whose sizes.",
-)
+@shape_option
 @click.option("--type", "kind", default="Q4_0", show_default=True, help="Type of the matrices: F16, Q4_0, Q8_0, ...")
 @click.option(
     "--length",
@@ -427,14 +413,10 @@ def kernels(as_json: bool, **settings: Any) -> None:
     type=LazyChoice("slimrt.bench.shaped", "PLANS"),
     help="A plan to measure; repeatable.",
 )
-@click.option(
-    "--kv-budget", type=Size(), metavar="ROWS", help="Rows of keys and values a layer that decode reads.  [all]"
-)
-@click.option(
-    "--repeats", type=click.IntRange(1), default=1, show_default=True, help="Runs of each; medians are shown."
-)
+@kv_budget_option
+@repeats_option(1)
 @click.option("--decode-tokens", type=click.IntRange(0), default=16, show_default=True, help="Tokens decoded a run.")
-@click.option("--threads", "-t", type=click.IntRange(1), help="CPU threads.  [all that the process may use]")
+@threads_option
 @json_option
 def shape(as_json: bool, **settings: Any) -> None:
     """Time to first token of a known model's shape, random weights.

@@ -13,7 +13,7 @@ from slimrt.errors import SettingError
 from slimrt.ops.reach import keys_read
 from slimrt.prune import schedule, windows
 
-__all__ = ["LONG", "MIN_TOKENS", "candidates", "first_layer", "recomputed", "scorings", "work"]
+__all__ = ["LONG", "MIN_TOKENS", "RECOMPUTED", "candidates", "first_layer", "recomputed", "scorings", "work"]
 
 MIN_TOKENS = 1024  # shorter prompts are read in little time anyway, and were not measured
 LONG = 8192  # tokens of the prompts that plans are compared by
@@ -34,7 +34,7 @@ _SCORES = (
 _LEAST_SAVED = 0.9  # of the dense run's arithmetic: plans that do more are not worth a loss
 # A further question computes what lies behind the first cut anew: a plan whose later layers do more than this share of
 # its work would be quick once, and slow ever after.
-_RECOMPUTED = 0.5
+RECOMPUTED = 0.5
 # Candidates are spread over what they cost, and in each range over first layers and numbers of cuts.
 _BINS, _KINDS = 7, 5
 
@@ -69,7 +69,7 @@ def candidates(
         for keeps in itertools.combinations(_KEEPS, count)
     ]
     plans = [limited(dataclasses.replace(scoring, stages=stages)) for stages in choices]
-    costs = [(work(config, plan, LONG), plan) for plan in plans if recomputed(config, plan, LONG) <= _RECOMPUTED]
+    costs = [(work(config, plan, LONG), plan) for plan in plans if recomputed(config, plan, LONG) <= RECOMPUTED]
     costs = [(cost, plan) for cost, plan in costs if cost <= _LEAST_SAVED]
     if not costs:
         return []

@@ -14,7 +14,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from slimrt import __version__
-from slimrt.calibrate.candidates import LONG, MIN_TOKENS, candidates, first_layer, scorings, work
+from slimrt.calibrate.candidates import (
+    LONG,
+    MIN_TOKENS,
+    RECOMPUTED,
+    candidates,
+    first_layer,
+    recomputed,
+    scorings,
+    work,
+)
 from slimrt.calibrate.finding import Findings, observe
 from slimrt.calibrate.heads import SHARES, head_losses, quiet, with_windows
 from slimrt.calibrate.journal import Journal
@@ -208,21 +217,21 @@ def calibrate(
         for one in bounds.values()
         for plan in _survivors([tried[plan] for plan in plans], one, _SURVIVORS[0])
         for variant in (plan, *(limited(plan, share * one.kl) for share in SHARES))
+        if recomputed(config, variant, LONG) <= RECOMPUTED
     )
     seen = list(rounds[1])  # fresh text: what the first round has chosen by is too kind to the chosen
     tried |= {one.plan: one for one in runner.run(plans, seen)}
     # The last round begins around the cheapest plan that is within the bounds by now. Where it finds none that is, the
     # next dearer ones have their turn.
     seen, second = [*seen, *rounds[2]], [tried[plan] for plan in plans]
-    presets: dict[str, Measured | None] = {}
-    for name, one in ((name, bounds[name]) for name in PRESETS if name in bounds):
-        presets[name] = None
+    finalists: dict[PrunePlan, Measured] = {}
+    for one in bounds.values():
         for turn in _finalists(second, one, _SURVIVORS[1]):
-            finalists = runner.run(turn, seen)
-            tried |= {found.plan: found for found in finalists}
-            presets[name] = _cheapest_within(finalists, one)
-            if presets[name]:
+            finalists |= {found.plan: found for found in runner.run(turn, seen)}
+            if _cheapest_within(finalists.values(), one):
                 break
+    tried |= finalists
+    presets = {name: _cheapest_within(finalists.values(), bounds[name]) for name in PRESETS if name in bounds}
     ttft = _time(llm, rounds[-1][0].prompt, presets)
     if progress:
         progress(planned, planned, "done")

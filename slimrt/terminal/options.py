@@ -26,9 +26,13 @@ __all__ = [
     "device_option",
     "file_option",
     "json_option",
+    "kv_budget_option",
     "load_options",
     "model_option",
     "output_path",
+    "repeats_option",
+    "shape_option",
+    "threads_option",
 ]
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -125,8 +129,28 @@ device_option = click.option(
     show_default=True,
     help="What computes; auto: a GPU where one works; numpy: the slower reference.",
 )
+threads_option = click.option(
+    "--threads", "-t", type=click.IntRange(1), help="CPU threads.  [all that the process may use]"
+)
+kv_budget_option = click.option(
+    "--kv-budget", type=Size(), metavar="ROWS", help="Rows of keys and values a layer that decode reads.  [all]"
+)
+shape_option = click.option(
+    "--shape",
+    type=LazyChoice("slimrt.bench.synthetic", "SHAPES"),
+    default="smollm2-135m",
+    show_default=True,
+    help="Whose sizes.",
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout and nothing else there.")
 output_path = click.Path(path_type=Path, dir_okay=False)
+
+
+def repeats_option(default: int) -> Decorator[Any]:
+    """``--repeats`` of a benchmark."""
+    return click.option(
+        "--repeats", type=click.IntRange(1), default=default, show_default=True, help="Runs of each; medians are shown."
+    )
 
 
 def file_option(text: str) -> Decorator[Any]:
@@ -150,9 +174,8 @@ def load_options(command: Command) -> Command:
         click.option("--prune", default="auto", show_default=True, metavar="auto|fast|off|PLAN.json",
                      help="Which prompt tokens leave the forward pass early."),
         device_option,
-        click.option("--threads", "-t", type=click.IntRange(1), help="CPU threads.  [all that the process may use]"),
-        click.option("--kv-budget", type=Size(), metavar="ROWS",
-                     help="Rows of keys and values a layer that decode reads.  [all]"),
+        threads_option,
+        kv_budget_option,
         click.option("--rope-scaling", type=click.Choice(["none", "linear", "yarn"]),
                      help="How RoPE is stretched.  [yarn past the trained context]"),
         click.option("--rope-base", type=float, metavar="BASE", help="RoPE's base frequency.  [the model's]"),
