@@ -20,17 +20,18 @@ from slimrt.presets import fingerprint
 
 
 def measured(report: dict[str, Any], name: str) -> dict[str, Any]:
-    """Losses of a plan against the dense run, positive where it is worse, and times to first token."""
+    """Losses of a plan against the dense run, positive where it is worse, and times to first token at the longest prompts."""
 
     def values(plan: str, task: str, metric: str) -> list[float]:
         return [r["metrics"][metric] for r in report["results"] if (r["plan"], r["task"]) == (plan, task)]
 
     recall, continuation = (values(name, task, "kl") for task in ("recall", "continuation"))
-    seconds = {timing["plan"]: timing["ttft_s"] for timing in report["ttft"]}
+    lengths = sorted({timing["length"] for timing in report["ttft"]})
+    seconds = {timing["plan"]: timing["ttft_s"] for timing in report["ttft"] if timing["length"] == lengths[-1]}
     return {
         "measured": {
             "samples": len(recall) + len(continuation),
-            "length": report["ttft"][0]["length"],
+            "lengths": lengths,
             "kl": mean([*recall, *continuation]),
             "recall_drop": mean(values("dense", "recall", "accuracy")) - mean(values(name, "recall", "accuracy")),
             "nll_rise": mean(values(name, "continuation", "nll")) - mean(values("dense", "continuation", "nll")),

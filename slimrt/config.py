@@ -228,7 +228,7 @@ class PrunePlan:
     ``local_blocks`` blocks always stay; the others compete by ``score``, computed from the queries of the last
     ``query_window`` prompt tokens. A block is wanted at least ``follow`` times as much as the one before it: attention
     finds where a passage begins, and what is read or quoted is what comes next. Prompts of fewer than ``min_tokens``
-    run dense.
+    run dense, and no fraction leaves fewer than ``min_keep`` tokens: short prompts lose more by the same one.
 
     ``windows`` limit how far back heads of the layers before the first cut look: those layers compute every token, and
     most of the time of a long prompt is their attention. The last ``full_rows`` tokens of the prompt, the question most
@@ -244,6 +244,7 @@ class PrunePlan:
     query_window: int = 16
     follow: float = 1.0
     min_tokens: int = 0
+    min_keep: int = 0
     windows: tuple[Window, ...] = ()
     full_rows: int = 256
 
@@ -262,13 +263,14 @@ class PrunePlan:
         object.__setattr__(self, "windows", _windows(self.windows))
         if not isinstance(self.score, str):
             raise SettingError(f"prune plan: score {self.score!r} must be a name")
-        for name in ("block", "unit", "query_window", "local_blocks", "sink_blocks", "min_tokens", "full_rows"):
+        not_negative = ("sink_blocks", "min_tokens", "min_keep", "full_rows")
+        for name in ("block", "unit", "query_window", "local_blocks", *not_negative):
             if not _is_whole(getattr(self, name)):
                 raise SettingError(f"prune plan: {name} {getattr(self, name)!r} must be a whole number")
         for name in ("block", "unit", "query_window", "local_blocks"):
             if getattr(self, name) < 1:
                 raise SettingError(f"prune plan: {name} {getattr(self, name)} must be at least 1")
-        for name in ("sink_blocks", "min_tokens", "full_rows"):
+        for name in not_negative:
             if getattr(self, name) < 0:
                 raise SettingError(f"prune plan: {name} {getattr(self, name)} must be at least 0")
         if isinstance(self.follow, bool) or not isinstance(self.follow, int | float) or not 0 <= self.follow <= 1:

@@ -75,7 +75,7 @@ def schedule(plan: PrunePlan, tokens: int) -> tuple[Cut, ...]:
     always = plan.sink_blocks + local_blocks(plan, tokens)
     cuts: list[Cut] = []
     for stage in plan.stages:
-        keep = math.ceil(stage.keep * tokens) if isinstance(stage.keep, float) else stage.keep
+        keep = max(plan.min_keep, math.ceil(stage.keep * tokens)) if isinstance(stage.keep, float) else stage.keep
         blocks = max(always, -(-keep // plan.block))
         before = cuts[-1].blocks if cuts else total
         if blocks < before:

@@ -195,6 +195,13 @@ def test_best_blocks_stay() -> None:
         assert sorted(set(rows // 64)) == kept
 
 
+def test_no_fraction_leaves_fewer_tokens_than_the_least() -> None:
+    plan = PrunePlan((Stage(3, 0.5), Stage(5, 0.25), Stage(7, 128)), min_keep=640)
+    assert [cut.blocks for cut in schedule(plan, 6400)] == [50, 25, 2]
+    assert [(cut.layer, cut.blocks) for cut in schedule(plan, 1600)] == [(3, 13), (5, 10), (7, 2)]
+    assert [(cut.layer, cut.blocks) for cut in schedule(plan, 640)] == [(7, 2)]  # what is named in tokens is kept to
+
+
 def test_plans_are_checked(tmp_path: Path, llm: slimrt.LLM) -> None:
     for stages, message in (
         ((Stage(14, 0.0),), "keeps 0.0"),
@@ -234,6 +241,8 @@ def test_plans_are_checked(tmp_path: Path, llm: slimrt.LLM) -> None:
         {"score": None},
         {"min_tokens": -1},
         {"full_rows": -1},
+        {"min_keep": -1},
+        {"min_keep": 0.5},
         {"follow": -0.5},
         {"follow": 1.5},
         {"follow": True},
