@@ -182,9 +182,7 @@ class BenchResult:
             f"{b['internal_api']} {b['version']} ({b.get('architecture') or 'unknown'} kernels)" for b in env["blas"]
         )
         versions = [f"{name} {env[name]}" for name in ("slimrt", "numpy", "llama_cpp_python", "python") if name in env]
-        asked = (
-            f"; again: a further question of {self.settings['follow_up']} tokens" if self.settings["follow_up"] else ""
-        )
+        asked = self.settings["follow_up"]
         lines = [
             f"medians of {self.settings['repeats']} runs, programs in turn; x: times as fast as {self.reference}",
             *([f"again: the first token of a further answer, after a question of {asked} tokens"] if asked else []),
