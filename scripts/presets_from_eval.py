@@ -20,7 +20,7 @@ from slimrt.presets import fingerprint
 
 
 def measured(report: dict[str, Any], name: str) -> dict[str, Any]:
-    """Losses of a plan against the dense run, positive where it is worse, and times to first token at the longest prompts."""
+    """Losses of a plan against the dense run, positive where it is worse, and times to the first token."""
 
     def values(plan: str, task: str, metric: str) -> list[float]:
         return [r["metrics"][metric] for r in report["results"] if (r["plan"], r["task"]) == (plan, task)]

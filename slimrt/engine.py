@@ -162,7 +162,7 @@ class Engine:
 
     def decode_step(self, context: Context, token: int) -> np.ndarray:
         """Read one token; returns the next-token logits [V] (a host array). Raises as ``logits`` does."""
-        if self._decoder is None or not self._decoder.reads(context.cache):
+        if self._decoder is None:
             return self.logits(self.prefill(context, [token], exact=False)[0])[0]
         middle = None if context.boundary is None else context.boundary.layer
         logits, hidden = self._decoder.step(context.cache, token, context.length, middle=middle)
@@ -174,7 +174,8 @@ class Engine:
     @functools.cached_property
     def _decoder(self) -> Decoder | None:
         """The backend's own way to read a token, if it has one: made when the first token is decoded."""
-        decoder: Decoder | None = self.ops.decoder(self.model) if self._whole_tokens else None
+        budget = self.cache_config is not None and self.cache_config.budget is not None
+        decoder: Decoder | None = self.ops.decoder(self.model, budget=budget) if self._whole_tokens else None
         return decoder
 
     @_computing

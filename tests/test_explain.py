@@ -108,9 +108,11 @@ def test_the_best_scored_go_on(seen: Explanation) -> None:
     for place in range(len(seen.cuts)):
         there = [b for b in seen.blocks if b.survived >= place]
         assert all(len(b.scores) == min(b.survived + 1, len(seen.cuts)) for b in seen.blocks)
-        free = [b for b in there if not b.always]
-        passed = [b.scores[place] for b in free if b.survived > place]
-        failed = [b.scores[place] for b in free if b.survived == place]
+        scores = [b.scores[place] for b in there]
+        wanted = zip(there, map(max, scores, [0.0, *scores]), strict=True)  # for its own sake, or to go on
+        free = [(b, most) for b, most in wanted if not b.always]
+        passed = [most for b, most in free if b.survived > place]
+        failed = [most for b, most in free if b.survived == place]
         assert not passed or not failed or min(passed) >= max(failed)
     assert all(b.survived == len(seen.cuts) for b in seen.blocks if b.always)
     assert seen.blocks[0].always == "start" and seen.blocks[-1].always == "end"

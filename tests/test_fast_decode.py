@@ -39,7 +39,7 @@ SLACK = 4  # times the error of the naive float32 computation, see test_engine
 class LayerByLayer(FastOps):
     """The same kernels without the program for a whole token: what the program is held against."""
 
-    def decoder(self, model: object) -> None:  # type: ignore[override]
+    def decoder(self, model: object, *, budget: bool = False) -> None:  # type: ignore[override]
         return None
 
 

@@ -426,8 +426,8 @@ def test_bytes_in_timings(tiny: Path, ids: list[int]) -> None:
     timings = small.generate(ids[:512], max_tokens=1).timings
     row = small.engine.kv_bytes_per_token
     assert timings.kv_bytes_host == 512 * row
-    # Means are of keys only, in float32: one a unit of 8 rows, one a group of 8 blocks of 16 rows.
-    means = (512 // 8 + 512 // 128) * small.config.kv_bytes_per_token // 2
+    # Means are of keys only, in their type: one a unit of 8 rows, one a group of 8 blocks of 16 rows.
+    means = (512 // 8 + 512 // 128) * row // 2
     assert timings.kv_bytes_device == 128 * row + means
 
 

@@ -271,7 +271,9 @@ def _misses(findings: Findings) -> float:
 def _survivors(measured: Iterable[Measured], bounds: Bounds, count: int) -> list[PrunePlan]:
     """``count`` plans that may be within ``bounds``: the cheapest, the one that loses least, and some between them."""
     front = _front(sorted(measured, key=lambda one: one.work), bounds)
-    picked = np.unique(np.linspace(0, len(front) - 1, count).round().astype(int)) if front else []
+    if not front:
+        return []
+    picked = np.unique(np.linspace(0, len(front) - 1, count).round().astype(int))
     return [front[at].plan for at in picked]
 
 

@@ -41,10 +41,6 @@ class CapturedDecode:
         self._stores: list[Array] = []
         self._graph: Any = None
 
-    def reads(self, cache: Cache) -> bool:
-        """Only where everything is resident: what a cache with a budget chooses is not known when a graph begins."""
-        return isinstance(cache, KVCache)
-
     def step(
         self, cache: Cache, token: int, position: int, *, middle: int | None = None
     ) -> tuple[np.ndarray, Array | None]:

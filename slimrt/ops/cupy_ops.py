@@ -136,11 +136,12 @@ class CupyOps(CupyMemory, LayerOps):
                 graph = stream.end_capture()
         return Captured(graph, self._compute, pool, result)
 
-    def decoder(self, model: Any) -> CapturedDecode | None:
-        """Decode by captured graphs; None where the kernel of a single query does not take the model's heads, and for
-        streamed weights, which move."""
+    def decoder(self, model: Any, *, budget: bool = False) -> CapturedDecode | None:
+        """Decode by captured graphs; None where the kernel of a single query does not take the model's heads, for
+        streamed weights, which move, and under a budget: what the cache chooses is not known when a graph begins."""
         c: ModelConfig = model.config
-        return None if model.streamed or c.n_heads // c.n_kv_heads > _MAX_GROUP else CapturedDecode(model, self)
+        moves, wide = budget or model.streamed, c.n_heads // c.n_kv_heads > _MAX_GROUP
+        return None if moves or wide else CapturedDecode(model, self)
 
     # -- compute ----------------------------------------------------------------------------------------------------
 

@@ -13,10 +13,8 @@ __all__ = ["Decoder"]
 
 
 class Decoder(Protocol):
-    """Made by a backend's ``decoder(model)``; None there: the engine goes through the layers as for many tokens."""
-
-    def reads(self, cache: Cache) -> bool:
-        """Whether ``step`` can work on a cache of this kind."""
+    """Made by a backend's ``decoder(model, budget=...)`` for caches with or without a budget of resident rows; None
+    there: the engine goes through the layers as for many tokens."""
 
     def step(
         self,

@@ -97,7 +97,7 @@ class NumpyOps(NumpyMemory, LayerOps):
             at += part.shape[0]
         return stacked
 
-    def decoder(self, model: Any) -> None:
+    def decoder(self, model: Any, *, budget: bool = False) -> None:
         """None: a token goes through the layers one operation after the other, see ``slimrt.ops.decoding``."""
 
     # -- parallel structure -----------------------------------------------------------------------------------------

@@ -276,10 +276,6 @@ class Decoder:
 
     # -- a token ------------------------------------------------------------------------------------------------------
 
-    def reads(self, cache: Cache) -> bool:
-        """Any cache: see ``slimrt.ops.decoding.Decoder``."""
-        return True
-
     def step(
         self, cache: Cache, token: int, position: int, *, middle: int | None = None
     ) -> tuple[np.ndarray, np.ndarray | None]:

@@ -83,8 +83,9 @@ class FastOps(NumpyOps):
     def _ready(self, weight: FastWeight) -> Panels:
         return weight.panels or self._panels.make(weight.parts)
 
-    def decoder(self, model: Any) -> Decoder | None:  # type: ignore[override]
-        """A program for a whole token; None for a model with heads of a width that its attention does not take."""
+    def decoder(self, model: Any, *, budget: bool = False) -> Decoder | None:  # type: ignore[override]
+        """A program for a whole token, under a budget as well; None for a model with heads of a width that its
+        attention does not take."""
         return None if model.config.head_dim % 16 else Decoder(self, model)
 
     # -- parallel structure -----------------------------------------------------------------------------------------
