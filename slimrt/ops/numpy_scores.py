@@ -78,10 +78,12 @@ def token_mass(q: Array, k: Array, block: int, unit: int) -> Array:
 
 
 def _strongest(weights: Array, block: int) -> Array:
+    """token_max of attention weights [H, W, N] -> [B]."""
     return _per_block(weights.max(axis=(0, 1)), block, np.maximum)
 
 
 def _mass(weights: Array, block: int) -> Array:
+    """token_mass of attention weights [H, W, N] -> [B]."""
     return _per_block(weights.mean(axis=1), block, np.add).max(axis=0)
 
 
