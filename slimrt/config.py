@@ -76,7 +76,9 @@ class CacheConfig:
     and the one being filled, and those whose units (``unit`` rows, of which the mean key stays resident) the query
     wants most by ``score``. In a context of more than ``shortlist`` times the budget only the units of the best groups
     of ``group`` blocks are compared, found by the groups' mean keys: a choice costs about the same however long the
-    context is. One choice serves ``select_every`` layers; blocks move only if less than ``overlap`` of it is resident,
+    context is. What a block was wanted for by the queries before counts as well, times ``decay`` for each token since
+    then (0: not at all). A layer chooses anew for every ``choose_every``-th token and when a block is full; layers take
+    turns. One choice serves ``select_every`` layers; blocks move only if less than ``overlap`` of it is resident,
     and up to ``lookahead`` layers before the one that computes.
     """
 
@@ -90,16 +92,19 @@ class CacheConfig:
     select_every: int = 1
     group: int = 8
     shortlist: int = 4
+    decay: float = 0.85
+    choose_every: int = 2
     overlap: float = 0.9
     lookahead: int = 1
 
     def __post_init__(self) -> None:
         for name, low in (("block", 1), ("unit", 1), ("local_blocks", 0), ("sink_blocks", 0), ("select_every", 1)):
             _check(getattr(self, name), name, low, math.inf)
-        for name in ("group", "shortlist"):
+        for name in ("group", "shortlist", "choose_every"):
             _check(getattr(self, name), name, 1, math.inf)
         _check(self.lookahead, "lookahead", 1, math.inf)
         _check(self.overlap, "overlap", 0, 1)
+        _check(self.decay, "decay", 0, 1)
         if self.block % self.unit:
             raise SettingError(f"KV cache: block {self.block} must be a multiple of unit {self.unit}")
         if self.budget is None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,17 +20,16 @@ Fence = Any  # the backend's fence
 _SLAB_ROWS = 1024  # host memory is taken in slabs: pinning is slow, and a slab is never moved or given back
 
 
-@dataclass(frozen=True)
 class Choice:
-    """Blocks to read: complete ones, ascending, and ``tail``, the block that holds the newest row."""
+    """Blocks to read: those of ``kept`` [tail] bool, and ``tail``, the block that holds the newest row."""
 
-    complete: tuple[int, ...]
-    tail: int
+    def __init__(self, kept: np.ndarray) -> None:
+        self.kept, self.tail = kept, len(kept)
+        self.complete = np.flatnonzero(kept)
 
     def overlap(self, other: Choice) -> float:
-        """The share of this choice's blocks that the other has too."""
-        mine, others = {*self.complete, self.tail}, {*other.complete, other.tail}
-        return len(mine & others) / len(mine)
+        """The share of this choice's blocks that the other, which ends in the same tail, has too."""
+        return (1 + int(np.count_nonzero(other.kept[self.complete]))) / (1 + len(self.complete))
 
 
 def choose(scores: np.ndarray | None, tail: int, config: CacheConfig) -> Choice:
@@ -39,16 +37,17 @@ def choose(scores: np.ndarray | None, tail: int, config: CacheConfig) -> Choice:
 
     Without scores later blocks are better. Ties go to the earlier block.
     """
-    wanted = np.arange(tail, dtype=np.float64) if scores is None else scores.astype(np.float64)
+    wanted = np.arange(tail, dtype=np.float32) if scores is None else scores.copy()
     wanted[: config.sink_blocks] = math.inf
     wanted[max(0, tail - config.local_blocks) :] = math.inf
     count = config.slots - 1
     if not 0 < count < tail:
-        return Choice(tuple(range(min(count, tail))), tail)
-    least = np.partition(wanted, tail - count)[tail - count]
+        return Choice(np.arange(tail) < count)
+    rivals = wanted[wanted > -math.inf]  # in a long context a small part
+    least = np.partition(rivals, -count)[-count] if count <= len(rivals) else -math.inf
     kept = wanted > least
     kept[np.flatnonzero(wanted == least)[: count - np.count_nonzero(kept)]] = True
-    return Choice(tuple(np.flatnonzero(kept).tolist()), tail)
+    return Choice(kept)
 
 
 class HostBlocks:
@@ -119,6 +118,8 @@ class LayerRows:
         self.means, self._group_means = ops.empty(none, ops.kv_type), ops.empty(none, ops.kv_type)
         self.selects = False  # whether this layer chooses for its group, and so needs means
         self._slot_positions = np.empty(self.capacity, np.int64)
+        self._wishes: np.ndarray  # what the last choice was made by
+        self._wished_at: int  # how many rows there were then
         self._fetches: list[Fence] = []
         self._spills: list[Fence] = []
         self.reset()
@@ -131,8 +132,9 @@ class LayerRows:
         self.positions.truncate(0)
         self.spilled = False
         self.choice: Choice | None = None
-        self.slots: list[int] = []  # block in each slot, once spilled
+        self.slots = np.empty(0, np.int64)  # block in each slot, once spilled; -1 for none
         self.on_host = 0  # complete blocks in host memory
+        self.forget_wishes()
 
     # -- copies under way ---------------------------------------------------------------------------------------------
 
@@ -172,23 +174,22 @@ class LayerRows:
             self.begin_spilling()
         self.settle()
         block, last = self._config.block, len(choice.complete)
-        where = {number: slot for slot, number in enumerate(self.slots)}
-        moves: list[tuple[int, int]] = []  # (block, slot) for those that change their place
+        where = {number: slot for slot, number in enumerate(self.slots[last:].tolist(), last)}
+        if choice.tail in self.slots:
+            where[choice.tail] = self._slot_of(choice.tail)
+        slots = np.full(last + 1, -1)
+        slots[: len(self.slots)] = self.slots[: last + 1]
+        slots[last] = choice.tail
+        stays = (slots >= 0) & (slots < choice.tail)
+        stays[stays] = choice.kept[slots[stays]]
+        missing = choice.kept.copy()
+        missing[slots[stays]] = False
+        free = np.flatnonzero(~stays[:last])
+        slots[free] = np.flatnonzero(missing)
+        moves = list(zip(slots[free].tolist(), free.tolist(), strict=True))  # (block, slot) of what changes its place
         if len(self) > choice.tail * block and where.get(choice.tail) != last:
-            moves.append((choice.tail, last))
-        slots = [-1] * last
-        missing = []
-        for number in choice.complete:
-            slot = where.get(number, last)
-            if slot < last:
-                slots[slot] = number
-            else:
-                missing.append(number)
-        free = [slot for slot, number in enumerate(slots) if number < 0]
-        moves += zip(missing, free, strict=True)
-        for number, slot in zip(missing, free, strict=True):
-            slots[slot] = number
-        self.slots = [*slots, choice.tail]
+            moves.insert(0, (choice.tail, last))
+        self.slots = slots
         # A block in another slot (the tail after truncation, the block that was the tail) moves on the device at once;
         # what comes from the host may then overwrite where it lay.
         fetched = []
@@ -205,7 +206,7 @@ class LayerRows:
 
     def begin_spilling(self) -> None:
         """All slots are full, and one row more comes: from now on the host has the blocks as well."""
-        self.slots = list(range(self._config.slots))
+        self.slots = np.arange(self._config.slots)
         self._slot_positions[:] = self.positions.array
         self.spilled = True
         self._spill(self._slots_memory(), 0, self._config.slots)
@@ -238,27 +239,47 @@ class LayerRows:
         """Unit means of complete blocks ``first`` to ``last``; keys [Hkv, rows from ``first`` on, Dh]."""
         if not self.selects:
             return
-        units = self._config.block // self._config.unit
-        rows = keys[:, : (last - first) * self._config.block]
-        self.means = self._room(self.means, first * units, last * units)
-        self.means[:, first * units : last * units] = self._ops.unit_means(rows, self._config.unit)
+        c = self._config
+        units = c.block // c.unit
+        rows = keys[:, : (last - first) * c.block]
+        self.means = self._room(self.means, first * units, last * units, c.group * units)
+        self.means[:, first * units : last * units] = self._ops.unit_means(rows, c.unit)
         # Of the groups those that are complete now; the first may have begun with blocks that were known before.
-        group, begun, complete = self._config.group, first // self._config.group, last // self._config.group
+        begun, complete = first // c.group, last // c.group
         if begun < complete:
-            members = self.means[:, begun * group * units : complete * group * units]
-            self._group_means = self._room(self._group_means, begun, complete)
-            self._group_means[:, begun:complete] = self._ops.unit_means(members, group * units)
+            members = self.means[:, begun * c.group * units : complete * c.group * units]
+            self._group_means = self._room(self._group_means, begun, complete, 1)
+            self._group_means[:, begun:complete] = self._ops.unit_means(members, c.group * units)
 
-    def _room(self, means: Array, held: int, wanted: int) -> Array:
-        """``means`` [Hkv, n, Dh] with at least ``wanted`` columns, the first ``held`` as they were."""
+    def _room(self, means: Array, held: int, wanted: int, multiple: int) -> Array:
+        """``means`` [Hkv, n, Dh], n a ``multiple`` and at least ``wanted``, the first ``held`` as they were."""
         if wanted <= means.shape[1]:
             return means
-        grown = self._ops.empty((means.shape[0], 2 * wanted, means.shape[2]), self._ops.kv_type)
+        shape = means.shape[0], -(-2 * wanted // multiple) * multiple, means.shape[2]
+        grown = self._ops.empty(shape, self._ops.kv_type)
         grown[:, :held] = means[:, :held]
         return grown
 
     def wanted(self, q: Array, tail: int) -> np.ndarray:
-        """How much the query q [1, H, Dh] wants each of the first ``tail`` blocks -> [tail] on the host, or -inf.
+        """How much the query q [1, H, Dh] wants each of the first ``tail`` blocks -> [tail] float32 on the host.
+
+        What the queries before it wanted counts too, less with each token (``decay``): what they read is read again
+        soon, and what one could not tell by the units' means another could. Blocks that none was compared with have
+        -inf. The array is kept: it may not be changed.
+        """
+        scores = self._compared(q, tail)
+        if self._config.decay:
+            earlier = self._wishes * np.float32(self._config.decay ** (len(self) - self._wished_at))
+            np.maximum(scores[: len(earlier)], earlier, out=scores[: len(earlier)])
+            self._wishes, self._wished_at = scores, len(self)
+        return scores
+
+    def forget_wishes(self) -> None:
+        """The next query counts alone."""
+        self._wishes, self._wished_at = np.empty(0, np.float32), 0
+
+    def _compared(self, q: Array, tail: int) -> np.ndarray:
+        """The score of each of the first ``tail`` blocks, [tail] on the host, or -inf.
 
         All are compared by their units while they are few; else the units of the best groups only (two levels, as in
         HiP, arXiv 2406.09827), and of the blocks behind the last complete group.
@@ -270,10 +291,14 @@ class LayerRows:
         groups, taken = tail // c.group, max(1, short // c.group)
         coarse = score(c.score, q, self._group_means[:, :groups], 1, 1)
         best = np.sort(np.argpartition(coarse, groups - taken)[groups - taken :])
-        blocks = (best[:, None] * c.group + np.arange(c.group)).reshape(-1)
-        blocks = np.concatenate([blocks, np.arange(groups * c.group, tail)])
-        rows = (blocks[:, None] * units + np.arange(units)).reshape(-1)
-        fine = self._ops.columns(self.means, rows)
+        begun = tail % c.group  # blocks of the group that is not complete: the last of the shortlist
+        if begun:
+            best = np.append(best, groups)
+        count = taken * c.group + begun
+        blocks = (best[:, None] * c.group + np.arange(c.group)).reshape(-1)[:count]
+        heads, _, width = self.means.shape
+        fine = self._ops.columns(self.means.reshape(heads, -1, c.group * units * width), best)
+        fine = fine.reshape(heads, -1, width)[:, : count * units]
         scores = np.full(tail, -math.inf, np.float32)
         scores[blocks] = score(c.score, q, fine, units, 1)
         return scores
@@ -297,7 +322,7 @@ class LayerRows:
         block = self._config.block
         tail, begun = divmod(len(self), block)
         if begun and tail in self.slots:
-            slot[:, :, tail * block : len(self)] = self._views[self.slots.index(tail)][:, :, :begun]
+            slot[:, :, tail * block : len(self)] = self._views[self._slot_of(tail)][:, :, :begun]
 
     def settle_from(self, slot: Array, choice: Choice | None) -> None:
         """Fill the resident slots anew from ``slot``, which holds all rows; ``choice`` None: they fit."""
@@ -305,14 +330,17 @@ class LayerRows:
         self.choice, self.spilled = choice, choice is not None
         if choice is None:
             resident[:, :, : len(self)] = slot[:, :, : len(self)]
-            self.slots, self.on_host = [], 0
+            self.slots, self.on_host = np.empty(0, np.int64), 0
             return
-        self.slots = [*choice.complete, choice.tail]
-        for place, number in enumerate(self.slots):
+        self.slots = np.append(choice.complete, choice.tail)
+        for place, number in enumerate(self.slots.tolist()):
             positions = self.positions.array[_rows(number, block)]
             at, start = place * block, number * block
             resident[:, :, at : at + len(positions)] = slot[:, :, start : start + len(positions)]
             self._slot_positions[at : at + len(positions)] = positions
+
+    def _slot_of(self, block: int) -> int:
+        return int(np.flatnonzero(self.slots == block)[0])
 
     # -- forgetting ---------------------------------------------------------------------------------------------------
 
@@ -327,9 +355,10 @@ class LayerRows:
         self.positions.truncate(rows)
         if self.spilled:
             tail, begun = divmod(rows, self._config.block)
+            self.forget_wishes()
             self.on_host = min(self.on_host, tail)
             # What stays resident is the block that rows will be appended to; the next choice brings the others back.
-            self.slots = [number if begun and number == tail else -1 for number in self.slots]
+            self.slots = np.where((self.slots == tail) & (begun > 0), tail, -1)
             self.choice = None
 
     # -- looking ------------------------------------------------------------------------------------------------------
@@ -345,7 +374,7 @@ class LayerRows:
         if not self.spilled:
             whole[:, :, :n] = self._ops.to_host(self._slots_memory()[:, :, :n])
         elif begun and tail in self.slots:
-            whole[:, :, tail * block : n] = self._ops.to_host(self._views[self.slots.index(tail)][:, :, :begun])
+            whole[:, :, tail * block : n] = self._ops.to_host(self._views[self._slot_of(tail)][:, :, :begun])
         return whole[0, :, :n], whole[1, :, :n], self.positions.array
 
     @property
@@ -353,7 +382,7 @@ class LayerRows:
         if not self.spilled:
             return len(self) * self.row_bytes
         block = self._config.block
-        held = sum(min(block, len(self) - number * block) for number in self.slots if number >= 0)
+        held = sum(min(block, len(self) - number * block) for number in self.slots.tolist() if number >= 0)
         means = self.on_host * (block // self._config.unit) + self.on_host // self._config.group if self.selects else 0
         mean_bytes = self.means.shape[0] * self.means.shape[2] * self.means.dtype.itemsize
         return held * self.row_bytes + means * mean_bytes

@@ -111,29 +111,33 @@ class OffloadedKVCache:
             other = self._layers[number]
             # After a pass that broke off a layer may be spilled and its neighbour not, though both hold the same rows.
             spilled = other.spilled or len(rows) == rows.capacity
-            if self._first[number] == first and spilled and other.choice != choice:
+            if self._first[number] == first and spilled and other.choice is not choice:
                 other.move_to(choice)
         return rows.append_one(k, v, positions)
 
     def _decode_choice(self, layer: int, q: Array | None) -> Choice:
         """What the layer reads when one row more has come: all if it fits, else what its group chooses.
 
-        The group's present choice serves as long as enough of what is wanted now is in it.
+        The group's present choice serves until the group's turn comes, and then as long as enough of what is wanted
+        now is in it.
         """
         rows, first = self._layers[layer], self._first[layer]
-        tail = len(rows) // self._config.block
+        tail, present = len(rows) // self._config.block, rows.choice
+        if present is not None and present.tail != tail:
+            present = None
         if tail < self._config.slots:
-            return choose(None, tail, self._config)
+            return present or choose(None, tail, self._config)
         if layer == first:
             if not rows.spilled:
                 rows.begin_spilling()
-            choice, present = self._choose(rows, tail, q), rows.choice
-            if present is not None and present.tail == tail and choice.overlap(present) >= self._config.overlap:
-                self.transfers.hits += 1
-                self._choices[first] = present
-            else:
-                self.transfers.swaps += 1
-                self._choices[first] = choice
+            if present is None or (len(rows) + layer) % self._config.choose_every == 0:
+                choice = self._choose(rows, tail, q)
+                if present is None or choice.overlap(present) < self._config.overlap:
+                    self.transfers.swaps += 1
+                    present = choice
+                else:
+                    self.transfers.hits += 1
+            self._choices[first] = present
         return self._choices[first]
 
     def _choose(self, rows: LayerRows, tail: int, q: Array | None) -> Choice:
@@ -162,6 +166,7 @@ class OffloadedKVCache:
             rows.learn_means(slot[0, :, lacking * block :], lacking, n // block)
             first = self._first[layer]
             if layer == first:
+                rows.forget_wishes()  # so that what follows a prompt does not depend on how it was read
                 self._choices[first] = self._choose(rows, (n - 1) // block, None if q is None else q[-1:])
             choice = self._choices[first]
         rows.settle_from(slot, choice)

@@ -17,7 +17,7 @@ from slimrt.config import CacheConfig
 from slimrt.engine import Context, Engine
 from slimrt.errors import ComputeError, SettingError
 from slimrt.gguf import GGUFFile
-from slimrt.kv_blocks import Choice, LayerRows, choose
+from slimrt.kv_blocks import LayerRows, choose
 from slimrt.kv_cache import KVCache
 from slimrt.kv_offload import OffloadedKVCache
 from slimrt.models import build, read_config
@@ -28,7 +28,9 @@ from tests.deferred_ops import DeferredOps, ForgetfulOps, TooEarly
 from tests.kv_schedule import HEADS, KV_HEADS, LAYERS, WIDTH, Schedule, sizes
 from tests.tiny_gguf import write_tiny_llama
 
-SMALL = CacheConfig(1 << 20, budget=16, block=4, unit=2, sink_blocks=1, local_blocks=1, select_every=2, lookahead=2)
+SMALL = CacheConfig(
+    1 << 20, 16, block=4, unit=2, sink_blocks=1, local_blocks=1, select_every=2, lookahead=2, decay=0, choose_every=1
+)
 CUTS = ((1, 0.5), (3, 0.5))
 
 
@@ -59,6 +61,8 @@ def configs(draw: st.DrawFn) -> CacheConfig:
         local_blocks=local,
         select_every=draw(st.integers(1, 4)),
         overlap=draw(st.sampled_from([0.0, 0.5, 0.9, 1.0])),
+        decay=draw(st.sampled_from([0.0, 0.85, 1.0])),
+        choose_every=draw(st.integers(1, 3)),
         lookahead=draw(st.integers(1, 3)),
         score=draw(st.sampled_from(["token_max", "token_mass"])),
     )
@@ -171,16 +175,18 @@ def test_a_failed_copy_surfaces_and_can_be_recovered_from() -> None:
 def test_choose() -> None:
     config = CacheConfig(1000, budget=6 * 4, block=4, unit=2, sink_blocks=1, local_blocks=2)
     scores = np.array([0, 5, 1, 9, 5, 3, 0, 0], np.float32)
-    assert choose(scores, 8, config) == Choice((0, 1, 3, 6, 7), 8)  # 1 and 4 tie
-    assert choose(None, 8, config) == Choice((0, 4, 5, 6, 7), 8)
-    assert choose(None, 3, config) == Choice((0, 1, 2), 3)
+    chosen = choose(scores, 8, config)
+    assert (chosen.complete.tolist(), chosen.tail) == ([0, 1, 3, 6, 7], 8)  # 1 and 4 tie
+    latest = choose(None, 8, config)
+    assert (latest.complete.tolist(), latest.tail) == ([0, 4, 5, 6, 7], 8)
+    assert choose(None, 3, config).complete.tolist() == [0, 1, 2]
     assert scores.tolist() == [0, 5, 1, 9, 5, 3, 0, 0]
-    assert Choice((0, 1, 2), 3).overlap(Choice((0, 1, 4), 3)) == 0.75
+    assert chosen.overlap(latest) == latest.overlap(chosen) == 4 / 6  # 0, 6, 7 and the tail
 
 
 def test_decode_reads_the_blocks_that_the_query_wants() -> None:
     """The query is the longest key of a head, so no key fits it better: its block is read whatever else is."""
-    config = CacheConfig(1 << 20, budget=24, block=4, unit=1, sink_blocks=1, local_blocks=1, shortlist=100)
+    config = CacheConfig(1 << 20, 24, block=4, unit=1, sink_blocks=1, local_blocks=1, shortlist=100, choose_every=1)
     run = Schedule(NumpyOps(1), config)
     run.read(200)
     for turn in range(3):
@@ -213,7 +219,9 @@ def test_layers_share_a_choice_but_not_across_a_cut() -> None:
         (2, ((2, 0.5),), 4),  # layers 0-1, 2, 3-4, 5
     ):
         ops = Counting()
-        config = CacheConfig(1 << 20, 16, block=4, unit=2, local_blocks=1, select_every=every, shortlist=100)
+        config = CacheConfig(
+            1 << 20, 16, block=4, unit=2, local_blocks=1, select_every=every, shortlist=100, choose_every=1
+        )
         run = Schedule(ops, config)
         run.read(100, cuts=cuts)
         ops.chosen = 0
@@ -269,7 +277,8 @@ def test_a_long_context_is_searched_in_groups() -> None:
 
 def test_blocks_move_only_under_the_threshold() -> None:
     def moved(overlap: float) -> tuple[int, int]:
-        run = Schedule(DeferredOps(), CacheConfig(1 << 20, 32, block=4, unit=2, local_blocks=1, overlap=overlap))
+        config = CacheConfig(1 << 20, 32, block=4, unit=2, local_blocks=1, overlap=overlap, choose_every=1)
+        run = Schedule(DeferredOps(), config)
         run.read(101)
         before = run.cache.transfers.bytes_to_device
         run.read(1)  # within the last block
@@ -282,6 +291,44 @@ def test_blocks_move_only_under_the_threshold() -> None:
     hits, nbytes = moved(1.0)
     assert hits < LAYERS  # random queries want other blocks
     assert 0 < nbytes < LAYERS * 8 * 2 * 4 * KV_HEADS * WIDTH * 4  # of 8 slots, some stay
+
+
+def test_what_was_wanted_counts_less_with_each_token() -> None:
+    """A layer's scores are the largest of each query's own, times ``decay`` for every row since."""
+    rng = np.random.default_rng(7)
+    ops = NumpyOps(1)
+    keys = rng.standard_normal((KV_HEADS, 80, WIDTH), dtype=np.float32)
+    queries = rng.standard_normal((3, 1, HEADS, WIDTH), dtype=np.float32) * 5
+    for decay in (0.0, 0.5, 1.0):
+        rows = LayerRows(
+            ops, CacheConfig(1 << 20, 16, block=4, unit=2, local_blocks=1, decay=decay), sizes(), Transfers()
+        )
+        rows.selects = True
+        rows.learn_means(keys, 0, 20)
+        ends = (80, 81, 83)  # the last comes two rows later
+        for q, end in zip(queries, ends, strict=True):
+            rows.positions.append(np.arange(len(rows), end))
+            found = rows.wanted(q, 20)
+        means = keys.reshape(KV_HEADS, 40, 2, WIDTH).mean(axis=2)
+        own = [ops.score_blocks("token_max", q, means, 2, 1) for q in queries]
+        faded = [scores * np.float32(decay ** (83 - end)) for scores, end in zip(own, ends, strict=True)]
+        np.testing.assert_allclose(found, np.max(faded, axis=0) if decay else own[2], rtol=1e-5)
+        rows.forget_wishes()
+        np.testing.assert_allclose(rows.wanted(queries[1], 20), own[1], rtol=1e-5)
+    ops.close()
+
+
+def test_layers_take_turns_to_choose() -> None:
+    """Each layer chooses for every third token, and for the first of a new block, whose tail is another."""
+    run = Schedule(DeferredOps(), CacheConfig(1 << 20, 32, block=4, unit=2, local_blocks=1, choose_every=3))
+    run.read(101)
+    turns = []
+    rows = range(101, 113)
+    for _ in rows:
+        before = run.cache.transfers.hits + run.cache.transfers.swaps
+        run.read(1)
+        turns.append(run.cache.transfers.hits + run.cache.transfers.swaps - before)
+    assert turns == [LAYERS if row % 4 == 0 else LAYERS // 3 for row in rows]
 
 
 @pytest.mark.parametrize("budget", [1024, 2048])

@@ -22,10 +22,11 @@ from slimrt.ops.fast.dots import FORMATS
 from slimrt.ops.fast.features import Features, detect
 from slimrt.ops.fast.flash import KEY_BLOCK, flash_kernel, pack_kernel, tile_scratch
 from slimrt.ops.fast.layer_kernels import RESULT_PANELS, ROW_GAP, feed_forward_kernel, linear_kernel, qkv_kernel
-from slimrt.ops.fast.one_query import attention_weights
+from slimrt.ops.fast.one_query import OneQuery
 from slimrt.ops.fast.panels import PanelMaker, Panels
 from slimrt.ops.fast.products import PANEL, shape_of
 from slimrt.ops.fast.team import Program, Team, address
+from slimrt.ops.numpy_memory import Fence
 from slimrt.ops.numpy_ops import ROW_CHUNK, NumpyOps
 from slimrt.ops.numpy_scores import WEIGHT_SCORES
 from slimrt.ops.reach import RUN, Reach, first_row
@@ -69,6 +70,7 @@ class FastOps(NumpyOps):
         self._shape = shape_of(self.features)
         self._panels = PanelMaker(self.features, self.team)
         self._scratch = np.empty(0, np.uint8)
+        self._one_queries: dict[tuple[int, ...], OneQuery] = {}  # by heads, KV heads, width
 
     # -- weights ----------------------------------------------------------------------------------------------------
 
@@ -87,6 +89,16 @@ class FastOps(NumpyOps):
         """A program for a whole token, under a budget as well; None for a model with heads of a width that its
         attention does not take."""
         return None if model.config.head_dim % 16 else Decoder(self, model)
+
+    # -- memory -----------------------------------------------------------------------------------------------------
+
+    def fetch_blocks(self, layer: Array, blocks: Sequence[tuple[int, Array]], after: Fence) -> Fence:
+        """See ``NumpyMemory``. The caller copies them: a token's few blocks are there before another thread begins."""
+        self.wait(after)
+        rows = blocks[0][1].shape[2]
+        for slot, block in blocks:
+            layer[:, :, slot * rows : (slot + 1) * rows] = block
+        return self.mark()
 
     # -- parallel structure -----------------------------------------------------------------------------------------
 
@@ -252,8 +264,14 @@ class FastOps(NumpyOps):
     def score_blocks(self, kind: str, q: Array, k: Array, block: int, unit: int) -> np.ndarray:
         """See ``NumpyOps``; k float16."""
         if len(q) == 1 and unit == 1 and kind in WEIGHT_SCORES and q.shape[2] % 16 == 0:
-            return WEIGHT_SCORES[kind](attention_weights(self, q, _rows_together(k))[:, None], block)
+            weights = self._one_query(q.shape[1], k.shape[0], q.shape[2]).weigh(q, _rows_together(k))
+            return WEIGHT_SCORES[kind](weights[:, None], block)
         return super().score_blocks(kind, q, k.astype(np.float32), block, unit)
+
+    def _one_query(self, *shape: int) -> OneQuery:
+        if shape not in self._one_queries:
+            self._one_queries[shape] = OneQuery(self, *shape)
+        return self._one_queries[shape]
 
     def unit_means(self, k: Array, unit: int) -> Array:
         """See ``NumpyOps``; means of float16 rows, in float32."""

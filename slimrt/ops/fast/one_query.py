@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from functools import cache
 from typing import Any
 
@@ -27,7 +28,7 @@ from slimrt.ops.fast.vectors import (
     sum_lanes,
 )
 
-__all__ = ["attention_weights"]
+__all__ = ["OneQuery"]
 
 _LOWEST = -1e30  # instead of the score of a key that does not exist
 
@@ -79,21 +80,31 @@ def _weights_kernel(features: Features, head_dim: int, group: int) -> Kernel:
     return compile_kernel(weigh, f"{features.key}-{head_dim}-{group}")
 
 
-def attention_weights(ops: Any, q: np.ndarray, k: np.ndarray) -> np.ndarray:
-    """What one query pays to each key: q f32 [1, H, Dh], k float16 [Hkv, N, Dh] -> f32 [H, N]; Dh a multiple of 16.
+class OneQuery:
+    """What one query pays to each key, on the threads of a FastOps; the program is made once for a shape of heads."""
 
-    The heads of k may lie any distance apart, their rows follow each other.
-    """
-    _, heads, head_dim = q.shape
-    kv_heads, count, _ = k.shape
-    group = heads // kv_heads
-    together = Grouping(group).together
-    q, out = np.ascontiguousarray(q), np.empty((heads, -(-count // 16) * 16), np.float32)
-    scratch = aligned_zeros(ops.threads, together * (16 * 64 + head_dim * 4))
-    program = Program()
-    program.add(
-        _weights_kernel(ops.features, head_dim, group), kv_heads,
-        address(q), address(k), k.strides[0], count, address(out), out.strides[0], address(scratch), scratch.strides[0],
-    )  # fmt: skip
-    ops.team.run(program)
-    return out[:, :count]
+    def __init__(self, ops: Any, heads: int, kv_heads: int, head_dim: int) -> None:
+        """``head_dim`` a multiple of 16."""
+        group = heads // kv_heads
+        self._team, self._lock = ops.team, threading.Lock()
+        self._query = aligned_zeros(1, heads * head_dim * 4).view(np.float32)[0, : heads * head_dim]
+        self._query.shape = heads, head_dim
+        self._scratch = aligned_zeros(ops.threads, Grouping(group).together * (16 * 64 + head_dim * 4))
+        self._program = Program()
+        self._words = self._program.add(
+            _weights_kernel(ops.features, head_dim, group), kv_heads,
+            address(self._query), 0, 0, 0, 0, 0, address(self._scratch), self._scratch.strides[0],
+        )  # fmt: skip
+
+    def weigh(self, q: np.ndarray, k: np.ndarray) -> np.ndarray:
+        """q f32 [1, H, Dh], k float16 [Hkv, N, Dh] -> softmax(q.k / sqrt(Dh)) f32 [H, N].
+
+        The heads of k may lie any distance apart, their rows follow each other.
+        """
+        count = k.shape[1]
+        out = np.empty((len(self._query), -(-count // 16) * 16), np.float32)
+        with self._lock:
+            self._query[...] = q[0]
+            self._words[1:6] = address(k), k.strides[0], count, address(out), out.strides[0]
+            self._team.run(self._program)
+        return out[:, :count]
