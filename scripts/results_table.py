@@ -3,8 +3,8 @@
     python scripts/results_table.py [--readme README.md] [--results FILE] [--check]
 
 GPU results are what ``make gpu`` leaves (``gpu-*.json``), CPU results what ``slimrt bench ttft --json`` prints
-(``cpu-*.json``). Each table stands between two marker lines (``BEGIN``, ``END``; ``CPU_BEGIN``, ``CPU_END``). A README
-without those of the GPU is refused, a place for the CPU's may be missing.
+(``cpu-*.json``), quality is what ``slimrt eval --output`` writes (``quality-*.json``). Each table stands between two
+marker lines. A README without those of the GPU is refused, the other places may be missing.
 """
 
 from __future__ import annotations
@@ -15,9 +15,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from slimrt.eval.report import RULER_MEAN
+
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- gpu results: begin -->", "<!-- gpu results: end -->"
 CPU_BEGIN, CPU_END = "<!-- cpu results: begin -->", "<!-- cpu results: end -->"
+QUALITY_BEGIN, QUALITY_END = "<!-- quality results: begin -->", "<!-- quality results: end -->"
 NOTHING = "No GPU has been measured yet: `make gpu` measures one and fills this table."
 
 
@@ -76,6 +79,7 @@ def cpu_table(results: dict[str, Any]) -> str:
         lines.append(f"| {length} | {' | '.join(cells)} |")
     options = [f"--length {length}" for length in settings["lengths"]]
     options += [f"--prune {plan}" for plan in settings["plans"]] + [f"--vs {name}" for name in settings["vs"]]
+    options += [f"--follow-up {settings['follow_up']}"] if settings["follow_up"] else []
     why = environment.get("backend", {}).get("why", "unknown backend")
     return "\n".join(
         [
@@ -88,6 +92,41 @@ def cpu_table(results: dict[str, Any]) -> str:
     )
 
 
+def quality_table(report: dict[str, Any]) -> str:
+    """Markdown: a line a plan and prompt length; means of the dense run and the plan, 95 % intervals of differences."""
+    found = {(row["plan"], row["length"], row["task"], row["metric"]): row for row in report["summary"]}
+    ruler = any(task == RULER_MEAN for _, _, task, _ in found)
+    heads = ["", "prompt", "recall, top-1", "log-likelihood, nats", "KL, nats (quotation / continuation)"]
+    lines = [
+        "| " + " | ".join([*heads, *(["RULER, mean score"] if ruler else []), "first token"]) + " |",
+        "|---|---:|---|---|---|" + "---|" * ruler + "---:|",
+    ]
+    for timing in sorted(
+        report["ttft"], key=lambda timing: (list(report["plans"]).index(timing["plan"]), timing["length"])
+    ):
+        plan, length = timing["plan"], timing["length"]
+        if plan == "dense":
+            continue
+
+        def change(task: str, metric: str, plan: str = plan, length: int = length) -> str:
+            row = found[plan, length, task, metric]
+            return f"{row['dense']:.3f} -> {row['mean']:.3f} ({row['low']:+.3f} to {row['high']:+.3f})"
+
+        kl = " / ".join(f"{found[plan, length, task, 'kl']['mean']:.3f}" for task in ("recall", "continuation"))
+        cells = [f"`{plan}`", f"{length:,}", change("recall", "accuracy"), change("continuation", "nll"), kl]
+        cells += [change(RULER_MEAN, "score")] if ruler else []
+        lines.append("| " + " | ".join([*cells, f"{timing['speedup']:.2f}x faster"]) + " |")
+    tasks = list(dict.fromkeys(row["task"] for row in report["results"]))
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"Dense -> pruned, with the 95 % interval of the difference; {report['samples']} samples a task and length "
+            f"({', '.join(tasks)}), seed {report['seed']}, text `{report['text']['name']}`; `slimrt eval`.",
+        ]
+    )
+
+
 def placed(readme: str, begin: str, end: str, text: str) -> str | None:
     """``readme`` with ``text`` between its two marker lines, or None if it has none."""
     before, found, rest = readme.partition(begin)
@@ -95,12 +134,19 @@ def placed(readme: str, begin: str, end: str, text: str) -> str | None:
     return f"{before}{begin}\n{text}\n{end}{after}" if found and ended else None
 
 
-def updated(readme: str, results: dict[str, Any] | None, cpu: dict[str, Any] | None = None) -> str | None:
+def updated(
+    readme: str,
+    results: dict[str, Any] | None,
+    cpu: dict[str, Any] | None = None,
+    quality: dict[str, Any] | None = None,
+) -> str | None:
     """``readme`` with the tables in their places, or None if it has no place for the GPU's."""
     after = placed(readme, BEGIN, END, table(results))
-    if after is None or cpu is None:
-        return after
-    return placed(after, CPU_BEGIN, CPU_END, cpu_table(cpu)) or after
+    if after is not None and cpu is not None:
+        after = placed(after, CPU_BEGIN, CPU_END, cpu_table(cpu)) or after
+    if after is not None and quality is not None:
+        after = placed(after, QUALITY_BEGIN, QUALITY_END, quality_table(quality)) or after
+    return after
 
 
 def newest(folder: Path) -> dict[str, Any] | None:
@@ -115,15 +161,22 @@ def newest_cpu(folder: Path) -> dict[str, Any] | None:
     return max(found, key=lambda results: results["environment"]["date"], default=None)
 
 
+def quality_report(folder: Path) -> dict[str, Any] | None:
+    """The report of quality, the last by name where there are several."""
+    found = sorted(folder.glob("quality-*.json"))
+    return json.loads(found[-1].read_text()) if found else None
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
     parser.add_argument("--results", type=Path, help="a results file, in place of the newest")
     parser.add_argument("--check", action="store_true", help="change nothing, fail if the table is not up to date")
     options = parser.parse_args()
-    results = json.loads(options.results.read_text()) if options.results else newest(ROOT / "docs" / "results")
+    folder = ROOT / "docs" / "results"
+    results = json.loads(options.results.read_text()) if options.results else newest(folder)
     before = options.readme.read_text()
-    after = updated(before, results, newest_cpu(ROOT / "docs" / "results"))
+    after = updated(before, results, newest_cpu(folder), quality_report(folder))
     if after is None:
         sys.exit(f"{options.readme}: has no lines {BEGIN!r} and {END!r}; add them where the table is to stand")
     if options.check:

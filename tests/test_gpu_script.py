@@ -11,7 +11,18 @@ from typing import Any
 import pytest
 
 from scripts import gpu
-from scripts.results_table import BEGIN, CPU_BEGIN, CPU_END, END, NOTHING, newest, updated
+from scripts.results_table import (
+    BEGIN,
+    CPU_BEGIN,
+    CPU_END,
+    END,
+    NOTHING,
+    QUALITY_BEGIN,
+    QUALITY_END,
+    newest,
+    quality_table,
+    updated,
+)
 from tests import emulation
 
 ROOT = Path(__file__).parents[1]
@@ -129,12 +140,31 @@ def test_the_table_of_cpu_results() -> None:
         "rows": [row(name, length, length / rate) for length in (512, 8000) for name, rate in contenders],
         "environment": {"cpu": "a CPU", "load": 0.5, "date": "2026-11-24T10:00:00", "backend": {"why": "kernels"}},
         "settings": {
-            "model": "/there/m.gguf", "threads": 2, "repeats": 3, "lengths": [512, 8000], "plans": ["off"], "vs": ["x"]
+            "model": "/there/m.gguf", "threads": 2, "repeats": 3, "lengths": [512, 8000], "plans": ["off"], "vs": ["x"],
+            "follow_up": 32,
         },
     }  # fmt: skip
     readme = f"a\n{CPU_BEGIN}\nold\n{CPU_END}\nb\n{BEGIN}\n{END}\n"
     made = updated(readme, None, cpu)
     assert made is not None and "old" not in made and "/there" not in made
     assert "| 8000 | 8.00 (4.00..16.00) | 50 (40..61) | 80.00 (40.00..160.00) | 50 (40..61) |" in made
-    assert "`slimrt bench ttft --length 512 --length 8000 --prune off --vs x --repeats 3`" in made
+    assert "`slimrt bench ttft --length 512 --length 8000 --prune off --vs x --follow-up 32 --repeats 3`" in made
     assert updated(f"{BEGIN}\n{END}\n", None, cpu) == updated(f"{BEGIN}\n{END}\n", None)
+
+
+def test_the_table_of_quality() -> None:
+    def summary(task: str, metric: str, dense: float, mean: float) -> dict[str, object]:
+        return {"plan": "auto", "length": 4000, "task": task, "metric": metric, "dense": dense, "mean": mean,
+                "low": mean - dense - 0.01, "high": mean - dense + 0.01}  # fmt: skip
+
+    rows = [summary("recall", "accuracy", 0.8, 0.75), summary("recall", "kl", 0, 0.04),
+            summary("continuation", "nll", 2, 2.5), summary("continuation", "kl", 0, 0.02)]  # fmt: skip
+    times = [{"plan": plan, "length": 4000, "speedup": rate} for plan, rate in (("dense", 1.0), ("auto", 2.0))]
+    report = {"plans": {"dense": {}, "auto": {}}, "summary": rows, "ttft": times, "results": [{"task": "recall"}],
+              "samples": 3, "seed": 5, "text": {"name": "a.txt"}}  # fmt: skip
+    change = "0.800 -> 0.750 (-0.060 to -0.040) | 2.000 -> 2.500 (+0.490 to +0.510)"
+    assert f"| `auto` | 4,000 | {change} | 0.040 / 0.020 | 2.00x faster |" in quality_table(report).splitlines()
+    report["summary"] = [*rows, summary("ruler", "score", 0.5, 0.25)]
+    assert "| 0.500 -> 0.250 (-0.260 to -0.240) | 2.00x faster |" in quality_table(report)
+    made = updated(f"{BEGIN}\n{END}\n{QUALITY_BEGIN}\nold\n{QUALITY_END}\n", None, None, report)
+    assert made is not None and "old" not in made and "`auto`" in made
