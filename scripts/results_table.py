@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,36 +96,34 @@ def cpu_table(results: dict[str, Any]) -> str:
 def quality_table(report: dict[str, Any]) -> str:
     """Markdown: a line a plan and prompt length; means of the dense run and the plan, 95 % intervals of differences."""
     found = {(row["plan"], row["length"], row["task"], row["metric"]): row for row in report["summary"]}
-    ruler = any(task == RULER_MEAN for _, _, task, _ in found)
-    heads = ["", "prompt", "recall, top-1", "log-likelihood, nats", "KL, nats (quotation / continuation)"]
-    lines = [
-        "| " + " | ".join([*heads, *(["RULER, mean score"] if ruler else []), "first token"]) + " |",
-        "|---|---:|---|---|---|" + "---|" * ruler + "---:|",
-    ]
-    for timing in sorted(
-        report["ttft"], key=lambda timing: (list(report["plans"]).index(timing["plan"]), timing["length"])
-    ):
-        plan, length = timing["plan"], timing["length"]
-        if plan == "dense":
-            continue
 
-        def change(task: str, metric: str, plan: str = plan, length: int = length) -> str:
-            row = found[plan, length, task, metric]
-            return f"{row['dense']:.3f} -> {row['mean']:.3f} ({row['low']:+.3f} to {row['high']:+.3f})"
+    def change(*key: Any) -> str:
+        row = found[key]
+        return f"{row['dense']:.3f} -> {row['mean']:.3f} ({row['low']:+.3f} to {row['high']:+.3f})"
 
-        kl = " / ".join(f"{found[plan, length, task, 'kl']['mean']:.3f}" for task in ("recall", "continuation"))
-        cells = [f"`{plan}`", f"{length:,}", change("recall", "accuracy"), change("continuation", "nll"), kl]
-        cells += [change(RULER_MEAN, "score")] if ruler else []
+    tasks = list(dict.fromkeys(row["task"] for row in report["summary"]))
+    measures = {"recall": ("recall, top-1", "accuracy"), "continuation": ("log-likelihood, nats", "nll")}
+    columns = [(heading, task, metric) for task, (heading, metric) in measures.items() if task in tasks]
+    columns += [("RULER, mean score", RULER_MEAN, "score")] * (RULER_MEAN in tasks)
+    quoted = [task for task in measures if task in tasks]
+    heads = ["plan", "prompt", *(heading for heading, _, _ in columns)]
+    heads += [f"KL, nats ({' / '.join(quoted)})"] * bool(quoted) + ["first token"]
+    lines = ["| " + " | ".join(heads) + " |", "|---|---:|" + "---|" * (len(heads) - 3) + "---:|"]
+    plans = list(report["plans"])
+    timings = [timing for timing in report["ttft"] if timing["plan"] != "dense"]
+    for timing in sorted(timings, key=lambda timing: (plans.index(timing["plan"]), timing["length"])):
+        key = timing["plan"], timing["length"]
+        cells = [f"`{Path(timing['plan']).stem}`", f"{timing['length']:,}"]
+        cells += [change(*key, task, metric) for _, task, metric in columns]
+        if quoted:
+            cells.append(" / ".join(f"{found[*key, task, 'kl']['mean']:.3f}" for task in quoted))
         lines.append("| " + " | ".join([*cells, f"{timing['speedup']:.2f}x faster"]) + " |")
-    tasks = list(dict.fromkeys(row["task"] for row in report["results"]))
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f"Dense -> pruned, with the 95 % interval of the difference; {report['samples']} samples a task and length "
-            f"({', '.join(tasks)}), seed {report['seed']}, text `{report['text']['name']}`; `slimrt eval`.",
-        ]
+    text = f", text `{report['text']['name']}`" if quoted else ""
+    about = (
+        f"Dense -> pruned, with the 95 % interval of the difference; {report['samples']} samples a task and length, "
+        f"seed {report['seed']}{text}; `slimrt eval`."
     )
+    return "\n".join([*lines, "", about])
 
 
 def placed(readme: str, begin: str, end: str, text: str) -> str | None:
@@ -138,14 +137,15 @@ def updated(
     readme: str,
     results: dict[str, Any] | None,
     cpu: dict[str, Any] | None = None,
-    quality: dict[str, Any] | None = None,
+    quality: Sequence[dict[str, Any]] = (),
 ) -> str | None:
     """``readme`` with the tables in their places, or None if it has no place for the GPU's."""
     after = placed(readme, BEGIN, END, table(results))
     if after is not None and cpu is not None:
         after = placed(after, CPU_BEGIN, CPU_END, cpu_table(cpu)) or after
-    if after is not None and quality is not None:
-        after = placed(after, QUALITY_BEGIN, QUALITY_END, quality_table(quality)) or after
+    if after is not None and quality:
+        tables = "\n\n".join(quality_table(report) for report in quality)
+        after = placed(after, QUALITY_BEGIN, QUALITY_END, tables) or after
     return after
 
 
@@ -161,10 +161,9 @@ def newest_cpu(folder: Path) -> dict[str, Any] | None:
     return max(found, key=lambda results: results["environment"]["date"], default=None)
 
 
-def quality_report(folder: Path) -> dict[str, Any] | None:
-    """The report of quality, the last by name where there are several."""
-    found = sorted(folder.glob("quality-*.json"))
-    return json.loads(found[-1].read_text()) if found else None
+def quality_reports(folder: Path) -> list[dict[str, Any]]:
+    """All reports of quality, by their files' names."""
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("quality-*.json"))]
 
 
 def main() -> None:
@@ -176,7 +175,7 @@ def main() -> None:
     folder = ROOT / "docs" / "results"
     results = json.loads(options.results.read_text()) if options.results else newest(folder)
     before = options.readme.read_text()
-    after = updated(before, results, newest_cpu(folder), quality_report(folder))
+    after = updated(before, results, newest_cpu(folder), quality_reports(folder))
     if after is None:
         sys.exit(f"{options.readme}: has no lines {BEGIN!r} and {END!r}; add them where the table is to stand")
     if options.check:

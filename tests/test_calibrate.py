@@ -70,12 +70,13 @@ def test_every_candidate_can_run_on_the_model(llm: LLM, layers: int) -> None:
         assert plan.keeps_all
     at = range(watched[0].stages[0].layer, watched[0].stages[-1].layer + 1)
     assert at[0] == first_layer(config)
-    plans = candidates(config, watched[0], found(at, at[len(at) // 2]), lambda plan: plan)
+    plans = candidates(config, watched[0], found(at, at[len(at) // 2]), 3000, lambda plan: plan)
     costs = [work(config, plan, 8192) for plan in plans]
     for plan, cost in zip(plans, costs, strict=True):
         check_plan(plan, config)
         assert plan.stages[0].layer >= at[0] and plan.score == watched[0].score
         assert 0 < cost <= 0.9 and recomputed(config, plan, 8192) <= 0.5
+        assert plan.min_keep == -(-3000 * plan.stages[-1].keep // 1)  # a shorter prompt keeps no less
     assert len(set(plans)) == len(plans) <= 35
     assert max(costs) - min(costs) > (0.25 if layers > 4 else 0.05)  # cheap ones and dear ones
 
@@ -83,7 +84,7 @@ def test_every_candidate_can_run_on_the_model(llm: LLM, layers: int) -> None:
 def test_candidates_cut_where_the_scores_find(llm: LLM) -> None:
     config = dataclasses.replace(llm.config, n_layers=30)
     findings = found(range(6, 25), 16)
-    for plan in candidates(config, scorings(config)[2], findings, lambda plan: plan):
+    for plan in candidates(config, scorings(config)[2], findings, 3000, lambda plan: plan):
         assert all(12 <= stage.layer <= 20 for stage in plan.stages)  # nine layers around 16
         assert plan.query_window == 16 and plan.score == "token_max"
 

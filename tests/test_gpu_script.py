@@ -164,7 +164,9 @@ def test_the_table_of_quality() -> None:
               "samples": 3, "seed": 5, "text": {"name": "a.txt"}}  # fmt: skip
     change = "0.800 -> 0.750 (-0.060 to -0.040) | 2.000 -> 2.500 (+0.490 to +0.510)"
     assert f"| `auto` | 4,000 | {change} | 0.040 / 0.020 | 2.00x faster |" in quality_table(report).splitlines()
-    report["summary"] = [*rows, summary("ruler", "score", 0.5, 0.25)]
-    assert "| 0.500 -> 0.250 (-0.260 to -0.240) | 2.00x faster |" in quality_table(report)
-    made = updated(f"{BEGIN}\n{END}\n{QUALITY_BEGIN}\nold\n{QUALITY_END}\n", None, None, report)
+    assert quality_table(report).splitlines()[0].endswith(" | KL, nats (recall / continuation) | first token |")
+    report["summary"] = [summary("niah_single", "score", 0.5, 0.25), summary("ruler", "score", 0.5, 0.25)]
+    assert quality_table(report).splitlines()[0] == "| plan | prompt | RULER, mean score | first token |"
+    assert "| `auto` | 4,000 | 0.500 -> 0.250 (-0.260 to -0.240) | 2.00x faster |" in quality_table(report)
+    made = updated(f"{BEGIN}\n{END}\n{QUALITY_BEGIN}\nold\n{QUALITY_END}\n", None, None, [report])
     assert made is not None and "old" not in made and "`auto`" in made

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 
 from slimrt.calibrate.finding import Findings
@@ -55,11 +56,16 @@ def scorings(config: ModelConfig) -> list[PrunePlan]:
 
 
 def candidates(
-    config: ModelConfig, scoring: PrunePlan, findings: Findings, limited: Callable[[PrunePlan], PrunePlan]
+    config: ModelConfig,
+    scoring: PrunePlan,
+    findings: Findings,
+    shortest: int,
+    limited: Callable[[PrunePlan], PrunePlan],
 ) -> list[PrunePlan]:
     """Cuts that can be expected to lose little, from the cheapest kind to the dearest.
 
-    ``scoring``: whose score and query window they take, ``findings``: what it found, ``limited``: gives a plan windows.
+    ``scoring``: whose score and query window they take, ``findings``: what it found, ``shortest``: tokens of the
+    shortest prompts that they will be measured on, ``limited``: gives a plan windows.
     """
     layers = findings.layers(min(_KEEPS[:-2]), _STAGE_LAYERS)
     choices = [
@@ -68,7 +74,9 @@ def candidates(
         for at in itertools.combinations(layers, count)
         for keeps in itertools.combinations(_KEEPS, count)
     ]
-    plans = [limited(dataclasses.replace(scoring, stages=stages)) for stages in choices]
+    plans = [
+        limited(dataclasses.replace(scoring, stages=stages, min_keep=_least(stages, shortest))) for stages in choices
+    ]
     costs = [(work(config, plan, LONG), plan) for plan in plans if recomputed(config, plan, LONG) <= RECOMPUTED]
     costs = [(cost, plan) for cost, plan in costs if cost <= _LEAST_SAVED]
     if not costs:
@@ -78,6 +86,11 @@ def candidates(
     for cost, plan in costs:
         bins[min(_BINS - 1, int((cost - low) / (_LEAST_SAVED - low + 1e-9) * _BINS))].append(plan)
     return [plan for one in bins for plan in _best(one, findings)]
+
+
+def _least(stages: Sequence[Stage], shortest: int) -> int:
+    """What the last stage keeps of a prompt of ``shortest`` tokens: shorter ones, unmeasured, keep no fewer."""
+    return math.ceil(stages[-1].keep * shortest)
 
 
 def _best(plans: Iterable[PrunePlan], findings: Findings) -> list[PrunePlan]:

@@ -208,7 +208,10 @@ def calibrate(
     def cautious(plan: PrunePlan) -> PrunePlan:
         return limited(plan, SHARES[0] * tightest)
 
-    plans = [cautious(dataclasses.replace(scoring, stages=())), *candidates(config, scoring, findings, cautious)]
+    plans = [
+        cautious(dataclasses.replace(scoring, stages=())),
+        *candidates(config, scoring, findings, length, cautious),
+    ]
     plans = [plan for plan in plans if not plan.does_nothing]
     tried = {one.plan: one for one in runner.run(plans, rounds[0])}
     # Of what survives, other windows: how much they may lose depends on the preset.
