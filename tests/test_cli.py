@@ -113,6 +113,16 @@ def test_generate_json_is_one_object_that_equals_the_python_result(tiny: Path) -
     assert result.stderr == ""
 
 
+def test_a_context_that_is_asked_for_gets_its_memory_plan_first(tiny: Path) -> None:
+    result = run("generate", "-m", tiny, "-n", 2, "-c", 512, "--rope-scaling", "none", "--kv-budget", 128, "hello")
+    lines = result.stderr.splitlines()
+    assert result.exit_code == 0 and len(lines) == 3
+    assert "context 512 tokens · memory up to" in lines[0]
+    assert re.match(
+        r"\(weights .*, keys and values .* and .* behind the budget, hidden states .*, scratch .*\)", lines[1]
+    )
+
+
 @pytest.mark.parametrize("flags", [["--chat"], ["--system", "be brief"]])
 def test_generate_chat_goes_through_the_template(tiny: Path, flags: list[str]) -> None:
     system = [{"role": "system", "content": "be brief"}] if "--system" in flags else []

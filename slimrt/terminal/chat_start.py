@@ -9,16 +9,11 @@ from pathlib import Path
 
 import click
 
-from slimrt.gguf import GGUFFile
-from slimrt.memory import DEFAULT_CTX, plan
-from slimrt.models import read_config
-from slimrt.ops.backend import uses_kernels
-from slimrt.output import human_bytes
 from slimrt.terminal.chat import Chat
 from slimrt.terminal.line_input import open_input
-from slimrt.terminal.loading import load_model
+from slimrt.terminal.loading import load_model, memory_line
 from slimrt.terminal.options import AnswerSettings, LoadSettings
-from slimrt.terminal.screen import Screen, printable
+from slimrt.terminal.screen import Screen
 from slimrt.terminal.text_input import checked_argument
 
 __all__ = ["start_chat"]
@@ -47,16 +42,3 @@ def start_chat(
         click.echo(json.dumps(chat.to_json(), ensure_ascii=False))
     if chat.failures and not interactive:
         raise click.exceptions.Exit(1)
-
-
-def memory_line(file: GGUFFile, load: LoadSettings) -> str:
-    """What the model will take, before it takes it."""
-    config = read_config(file)
-    ctx = load.ctx or min(config.ctx_train, DEFAULT_CTX)
-    needs = plan(config, file, ctx, threads=load.threads, fast=uses_kernels(load.device))
-    room = "" if needs.available is None else f" of {human_bytes(needs.available)} free"
-    return (
-        f"{printable(config.name)} · context {ctx:,} tokens · memory up to {human_bytes(needs.total)}{room}\n"
-        f"(weights {human_bytes(needs.weights)}, keys and values {human_bytes(needs.kv)}, "
-        f"hidden states {human_bytes(needs.boundary)}, scratch {human_bytes(needs.scratch)})"
-    )

@@ -10,7 +10,7 @@ import click
 
 from slimrt.terminal.answer import Begin, cut_note, stream_answer
 from slimrt.terminal.guard import INTERRUPTED
-from slimrt.terminal.loading import load_model
+from slimrt.terminal.loading import load_model, memory_line
 from slimrt.terminal.options import AnswerSettings, LoadSettings
 from slimrt.terminal.screen import Screen, stats_line
 
@@ -20,8 +20,12 @@ __all__ = ["generate"]
 def generate(
     prompt: str, load: LoadSettings, answer: AnswerSettings, *, chat: bool, system: str | None, as_json: bool
 ) -> None:
-    """Answer ``prompt`` on stdout: continued as plain text, or (``chat``) as a message through the chat template."""
-    llm = load_model(load)
+    """Answer ``prompt`` on stdout: continued as plain text, or (``chat``) as a message through the chat template.
+
+    Who asks for a context of some size is told what memory it will take, before it is taken.
+    """
+    screen = Screen(quiet=as_json)
+    llm = load_model(load, (lambda file: screen.remark(memory_line(file, load))) if load.ctx and not as_json else None)
     begin: Begin
     if chat:
         instructions = [{"role": "system", "content": system}] if system else []
@@ -31,7 +35,6 @@ def generate(
     else:
         ids = llm.tokenize(prompt)
         begin = functools.partial(llm.stream, ids)
-    screen = Screen(quiet=as_json)
     result = stream_answer(begin, len(ids), answer, screen)
     if result.stopped:
         raise click.exceptions.Exit(INTERRUPTED)

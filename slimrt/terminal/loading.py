@@ -9,11 +9,16 @@ from pathlib import Path
 from slimrt.gguf import GGUFFile
 from slimrt.hub import resolve
 from slimrt.llm import LLM
+from slimrt.memory import DEFAULT_CTX, plan
+from slimrt.models import read_config
+from slimrt.ops.backend import uses_kernels
+from slimrt.output import human_bytes
 from slimrt.terminal.guard import note
 from slimrt.terminal.options import LoadSettings
 from slimrt.terminal.progress import progress_bar
+from slimrt.terminal.screen import printable
 
-__all__ = ["find_model", "load_model", "open_file"]
+__all__ = ["find_model", "load_model", "memory_line", "open_file"]
 
 
 def find_model(name: str | None) -> Path:
@@ -39,3 +44,18 @@ def load_model(settings: LoadSettings, announce: Callable[[GGUFFile], None] | No
     for text in llm.notes:
         note(text)
     return llm
+
+
+def memory_line(file: GGUFFile, load: LoadSettings) -> str:
+    """What the model will take, before it takes it."""
+    config = read_config(file)
+    ctx = load.ctx or min(config.ctx_train, DEFAULT_CTX)
+    fast = uses_kernels(load.device)
+    needs = plan(config, file, ctx, threads=load.threads, fast=fast, kv_budget=load.kv_budget)
+    behind = f" and {human_bytes(needs.kv_host)} behind the budget" if needs.kv_host else ""
+    room = "" if needs.available is None else f" of {human_bytes(needs.available)} free"
+    return (
+        f"{printable(config.name)} · context {ctx:,} tokens · memory up to {human_bytes(needs.total)}{room}\n"
+        f"(weights {human_bytes(needs.weights)}, keys and values {human_bytes(needs.kv)}{behind}, "
+        f"hidden states {human_bytes(needs.boundary)}, scratch {human_bytes(needs.scratch)})"
+    )
