@@ -10,7 +10,7 @@ import numpy as np
 from slimrt.config import PrunePlan
 from slimrt.engine import Engine, Progress, Trace
 from slimrt.errors import ContextError, TokenizerError
-from slimrt.prune import schedule, why_dense, windows
+from slimrt.prune import Cut, schedule, why_dense, windows
 
 
 @dataclass(frozen=True)
@@ -58,13 +58,13 @@ class Session:
         """
         self._check(ids, len(ids))
         self.revision += 1
-        cuts = schedule(plan, len(ids)) if plan is not None else ()
-        boundary_layer, limits = cuts[0].layer if cuts else None, windows(plan, len(ids))
+        cuts: Sequence[Cut] = schedule(plan, len(ids)) if plan is not None else ()
+        boundary_layer, limits = _boundary_layer(plan, cuts), windows(plan, len(ids))
         # The query window is always computed, so that the choice is made by the queries of the new last tokens.
         fresh = plan.query_window if plan is not None and cuts else self.engine.ops.exact_rows
         same = common_prefix(self.tokens, ids)
         same_rows = self.context.windows.same_rows(limits)
-        if boundary_layer != self._boundary_layer or not same_rows:
+        if boundary_layer != self._boundary_layer or not same_rows or (self._pruned and not cuts):
             reused, note = 0, "the last conversation was pruned otherwise" if self.tokens else "nothing read before"
             self.reset()
             self.context.cache.close()  # before the new one allocates what it stages copies in
@@ -83,6 +83,11 @@ class Session:
     def _boundary_layer(self) -> int | None:
         boundary = self.context.boundary
         return None if boundary is None else boundary.layer
+
+    @property
+    def _pruned(self) -> bool:
+        """Whether the last layers lack some of the tokens."""
+        return self.context.cache.length(self.engine.config.n_layers - 1) < self.context.length
 
     def _reuse_note(self, same: int, length: int) -> str:
         if not self.tokens:
@@ -104,7 +109,7 @@ class Session:
         self,
         ids: Sequence[int],
         plan: PrunePlan | None,
-        cuts: Sequence,
+        cuts: Sequence[Cut],
         progress: Progress | None,
         trace: Trace | None = None,
         *,
@@ -166,6 +171,13 @@ class Session:
     def kv_bytes_host(self) -> int:
         """Bytes of keys and values in host memory, under a budget."""
         return self.context.cache.nbytes_host
+
+
+def _boundary_layer(plan: PrunePlan | None, cuts: Sequence[Cut]) -> int | None:
+    """Where hidden states are kept: at the first cut, also while a prompt is too short for one, as it may grow."""
+    if cuts:
+        return cuts[0].layer
+    return plan.stages[0].layer if plan is not None and plan.stages else None
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

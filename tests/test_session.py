@@ -153,6 +153,26 @@ def test_a_session_under_a_kv_budget_is_restored_too(model: Path, tmp_path: Path
     )
 
 
+def test_a_prompt_that_grows_long_enough_for_cuts_is_read_on_from(llm: slimrt.LLM) -> None:
+    """What was read whole serves when the prompt is cut; what was cut does not serve when it is to be read whole."""
+    ids = np.random.default_rng(1).integers(3, 200, 90).tolist()
+    s = llm.session()
+    assert s.prefill(ids[:30], PLAN).stages == ()
+    s.extend([5, 6])
+    grown = [*ids[:30], 5, 6, *ids[32:]]
+    reading = s.prefill(grown, PLAN)
+    assert reading.reused == 32 and len(reading.stages) == 2
+    fresh = llm.session()
+    fresh.prefill(grown, PLAN)
+    assert s.logits is not None and fresh.logits is not None
+    np.testing.assert_allclose(s.logits, fresh.logits, rtol=1e-3, atol=1e-3 * np.abs(fresh.logits).max())
+    reading = s.prefill(ids[:31], PLAN)
+    assert (reading.reused, reading.note, reading.stages) == (0, "the last conversation was pruned otherwise", ())
+    fresh.reset()
+    fresh.prefill(ids[:31], PLAN)
+    assert np.array_equal(s.logits, fresh.logits)
+
+
 def test_an_empty_session_and_a_truncated_one_are_saved(llm: slimrt.LLM, tmp_path: Path) -> None:
     s = llm.session()
     s.save(tmp_path / "empty")
