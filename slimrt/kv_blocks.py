@@ -21,7 +21,8 @@ _SLAB_ROWS = 1024  # host memory is taken in slabs: pinning is slow, and a slab 
 
 
 class Choice:
-    """Blocks to read: those of ``kept`` [tail] bool, and ``tail``, the block that holds the newest row."""
+    """Blocks to read: those of ``kept`` [tail] bool (``complete`` [n] has their numbers, ascending), and ``tail``, the
+    block that holds the newest row."""
 
     def __init__(self, kept: np.ndarray) -> None:
         self.kept, self.tail = kept, len(kept)

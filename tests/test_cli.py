@@ -20,6 +20,9 @@ from click.testing import CliRunner, Result
 
 import slimrt
 from click_cli import cli
+from slimrt.gguf import GGUFFile
+from slimrt.terminal.loading import announce_memory
+from slimrt.terminal.options import LoadSettings
 from tests.tiny_gguf import write_tiny_llama
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -121,6 +124,15 @@ def test_a_context_that_is_asked_for_gets_its_memory_plan_first(tiny: Path) -> N
     assert re.match(
         r"\(weights .*, keys and values .* and .* behind the budget, hidden states .*, scratch .*\)", lines[1]
     )
+
+
+def test_the_cpus_memory_plan_is_not_told_where_a_gpu_computes(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    announce_memory(LoadSettings(ctx=512, device="cpu"), said.append)(GGUFFile(tiny))
+    assert len(said) == 1 and "memory up to" in said[0]
+    monkeypatch.setattr("slimrt.terminal.loading.find_gpu", lambda device: (object(), "a card"))
+    announce_memory(LoadSettings(ctx=512), said.append)(GGUFFile(tiny))
+    assert len(said) == 1
 
 
 @pytest.mark.parametrize("flags", [["--chat"], ["--system", "be brief"]])

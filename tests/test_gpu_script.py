@@ -160,7 +160,7 @@ def test_the_table_of_quality() -> None:
     rows = [summary("recall", "accuracy", 0.8, 0.75), summary("recall", "kl", 0, 0.04),
             summary("continuation", "nll", 2, 2.5), summary("continuation", "kl", 0, 0.02)]  # fmt: skip
     times = [{"plan": plan, "length": 4000, "speedup": rate} for plan, rate in (("dense", 1.0), ("auto", 2.0))]
-    report = {"plans": {"dense": {}, "auto": {}}, "summary": rows, "ttft": times, "results": [{"task": "recall"}],
+    report = {"plans": {"dense": {}, "auto": {}}, "summary": rows, "ttft": times,
               "samples": 3, "seed": 5, "text": {"name": "a.txt"}}  # fmt: skip
     change = "0.800 -> 0.750 (-0.060 to -0.040) | 2.000 -> 2.500 (+0.490 to +0.510)"
     assert f"| `auto` | 4,000 | {change} | 0.040 / 0.020 | 2.00x faster |" in quality_table(report).splitlines()

@@ -165,7 +165,10 @@ def test_a_prompt_that_grows_long_enough_for_cuts_is_read_on_from(llm: slimrt.LL
     fresh = llm.session()
     fresh.prefill(grown, PLAN)
     assert s.logits is not None and fresh.logits is not None
-    np.testing.assert_allclose(s.logits, fresh.logits, rtol=1e-3, atol=1e-3 * np.abs(fresh.logits).max())
+    # Compiled kernels give the same bits in whatever parts a prompt is read, NumPy the same but for float32's rounding
+    # (7 eps of the largest logit measured; the dense run is off by half of it).
+    rounding = 0 if s.engine.ops.name == "fast" else 64 * np.finfo(np.float32).eps * np.abs(fresh.logits).max()
+    np.testing.assert_allclose(s.logits, fresh.logits, rtol=0, atol=rounding)
     reading = s.prefill(ids[:31], PLAN)
     assert (reading.reused, reading.note, reading.stages) == (0, "the last conversation was pruned otherwise", ())
     fresh.reset()

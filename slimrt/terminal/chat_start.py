@@ -11,7 +11,7 @@ import click
 
 from slimrt.terminal.chat import Chat
 from slimrt.terminal.line_input import open_input
-from slimrt.terminal.loading import load_model, memory_line
+from slimrt.terminal.loading import announce_memory, load_model
 from slimrt.terminal.options import AnswerSettings, LoadSettings
 from slimrt.terminal.screen import Screen
 from slimrt.terminal.text_input import checked_argument
@@ -27,7 +27,7 @@ def start_chat(
         checked_argument(system, "--system")
     interactive = sys.stdin.isatty() and sys.stdout.isatty() and not as_json
     screen = Screen(interactive=interactive, quiet=as_json)
-    llm = load_model(load, lambda model: screen.remark(memory_line(model, load)) if interactive else None)
+    llm = load_model(load, announce_memory(load, screen.remark) if interactive else None)
     source = open_input(interactive)
     chat = Chat(llm, answer, source, screen, system)
     try:

@@ -10,7 +10,7 @@ import click
 
 from slimrt.terminal.answer import Begin, cut_note, stream_answer
 from slimrt.terminal.guard import INTERRUPTED
-from slimrt.terminal.loading import load_model, memory_line
+from slimrt.terminal.loading import announce_memory, load_model
 from slimrt.terminal.options import AnswerSettings, LoadSettings
 from slimrt.terminal.screen import Screen, stats_line
 
@@ -25,7 +25,7 @@ def generate(
     Who asks for a context of some size is told what memory it will take, before it is taken.
     """
     screen = Screen(quiet=as_json)
-    llm = load_model(load, (lambda file: screen.remark(memory_line(file, load))) if load.ctx and not as_json else None)
+    llm = load_model(load, announce_memory(load, screen.remark) if load.ctx and not as_json else None)
     begin: Begin
     if chat:
         instructions = [{"role": "system", "content": system}] if system else []

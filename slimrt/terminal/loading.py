@@ -11,14 +11,14 @@ from slimrt.hub import resolve
 from slimrt.llm import LLM
 from slimrt.memory import DEFAULT_CTX, plan
 from slimrt.models import read_config
-from slimrt.ops.backend import uses_kernels
+from slimrt.ops.backend import find_gpu, uses_kernels
 from slimrt.output import human_bytes
 from slimrt.terminal.guard import note
 from slimrt.terminal.options import LoadSettings
 from slimrt.terminal.progress import progress_bar
 from slimrt.terminal.screen import printable
 
-__all__ = ["find_model", "load_model", "memory_line", "open_file"]
+__all__ = ["announce_memory", "find_model", "load_model", "open_file"]
 
 
 def find_model(name: str | None) -> Path:
@@ -46,16 +46,23 @@ def load_model(settings: LoadSettings, announce: Callable[[GGUFFile], None] | No
     return llm
 
 
-def memory_line(file: GGUFFile, load: LoadSettings) -> str:
-    """What the model will take, before it takes it."""
-    config = read_config(file)
-    ctx = load.ctx or min(config.ctx_train, DEFAULT_CTX)
-    fast = uses_kernels(load.device)
-    needs = plan(config, file, ctx, threads=load.threads, fast=fast, kv_budget=load.kv_budget)
-    behind = f" and {human_bytes(needs.kv_host)} behind the budget" if needs.kv_host else ""
-    room = "" if needs.available is None else f" of {human_bytes(needs.available)} free"
-    return (
-        f"{printable(config.name)} · context {ctx:,} tokens · memory up to {human_bytes(needs.total)}{room}\n"
-        f"(weights {human_bytes(needs.weights)}, keys and values {human_bytes(needs.kv)}{behind}, "
-        f"hidden states {human_bytes(needs.boundary)}, scratch {human_bytes(needs.scratch)})"
-    )
+def announce_memory(load: LoadSettings, say: Callable[[str], None]) -> Callable[[GGUFFile], None]:
+    """For ``load_model``: ``say`` what the model will take, before it takes it. Nothing is said where a GPU computes:
+    what fits there is found with the card at hand, while the model is loaded."""
+
+    def announce(file: GGUFFile) -> None:
+        if find_gpu(load.device)[0] is not None:
+            return
+        config = read_config(file)
+        ctx = load.ctx or min(config.ctx_train, DEFAULT_CTX)
+        fast = uses_kernels(load.device)
+        needs = plan(config, file, ctx, threads=load.threads, fast=fast, kv_budget=load.kv_budget)
+        behind = f" and {human_bytes(needs.kv_host)} behind the budget" if needs.kv_host else ""
+        room = "" if needs.available is None else f" of {human_bytes(needs.available)} free"
+        say(
+            f"{printable(config.name)} · context {ctx:,} tokens · memory up to {human_bytes(needs.total)}{room}\n"
+            f"(weights {human_bytes(needs.weights)}, keys and values {human_bytes(needs.kv)}{behind}, "
+            f"hidden states {human_bytes(needs.boundary)}, scratch {human_bytes(needs.scratch)})"
+        )
+
+    return announce
