@@ -1,7 +1,7 @@
 # make chat    a conversation with the default model, from nothing but Python 3.11+
 # make test    everything that CI runs
 # make gpu     everything that needs a GPU; make gpu DRY=1 walks through it on the CPU
-# Options: make chat PYTHON=python3.13 ARGS="--ctx 8k"; make test TESTS="tests/test_hub.py -k hf"
+# Options: make chat PYTHON=python3.13 ARGS="--ctx 8k"; make test TESTS="tests/hub/test_hub.py -k hf"
 
 PYTHON ?= python3
 ARGS ?=

@@ -12,7 +12,7 @@ from slimrt.convert.checkpoint import Rows
 from slimrt.convert.value_types import value_types
 from slimrt.convert.writer import OutputTensor, Progress, check_target, choose_type, encoded, parse_type, write_gguf
 from slimrt.errors import ModelFileError
-from slimrt.gguf import GGUFFile, TensorInfo
+from slimrt.weights.gguf import GGUFFile, TensorInfo
 
 __all__ = ["quantize_file"]
 

@@ -22,7 +22,7 @@ _U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
 
 
 def value_types(path: Path) -> dict[str, tuple[GGUFValueType, GGUFValueType | None]]:
-    """Key -> (type, element type of an array or None), for a file that ``slimrt.gguf.GGUFFile`` has checked.
+    """Key -> (type, element type of an array or None), for a file that ``slimrt.weights.gguf.GGUFFile`` has checked.
 
     Raises ModelFileError for arrays of arrays, which no model uses and the writer cannot repeat faithfully.
     """

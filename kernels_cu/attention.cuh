@@ -7,13 +7,13 @@
 
 #include "ptx.cuh"
 
-constexpr int SINK = 64, RUN = 128;  // of slimrt.ops.reach
+constexpr int SINK = 64, RUN = 128;  // of slimrt.prune.reach
 constexpr float LOG2_E = 1.4426950408889634f;
 constexpr float SCALE = DH == 64 ? 0.125f : 0.08838834764831845f;  // 1 / sqrt(DH)
 
 __device__ __forceinline__ T* chunk_of(T* tile, int row, int chunk) { return tile + row * DH + (chunk ^ (row & 7)) * 8; }
 
-// The first row that query `row` reads besides the sink; 0 where it reads everything (slimrt.ops.reach.first_row).
+// The first row that query `row` reads besides the sink; 0 where it reads everything (slimrt.prune.reach.first_row).
 __device__ __forceinline__ int first_row(const int* reach, int head, int row) {
     const int rows = reach ? reach[head] : 0, first = row / RUN * RUN - rows;
     return rows && first > SINK ? first : 0;

@@ -1,5 +1,5 @@
 // Causal grouped-query attention of a prompt (FlashAttention-2, arXiv 2307.08691): query row t of T reads key rows
-// 0 .. N - T + t of N, or the sink and a window of them where its KV head has a `reach` (slimrt.ops.reach).
+// 0 .. N - T + t of N, or the sink and a window of them where its KV head has a `reach` (slimrt.prune.reach).
 //
 //   q [T, H, DH] with q_stride from token to token; k, v [Hkv, N, DH] with kv_stride from head to head; out [T, H, DH]
 //   reach [Hkv] int32 or null. T, DH, TILE (64 or 128 query rows), STAGES (1 or 2) are macros.

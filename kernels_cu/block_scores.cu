@@ -1,4 +1,4 @@
-// How much the last W queries of a prompt want each block of keys: the four scores of slimrt.ops.numpy_scores.
+// How much the last W queries of a prompt want each block of keys: the four scores of slimrt.prune.scores.
 //
 // A softmax over all keys needs only, for each row (query and head) and each block, the block's greatest score m and the sum
 // l of exp(score - m): one pass over the keys. From these come the row's greatest score M and sum L over all blocks, then

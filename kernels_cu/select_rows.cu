@@ -1,4 +1,4 @@
-// Which rows of the prompt go on: slimrt.prune.select_rows without a trip to the host.
+// Which rows of the prompt go on: slimrt.prune.select.select_rows without a trip to the host.
 //
 //   scores [B] float32 of blocks of `block` rows, N rows in all; a block is wanted at least `follow` times as much as the
 //   one before it; the first `sink` and last `local` blocks and the most wanted of the others, `count` blocks in all,

@@ -9,8 +9,8 @@ from typing import Any, cast
 
 from slimrt.config import ModelConfig, RopeConfig, RopeScaling
 from slimrt.errors import ModelFileError, SettingError
-from slimrt.gguf import GGUFFile
 from slimrt.models.llama import Llama
+from slimrt.weights.gguf import GGUFFile
 
 __all__ = ["ARCHITECTURES", "Llama", "build", "read_config", "stretch_rope"]
 

@@ -14,10 +14,10 @@ import numpy as np
 
 from slimrt.config import ModelConfig
 from slimrt.errors import ModelFileError
-from slimrt.gguf import GGUFFile, TensorInfo
 from slimrt.models.rope import RopeTable
-from slimrt.quants import check_readable, dequantize
-from slimrt.weight_stream import StreamedLayers
+from slimrt.weights.gguf import GGUFFile, TensorInfo
+from slimrt.weights.quants import check_readable, dequantize
+from slimrt.weights.stream import StreamedLayers
 
 Array = Any  # the backend's array
 

@@ -57,8 +57,8 @@ DRY = Sizes("tiny", ("Q4_0",), (96, 160), ("off", "tiny"), 64, 160, 2, 128, 176,
 
 def device(note: Note, sizes: Sizes) -> None:
     """What GPU this is, and how fast it copies to and from page-locked host memory."""
-    from slimrt.ops.cuda_device import probe
-    from slimrt.ops.cupy_ops import CupyOps
+    from slimrt.ops.cuda.cupy_ops import CupyOps
+    from slimrt.ops.cuda.device import probe
 
     gpu = probe()
     note(device=vars(gpu), device_name=gpu.name, about=str(gpu))
@@ -109,14 +109,14 @@ def backend(note: Note, sizes: Sizes) -> None:
 
     The tolerance is 3 times the error of NumPy rounded to float16 in the same places.
     """
-    from slimrt import hub
     from slimrt.config import PrunePlan, Stage
     from slimrt.engine import Engine
-    from slimrt.gguf import GGUFFile
+    from slimrt.hub import store as hub
     from slimrt.models import build, read_config
-    from slimrt.ops.cupy_ops import CupyOps
-    from slimrt.ops.numpy_ops import NumpyOps
+    from slimrt.ops.cuda.cupy_ops import CupyOps
+    from slimrt.ops.numpy.numpy_ops import NumpyOps
     from slimrt.session import Session
+    from slimrt.weights.gguf import GGUFFile
     from tests.half_ops import HalfOps
     from tests.tiny_gguf import write_tiny_llama
 
@@ -196,7 +196,7 @@ def peer_kernels(note: Note, sizes: Sizes) -> None:
 def ttft(note: Note, sizes: Sizes, kind: str = "F16") -> None:
     """Time to first token of the 8B shape; short prompts first, so that a step out of time has those."""
     from slimrt.bench import shaped
-    from slimrt.ops.cupy_ops import CupyOps
+    from slimrt.ops.cuda.cupy_ops import CupyOps
     from slimrt.session import Session
 
     engine = shaped.open_engine(CupyOps(), sizes.shape, kind)
@@ -232,7 +232,7 @@ def decode(note: Note, sizes: Sizes) -> None:
     """Tokens a second, with and without a KV budget, beside the floor that reading the weights sets."""
     from slimrt.bench import shaped
     from slimrt.config import CacheConfig
-    from slimrt.ops.cupy_ops import CupyOps
+    from slimrt.ops.cuda.cupy_ops import CupyOps
 
     rows: list[dict[str, Any]] = []
     for kind in sizes.types:
@@ -254,7 +254,7 @@ def ring(note: Note, sizes: Sizes) -> None:
     """How much of the copies of a prompt under a KV budget hides behind compute, and the rate they reach."""
     from slimrt.bench import shaped
     from slimrt.config import CacheConfig
-    from slimrt.ops.cupy_ops import CupyOps
+    from slimrt.ops.cuda.cupy_ops import CupyOps
 
     cache = CacheConfig(sizes.ring_length + 16, sizes.budget)
     engine = shaped.open_engine(CupyOps(), sizes.shape, sizes.types[-1], cache)

@@ -14,9 +14,9 @@ from statistics import mean
 from typing import Any
 
 from slimrt.config import PrunePlan
-from slimrt.gguf import GGUFFile
 from slimrt.models import read_config
-from slimrt.presets import fingerprint
+from slimrt.prune.presets import fingerprint
+from slimrt.weights.gguf import GGUFFile
 
 
 def measured(report: dict[str, Any], name: str) -> dict[str, Any]:

@@ -20,18 +20,18 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from slimrt.chat import ChatTemplate
     from slimrt.config import PrunePlan, SamplingConfig, Stage, Window
     from slimrt.errors import SlimrtError
-    from slimrt.llama_compat import Llama
+    from slimrt.llama_cpp.llama import Llama
     from slimrt.llm import LLM, load
     from slimrt.results import Completion
+    from slimrt.text.chat_template import ChatTemplate
 
 _HOMES = {
     "LLM": "slimrt.llm",
-    "ChatTemplate": "slimrt.chat",
+    "ChatTemplate": "slimrt.text.chat_template",
     "Completion": "slimrt.results",
-    "Llama": "slimrt.llama_compat",
+    "Llama": "slimrt.llama_cpp.llama",
     "PrunePlan": "slimrt.config",
     "SamplingConfig": "slimrt.config",
     "SlimrtError": "slimrt.errors",

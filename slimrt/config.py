@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from slimrt.errors import SettingError
-from slimrt.ops.reach import SINK
+from slimrt.prune.reach import SINK
 
 __all__ = ["CacheConfig", "ModelConfig", "PrunePlan", "RopeConfig", "SamplingConfig", "Stage", "Window", "parse_size"]
 
@@ -176,7 +176,7 @@ class Stage:
 class Window:
     """A layer whose attention looks back ``reach`` rows only, given for each KV head (0: to the beginning).
 
-    The first rows are read as well (the attention sink); the rule to the row is in ``slimrt.ops.reach``.
+    The first rows are read as well (the attention sink); the rule to the row is in ``slimrt.prune.reach``.
     """
 
     layer: int

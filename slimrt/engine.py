@@ -9,15 +9,15 @@ from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 import numpy as np
 
-from slimrt.boundary import BoundaryStates
 from slimrt.config import CacheConfig, PrunePlan
 from slimrt.errors import ComputeError
-from slimrt.kv_blocks import reserve_host_memory
-from slimrt.kv_cache import Cache, KVCache
-from slimrt.kv_offload import OffloadedKVCache
+from slimrt.kv.boundary import BoundaryStates
+from slimrt.kv.cache import Cache, KVCache
+from slimrt.kv.layer_rows import reserve_host_memory
+from slimrt.kv.offload import OffloadedKVCache
 from slimrt.models import Llama
-from slimrt.ops.decoding import Decoder
-from slimrt.prune import Cut, Windows, select_rows
+from slimrt.ops.protocol import Decoder
+from slimrt.prune.select import Cut, Windows, select_rows
 
 Progress = Callable[[int, int], None]  # (layers done, layers in all)
 P = ParamSpec("P")

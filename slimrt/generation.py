@@ -13,7 +13,7 @@ from slimrt.errors import SettingError
 from slimrt.results import Completion, FinishReason, Timings, TokenLogprob, Usage
 from slimrt.sampler import LogitsProcessor, Sampler, top_logprobs
 from slimrt.session import Session
-from slimrt.tokenizer import Tokenizer
+from slimrt.text.tokenizer import Tokenizer
 
 __all__ = ["CompletionStream", "GenerationRequest", "Overflow", "Step", "check_overflow", "generate_tokens"]
 

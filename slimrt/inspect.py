@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from slimrt.errors import ModelFileError
-from slimrt.gguf import GGUFFile
-from slimrt.memory import DEFAULT_CTX, plan
+from slimrt.memory.plan import DEFAULT_CTX, plan
 from slimrt.models import read_config
 from slimrt.ops.backend import check_device, describe_backend, uses_kernels
+from slimrt.weights.gguf import GGUFFile
 
 __all__ = ["describe"]
 

@@ -9,26 +9,26 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 
-from slimrt import memory_cuda
 from slimrt.config import CacheConfig, ModelConfig, PrunePlan
 from slimrt.conversation import Conversation, fit_messages
 from slimrt.engine import Engine, Progress
 from slimrt.errors import ContextError, SettingError, SlimrtError
 from slimrt.generation import CompletionStream, GenerationRequest, Overflow, check_overflow, request_from_options
-from slimrt.gguf import GGUFFile
-from slimrt.memory import DEFAULT_CTX, MemoryPlan, largest_context
-from slimrt.memory import plan as plan_memory
-from slimrt.memory_cuda import CudaPlan
+from slimrt.memory import cuda as memory_cuda
+from slimrt.memory.cuda import CudaPlan
+from slimrt.memory.plan import DEFAULT_CTX, MemoryPlan, largest_context
+from slimrt.memory.plan import plan as plan_memory
 from slimrt.models import build, read_config, stretch_rope
 from slimrt.ops.backend import Backend, check_device, find_gpu, open_backend, open_cuda, uses_kernels
-from slimrt.ops.cuda_device import wants_gpu
-from slimrt.presets import choose_plan
+from slimrt.ops.cuda.device import wants_gpu
+from slimrt.prune.presets import choose_plan
 from slimrt.results import Completion
 from slimrt.session import Session
-from slimrt.tokenizer import Tokenizer
+from slimrt.text.tokenizer import Tokenizer
+from slimrt.weights.gguf import GGUFFile
 
 if TYPE_CHECKING:
-    from slimrt.chat import ChatTemplate
+    from slimrt.text.chat_template import ChatTemplate
 
 __all__ = ["LLM", "load"]
 
@@ -70,7 +70,7 @@ def load(
 
     Raises ModelFileError for an unusable file, SettingError for options out of range.
     """
-    from slimrt.hub import resolve
+    from slimrt.hub.store import resolve
 
     file = GGUFFile(resolve(path))
     return LLM(
@@ -340,7 +340,9 @@ class LLM:
     def chat_template(self) -> ChatTemplate:
         """The model's chat template, or the one given at load. Raises SettingError if there is none."""
         if self._template is None:
-            from slimrt.chat import ChatTemplate  # jinja2 takes a while to import, and plain completion needs none
+            from slimrt.text.chat_template import (
+                ChatTemplate,  # jinja2 takes a while to import, and plain completion needs none
+            )
 
             self._template = ChatTemplate.from_tokenizer(self.tokenizer, self._chat_template)
         return self._template

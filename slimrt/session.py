@@ -10,7 +10,7 @@ import numpy as np
 from slimrt.config import PrunePlan
 from slimrt.engine import Engine, Progress, Trace
 from slimrt.errors import ContextError, TokenizerError
-from slimrt.prune import Cut, schedule, why_dense, windows
+from slimrt.prune.select import Cut, schedule, why_dense, windows
 
 
 @dataclass(frozen=True)

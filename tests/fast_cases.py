@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from slimrt.gguf import TensorInfo
 from slimrt.ops.fast.features import Features, detect
+from slimrt.weights.gguf import TensorInfo
 
 Kind = GGMLQuantizationType
 KINDS = (

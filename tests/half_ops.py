@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from slimrt.gguf import TensorInfo
-from slimrt.ops.numpy_ops import NumpyOps, Weight
-from slimrt.ops.reach import Reach
+from slimrt.ops.numpy.numpy_ops import NumpyOps, Weight
+from slimrt.prune.reach import Reach
+from slimrt.weights.gguf import TensorInfo
 
 
 def half(x: np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from slimrt.config import CacheConfig, ModelConfig, RopeConfig
-from slimrt.kv_offload import OffloadedKVCache
+from slimrt.kv.offload import OffloadedKVCache
 
 LAYERS, HEADS, KV_HEADS, WIDTH = 6, 4, 2, 4
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 import numpy as np
 
 from slimrt.config import ModelConfig
-from slimrt.gguf import GGUFFile
-from slimrt.quants import dequantize
+from slimrt.weights.gguf import GGUFFile
+from slimrt.weights.quants import dequantize
 
 
 def rotate(x: np.ndarray, positions: np.ndarray, config: ModelConfig, divisors: np.ndarray | None) -> np.ndarray:

@@ -93,7 +93,7 @@ def test_packed_weights_give_the_same_logits(
     default_model: Path, llm: slimrt.LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # So little memory is free that the unpacked weights (513 MiB) would take more than half of it.
-    monkeypatch.setattr("slimrt.memory.available_memory", lambda: 800 << 20)
+    monkeypatch.setattr("slimrt.memory.plan.available_memory", lambda: 800 << 20)
     packed = slimrt.load(default_model, ctx=512, prune="off", device="numpy")
     assert any("packed" in note for note in packed.notes)
     ids = packed.tokenize("The quick brown fox jumps over the lazy dog. " * 4)
@@ -193,12 +193,12 @@ def test_seed_repeats_the_text(llm: slimrt.LLM) -> None:
 
 
 def test_a_plan_that_does_not_fit_is_refused(default_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("slimrt.memory.available_memory", lambda: 400 << 20)
+    monkeypatch.setattr("slimrt.memory.plan.available_memory", lambda: 400 << 20)
     with pytest.raises(SettingError, match=r"needs .* GiB at a context of 8192 .*; a context of \d+ fits") as refused:
         slimrt.load(default_model, prune="off", device="numpy")
     fitting = int(str(refused.value).rsplit("--ctx ", 1)[1].rstrip(")"))
     assert slimrt.load(default_model, ctx=fitting, prune="off", device="numpy").memory.fits()
-    monkeypatch.setattr("slimrt.memory.available_memory", lambda: 50 << 20)
+    monkeypatch.setattr("slimrt.memory.plan.available_memory", lambda: 50 << 20)
     with pytest.raises(SettingError, match="smaller model"):
         slimrt.load(default_model, prune="off", device="numpy")
 

@@ -24,7 +24,7 @@ import sentencepiece
 from filelock import FileLock
 from gguf.constants import TokenType
 
-from slimrt.gguf import GGUFFile
+from slimrt.weights.gguf import GGUFFile
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from slimrt.bench.timing import Peaks, Timer, Work, measure_peaks, put
 from slimrt.config import ModelConfig
 from slimrt.errors import SettingError
 from slimrt.ops.backend import open_backend
-from slimrt.ops.numpy_ops import NumpyOps
+from slimrt.ops.numpy.numpy_ops import NumpyOps
 
 if TYPE_CHECKING:
     from rich.table import Table

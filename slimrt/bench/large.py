@@ -17,8 +17,8 @@ import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
 from slimrt.bench.ttft import BenchResult, run
-from slimrt.gguf import GGUFFile
-from slimrt.hub import default_model_path
+from slimrt.hub.store import default_model_path
+from slimrt.weights.gguf import GGUFFile
 
 __all__ = ["estimate", "write_shape"]
 

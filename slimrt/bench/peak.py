@@ -15,7 +15,7 @@ import numpy as np
 from gguf.constants import GGMLQuantizationType
 
 from slimrt.config import ModelConfig
-from slimrt.gguf import GGUFFile, TensorInfo
+from slimrt.weights.gguf import GGUFFile, TensorInfo
 
 __all__ = ["Peak", "decode_bytes", "matrix_bytes", "measure_peak", "prefill_operations"]
 

@@ -23,7 +23,7 @@ from slimrt.engine import Engine
 from slimrt.errors import SettingError
 from slimrt.models.llama import Llama
 from slimrt.ops.backend import open_backend
-from slimrt.prune import check_plan
+from slimrt.prune.select import check_plan
 from slimrt.session import Session
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from slimrt.config import ModelConfig, RopeConfig
 from slimrt.errors import ModelFileError, SettingError
-from slimrt.gguf import TensorInfo
+from slimrt.weights.gguf import TensorInfo
 
 __all__ = ["SHAPES", "SyntheticModel", "random_tensor"]
 

@@ -18,10 +18,10 @@ from slimrt.bench.peak import decode_bytes, matrix_bytes, prefill_operations
 from slimrt.bench.process import ContenderProcess
 from slimrt.errors import SettingError
 from slimrt.eval.text import corpus_from_text, load_corpus
-from slimrt.gguf import GGUFFile
 from slimrt.models import read_config
-from slimrt.ops.workers import available_cores
-from slimrt.tokenizer import Tokenizer
+from slimrt.ops.numpy.workers import available_cores
+from slimrt.text.tokenizer import Tokenizer
+from slimrt.weights.gguf import GGUFFile
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -11,8 +11,8 @@ from functools import cache
 from slimrt.calibrate.finding import Findings
 from slimrt.config import ModelConfig, PrunePlan, Stage
 from slimrt.errors import SettingError
-from slimrt.ops.reach import keys_read
-from slimrt.prune import schedule, windows
+from slimrt.prune.reach import keys_read
+from slimrt.prune.select import schedule, windows
 
 __all__ = ["LONG", "MIN_TOKENS", "RECOMPUTED", "candidates", "first_layer", "recomputed", "scorings", "work"]
 

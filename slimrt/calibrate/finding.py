@@ -15,7 +15,7 @@ from slimrt.config import PrunePlan, Stage
 from slimrt.engine import Engine
 from slimrt.eval.metrics import accuracy
 from slimrt.eval.sample import Sample
-from slimrt.prune import ranking, schedule
+from slimrt.prune.select import ranking, schedule
 
 __all__ = ["Findings", "observe"]
 

@@ -11,7 +11,7 @@ from slimrt.config import PrunePlan
 from slimrt.engine import Engine
 from slimrt.eval.run import Response, judge
 from slimrt.eval.sample import Sample
-from slimrt.prune import Windows, schedule, windows
+from slimrt.prune.select import Windows, schedule, windows
 
 __all__ = ["Probe", "probing"]
 

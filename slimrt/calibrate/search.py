@@ -36,7 +36,7 @@ from slimrt.eval.sample import Sample, Source
 from slimrt.eval.tasks import TASKS
 from slimrt.eval.tasks import samples as task_samples
 from slimrt.eval.text import load_corpus
-from slimrt.presets import PRESETS, fingerprint
+from slimrt.prune.presets import PRESETS, fingerprint
 
 if TYPE_CHECKING:
     from slimrt.llm import LLM
@@ -116,7 +116,7 @@ class Calibration:
     text: dict[str, str]
 
     def to_dict(self) -> dict[str, Any]:
-        """The file's content, as ``slimrt.presets`` reads it."""
+        """The file's content, as ``slimrt.prune.presets`` reads it."""
         presets = {}
         for name, found in self.presets.items():
             entry: dict[str, Any] = {"plan": dataclasses.asdict(found.plan if found else PrunePlan())}

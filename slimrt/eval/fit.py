@@ -8,7 +8,7 @@ from functools import partial
 from typing import NamedTuple
 
 from slimrt.errors import SettingError
-from slimrt.tokenizer import Tokenizer
+from slimrt.text.tokenizer import Tokenizer
 
 __all__ = ["Fitted", "fit"]
 

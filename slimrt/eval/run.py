@@ -21,7 +21,7 @@ from slimrt.eval.sample import Sample, Source
 from slimrt.eval.tasks import resolve
 from slimrt.eval.tasks import samples as task_samples
 from slimrt.eval.text import Corpus, load_corpus
-from slimrt.presets import choose_plan
+from slimrt.prune.presets import choose_plan
 
 if TYPE_CHECKING:
     from slimrt.llm import LLM

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 
 from slimrt.eval.text import Corpus
-from slimrt.tokenizer import Tokenizer
+from slimrt.text.tokenizer import Tokenizer
 
 __all__ = ["Kind", "Sample", "Source", "Task"]
 

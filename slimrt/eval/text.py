@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from slimrt.errors import SettingError
-from slimrt.tokenizer import Tokenizer
+from slimrt.text.tokenizer import Tokenizer
 
 __all__ = ["Corpus", "corpus_from_text", "load_corpus", "windows"]
 

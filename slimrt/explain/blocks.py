@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 
 from slimrt.explain.trace import CutTrace
-from slimrt.tokenizer import Tokenizer
+from slimrt.text.tokenizer import Tokenizer
 
 __all__ = ["Block", "block_texts", "prompt_blocks"]
 

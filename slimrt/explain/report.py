@@ -13,7 +13,7 @@ from slimrt.engine import Progress
 from slimrt.explain.blocks import Block, prompt_blocks
 from slimrt.explain.trace import CutTrace, PrefillTrace
 from slimrt.llm import LLM
-from slimrt.prune import local_blocks, why_dense
+from slimrt.prune.select import local_blocks, why_dense
 from slimrt.session import Session
 
 __all__ = ["CutReport", "Explanation", "LayerReport", "Span", "explain"]

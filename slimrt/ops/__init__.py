@@ -1,1 +1,1 @@
-"""The seam to the hardware: classes with the same operations (``numpy_ops`` today), weights opaque to all but them."""
+"""The seam to the hardware: three backends with the same operations, weights opaque to all but their own backend."""

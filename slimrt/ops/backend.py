@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from slimrt.errors import DeviceError, SettingError
-from slimrt.ops.cuda_device import CudaDevice, probe
-from slimrt.ops.numpy_ops import NumpyOps
+from slimrt.ops.cuda.device import CudaDevice, probe
+from slimrt.ops.numpy.numpy_ops import NumpyOps
 
 __all__ = [
     "DEVICES",
@@ -60,7 +60,7 @@ def find_gpu(device: str) -> tuple[CudaDevice | None, str]:
 
 def open_cuda(gpu: CudaDevice) -> Backend:
     """The backend on ``gpu``. Raises DeviceError if it does not start."""
-    from slimrt.ops.cupy_ops import CupyOps
+    from slimrt.ops.cuda.cupy_ops import CupyOps
 
     return Backend(CupyOps(gpu), str(gpu))
 

@@ -44,10 +44,10 @@ class CalibrateSettings:
 def calibrate_model(settings: CalibrateSettings, load: LoadSettings, *, as_json: bool) -> None:
     """Run the search and store its presets; a table, or with ``as_json`` the whole file, goes to stdout."""
     from slimrt.calibrate.search import Bounds, calibrate, calibration_context
-    from slimrt.gguf import GGUFFile
     from slimrt.models import read_config
     from slimrt.output import write_atomically
-    from slimrt.presets import preset_path
+    from slimrt.prune.presets import preset_path
+    from slimrt.weights.gguf import GGUFFile
 
     target = settings.output or preset_path(find_model(load.model))
     if not (target.parent.is_dir() and os.access(target.parent, os.W_OK)):

@@ -6,10 +6,9 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
-from slimrt.gguf import GGUFFile
-from slimrt.hub import resolve
+from slimrt.hub.store import resolve
 from slimrt.llm import LLM
-from slimrt.memory import DEFAULT_CTX, plan
+from slimrt.memory.plan import DEFAULT_CTX, plan
 from slimrt.models import read_config
 from slimrt.ops.backend import find_gpu, uses_kernels
 from slimrt.output import human_bytes
@@ -17,6 +16,7 @@ from slimrt.terminal.guard import note
 from slimrt.terminal.options import LoadSettings
 from slimrt.terminal.progress import progress_bar
 from slimrt.terminal.screen import printable
+from slimrt.weights.gguf import GGUFFile
 
 __all__ = ["announce_memory", "find_model", "load_model", "open_file"]
 

@@ -13,7 +13,7 @@ from slimrt.errors import SettingError
 from slimrt.output import human_bytes
 from slimrt.terminal.loading import open_file
 from slimrt.terminal.progress import progress_bar
-from slimrt.tokenizer import Tokenizer
+from slimrt.text.tokenizer import Tokenizer
 
 __all__ = ["convert", "inspect", "list_models", "pull", "quantize", "tokenize"]
 
@@ -95,22 +95,22 @@ def _plain(value: Any) -> Any:
 
 def pull(name: str | None, *, force: bool, as_json: bool) -> None:
     """Fetch or check a model; its path goes to stdout."""
-    from slimrt import hub
+    from slimrt.hub import store
 
     with progress_bar(f"fetching {name or 'the default model'}", unit="bytes") as progress:
-        path = hub.pull(name, progress, force)
+        path = store.pull(name, progress, force)
     if as_json:
-        _json({"name": name or hub.DEFAULT_MODEL, "path": str(path), "bytes": path.stat().st_size})
+        _json({"name": name or store.DEFAULT_MODEL, "path": str(path), "bytes": path.stat().st_size})
     else:
         click.echo(path)
 
 
 def list_models(*, as_json: bool) -> None:
     """What is there without fetching."""
-    from slimrt import hub
+    from slimrt.hub import store
     from slimrt.terminal.tables import print_models
 
-    models = hub.models()
+    models = store.models()
     if as_json:
         _json({"models": [{"name": model.name, "path": str(model.path), "bytes": model.size} for model in models]})
     elif models:

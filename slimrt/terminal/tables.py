@@ -12,10 +12,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from slimrt.gguf import GGUFFile
-from slimrt.hub import LocalModel
+from slimrt.hub.store import LocalModel
 from slimrt.output import human_bytes
 from slimrt.terminal.screen import printable
+from slimrt.weights.gguf import GGUFFile
 
 __all__ = ["print_model", "print_models", "print_pieces", "print_wide"]
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from slimrt.ops.cuda_device import load_cupy, probe
-from slimrt.ops.kernels import source_text
+from slimrt.ops.cuda.device import load_cupy, probe
+from slimrt.ops.cuda.modules import source_text
 
 _INCLUDE = re.compile(r'^#include "([\w.]+)"$', re.MULTILINE)
 

@@ -40,7 +40,7 @@ from slimrt.ops.fast.vectors import (
     store_scalar,
     sum_lanes,
 )
-from slimrt.ops.reach import RUN, SINK, Reach
+from slimrt.prune.reach import RUN, SINK, Reach
 
 __all__ = ["Grouping", "attend", "attend_kernel", "join_kernel", "partial_bytes", "score_key", "spans_for"]
 
@@ -87,7 +87,7 @@ def spans_for(rows: int, kv_heads: int, threads: int) -> int:
 
 @inline
 def _first_row(reach, row):
-    """``slimrt.ops.reach.first_row``."""
+    """``slimrt.prune.reach.first_row``."""
     first = row // RUN * RUN - reach
     if reach != 0 and first > SINK:
         return first

@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 from numba import float32
 
-from slimrt.kv_cache import Cache, KVCache
+from slimrt.kv.cache import Cache, KVCache
 from slimrt.ops.fast.activations import (
     RECORD,
     RECORD_BYTES,
@@ -279,7 +279,7 @@ class Decoder:
     def step(
         self, cache: Cache, token: int, position: int, *, middle: int | None = None
     ) -> tuple[np.ndarray, np.ndarray | None]:
-        """See ``slimrt.ops.decoding.Decoder``."""
+        """See ``slimrt.ops.protocol.Decoder``."""
         with self._lock:
             d = self.config.d_model
             cos, sin = self._model.rope(np.array([position]))

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 from gguf.constants import GGMLQuantizationType
 
-from slimrt.gguf import TensorInfo
 from slimrt.ops.fast import attend_few, gemv
 from slimrt.ops.fast.decode import Decoder
 from slimrt.ops.fast.dots import FORMATS
@@ -26,11 +25,12 @@ from slimrt.ops.fast.one_query import OneQuery
 from slimrt.ops.fast.panels import PanelMaker, Panels
 from slimrt.ops.fast.products import PANEL, shape_of
 from slimrt.ops.fast.team import Program, Team, address
-from slimrt.ops.numpy_memory import Fence
-from slimrt.ops.numpy_ops import ROW_CHUNK, NumpyOps
-from slimrt.ops.numpy_scores import WEIGHT_SCORES
-from slimrt.ops.reach import RUN, Reach, first_row
-from slimrt.quants import dequantize
+from slimrt.ops.numpy.memory import Fence
+from slimrt.ops.numpy.numpy_ops import ROW_CHUNK, NumpyOps
+from slimrt.prune.reach import RUN, Reach, first_row
+from slimrt.prune.scores import WEIGHT_SCORES
+from slimrt.weights.gguf import TensorInfo
+from slimrt.weights.quants import dequantize
 
 __all__ = ["FastOps", "FastWeight"]
 

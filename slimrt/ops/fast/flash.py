@@ -41,7 +41,7 @@ from slimrt.ops.fast.vectors import (
     store_scalar,
     sum_lanes,
 )
-from slimrt.ops.reach import RUN, SINK
+from slimrt.prune.reach import RUN, SINK
 
 __all__ = ["KEY_BLOCK", "flash_kernel", "pack_kernel", "tile_scratch"]
 

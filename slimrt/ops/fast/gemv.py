@@ -15,7 +15,6 @@ import numpy as np
 from gguf.constants import GGMLQuantizationType
 from numba import float32
 
-from slimrt.gguf import TensorInfo
 from slimrt.ops.fast.activations import RECORD, RECORD_BYTES, activation_bytes, padded, quantize_kernel
 from slimrt.ops.fast.dots import Format, format_of
 from slimrt.ops.fast.features import Features
@@ -23,6 +22,7 @@ from slimrt.ops.fast.kernels import Kernel, compile_kernel
 from slimrt.ops.fast.lanes import prefetch
 from slimrt.ops.fast.team import Program, address
 from slimrt.ops.fast.vectors import F32X8, F32X16, argument, load_scalar, splat, store_scalar, sum_lanes
+from slimrt.weights.gguf import TensorInfo
 
 __all__ = ["Product", "Rows", "add_products", "aligned_zeros", "gemv_kernel", "linear_few"]
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from slimrt.gguf import TensorInfo
 from slimrt.ops.fast.features import Features
 from slimrt.ops.fast.products import PANEL, shape_of
 from slimrt.ops.fast.team import Program, Team, address
 from slimrt.ops.fast.unpack import unpack
+from slimrt.weights.gguf import TensorInfo
 
 __all__ = ["PanelMaker", "Panels"]
 

@@ -1,0 +1,402 @@
+"""One layer's rows under a budget: resident slots, blocks in host memory, unit means; and which blocks to read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from slimrt.config import CacheConfig, ModelConfig
+from slimrt.kv.cache import Positions
+from slimrt.kv.ring import Transfers, wait_all
+
+__all__ = ["Choice", "LayerRows", "choose", "host_slabs", "reserve_host_memory"]
+
+Array = Any  # the backend's array
+Fence = Any  # the backend's fence
+
+_SLAB_ROWS = 1024  # host memory is taken in slabs: pinning is slow, and a slab is never moved or given back
+
+
+class Choice:
+    """Blocks to read: those of ``kept`` [tail] bool (``complete`` [n] has their numbers, ascending), and ``tail``, the
+    block that holds the newest row."""
+
+    def __init__(self, kept: np.ndarray) -> None:
+        self.kept, self.tail = kept, len(kept)
+        self.complete = np.flatnonzero(kept)
+
+    def overlap(self, other: Choice) -> float:
+        """The share of this choice's blocks that the other, which ends in the same tail, has too."""
+        return (1 + int(np.count_nonzero(other.kept[self.complete]))) / (1 + len(self.complete))
+
+
+def choose(scores: np.ndarray | None, tail: int, config: CacheConfig) -> Choice:
+    """The sink, the tail, the local blocks before it, and the best of ``scores`` [tail]: as many as there are slots.
+
+    Without scores later blocks are better. Ties go to the earlier block.
+    """
+    wanted = np.arange(tail, dtype=np.float32) if scores is None else scores.copy()
+    wanted[: config.sink_blocks] = math.inf
+    wanted[max(0, tail - config.local_blocks) :] = math.inf
+    count = config.slots - 1
+    if not 0 < count < tail:
+        return Choice(np.arange(tail) < count)
+    rivals = wanted[wanted > -math.inf]  # in a long context a small part
+    least = np.partition(rivals, -count)[-count] if count <= len(rivals) else -math.inf
+    kept = wanted > least
+    kept[np.flatnonzero(wanted == least)[: count - np.count_nonzero(kept)]] = True
+    return Choice(kept)
+
+
+class HostBlocks:
+    """Blocks in host memory: [2, Hkv, block, Dh], keys and values of one block contiguous, so one transfer moves it."""
+
+    def __init__(self, ops: Any, config: CacheConfig, model: ModelConfig) -> None:
+        self._ops = ops
+        self._shape = (2, model.n_kv_heads, config.block, model.head_dim)
+        self._per_slab, _ = host_slabs(config)
+        self._slabs: list[Array] = []
+        self.views: list[Array] = []  # one a block
+        self.block_bytes = math.prod(self._shape) * np.dtype(ops.kv_type).itemsize
+
+    def runs(self, device: Array, first: int, last: int) -> Iterator[tuple[Array, Array]]:
+        """Blocks ``first`` to ``last`` (exclusive) beside the same of ``device`` [2, Hkv, rows from ``first`` on, Dh].
+
+        Yields pairs (host, device) of equal shapes, as few as the slabs allow.
+        """
+        rows = self._shape[2]
+        while first < last:
+            slab, at = divmod(first, self._per_slab)
+            if slab == len(self._slabs):
+                self._slabs.append(self._ops.pinned((self._per_slab, *self._shape), self._ops.kv_type))
+                self.views.extend(self._slabs[slab])
+            count = min(self._per_slab - at, last - first)
+            heads, width = self._shape[1], self._shape[3]
+            blocks = device[:, :, : count * rows].reshape(2, heads, count, rows, width)  # splits an axis: a view
+            yield self._slabs[slab][at : at + count], blocks.transpose(2, 0, 1, 3, 4)
+            first += count
+            device = device[:, :, count * rows :]
+
+    def clear(self) -> None:
+        """Let go of the memory."""
+        self._slabs.clear()
+        self.views.clear()
+
+
+def host_slabs(config: CacheConfig) -> tuple[int, int]:
+    """Blocks in a slab of host memory, and how many slabs a layer needs when the context is full."""
+    blocks = max(1, _SLAB_ROWS // config.block)
+    return blocks, -(-config.ctx // (blocks * config.block))
+
+
+def reserve_host_memory(ops: Any, config: CacheConfig, model: ModelConfig) -> None:
+    """Take the host memory of one conversation that fills the context now, once: pinning in a prompt's way is slow."""
+    blocks, slabs = host_slabs(config)
+    ops.reserve((blocks, 2, model.n_kv_heads, config.block, model.head_dim), model.n_layers * slabs)
+
+
+class LayerRows:
+    """The rows of one layer.
+
+    While they fit into the slots, row i lies at row i of ``resident`` and nothing else is used. After that
+    (``spilled``) every complete block lies in host memory, ``slots`` says which block each resident slot holds, the
+    block that is being filled (the tail) lies in the last slot in use, so that what decode reads is one range.
+    """
+
+    def __init__(self, ops: Any, config: CacheConfig, model: ModelConfig, transfers: Transfers) -> None:
+        self._ops, self._config, self._transfers = ops, config, transfers
+        self._model = model
+        self.capacity = config.slots * config.block
+        self.positions = Positions()
+        self.resident: Array | None = None  # [2, Hkv, capacity, Dh], made when the first row comes
+        self._views: list[Array] = []  # [2, Hkv, block, Dh] of each slot
+        self.host = HostBlocks(ops, config, model)
+        self.row_bytes = self.host.block_bytes // config.block
+        none = (model.n_kv_heads, 0, model.head_dim)
+        self.means, self._group_means = ops.empty(none, ops.kv_type), ops.empty(none, ops.kv_type)
+        self.selects = False  # whether this layer chooses for its group, and so needs means
+        self._slot_positions = np.empty(self.capacity, np.int64)
+        self._wishes: np.ndarray  # what the last choice was made by
+        self._wished_at: int  # how many rows there were then
+        self._fetches: list[Fence] = []
+        self._spills: list[Fence] = []
+        self.reset()
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def reset(self) -> None:
+        """Forget all rows; no copy may be under way."""
+        self.positions.truncate(0)
+        self.spilled = False
+        self.choice: Choice | None = None
+        self.slots = np.empty(0, np.int64)  # block in each slot, once spilled; -1 for none
+        self.on_host = 0  # complete blocks in host memory
+        self.forget_wishes()
+
+    # -- copies under way ---------------------------------------------------------------------------------------------
+
+    def settle(self) -> None:
+        """Compute waits for all copies of this layer; the first exception is raised when all have ended."""
+        fences = self._fetches + self._spills
+        self._fetches, self._spills = [], []
+        wait_all(self._ops, self._transfers, fences)
+
+    # -- all rows resident --------------------------------------------------------------------------------------------
+
+    def append(self, k: Array, v: Array, positions: np.ndarray) -> tuple[Array, Array, np.ndarray]:
+        """Append rows that fit while nothing is spilled; returns views of all."""
+        held, length = len(self), len(self) + len(positions)
+        resident = self._slots_memory()
+        resident[0, :, held:length] = k.transpose(1, 0, 2)
+        resident[1, :, held:length] = v.transpose(1, 0, 2)
+        self.positions.append(positions)
+        return resident[0, :, :length], resident[1, :, :length], self.positions.array
+
+    def _slots_memory(self) -> Array:
+        if self.resident is None:
+            shape = (2, self._model.n_kv_heads, self.capacity, self._model.head_dim)
+            self.resident = self._ops.empty(shape, self._ops.kv_type)
+            self._views = [self.resident[:, :, _rows(slot, self._config.block)] for slot in range(self._config.slots)]
+        return self.resident
+
+    # -- decode: some rows resident -----------------------------------------------------------------------------------
+
+    def move_to(self, choice: Choice) -> None:
+        """Start bringing the blocks of ``choice`` that are not resident into slots of blocks that it leaves out.
+
+        The tail keeps its rows and gets the last slot. Compute has left this layer's slots since its last attention.
+        """
+        self.choice = choice
+        if not self.spilled:
+            self.begin_spilling()
+        self.settle()
+        block, last = self._config.block, len(choice.complete)
+        where = {number: slot for slot, number in enumerate(self.slots[last:].tolist(), last)}
+        if choice.tail in self.slots:
+            where[choice.tail] = self._slot_of(choice.tail)
+        slots = np.full(last + 1, -1)
+        slots[: len(self.slots)] = self.slots[: last + 1]
+        slots[last] = choice.tail
+        stays = (slots >= 0) & (slots < choice.tail)
+        stays[stays] = choice.kept[slots[stays]]
+        missing = choice.kept.copy()
+        missing[slots[stays]] = False
+        free = np.flatnonzero(~stays[:last])
+        slots[free] = np.flatnonzero(missing)
+        moves = list(zip(slots[free].tolist(), free.tolist(), strict=True))  # (block, slot) of what changes its place
+        if len(self) > choice.tail * block and where.get(choice.tail) != last:
+            moves.insert(0, (choice.tail, last))
+        self.slots = slots
+        # A block in another slot (the tail after truncation, the block that was the tail) moves on the device at once;
+        # what comes from the host may then overwrite where it lay.
+        fetched = []
+        for number, slot in moves:
+            if number in where:
+                self._views[slot][...] = self._views[where[number]]
+            else:
+                fetched.append((slot, self.host.views[number]))
+            positions = self.positions.array[_rows(number, block)]
+            self._slot_positions[slot * block : slot * block + len(positions)] = positions
+        if fetched:
+            self._transfers.bytes_to_device += len(fetched) * self.host.block_bytes
+            self._fetches.append(self._ops.fetch_blocks(self._slots_memory(), fetched, self._ops.mark()))
+
+    def begin_spilling(self) -> None:
+        """All slots are full, and one row more comes: from now on the host has the blocks as well."""
+        self.slots = np.arange(self._config.slots)
+        self._slot_positions[:] = self.positions.array
+        self.spilled = True
+        self._spill(self._slots_memory(), 0, self._config.slots)
+
+    def _spill(self, device: Array, first: int, last: int) -> None:
+        """Start copying complete blocks to the host, from ``device`` [2, Hkv, rows from ``first`` on, Dh]."""
+        self.learn_means(device[0], first, last)
+        self._spills.append(self._ops.copy(list(self.host.runs(device, first, last)), after=self._ops.mark()))
+        self._transfers.bytes_to_host += (last - first) * self.host.block_bytes
+        self.on_host = last
+
+    def append_one(self, k: Array, v: Array, positions: np.ndarray) -> tuple[Array, Array, np.ndarray]:
+        """Append a row [1, Hkv, Dh] to the tail; returns views of the resident rows, once they have arrived."""
+        assert self.choice is not None
+        if self._fetches:
+            fetches, self._fetches = self._fetches, []
+            wait_all(self._ops, self._transfers, fetches)
+        block, resident = self._config.block, self._slots_memory()
+        slot = len(self.slots) - 1  # the tail's
+        row = slot * block + len(self) - self.choice.tail * block
+        resident[0, :, row] = k[0]
+        resident[1, :, row] = v[0]
+        self._slot_positions[row] = positions[0]
+        self.positions.append(positions)
+        if len(self) == (self.choice.tail + 1) * block:
+            self._spill(self._views[slot], self.choice.tail, self.choice.tail + 1)
+        return resident[0, :, : row + 1], resident[1, :, : row + 1], self._slot_positions[: row + 1]
+
+    def learn_means(self, keys: Array, first: int, last: int) -> None:
+        """Unit means of complete blocks ``first`` to ``last``; keys [Hkv, rows from ``first`` on, Dh]."""
+        if not self.selects:
+            return
+        c = self._config
+        units = c.block // c.unit
+        rows = keys[:, : (last - first) * c.block]
+        self.means = self._room(self.means, first * units, last * units, c.group * units)
+        self.means[:, first * units : last * units] = self._ops.unit_means(rows, c.unit)
+        # Of the groups those that are complete now; the first may have begun with blocks that were known before.
+        begun, complete = first // c.group, last // c.group
+        if begun < complete:
+            members = self.means[:, begun * c.group * units : complete * c.group * units]
+            self._group_means = self._room(self._group_means, begun, complete, 1)
+            self._group_means[:, begun:complete] = self._ops.unit_means(members, c.group * units)
+
+    def _room(self, means: Array, held: int, wanted: int, multiple: int) -> Array:
+        """``means`` [Hkv, n, Dh], n a ``multiple`` and at least ``wanted``, the first ``held`` as they were."""
+        if wanted <= means.shape[1]:
+            return means
+        shape = means.shape[0], -(-2 * wanted // multiple) * multiple, means.shape[2]
+        grown = self._ops.empty(shape, self._ops.kv_type)
+        grown[:, :held] = means[:, :held]
+        return grown
+
+    def wanted(self, q: Array, tail: int) -> np.ndarray:
+        """How much the query q [1, H, Dh] wants each of the first ``tail`` blocks -> [tail] float32 on the host.
+
+        What the queries before it wanted counts too, less with each token (``decay``): what they read is read again
+        soon, and what one could not tell by the units' means another could. Blocks that none was compared with have
+        -inf. The array is kept: it may not be changed.
+        """
+        scores = self._compared(q, tail)
+        if self._config.decay:
+            earlier = self._wishes * np.float32(self._config.decay ** (len(self) - self._wished_at))
+            np.maximum(scores[: len(earlier)], earlier, out=scores[: len(earlier)])
+            self._wishes, self._wished_at = scores, len(self)
+        return scores
+
+    def forget_wishes(self) -> None:
+        """The next query counts alone."""
+        self._wishes, self._wished_at = np.empty(0, np.float32), 0
+
+    def _compared(self, q: Array, tail: int) -> np.ndarray:
+        """The score of each of the first ``tail`` blocks, [tail] on the host, or -inf.
+
+        All are compared by their units while they are few; else the units of the best groups only (two levels, as in
+        HiP, arXiv 2406.09827), and of the blocks behind the last complete group.
+        """
+        c, score = self._config, self._ops.score_blocks
+        units, short = c.block // c.unit, c.shortlist * c.slots
+        if tail <= max(short, c.group):
+            return score(c.score, q, self.means[:, : tail * units], units, 1)
+        groups, taken = tail // c.group, max(1, short // c.group)
+        coarse = score(c.score, q, self._group_means[:, :groups], 1, 1)
+        best = np.sort(np.argpartition(coarse, groups - taken)[groups - taken :])
+        begun = tail % c.group  # blocks of the group that is not complete: the last of the shortlist
+        if begun:
+            best = np.append(best, groups)
+        count = taken * c.group + begun
+        blocks = (best[:, None] * c.group + np.arange(c.group)).reshape(-1)[:count]
+        heads, _, width = self.means.shape
+        fine = self._ops.columns(self.means.reshape(heads, -1, c.group * units * width), best)
+        fine = fine.reshape(heads, -1, width)[:, : count * units]
+        scores = np.full(tail, -math.inf, np.float32)
+        scores[blocks] = score(c.score, q, fine, units, 1)
+        return scores
+
+    # -- prefill: all rows in a staging slot --------------------------------------------------------------------------
+
+    def staged(self, slot: Array) -> list[tuple[Array, Array]]:
+        """The copies (slot, host) that bring the spilled rows into ``slot`` [2, Hkv, rows, Dh], whole blocks at a time.
+
+        The tail comes along if it is not resident; ``stage_resident`` brings the rest.
+        """
+        tail, begun = divmod(len(self), self._config.block)
+        last = tail + (begun > 0 and tail not in self.slots) if self.spilled else 0
+        return [(device, host) for host, device in self.host.runs(slot, 0, last)]
+
+    def stage_resident(self, slot: Array) -> None:
+        """Put the rows into ``slot`` that ``staged`` left out; after its copies, which may have written over them."""
+        if not self.spilled:
+            slot[:, :, : len(self)] = self._slots_memory()[:, :, : len(self)]
+            return
+        block = self._config.block
+        tail, begun = divmod(len(self), block)
+        if begun and tail in self.slots:
+            slot[:, :, tail * block : len(self)] = self._views[self._slot_of(tail)][:, :, :begun]
+
+    def settle_from(self, slot: Array, choice: Choice | None) -> None:
+        """Fill the resident slots anew from ``slot``, which holds all rows; ``choice`` None: they fit."""
+        block, resident = self._config.block, self._slots_memory()
+        self.choice, self.spilled = choice, choice is not None
+        if choice is None:
+            resident[:, :, : len(self)] = slot[:, :, : len(self)]
+            self.slots, self.on_host = np.empty(0, np.int64), 0
+            return
+        self.slots = np.append(choice.complete, choice.tail)
+        for place, number in enumerate(self.slots.tolist()):
+            positions = self.positions.array[_rows(number, block)]
+            at, start = place * block, number * block
+            resident[:, :, at : at + len(positions)] = slot[:, :, start : start + len(positions)]
+            self._slot_positions[at : at + len(positions)] = positions
+
+    def _slot_of(self, block: int) -> int:
+        return int(np.flatnonzero(self.slots == block)[0])
+
+    # -- forgetting ---------------------------------------------------------------------------------------------------
+
+    def truncate(self, length: int) -> None:
+        """Forget the rows from position ``length`` on; no copy may be under way."""
+        rows = self.positions.before(length)
+        if rows == len(self):
+            return
+        if not rows:
+            self.reset()
+            return
+        self.positions.truncate(rows)
+        if self.spilled:
+            tail, begun = divmod(rows, self._config.block)
+            self.forget_wishes()
+            self.on_host = min(self.on_host, tail)
+            # What stays resident is the block that rows will be appended to; the next choice brings the others back.
+            self.slots = np.where((self.slots == tail) & (begun > 0), tail, -1)
+            self.choice = None
+
+    # -- looking ------------------------------------------------------------------------------------------------------
+
+    def rows(self) -> tuple[Array, Array, np.ndarray]:
+        """All rows, gathered in host memory; no copy may be under way."""
+        n, block = len(self), self._config.block
+        shape = (2, self._model.n_kv_heads, -(-n // block) * block, self._model.head_dim)
+        whole = self._ops.pinned(shape, self._ops.kv_type)
+        for device, host in self.staged(whole):
+            device[...] = host
+        tail, begun = divmod(n, block)
+        if not self.spilled:
+            whole[:, :, :n] = self._ops.to_host(self._slots_memory()[:, :, :n])
+        elif begun and tail in self.slots:
+            whole[:, :, tail * block : n] = self._ops.to_host(self._views[self._slot_of(tail)][:, :, :begun])
+        return whole[0, :, :n], whole[1, :, :n], self.positions.array
+
+    @property
+    def nbytes_device(self) -> int:
+        if not self.spilled:
+            return len(self) * self.row_bytes
+        block = self._config.block
+        held = sum(min(block, len(self) - number * block) for number in self.slots.tolist() if number >= 0)
+        means = self.on_host * (block // self._config.unit) + self.on_host // self._config.group if self.selects else 0
+        mean_bytes = self.means.shape[0] * self.means.shape[2] * self.means.dtype.itemsize
+        return held * self.row_bytes + means * mean_bytes
+
+    @property
+    def nbytes_host(self) -> int:
+        return self.on_host * self.host.block_bytes
+
+    def close(self) -> None:
+        self.resident = None
+        self._views.clear()
+        self.host.clear()
+
+
+def _rows(number: int, block: int) -> slice:
+    return slice(number * block, (number + 1) * block)

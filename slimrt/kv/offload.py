@@ -1,0 +1,294 @@
+"""A KV cache with a budget: prompts are read exactly, decode reads a fixed number of resident rows a layer.
+
+Prefill computes a layer in a staging slot of the ring, leaves the chosen blocks resident, and copies the complete ones
+to host memory behind the next layers; a prompt that continues an earlier one finds the layer's old rows brought into a
+slot while the layers before it computed. Decode chooses blocks by the query against the mean keys of units, as Quest
+(arXiv 2406.10774) and InfLLM (arXiv 2402.04617) do, one choice for a group of layers (OmniKV, ICLR 2025), and fetches
+only what is not resident, layers ahead (SlimInfer, arXiv 2508.06447).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from slimrt.config import CacheConfig, ModelConfig
+from slimrt.errors import ComputeError
+from slimrt.kv.layer_rows import Choice, LayerRows, choose
+from slimrt.kv.ring import Pairs, Ring, Transfers
+
+__all__ = ["OffloadedKVCache"]
+
+Array = Any  # the backend's array
+
+
+class OffloadedKVCache:
+    """See ``slimrt.kv.cache.Cache`` for what the methods do. ``transfers`` counts what moved."""
+
+    def __init__(self, model: ModelConfig, ops: Any, config: CacheConfig) -> None:
+        self._model, self._ops, self._config = model, ops, config
+        self.transfers = Transfers()
+        self._layers = [LayerRows(ops, config, model, self.transfers) for _ in range(model.n_layers)]
+        self._first = list(range(model.n_layers))  # the layer that chooses for each layer
+        self._choices: dict[int, Choice] = {}  # by choosing layer
+        self._ring: Ring | None = None  # while a pass over many tokens runs
+        self._open: tuple[int, int] | None = None  # layer in its staging slot, first block that the host lacks
+        self._failure: BaseException | None = None
+
+    @property
+    def intact(self) -> bool:
+        return self._failure is None
+
+    # -- a pass -------------------------------------------------------------------------------------------------------
+
+    def update(
+        self, layer: int, k: Array, v: Array, positions: np.ndarray, q: Array | None, *, exact: bool = False
+    ) -> tuple[Array, Array, np.ndarray]:
+        """Append rows; returns all of them, or in decode the resident ones.
+
+        Raises what a copy raised that these rows depend on, and ComputeError from then on until ``truncate(0)``.
+        """
+        if self._failure is not None:
+            raise ComputeError(
+                f"keys and values were lost when a copy failed ({self._failure!r}); start the conversation anew"
+            ) from self._failure
+        with self._noting_failure():
+            rows = self._layers[layer]
+            if not len(rows):
+                self._join_group(layer, positions)
+            if not rows.spilled and len(rows) + len(positions) <= rows.capacity:
+                return rows.append(k, v, positions)
+            if exact or len(positions) > 1:
+                return self._update_whole(layer, k, v, positions, q)
+            return self._update_one(layer, k, v, positions, q)
+
+    def attended(self, layer: int) -> None:
+        """Start copying the layer's new blocks to the host; after the last layer, wait until all are there."""
+        if self._ring is None:
+            return
+        with self._noting_failure():
+            self._leave()
+            if layer == self._model.n_layers - 1:
+                self._end_pass()
+
+    @contextmanager
+    def _noting_failure(self) -> Iterator[None]:
+        """After an exception (an interrupt too) rows may be lost or half written."""
+        try:
+            yield
+        except BaseException as error:
+            self._failure = error
+            raise
+
+    def _join_group(self, layer: int, positions: np.ndarray) -> None:
+        """A layer that gets its first rows shares the choice of the layer before it if that holds the same rows.
+
+        So a group never reaches across a cut of the prompt, behind which layers hold other rows. Whatever happens to
+        the rows later happens to all layers of a group alike.
+        """
+        first = self._first[layer - 1] if layer else 0
+        shared = (
+            0 < layer < first + self._config.select_every
+            and len(self._layers[layer - 1]) == len(positions)
+            and np.array_equal(self._layers[layer - 1].positions.array, positions)
+        )
+        self._first[layer] = first if shared else layer
+        self._layers[layer].selects = not shared
+        if not shared:
+            self._choices.pop(layer, None)
+
+    # -- decode -------------------------------------------------------------------------------------------------------
+
+    def _update_one(
+        self, layer: int, k: Array, v: Array, positions: np.ndarray, q: Array | None
+    ) -> tuple[Array, Array, np.ndarray]:
+        rows, first = self._layers[layer], self._first[layer]
+        choice = self._decode_choice(layer, q)
+        for number in range(layer, min(layer + self._config.lookahead + 1, len(self._layers))):
+            other = self._layers[number]
+            # After a pass that broke off a layer may be spilled and its neighbour not, though both hold the same rows.
+            spilled = other.spilled or len(rows) == rows.capacity
+            if self._first[number] == first and spilled and other.choice is not choice:
+                other.move_to(choice)
+        return rows.append_one(k, v, positions)
+
+    def _decode_choice(self, layer: int, q: Array | None) -> Choice:
+        """What the layer reads when one row more has come: all if it fits, else what its group chooses.
+
+        The group's present choice serves until the group's turn comes, and then as long as enough of what is wanted
+        now is in it.
+        """
+        rows, first = self._layers[layer], self._first[layer]
+        tail, present = len(rows) // self._config.block, rows.choice
+        if present is not None and present.tail != tail:
+            present = None
+        if tail < self._config.slots:
+            return present or choose(None, tail, self._config)
+        if layer == first:
+            if not rows.spilled:
+                rows.begin_spilling()
+            if present is None or (len(rows) + layer) % self._config.choose_every == 0:
+                choice = self._choose(rows, tail, q)
+                if present is None or choice.overlap(present) < self._config.overlap:
+                    self.transfers.swaps += 1
+                    present = choice
+                else:
+                    self.transfers.hits += 1
+            self._choices[first] = present
+        return self._choices[first]
+
+    def _choose(self, rows: LayerRows, tail: int, q: Array | None) -> Choice:
+        """The blocks that the query q [1, H, Dh] wants, when block ``tail`` holds the newest row."""
+        if tail < self._config.slots or q is None:
+            return choose(None, tail, self._config)
+        return choose(rows.wanted(q, tail), tail, self._config)
+
+    # -- prefill ------------------------------------------------------------------------------------------------------
+
+    def _update_whole(
+        self, layer: int, k: Array, v: Array, positions: np.ndarray, q: Array | None
+    ) -> tuple[Array, Array, np.ndarray]:
+        ring = self._ring or self._begin_pass(int(positions[-1]) + 1)
+        rows, block = self._layers[layer], self._config.block
+        self._fetch_ahead(ring, layer)
+        slot = ring.take(layer)
+        rows.stage_resident(slot)
+        held, n = len(rows), len(rows) + len(positions)
+        slot[0, :, held:n] = k.transpose(1, 0, 2)
+        slot[1, :, held:n] = v.transpose(1, 0, 2)
+        rows.positions.append(positions)
+        choice, lacking = None, n // block
+        if n > rows.capacity:
+            lacking = rows.on_host
+            rows.learn_means(slot[0, :, lacking * block :], lacking, n // block)
+            first = self._first[layer]
+            if layer == first:
+                rows.forget_wishes()  # so that what follows a prompt does not depend on how it was read
+                self._choices[first] = self._choose(rows, (n - 1) // block, None if q is None else q[-1:])
+            choice = self._choices[first]
+        rows.settle_from(slot, choice)
+        self._open = layer, lacking
+        for number in range(layer + 1, min(layer + self._config.lookahead + 1, len(self._layers))):
+            self._fetch_ahead(ring, number)
+        return slot[0, :, :n], slot[1, :, :n], rows.positions.array
+
+    def _begin_pass(self, length: int) -> Ring:
+        """Staging slots for the longest layer of a pass that brings the context to ``length`` tokens."""
+        for rows in self._layers:
+            rows.settle()
+        block = self._config.block
+        shape = (2, self._model.n_kv_heads, -(-length // block) * block, self._model.head_dim)
+        self._ring = Ring(self._ops, shape, 1 + self._config.lookahead, self.transfers)
+        return self._ring
+
+    def _fetch_ahead(self, ring: Ring, layer: int) -> None:
+        rows = self._layers[layer]
+        if rows.spilled:
+            ring.fetch(layer, rows.staged)
+
+    def _leave(self) -> None:
+        """The layer in its staging slot is done: what the host lacks of it goes there."""
+        if self._open is None or self._ring is None:
+            return
+        (layer, lacking), self._open = self._open, None
+        rows, block = self._layers[layer], self._config.block
+        complete = len(rows) // block if rows.spilled else 0
+
+        def pairs(slot: Array) -> Pairs:
+            return list(rows.host.runs(slot[:, :, lacking * block :], lacking, complete))
+
+        self._ring.leave(layer, pairs)
+        rows.on_host = complete
+
+    def _end_pass(self) -> None:
+        """Wait for the copies of a pass and drop its staging slots, also where the pass was broken off."""
+        if self._ring is None:
+            return
+        ring, self._ring = self._ring, None
+        ring.close()
+
+    # -- forgetting ---------------------------------------------------------------------------------------------------
+
+    def truncate(self, length: int) -> None:
+        """Forget every row whose position is ``length`` or more; a failed copy surfaces in the next ``update``."""
+        self._settle()
+        for rows in self._layers:
+            if length:
+                rows.truncate(length)
+            else:
+                rows.reset()
+        if not length:
+            self._failure = None
+
+    def _settle(self) -> None:
+        """Wait for all that is under way; what was being computed is as complete as it will get."""
+        try:
+            self._leave()
+        except Exception as error:
+            self._failure = self._failure or error
+        for task in (self._end_pass, *(rows.settle for rows in self._layers)):
+            try:
+                task()
+            except Exception as error:
+                self._failure = self._failure or error
+        self._open = None
+
+    def clear(self, first_layer: int) -> None:
+        """Forget every row of the layers from ``first_layer`` on, also what is on its way for them."""
+        with self._noting_failure():
+            if self._ring is not None:
+                self._ring.discard(first_layer)
+            for rows in self._layers[first_layer:]:
+                rows.settle()
+                rows.reset()
+
+    # -- looking ------------------------------------------------------------------------------------------------------
+
+    def length(self, layer: int) -> int:
+        """How many rows a layer holds, resident or not."""
+        return len(self._layers[layer])
+
+    def rows(self, layer: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """All rows of a layer, gathered in host memory. Not while a pass runs."""
+        with self._noting_failure():
+            self._layers[layer].settle()
+            self._ops.finish()
+            return self._layers[layer].rows()
+
+    def layer_nbytes(self, layer: int) -> tuple[int, int]:
+        """Bytes of one layer where the model computes (the ring, which all share, aside) and in host memory."""
+        return self._layers[layer].nbytes_device, self._layers[layer].nbytes_host
+
+    @property
+    def nbytes_device(self) -> int:
+        """Bytes of resident rows, of unit means, and of the staging slots while a prompt is read."""
+        ring = self._ring.nbytes if self._ring is not None else 0
+        return sum(rows.nbytes_device for rows in self._layers) + ring
+
+    @property
+    def nbytes_host(self) -> int:
+        """Bytes of the blocks in host memory; those that are resident as well are there too."""
+        return sum(rows.nbytes_host for rows in self._layers)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> OffloadedKVCache:
+        """A cache of the same rows on the same backend."""
+        other = OffloadedKVCache(self._model, self._ops, self._config)
+        for layer in range(len(self._layers)):
+            keys, values, positions = self.rows(layer)
+            if len(positions):
+                shape = len(positions), *keys.shape[::2]
+                k, v = (self._ops.empty(shape, self._ops.kv_type) for _ in range(2))
+                pairs = [(k, keys.transpose(1, 0, 2)), (v, values.transpose(1, 0, 2))]
+                self._ops.wait(self._ops.copy(pairs, after=self._ops.mark()))
+                other.update(layer, k, v, positions, None, exact=True)
+            other.attended(layer)
+        return other
+
+    def close(self) -> None:
+        """Wait for all copies and let go of the memory."""
+        self._settle()
+        for rows in self._layers:
+            rows.close()

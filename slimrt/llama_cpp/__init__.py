@@ -1,0 +1,1 @@
+"""``Llama``: what code written for ``llama_cpp.Llama`` calls."""

@@ -1,0 +1,308 @@
+"""``slimrt.Llama``: programs written for ``llama_cpp.Llama`` (llama-cpp-python 0.3) run on slimrt.
+
+Method names, parameters, defaults and results are that class's. What differs on purpose: parameters that would change
+the answer and have no counterpart are refused (``llama_options`` lists them, and those accepted without effect);
+``logprobs`` needs no ``logits_all``; with ``echo``, log-probabilities stand beside their own tokens; nothing is
+printed.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from slimrt.errors import ContextError, FetchError, SettingError
+from slimrt.generation import GenerationRequest, Step, generate_tokens
+from slimrt.llama_cpp.context import LlamaContext, LlamaTokenizer
+from slimrt.llama_cpp.openai_format import CompletionFormat, LogprobFormat, chat_chunks, chat_completion
+from slimrt.llama_cpp.options import (
+    LogitsProcessorList,
+    Processors,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    check_numbers,
+    check_refused,
+    penalty_processors,
+    processor_tuple,
+    sampling_config,
+    token_biases,
+)
+from slimrt.llama_cpp.state import LlamaState
+from slimrt.results import FinishReason, TokenLogprob
+from slimrt.sampler import top_logprobs
+
+__all__ = ["Llama", "LlamaState", "LlamaTokenizer", "LogitsProcessorList", "StoppingCriteriaList"]
+
+Messages = Sequence[Mapping[str, Any]]
+
+
+class Llama(LlamaContext):
+    """A model and one conversation, with the interface of ``llama_cpp.Llama``."""
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        repo_id: str,
+        filename: str,
+        additional_files: Sequence[str] | None = None,
+        local_dir: str | Path | None = None,
+        local_dir_use_symlinks: bool | str = "auto",
+        cache_dir: str | Path | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """Load ``filename`` (a name or a pattern that one file matches) of a Hugging Face repository.
+
+        The other parts of a model in several files come along without being named. Raises FetchError where the file
+        cannot be had, SettingError for ``local_dir`` and ``cache_dir``: HF_HOME says where files are kept.
+        """
+        if local_dir is not None or cache_dir is not None:
+            raise SettingError(
+                f"folder {str(local_dir or cache_dir)!r}: set the HF_HOME variable to choose the cache folder"
+            )
+        return cls(f"hf:{repo_id}/{_matching_file(repo_id, filename)}", **kwargs)
+
+    # -- completion --------------------------------------------------------------------------------------------------
+
+    def create_completion(
+        self,
+        prompt: str | Sequence[int],
+        suffix: str | None = None,
+        max_tokens: int | None = 16,
+        temperature: float = 0.8,
+        top_p: float = 0.95,
+        min_p: float = 0.05,
+        typical_p: float = 1.0,
+        logprobs: int | None = None,
+        echo: bool = False,
+        stop: str | Sequence[str] | None = (),
+        frequency_penalty: float = 0.0,
+        presence_penalty: float = 0.0,
+        repeat_penalty: float = 1.0,
+        top_k: int = 40,
+        stream: bool = False,
+        seed: int | None = None,
+        tfs_z: float = 1.0,
+        mirostat_mode: int = 0,
+        mirostat_tau: float = 5.0,
+        mirostat_eta: float = 0.1,
+        model: str | None = None,
+        stopping_criteria: StoppingCriteria | None = None,
+        logits_processor: Processors = None,
+        grammar: Any = None,
+        logit_bias: Mapping[Any, float] | None = None,
+    ) -> Any:
+        """Continue ``prompt``: OpenAI's text completion as a dictionary, or with ``stream`` an iterator of chunks.
+
+        ``max_tokens`` None or below 1: up to the end of the context. Penalties look at the generated tokens.
+        Raises ContextError (a ValueError) if the prompt leaves no room in the context.
+        """
+        check_refused(
+            {"suffix": suffix or None, "mirostat_mode": mirostat_mode, "grammar": grammar}, {"mirostat_mode": 0}
+        )
+        if max_tokens is not None:
+            check_numbers(max_tokens=max_tokens)
+        ids = self._prompt_ids(prompt)
+        room = self._ctx - len(ids)
+        if room < 1:
+            raise ContextError(
+                f"the prompt has {len(ids)} tokens, the context window is {self._ctx} and must hold the answer too; "
+                "shorten the prompt, or load with a larger n_ctx"
+            )
+        penalties = penalty_processors(
+            repeat_penalty, frequency_penalty, presence_penalty, self.last_n_tokens_size, len(ids)
+        )
+        config = sampling_config(
+            temperature, top_k, top_p, min_p, typical_p, self._seed(seed), logit_bias=token_biases(logit_bias)
+        )
+        request = GenerationRequest(
+            max_tokens=room if max_tokens is None or max_tokens < 1 else min(max_tokens, room),
+            sampling=config,
+            stop=(stop,) if isinstance(stop, str) else tuple(stop or ()),
+            processors=(*processor_tuple(logits_processor), *penalties),
+            logprobs=logprobs,
+        )
+        if echo and logprobs is not None and self._all_logits is None:
+            raise SettingError("echo with logprobs needs the logits of the prompt; load with logits_all=True")
+        run = _Run(self, prompt, ids, request, stopping_criteria, CompletionFormat(model or self.model_path))
+        return run.chunks() if stream else run.whole(echo)
+
+    __call__ = create_completion
+
+    def create_chat_completion(
+        self,
+        messages: Messages,
+        functions: Any = None,
+        function_call: Any = None,
+        tools: Any = None,
+        tool_choice: Any = None,
+        temperature: float = 0.2,
+        top_p: float = 0.95,
+        top_k: int = 40,
+        min_p: float = 0.05,
+        typical_p: float = 1.0,
+        stream: bool = False,
+        stop: str | Sequence[str] | None = (),
+        seed: int | None = None,
+        response_format: Mapping[str, Any] | None = None,
+        max_tokens: int | None = None,
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
+        repeat_penalty: float = 1.0,
+        tfs_z: float = 1.0,
+        mirostat_mode: int = 0,
+        mirostat_tau: float = 5.0,
+        mirostat_eta: float = 0.1,
+        model: str | None = None,
+        logits_processor: Processors = None,
+        grammar: Any = None,
+        logit_bias: Mapping[Any, float] | None = None,
+        logprobs: bool | None = None,
+        top_logprobs: int | None = None,
+    ) -> Any:
+        """Answer ``messages``: OpenAI's chat completion as a dictionary, or with ``stream`` an iterator of chunks.
+
+        Raises SettingError for malformed messages and for a model without a chat template.
+        """
+        unbound = {"tool_choice": "none", "function_call": "none", "response_format": {"type": "text"}}
+        check_refused(
+            {
+                "tools": tools or None,
+                "functions": functions or None,
+                "tool_choice": None if tool_choice == "auto" else tool_choice,
+                "function_call": None if function_call == "auto" else function_call,
+                "response_format": response_format,
+            },
+            unbound,
+        )
+        answer = self.create_completion(
+            self._model.chat_tokens(messages),
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            min_p=min_p,
+            typical_p=typical_p,
+            logprobs=(top_logprobs or 0) if logprobs else None,
+            stop=stop,
+            frequency_penalty=frequency_penalty,
+            presence_penalty=presence_penalty,
+            repeat_penalty=repeat_penalty,
+            top_k=top_k,
+            stream=stream,
+            seed=seed,
+            mirostat_mode=mirostat_mode,
+            model=model,
+            logits_processor=logits_processor,
+            grammar=grammar,
+            logit_bias=logit_bias,
+        )
+        return chat_chunks(answer) if stream else chat_completion(answer)
+
+    def _prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
+        if not isinstance(prompt, str):
+            if not isinstance(prompt, (Sequence, np.ndarray)):
+                raise SettingError(f"prompt of type {type(prompt).__name__}: must be text or a list of token ids")
+            return [int(token) for token in prompt]
+        ids = self._tokenizer.encode(prompt, special=True)
+        bos = self._tokenizer.bos_id
+        if bos is not None and ids[:2] == [bos, bos]:
+            warnings.warn(
+                "the prompt begins with BOS and the model adds one; leave it out", RuntimeWarning, stacklevel=3
+            )
+        # As in llama_cpp, an empty prompt starts from BOS.
+        return ids or ([] if bos is None else [bos])
+
+
+class _Run:
+    """One completion: the prompt, how to go on from it, and the shape of the answer."""
+
+    def __init__(
+        self,
+        llama: Llama,
+        prompt: str | Sequence[int],
+        ids: list[int],
+        request: GenerationRequest,
+        criteria: StoppingCriteria | None,
+        format: CompletionFormat,
+    ) -> None:
+        self._llama, self._tokenizer = llama, llama._tokenizer
+        self._prompt, self._ids, self._request, self._criteria = prompt, ids, request, criteria
+        self._format = format
+
+    def _steps(self) -> Iterator[Step]:
+        llama, shown = self._llama, 0
+        tokens: list[int] = []
+        llama._read(self._ids)
+        session = llama._current
+        for step in generate_tokens(session, self._tokenizer, self._request):
+            if step.token is not None and self._criteria is not None and session.logits is not None:
+                # As in llama_cpp: asked before the drawn token counts, which is dropped if the answer is yes.
+                if self._criteria(llama._input_ids, session.logits):
+                    yield Step(None, self._tokenizer.decode(tokens)[shown:], None, "stop")
+                    return
+                tokens.append(step.token)
+            shown += len(step.text)
+            yield step
+
+    def chunks(self) -> Iterator[dict[str, Any]]:
+        logprobs = LogprobFormat(self._tokenizer, len(self._prompt))
+        reason: FinishReason = "length"
+        for step in self._steps():
+            entry = None
+            if step.token is not None and step.logprob is not None:
+                entry = logprobs([(step.token, step.logprob)])
+            if step.text or entry is not None:
+                yield self._format.chunk(step.text, entry, None)
+            reason = step.finish_reason or reason
+        yield self._format.chunk("", None, reason)
+
+    def whole(self, echo: bool) -> dict[str, Any]:
+        steps = list(self._steps())
+        written = [(step.token, step.logprob) for step in steps if step.token is not None]
+        text = "".join(step.text for step in steps)
+        if echo:
+            text = (self._prompt if isinstance(self._prompt, str) else self._tokenizer.decode(self._ids)) + text
+        logprobs = None
+        if self._request.logprobs is not None:
+            entries = [*self._prompt_logprobs(self._request.logprobs), *written] if echo else written
+            logprobs = LogprobFormat(self._tokenizer, 0 if echo else len(self._prompt))(entries)
+        reason = steps[-1].finish_reason
+        assert reason is not None
+        return self._format.whole(text, logprobs, reason, len(self._ids), len(written))
+
+    def _prompt_logprobs(self, top: int) -> list[tuple[int, TokenLogprob | None]]:
+        """The prompt's tokens with their log-probabilities; a leading BOS is left out, the first token has none."""
+        scores, ids = self._llama.scores, self._ids
+        first = 1 if ids[0] == self._tokenizer.bos_id and len(ids) > 1 else 0
+        rest = [(ids[at], top_logprobs(scores[at - 1], ids[at], top)) for at in range(first + 1, len(ids))]
+        return [(ids[first], None), *rest]
+
+
+def _matching_file(repo: str, pattern: str) -> str:
+    """The file of a Hugging Face repository that matches ``pattern``; a plain name is not looked up."""
+    if not any(sign in pattern for sign in "*?["):
+        return pattern
+    try:
+        from huggingface_hub import HfApi
+        from huggingface_hub.errors import HTTPError
+    except ImportError as error:
+        raise FetchError(
+            'models named by repository need the huggingface_hub package: pip install "slimrt[hf]"'
+        ) from error
+    try:
+        names = HfApi().list_repo_files(repo)
+    except (OSError, ValueError, HTTPError) as error:
+        raise FetchError(f"repository {repo!r}: {' '.join(str(error).split())}") from error
+    found = [name for name in names if fnmatch.fnmatch(name, pattern) and "-of-" not in name] or [
+        name for name in names if fnmatch.fnmatch(name, pattern) and "-00001-of-" in name
+    ]
+    if len(found) != 1:
+        files = ", ".join(names)[:500]
+        raise FetchError(
+            f"repository {repo!r}: {len(found)} files match {pattern!r}, it must be one; there are {files}"
+        )
+    return found[0]

@@ -1,0 +1,1 @@
+"""The CUDA backend: CuPy's arrays and streams, and the kernels of ``kernels_cu``."""

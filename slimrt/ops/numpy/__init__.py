@@ -1,0 +1,1 @@
+"""The NumPy backend: the executable specification of every other one."""

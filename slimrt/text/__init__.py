@@ -1,0 +1,1 @@
+"""Text to tokens and back: vocabularies rebuilt from the model file, and chat templates."""

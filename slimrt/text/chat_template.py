@@ -1,0 +1,183 @@
+"""Chat messages to a prompt, through the Jinja template that comes with a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+
+from slimrt.errors import SettingError
+from slimrt.text.sandbox import BUDGET, Budget, BudgetError, ChatEnvironment, RefusalError
+
+if TYPE_CHECKING:
+    from slimrt.text.tokenizer import Tokenizer
+
+__all__ = ["BUILTIN_TEMPLATES", "ChatTemplate"]
+
+_MAX_SOURCE = 1 << 18  # the longest known template has 17,000 characters
+_REMEDY = "give one with chat_template= (--chat-template), as a Jinja template or a name"
+
+# The published formats of model families, for files that carry no template. Roles other than these pass as they are, or
+# are refused where the format has no place for them.
+BUILTIN_TEMPLATES: Mapping[str, str] = {
+    "chatml": (
+        "{% for message in messages %}"
+        "{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    ),
+    "llama3": (
+        "{{ bos_token }}"
+        "{% for message in messages %}"
+        "{{ '<|start_header_id|>' + message.role + '<|end_header_id|>\\n\\n' + message.content | trim + '<|eot_id|>' }}"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
+    ),
+    # https://huggingface.co/blog/llama2#how-to-prompt-llama-2
+    "llama2": (
+        "{% set ns = namespace(system='') %}"
+        "{% for message in messages %}"
+        "{% if message.role == 'system' %}"
+        "{% set ns.system = '<<SYS>>\\n' + message.content | trim + '\\n<</SYS>>\\n\\n' %}"
+        "{% elif message.role == 'user' %}"
+        "{{ bos_token + '[INST] ' + ns.system + message.content | trim + ' [/INST]' }}{% set ns.system = '' %}"
+        "{% elif message.role == 'assistant' %}{{ ' ' + message.content | trim + ' ' + eos_token }}"
+        "{% else %}{{ raise_exception('role ' + message.role + '; llama2 knows system, user and assistant') }}"
+        "{% endif %}"
+        "{% endfor %}"
+    ),
+    "mistral": (
+        "{{ bos_token }}"
+        "{% set ns = namespace(system='') %}"
+        "{% for message in messages %}"
+        "{% if message.role == 'system' %}{% set ns.system = message.content + '\\n\\n' %}"
+        "{% elif message.role == 'user' %}{{ '[INST] ' + ns.system + message.content + '[/INST]' }}"
+        "{% set ns.system = '' %}"
+        "{% elif message.role == 'assistant' %}{{ ' ' + message.content | trim + eos_token }}"
+        "{% else %}{{ raise_exception('role ' + message.role + '; mistral knows system, user and assistant') }}"
+        "{% endif %}"
+        "{% endfor %}"
+    ),
+    "zephyr": (
+        "{% for message in messages %}"
+        "{{ '<|' + message.role + '|>\\n' + message.content + eos_token + '\\n' }}"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
+    ),
+}
+
+
+@cache
+def _environment() -> ChatEnvironment:
+    return ChatEnvironment()
+
+
+class ChatTemplate:
+    """One model's way to write a conversation down. ``source`` is the template, ``name`` a built-in's or ""."""
+
+    def __init__(self, source: str, bos_text: str = "", eos_text: str = "") -> None:
+        """``source``: a Jinja template, or a name in ``BUILTIN_TEMPLATES``; ``*_text``: the model's BOS and EOS.
+
+        Raises SettingError for an unknown name, a syntax error, or a template longer than 256 KiB.
+        """
+        if not isinstance(source, str) or ("{" not in source and source not in BUILTIN_TEMPLATES):
+            raise SettingError(
+                f"chat template {_short(source)!r}: neither a Jinja template nor one of {', '.join(BUILTIN_TEMPLATES)}"
+            )
+        self.name = source if source in BUILTIN_TEMPLATES else ""
+        self.source = BUILTIN_TEMPLATES.get(source, source)
+        self._variables = {"bos_token": bos_text, "eos_token": eos_text, "tools": None, "documents": None}
+        if len(self.source) > _MAX_SOURCE:
+            raise SettingError(
+                f"the chat template has {len(self.source)} characters, the limit is {_MAX_SOURCE}; {_REMEDY}"
+            )
+        try:
+            self._template = _environment().bounded(self.source)
+        except jinja2.TemplateSyntaxError as error:
+            raise SettingError(
+                f"the chat template is broken in line {error.lineno}: {_short(error)}; {_REMEDY}"
+            ) from error
+        except (SyntaxError, RecursionError, MemoryError, ValueError, OverflowError) as error:
+            raise SettingError(f"the chat template does not compile: {_short(error)}; {_REMEDY}") from error
+
+    @classmethod
+    def from_tokenizer(cls, tokenizer: Tokenizer, source: str | None = None) -> ChatTemplate:
+        """The model's own template, or ``source`` (Jinja or a built-in's name) in its place.
+
+        Raises SettingError where the file has none and none is given, and as the constructor does.
+        """
+        if source is None:
+            source = tokenizer.chat_template
+        if source is None:
+            raise SettingError(
+                f"the model file has no chat template; {_REMEDY} of {', '.join(BUILTIN_TEMPLATES)}, "
+                "the one that the model was trained with"
+            )
+
+        def text(id: int | None) -> str:
+            return "" if id is None else tokenizer.token_text(id)
+
+        return cls(source, text(tokenizer.bos_id), text(tokenizer.eos_id))
+
+    def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **extra: Any) -> str:
+        """The prompt for ``messages`` ([{"role": "user", "content": "..."}, ...]).
+
+        ``content`` is text, None, or OpenAI's list of text parts, which are joined by line ends. Other keys of a
+        message and ``extra`` variables reach the template as they are. ``add_generation_prompt``: end where the answer
+        begins.
+
+        Raises SettingError for malformed messages, messages that the template refuses (such as an unknown role), a
+        template that fails on them, and one that takes absurd time or space.
+        """
+        checked = [_checked(number, message) for number, message in enumerate(_listed(messages))]
+        size = sum(len(str(value)) for message in checked for value in message.values())
+        variables = {**self._variables, **extra, "messages": checked, "add_generation_prompt": add_generation_prompt}
+        try:
+            return self._template.render(variables | {BUDGET: Budget(size)})
+        except RefusalError as error:
+            raise SettingError(f"the chat template refuses these messages: {_short(error)}") from error
+        except BudgetError as error:
+            raise SettingError(f"the chat template is stopped: {_short(error)}; {_REMEDY}") from error
+        # The template is a program of unknown origin: any error of Python's operations may come out of it.
+        except Exception as error:
+            reason = f"{type(error).__name__}: {_short(error)}"
+            raise SettingError(f"the chat template fails ({reason}); check the messages, or {_REMEDY}") from error
+
+
+def _listed(messages: Any) -> Sequence[Any]:
+    if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence):
+        raise SettingError(
+            f"messages of type {type(messages).__name__}: must be a list, as in [{{'role': 'user', 'content': 'Hi'}}]"
+        )
+    if not messages:
+        raise SettingError("messages is empty; at least one is needed, such as {'role': 'user', 'content': 'Hello'}")
+    return messages
+
+
+def _checked(number: int, message: Any) -> dict[str, Any]:
+    if not isinstance(message, Mapping):
+        raise SettingError(f"message {number} is {_short(repr(message))}; it must be a dict with 'role' and 'content'")
+    role, content = message.get("role"), message.get("content")
+    if not isinstance(role, str) or not role:
+        raise SettingError(f"message {number} has the role {_short(repr(role))}; it must be a text such as 'user'")
+    if "content" not in message and "tool_calls" not in message:
+        raise SettingError(f"message {number} has the keys {_short(sorted(map(str, message)))}; 'content' is missing")
+    if isinstance(content, Sequence) and not isinstance(content, (str, bytes)):
+        content = "\n".join(_part(number, part) for part in content)
+    if content is not None and not isinstance(content, str):
+        raise SettingError(f"message {number} has content of type {type(content).__name__}; it must be text")
+    return {**message, "content": content}
+
+
+def _part(number: int, part: Any) -> str:
+    if isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str):
+        return part["text"]
+    kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+    raise SettingError(f"message {number} has a content part of type {_short(repr(kind))}; this model reads text only")
+
+
+def _short(what: object) -> str:
+    text = " ".join(str(what).split())
+    return text if len(text) <= 200 else text[:200] + "..."

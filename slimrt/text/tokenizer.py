@@ -1,0 +1,224 @@
+"""Text to token ids and back, rebuilt from the metadata of a GGUF file alone.
+
+What is one token, which control tokens exist and where spaces go follows llama.cpp, so that a model reads what it was
+trained on: control tokens are recognised in text only where asked for, user-defined ones always.
+"""
+
+from __future__ import annotations
+
+import codecs
+import operator
+from collections.abc import Iterable
+from itertools import chain
+from typing import Protocol
+
+from slimrt.errors import ModelFileError, TokenizerError
+from slimrt.text.bpe import ByteLevelBPE
+from slimrt.text.spm import SentencePieceBPE
+from slimrt.text.vocab import CONTROL, UNKNOWN, USER_DEFINED, Vocabulary
+from slimrt.weights.gguf import GGUFFile
+
+__all__ = ["StreamDecoder", "Tokenizer"]
+
+_BLANKS = " \t\n\v\f\r"  # isspace() in C
+
+
+class _Coder(Protocol):
+    """What a kind of vocabulary must do; text given to ``encode`` holds no control tokens any more."""
+
+    @property
+    def add_bos(self) -> bool: ...
+    def encode(self, text: str) -> list[int]: ...
+    def token_bytes(self, id: int) -> bytes: ...
+
+
+class Tokenizer:
+    """The tokenizer of one model.
+
+    ``bos_id``, ``eos_id``: None where the model has none. ``add_bos``, ``add_eos``: what the model's metadata wants
+    around a text. ``space_prefix``: whether each text gets a space in front of it. ``stop_ids``: every token that ends
+    a generation. ``chat_template``: jinja2 source, or None.
+    """
+
+    def __init__(self, vocab: Vocabulary, coder: _Coder, *, space_prefix: bool, strip_after_special: bool) -> None:
+        self._vocab = vocab
+        self._coder = coder
+        self.space_prefix = space_prefix
+        self._strip_after_special = strip_after_special
+        self._pieces: dict[int, bytes] = {}
+        special = [id for id, kind in enumerate(vocab.types) if kind in (CONTROL, UNKNOWN, USER_DEFINED)]
+        # Longest first, in bytes: where two overlap in a text the longer one is cut out.
+        self._special = sorted(special, key=lambda id: -len(vocab.tokens[id].encode()))
+        self.vocab_size = len(vocab.tokens)
+        self.bos_id, self.eos_id = vocab.bos_id, vocab.eos_id
+        self.stop_ids = vocab.stop_ids
+        self.chat_template = vocab.chat_template
+        self.add_bos = vocab.flag("add_bos_token", coder.add_bos and self.bos_id is not None)
+        self.add_eos = vocab.flag("add_eos_token", False)
+        for wanted, id, name in ((self.add_bos, self.bos_id, "bos"), (self.add_eos, self.eos_id, "eos")):
+            if wanted and id is None:
+                raise ModelFileError(
+                    f"{vocab.path}: tokenizer.ggml.add_{name}_token is set and tokenizer.ggml.{name}_token_id is "
+                    "missing; the one needs the other; convert the model anew"
+                )
+
+    @classmethod
+    def from_gguf(cls, file: GGUFFile) -> Tokenizer:
+        """The tokenizer described by ``file``'s metadata.
+
+        Raises ModelFileError where the vocabulary is of an unknown kind, incomplete or inconsistent.
+        """
+        kind = file.get("tokenizer.ggml.model", str)
+        if kind not in ("llama", "gpt2"):
+            raise ModelFileError(
+                f"{file.path}: tokenizer.ggml.model is {kind[:80]!r}; known are llama (SentencePiece, byte-pair type) "
+                "and gpt2 (byte-level BPE); use a model with one of these"
+            )
+        vocab = Vocabulary(file)
+        coder: _Coder = SentencePieceBPE(vocab) if kind == "llama" else ByteLevelBPE(vocab)
+        # llama.cpp goes by the name here, because the file does not say it: after Phi-3's markers blanks are dropped.
+        name = str(file.metadata.get("general.name", "")).lower()
+        return cls(
+            vocab,
+            coder,
+            space_prefix=kind == "llama" and vocab.flag("add_space_prefix", True),
+            strip_after_special="phi-3" in name or "phi3" in name,
+        )
+
+    def encode(self, text: str, *, special: bool = False, add_bos: bool | None = None) -> list[int]:
+        """The token ids of ``text``.
+
+        ``special``: control tokens spelt in the text become those tokens; else they are text like any other.
+        ``add_bos``: None puts around the text what the model's metadata says (BOS in front, EOS behind); True puts BOS
+        in front, False nothing.
+
+        Raises TokenizerError for lone surrogates, for a character that the vocabulary cannot express, and for a BOS
+        that the model does not have.
+        """
+        self._check_text(text)
+        ids: list[int] = []
+        if self.add_bos if add_bos is None else add_bos:
+            if self.bos_id is None:
+                raise TokenizerError(
+                    f"add_bos=True: {self._vocab.path} has no BOS token; leave add_bos out for this model"
+                )
+            ids.append(self.bos_id)
+        after_special = True  # the beginning counts as such
+        for part in self._cut_out_special(text, special):
+            if isinstance(part, int):
+                ids.append(part)
+            else:
+                ids += self._coder.encode(" " + part if self.space_prefix and after_special else part)
+            after_special = isinstance(part, int)
+        if add_bos is None and self.add_eos and self.eos_id is not None:
+            ids.append(self.eos_id)
+        return ids
+
+    @staticmethod
+    def _check_text(text: str) -> None:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise TokenizerError(
+                f"character {error.start} of the text is the lone surrogate U+{ord(text[error.start]):04X}; text must "
+                "be valid Unicode; decode the input as UTF-8 with errors='replace'"
+            ) from None
+
+    def _cut_out_special(self, text: str, special: bool) -> list[str | int]:
+        """``text`` as ids of special tokens and the texts between them, none of them empty."""
+        tokens, types = self._vocab.tokens, self._vocab.types
+        parts: list[str | int] = [text] if text else []
+        for id in self._special:
+            token = tokens[id]
+            if token not in text or not (special or types[id] == USER_DEFINED):
+                continue
+            cut = [[part] if isinstance(part, int) else self._cut(part, token, id) for part in parts]
+            parts = list(chain.from_iterable(cut))
+        return parts
+
+    def _cut(self, text: str, token: str, id: int) -> list[str | int]:
+        strip = self._strip_after_special and token not in ("<unk>", "<s>", "<|endoftext|>")
+        first, *others = text.split(token)
+        parts: list[str | int] = [first] if first else []
+        for other in others:
+            parts.append(id)
+            other = other.lstrip(_BLANKS) if strip else other
+            if other:
+                parts.append(other)
+        return parts
+
+    def decode(self, ids: Iterable[int], *, special: bool = False) -> str:
+        """The text of ``ids``; bytes that are not valid UTF-8 become U+FFFD. Arguments as for :meth:`decode_bytes`."""
+        return self.decode_bytes(ids, special=special).decode(errors="replace")
+
+    def decode_bytes(self, ids: Iterable[int], *, special: bool = False) -> bytes:
+        """The bytes of ``ids``.
+
+        ``special``: control tokens are written out; else they are left out, and where ``ids`` begin with BOS the space
+        that ``encode`` put in front of the text is taken away (a continuation keeps its own).
+
+        Raises TokenizerError for an id outside the vocabulary.
+        """
+        stream = _ByteStream(self, special)
+        return b"".join([stream.push(id) for id in ids])
+
+    def token_bytes(self, id: int, *, special: bool = False) -> bytes:
+        """The bytes of one token, not always whole characters; empty for a control token unless ``special``."""
+        piece = self._pieces.get(id)
+        if piece is None:
+            piece = self._pieces[id] = self._coder.token_bytes(self._check_id(id))
+        return piece if special or self._vocab.types[id] not in (CONTROL, UNKNOWN) else b""
+
+    def token_text(self, id: int) -> str:
+        """The vocabulary's own spelling of token ``id``, for display."""
+        return self._vocab.tokens[self._check_id(id)]
+
+    def _check_id(self, id: int) -> int:
+        try:
+            index = operator.index(id)
+        except TypeError:
+            index = -1
+        if not 0 <= index < self.vocab_size:
+            raise TokenizerError(
+                f"token id {id!r}: this model's vocabulary has ids 0 to {self.vocab_size - 1}; use one of these"
+            )
+        return index
+
+    def stream_decoder(self, *, special: bool = False) -> StreamDecoder:
+        """A decoder that takes one token at a time and gives out whole characters only."""
+        return StreamDecoder(self, special=special)
+
+
+class _ByteStream:
+    """Bytes token by token, the space behind an unwritten BOS taken away; the one place that knows this rule."""
+
+    def __init__(self, tokenizer: Tokenizer, special: bool) -> None:
+        self._tokenizer = tokenizer
+        self._special = special
+        self._place = 0
+
+    def push(self, id: int) -> bytes:
+        tokenizer, place = self._tokenizer, self._place
+        piece = tokenizer.token_bytes(id, special=self._special)
+        if place < 2:
+            after_bos = place == 0 and id == tokenizer.bos_id and tokenizer.space_prefix and not self._special
+            self._place = 1 if after_bos else 2
+            if place == 1:
+                return piece.removeprefix(b" ")
+        return piece
+
+
+class StreamDecoder:
+    """Text token by token: what :meth:`Tokenizer.decode` gives, as soon as each character is complete."""
+
+    def __init__(self, tokenizer: Tokenizer, *, special: bool = False) -> None:
+        self._bytes = _ByteStream(tokenizer, special)
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, id: int) -> str:
+        """The characters that token ``id`` completes, often none. Raises TokenizerError for an id outside."""
+        return self._decoder.decode(self._bytes.push(id))
+
+    def flush(self) -> str:
+        """What is left: U+FFFD for bytes that were no whole character, else nothing."""
+        return self._decoder.decode(b"", final=True)

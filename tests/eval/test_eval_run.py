@@ -1,0 +1,265 @@
+"""The paired evaluation on tiny models: what it reports is what the model does, and settings fail before any work."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from slimrt.config import PrunePlan, Stage
+from slimrt.errors import ComputeError, ContextError, SettingError, SlimrtError
+from slimrt.eval import plot
+from slimrt.eval.metrics import bootstrap_interval
+from slimrt.eval.plot import save_png
+from slimrt.eval.report import EvalReport, Summary, Timing
+from slimrt.eval.run import Response, context_needed, evaluate, judge
+from slimrt.eval.sample import Sample, Source
+from slimrt.eval.table import quality_tables, ttft_table
+from slimrt.eval.tasks import TASKS, samples
+from slimrt.eval.text import load_corpus
+from slimrt.llm import LLM
+from slimrt.output import write_atomically
+from slimrt.weights.gguf import GGUFFile
+from tests.tiny_gguf import write_tiny_llama
+
+LENGTHS = (700, 420)
+DEEP = PrunePlan((Stage(1, 0.25),), block=16, min_tokens=1)
+KEEP_ALL = PrunePlan((Stage(1, 1.0),), block=16, min_tokens=1)
+
+
+@pytest.fixture(scope="module")
+def llm(tmp_path_factory: pytest.TempPathFactory) -> LLM:
+    path = write_tiny_llama(tmp_path_factory.mktemp("tiny") / "tiny.gguf", n_layers=4, ctx=1024)
+    return LLM(GGUFFile(path), prune="off", threads=1)
+
+
+@pytest.fixture(scope="module")
+def report(llm: LLM) -> EvalReport:
+    plans: dict[str, PrunePlan | str | Path] = {"off": "off", "keep": KEEP_ALL, "deep": DEEP}
+    return evaluate(llm, plans, ["text", "niah_single_1"], LENGTHS, samples=3, seed=5, ttft_repeats=2)
+
+
+def row(report: EvalReport, length: int, task: str, metric: str, plan: str) -> Summary:
+    (found,) = (
+        one for one in report.summaries if (one.length, one.task, one.metric, one.plan) == (length, task, metric, plan)
+    )
+    return found
+
+
+def test_a_run_against_itself_differs_by_exactly_nothing(report: EvalReport) -> None:
+    rows = [one for one in report.summaries if one.plan in ("off", "keep")]
+    assert len(rows) == 2 * 2 * (2 * 3 + 2)  # plans x lengths x (text tasks x metrics + one task and RULER's mean)
+    for one in rows:
+        assert (one.difference, one.low, one.high, one.verdict) == (0, 0, 0, "")
+        assert one.mean == one.dense and one.n == 3
+
+
+def test_what_is_reported_is_what_the_model_says(llm: LLM, report: EvalReport) -> None:
+    source = Source(llm.tokenizer, load_corpus(llm.tokenizer))
+    drawn = samples(TASKS["continuation"], source, 700, 3, seed=5)
+    for plan, name in (("off", "dense"), (DEEP, "deep")):
+        results = [one for one in report.results if (one.length, one.task, one.plan) == (700, "continuation", name)]
+        for sample, result in zip(drawn, results, strict=True):
+            logprobs = llm.logprobs([*sample.prompt, *sample.continuation], 700, prune=plan)
+            # logprobs are float32 of magnitude under 16.
+            assert abs(result.metrics["nll"] + logprobs.mean(dtype=np.float64)) < 16 * np.finfo(np.float32).eps
+    (needle,) = samples(TASKS["niah_single_1"], source, 700, 1, seed=5)
+    answer = llm.generate(list(needle.prompt), prune=DEEP, session=llm.session(), max_tokens=128).text
+    (result,) = (
+        one
+        for one in report.results
+        if (one.length, one.task, one.plan, one.index) == (700, "niah_single_1", "deep", 0)
+    )
+    assert result.answer == answer and result.references == needle.references
+
+
+def test_a_plan_that_drops_tokens_is_seen(report: EvalReport) -> None:
+    for length in LENGTHS:
+        one = row(report, length, "continuation", "kl", "deep")
+        assert one.mean > 0.001 and one.dense == 0 and one.verdict == ""
+    dense, deep = report.timing(700, "dense"), report.timing(700, "deep")
+    assert dense.stages == () and len(dense.ttft_s) == 2
+    assert len(deep.stages) == 1 and abs(deep.stages[0] - 0.25 * 700) < 16  # a block
+    assert deep.kv_bytes < dense.kv_bytes
+    assert report.speedup(dense) == 1
+
+
+def test_the_summary_is_that_of_the_samples(report: EvalReport) -> None:
+    values = {
+        plan: [
+            one.metrics["nll"] for one in report.results if (one.length, one.task, one.plan) == (420, "recall", plan)
+        ]
+        for plan in ("dense", "deep")
+    }
+    differences = np.subtract(values["deep"], values["dense"])
+    one = row(report, 420, "recall", "nll", "deep")
+    assert one.mean == pytest.approx(np.mean(values["deep"]), rel=1e-12)
+    assert one.difference == pytest.approx(differences.mean(), rel=1e-12)
+    assert (one.low, one.high) == bootstrap_interval(differences)
+
+
+def test_verdicts_know_which_side_is_better() -> None:
+    def verdict(metric: str, low: float, high: float) -> str:
+        return Summary(1, "task", metric, "plan", 9, 0, 0, (low + high) / 2, low, high).verdict
+
+    assert [verdict("accuracy", *bounds) for bounds in ((0.1, 0.2), (-0.2, -0.1), (-0.1, 0.1))] == [
+        "better",
+        "worse",
+        "",
+    ]
+    assert [verdict("nll", *bounds) for bounds in ((0.1, 0.2), (-0.2, -0.1), (0, 0.1))] == ["worse", "better", ""]
+
+
+def test_the_same_seed_gives_the_same_values(llm: LLM, report: EvalReport) -> None:
+    # Fewer tasks, lengths and plans, in another order: neither prompts nor values depend on what else is run.
+    again = evaluate(llm, {"deep": DEEP}, ["recall"], [420], samples=3, seed=5, ttft_repeats=1)
+    wanted = [
+        one for one in report.results if (one.length, one.task) == (420, "recall") and one.plan in ("dense", "deep")
+    ]
+    assert list(again.results) == wanted
+
+
+def test_rulers_mean_takes_all_its_tasks(llm: LLM) -> None:
+    found = evaluate(llm, {"deep": DEEP}, ["niah_single_1", "niah_multikey_2"], [880], samples=2, ttft_repeats=1)
+    assert row(found, 880, "ruler", "score", "deep").n == 4
+    assert row(found, 880, "niah_multikey_2", "score", "deep").n == 2
+
+
+def test_the_json_holds_every_value(report: EvalReport, tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    report.save_json(path)
+    data = json.loads(path.read_text())
+    assert len(data["results"]) == 2 * 3 * 3 * 4  # lengths x tasks x samples x plans
+    assert data["plans"]["dense"]["plan"] is None and data["plans"]["deep"]["plan"]["stages"] == [
+        {"layer": 1, "keep": 0.25}
+    ]
+    assert data["text"]["name"] == "pydoc_data.topics" and len(data["text"]["sha256"]) == 64
+    assert {"ttft_s", "median_s", "speedup", "stages", "kv_bytes"} <= data["ttft"][0].keys()
+    assert {one["verdict"] for one in data["summary"]} <= {"", "worse", "better"}
+    assert "percentile bootstrap" in data["interval"] and data["seed"] == 5
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_progress_counts_every_run(llm: LLM) -> None:
+    steps: list[tuple[int, int, str]] = []
+    evaluate(
+        llm,
+        {"off": "off"},
+        ["recall"],
+        [300, 310],
+        samples=2,
+        ttft_repeats=1,
+        progress=lambda *step: steps.append(step),
+    )
+    total = 2 * (2 * 2 + 2 * 1)  # plans x (lengths x samples + lengths x repeats)
+    assert [done for done, _, _ in steps] == list(range(total + 1))
+    assert {of for _, of, _ in steps} == {total}
+
+
+def test_text_of_the_users(llm: LLM, tmp_path: Path) -> None:
+    path = tmp_path / "own.txt"
+    path.write_text("Call me Ishmael. " * 100)
+    found = evaluate(llm, {"off": "off"}, ["text"], [200], samples=2, text=path, ttft_repeats=1)
+    assert found.text["name"] == str(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "said"),
+    [
+        ({"plans": {}}, SettingError, "plans: none was given"),
+        ({"plans": {"dense": "off"}}, SettingError, "plan name 'dense'"),
+        ({"plans": {"": "off"}}, SettingError, "plan name ''"),
+        ({"plans": {"p": PrunePlan((Stage(40, 0.5),))}}, SettingError, "layer 40; this model has layers 0..3"),
+        ({"plans": {"p": "/no/such.json"}}, SettingError, "there is no such file"),
+        ({"tasks": ["recall", "nonsense"]}, SettingError, "task 'nonsense': known are"),
+        ({"lengths": []}, SettingError, "lengths: none"),
+        ({"lengths": [300, 0]}, SettingError, "length 0"),
+        ({"lengths": [30]}, SettingError, "its shortest has 72"),
+        ({"lengths": [1001]}, ContextError, "take 1025, the context holds 1024"),
+        ({"samples": 0}, SettingError, "samples 0"),
+        ({"ttft_repeats": 0}, SettingError, "ttft_repeats 0"),
+        ({"seed": -1}, SettingError, "seed -1"),
+        ({"samples": 100_000}, SettingError, "100000 samples of"),
+        ({"text": "/no/such.txt"}, SettingError, "text '/no/such.txt': No such file"),
+    ],
+)
+def test_settings_that_cannot_work_fail_before_any_work(
+    llm: LLM, changes: dict[str, object], error: type[SlimrtError], said: str
+) -> None:
+    def no_work(*step: object) -> None:
+        raise AssertionError(f"{step} was begun")
+
+    settings = {"plans": {"off": "off"}, "tasks": ["recall"], "lengths": [300], "samples": 2, "progress": no_work}
+    with pytest.raises(error, match=said) as caught:
+        evaluate(llm, **{**settings, **changes})  # type: ignore[arg-type]
+    assert "\n" not in str(caught.value)
+
+
+def test_the_context_that_is_needed() -> None:
+    assert context_needed(["recall"], [100, 1000]) == 1024
+    assert context_needed(["all"], [1000]) == 1128
+
+
+def test_logits_that_are_not_finite_are_no_result() -> None:
+    sample = Sample("recall", 3, "continuation", (1, 2), continuation=(0,))
+    good, bad = Response(logits=np.zeros((1, 4), np.float32)), Response(logits=np.full((1, 4), np.nan, np.float32))
+    with pytest.raises(ComputeError, match="task recall, sample 3: nll is nan"):
+        judge(sample, good, bad)
+
+
+def test_tables_fit_a_terminal(report: EvalReport) -> None:
+    console = Console(width=80, record=True, file=io.StringIO())
+    for table in (*quality_tables(report), ttft_table(report)):
+        console.print(table)
+    text = console.export_text()
+    assert "…" not in text
+    for said in ("700 tokens, 3 samples", "niah_single_1", "KL nats", "too narrow", "all (dense)", "1.00x"):
+        assert said in text
+
+
+def test_the_picture(report: EvalReport, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from matplotlib import image
+
+    save_png(report, tmp_path / "front.png")
+    pixels = image.imread(tmp_path / "front.png")
+    assert pixels.shape[0] > 600 and pixels.shape[1] > 1000
+    assert [one.name for one in tmp_path.iterdir()] == ["front.png"]
+
+
+def test_a_picture_without_matplotlib(report: EvalReport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SettingError, match=r"pip install 'slimrt\[bench\]'"):
+        plot.check_plotting()
+    with pytest.raises(SettingError):
+        save_png(report, tmp_path / "front.png")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "report.json"
+    path.write_bytes(b"old")
+
+    def full(self: Path, target: Path) -> Path:
+        raise OSError(28, "No space left on device", str(target))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", full)
+        with pytest.raises(OSError, match="No space left"):
+            write_atomically(path, b"new")
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+    write_atomically(path, b"new")
+    plain = tmp_path / "plain"
+    plain.touch()
+    assert path.read_bytes() == b"new" and path.stat().st_mode == plain.stat().st_mode
+
+
+def test_median_of_the_repeats() -> None:
+    assert Timing(10, "dense", (3.0, 1.0, 2.0), (), 0).median_s == 2
+    assert math.isclose(Timing(10, "dense", (3.0, 1.0), (), 0).median_s, 2)

@@ -1,0 +1,495 @@
+"""The KV cache under a budget: every schedule against a plain dictionary, every wait against its absence."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import slimrt
+from slimrt import PrunePlan, Stage
+from slimrt.config import CacheConfig
+from slimrt.engine import Context, Engine
+from slimrt.errors import ComputeError, SettingError
+from slimrt.kv.cache import KVCache
+from slimrt.kv.layer_rows import LayerRows, choose
+from slimrt.kv.offload import OffloadedKVCache
+from slimrt.kv.ring import Transfers
+from slimrt.models import build, read_config
+from slimrt.ops.numpy.numpy_ops import NumpyOps
+from slimrt.session import Session
+from slimrt.weights.gguf import GGUFFile
+from tests.deferred_ops import DeferredOps, ForgetfulOps, TooEarly
+from tests.kv_schedule import HEADS, KV_HEADS, LAYERS, WIDTH, Schedule, sizes
+from tests.tiny_gguf import write_tiny_llama
+
+SMALL = CacheConfig(
+    1 << 20, 16, block=4, unit=2, sink_blocks=1, local_blocks=1, select_every=2, lookahead=2, decay=0, choose_every=1
+)
+CUTS = ((1, 0.5), (3, 0.5))
+
+
+def steps() -> st.SearchStrategy:
+    share = st.floats(0, 1)
+    return st.one_of(
+        st.tuples(st.just("read"), st.integers(1, 40)),
+        st.tuples(st.just("decode"), st.integers(1, 12)),
+        st.tuples(st.just("ask"), st.integers(1, 20), st.integers(0, LAYERS - 2), share, share),
+        st.tuples(st.just("truncate"), share),
+        st.tuples(st.just("break"), st.integers(1, 20), st.integers(0, LAYERS - 1)),
+        st.tuples(st.just("stop"), st.integers(1, 20), st.integers(0, LAYERS - 1)),
+        st.tuples(st.just("copy")),
+    )
+
+
+@st.composite
+def configs(draw: st.DrawFn) -> CacheConfig:
+    unit = draw(st.sampled_from([1, 2, 4]))
+    sink, local = draw(st.integers(0, 2)), draw(st.integers(0, 2))
+    block = unit * draw(st.sampled_from([1, 2, 4]))
+    return CacheConfig(
+        1 << 20,
+        budget=block * (sink + local + 1 + draw(st.integers(0, 6))),
+        block=block,
+        unit=unit,
+        sink_blocks=sink,
+        local_blocks=local,
+        select_every=draw(st.integers(1, 4)),
+        overlap=draw(st.sampled_from([0.0, 0.5, 0.9, 1.0])),
+        decay=draw(st.sampled_from([0.0, 0.85, 1.0])),
+        choose_every=draw(st.integers(1, 3)),
+        lookahead=draw(st.integers(1, 3)),
+        score=draw(st.sampled_from(["token_max", "token_mass"])),
+    )
+
+
+@settings(max_examples=300)
+@given(config=configs(), schedule=st.lists(steps(), min_size=1, max_size=12), seed=st.integers(0, 99))
+def test_any_schedule_against_a_dictionary(config: CacheConfig, schedule: list[tuple], seed: int) -> None:
+    run = Schedule(DeferredOps(), config, seed)
+    for kind, *values in schedule:
+        match kind:
+            case "read":
+                run.read(values[0])
+            case "decode":
+                for _ in range(values[0]):
+                    run.read(1)
+            case "ask":
+                count, layer, first, second = values
+                run.read(count, cuts=[(layer, first), (layer + 1, second)])
+            case "truncate":
+                run.truncate(int(values[0] * (run.length + 1)))
+            case "break":
+                run.break_off(*values)
+            case "stop":
+                run.read(values[0], layers=values[1])
+            case "copy":
+                run.replace_by_copy()
+    run.check_all()
+
+
+def long_schedule(run: Schedule) -> None:
+    """Everything that a conversation does to its cache."""
+    run.read(50)
+    for _ in range(40):
+        run.read(1)
+    run.read(20)
+    run.read(9, cuts=CUTS)
+    for _ in range(20):
+        run.read(1)
+    run.read(9, cuts=CUTS)
+    run.truncate(70)
+    for _ in range(6):
+        run.read(1)
+    run.read(30)
+    run.break_off(20, 3)
+    run.read(1)
+    run.truncate(10)
+    run.read(2)
+    run.read(30)
+    run.check_all()
+    run.truncate(0)
+    for _ in range(30):
+        run.read(1)
+    run.read(20)
+    run.check_all()
+
+
+def test_the_same_with_a_copying_thread() -> None:
+    ops = NumpyOps(1)
+    for seed in range(5):
+        long_schedule(Schedule(ops, SMALL, seed))
+    ops.close()
+
+
+def waiting_places() -> list[str]:
+    ops = ForgetfulOps()
+    long_schedule(Schedule(ops, SMALL))
+    return sorted(ops.places)
+
+
+def test_no_wait_is_missing_and_none_is_idle() -> None:
+    """The schedule passes on a backend that is as late as it may be, and fails when any one place does not wait."""
+    places = waiting_places()
+    assert len(places) >= 6
+    for place in places:
+        with pytest.raises(AssertionError):
+            long_schedule(Schedule(ForgetfulOps(place), SMALL))
+
+
+def test_copies_come_after_what_compute_does() -> None:
+    class NoOrder(DeferredOps):
+        def copy(self, pairs, after=None):  # type: ignore[no-untyped-def]
+            return super().copy(pairs, None)
+
+    class OldMarks(DeferredOps):
+        def mark(self):  # type: ignore[no-untyped-def]
+            self.first = getattr(self, "first", None) or super().mark()
+            return self.first
+
+    for ops in (NoOrder(), OldMarks()):
+        with pytest.raises(TooEarly):
+            long_schedule(Schedule(ops, SMALL))
+
+
+def test_a_failed_copy_surfaces_and_can_be_recovered_from() -> None:
+    ops = DeferredOps()
+    long_schedule(Schedule(ops, SMALL))
+    for number in range(0, ops.copies, 11):
+        run = Schedule(DeferredOps(fail_at=number), SMALL)
+        with pytest.raises((ValueError, ComputeError), match=r"could not broadcast|lost when a copy failed"):
+            long_schedule(run)
+        assert not run.cache.intact
+        with pytest.raises(ComputeError, match="start the conversation anew"):
+            run.read(1)
+        run.truncate(0)
+        assert run.cache.intact
+        long_schedule(run)
+
+
+def test_choose() -> None:
+    config = CacheConfig(1000, budget=6 * 4, block=4, unit=2, sink_blocks=1, local_blocks=2)
+    scores = np.array([0, 5, 1, 9, 5, 3, 0, 0], np.float32)
+    chosen = choose(scores, 8, config)
+    assert (chosen.complete.tolist(), chosen.tail) == ([0, 1, 3, 6, 7], 8)  # 1 and 4 tie
+    latest = choose(None, 8, config)
+    assert (latest.complete.tolist(), latest.tail) == ([0, 4, 5, 6, 7], 8)
+    assert choose(None, 3, config).complete.tolist() == [0, 1, 2]
+    assert scores.tolist() == [0, 5, 1, 9, 5, 3, 0, 0]
+    assert chosen.overlap(latest) == latest.overlap(chosen) == 4 / 6  # 0, 6, 7 and the tail
+
+
+def test_decode_reads_the_blocks_that_the_query_wants() -> None:
+    """The query is the longest key of a head, so no key fits it better: its block is read whatever else is."""
+    config = CacheConfig(1 << 20, 24, block=4, unit=1, sink_blocks=1, local_blocks=1, shortlist=100, choose_every=1)
+    run = Schedule(NumpyOps(1), config)
+    run.read(200)
+    for turn in range(3):
+        for layer in range(LAYERS):
+            keys, _, _ = run.cache.rows(layer)
+            wanted = int(np.linalg.norm(keys[1], axis=1).argmax())
+            q = np.zeros((1, HEADS, WIDTH), np.float32)
+            q[0, -1] = keys[1, wanted] * 20
+            k = np.zeros((1, KV_HEADS, WIDTH), np.float32)
+            _, _, positions = run.cache.update(layer, k, k, np.array([200 + turn]), q)
+            block = wanted // 4 * 4
+            assert {block, block + 1, block + 2, block + 3} <= set(positions.tolist())
+            run.cache.attended(layer)
+    run.ops.close()
+
+
+def test_layers_share_a_choice_but_not_across_a_cut() -> None:
+    class Counting(DeferredOps):
+        chosen = 0
+
+        def score_blocks(self, *args):  # type: ignore[no-untyped-def]
+            self.chosen += 1
+            return super().score_blocks(*args)
+
+    for every, cuts, expected in (
+        (1, (), LAYERS),
+        (4, (), 2),
+        (LAYERS, (), 1),
+        (LAYERS, ((2, 0.5),), 2),
+        (2, ((2, 0.5),), 4),  # layers 0-1, 2, 3-4, 5
+    ):
+        ops = Counting()
+        config = CacheConfig(
+            1 << 20, 16, block=4, unit=2, local_blocks=1, select_every=every, shortlist=100, choose_every=1
+        )
+        run = Schedule(ops, config)
+        run.read(100, cuts=cuts)
+        ops.chosen = 0
+        run.read(1)
+        assert ops.chosen == expected
+        first = run.cache._layers[0]
+        assert first.selects
+        assert [layer.selects for layer in run.cache._layers].count(True) == expected
+
+
+def test_a_long_context_is_searched_in_groups() -> None:
+    """The shortlist is the groups whose mean key is best, and their blocks are compared as all blocks would be."""
+
+    class Recording(NumpyOps):
+        seen = 0
+
+        def score_blocks(self, kind, q, k, block, unit):  # type: ignore[no-untyped-def]
+            self.seen += k.shape[1]
+            return super().score_blocks(kind, q, k, block, unit)
+
+    def layer(ops: NumpyOps, config: CacheConfig, keys: np.ndarray, steps: list[int]) -> LayerRows:
+        rows = LayerRows(ops, config, sizes(), Transfers())
+        rows.selects = True
+        for first, last in itertools.pairwise(steps):  # in blocks, as they become complete
+            rows.learn_means(keys[:, first * config.block : last * config.block], first, last)
+        return rows
+
+    rng = np.random.default_rng(5)
+    ops = Recording(1)
+    config = CacheConfig(1 << 20, 24, block=4, unit=2, local_blocks=1, group=3, shortlist=2)  # 12 blocks: 4 groups
+    keys = rng.standard_normal((KV_HEADS, 400, WIDTH), dtype=np.float32)
+    q = rng.standard_normal((1, HEADS, WIDTH), dtype=np.float32)
+    rows = layer(ops, config, keys, [0, 1, 2, 31, 37, 38, 100])
+    groups = ops.score_blocks("token_max", q, keys[:, : 99 * 4].reshape(KV_HEADS, 33, 12, WIDTH).mean(axis=2), 1, 1)
+    best = set(np.argsort(-groups)[:4].tolist())
+    shortlist = [block for block in range(100) if block // 3 in best or block >= 99]
+    found = rows.wanted(q, 100)
+    assert np.flatnonzero(np.isfinite(found)).tolist() == shortlist
+    members = np.concatenate([keys[:, block * 4 : block * 4 + 4] for block in shortlist], axis=1)
+    units = members.reshape(KV_HEADS, -1, 2, WIDTH).mean(axis=2)
+    np.testing.assert_allclose(found[shortlist], ops.score_blocks("token_max", q, units, 2, 1), rtol=1e-5)
+    compared = []
+    for length in (2048, 8192, 65536):
+        config = CacheConfig(1 << 20, 1024)
+        blocks = length // config.block
+        rows = layer(ops, config, rng.standard_normal((KV_HEADS, length, WIDTH), dtype=np.float32), [0, blocks])
+        ops.seen = 0
+        rows.wanted(q, blocks)
+        compared.append(ops.seen)
+    assert compared == [256, 64 + 512, 512 + 512]  # without groups 256, 1024, 8192
+    ops.close()
+
+
+def test_blocks_move_only_under_the_threshold() -> None:
+    def moved(overlap: float) -> tuple[int, int]:
+        config = CacheConfig(1 << 20, 32, block=4, unit=2, local_blocks=1, overlap=overlap, choose_every=1)
+        run = Schedule(DeferredOps(), config)
+        run.read(101)
+        before = run.cache.transfers.bytes_to_device
+        run.read(1)  # within the last block
+        transfers = run.cache.transfers
+        assert transfers.hits + transfers.swaps == LAYERS
+        return transfers.hits, transfers.bytes_to_device - before
+
+    hits, nbytes = moved(0.0)
+    assert (hits, nbytes) == (LAYERS, 0)
+    hits, nbytes = moved(1.0)
+    assert hits < LAYERS  # random queries want other blocks
+    assert 0 < nbytes < LAYERS * 8 * 2 * 4 * KV_HEADS * WIDTH * 4  # of 8 slots, some stay
+
+
+def test_what_was_wanted_counts_less_with_each_token() -> None:
+    """A layer's scores are the largest of each query's own, times ``decay`` for every row since."""
+    rng = np.random.default_rng(7)
+    ops = NumpyOps(1)
+    keys = rng.standard_normal((KV_HEADS, 80, WIDTH), dtype=np.float32)
+    queries = rng.standard_normal((3, 1, HEADS, WIDTH), dtype=np.float32) * 5
+    for decay in (0.0, 0.5, 1.0):
+        rows = LayerRows(
+            ops, CacheConfig(1 << 20, 16, block=4, unit=2, local_blocks=1, decay=decay), sizes(), Transfers()
+        )
+        rows.selects = True
+        rows.learn_means(keys, 0, 20)
+        ends = (80, 81, 83)  # the last comes two rows later
+        for q, end in zip(queries, ends, strict=True):
+            rows.positions.append(np.arange(len(rows), end))
+            found = rows.wanted(q, 20)
+        means = keys.reshape(KV_HEADS, 40, 2, WIDTH).mean(axis=2)
+        own = [ops.score_blocks("token_max", q, means, 2, 1) for q in queries]
+        faded = [scores * np.float32(decay ** (83 - end)) for scores, end in zip(own, ends, strict=True)]
+        np.testing.assert_allclose(found, np.max(faded, axis=0) if decay else own[2], rtol=1e-5)
+        rows.forget_wishes()
+        np.testing.assert_allclose(rows.wanted(queries[1], 20), own[1], rtol=1e-5)
+    ops.close()
+
+
+def test_layers_take_turns_to_choose() -> None:
+    """Each layer chooses for every third token, and for the first of a new block, whose tail is another."""
+    run = Schedule(DeferredOps(), CacheConfig(1 << 20, 32, block=4, unit=2, local_blocks=1, choose_every=3))
+    run.read(101)
+    turns = []
+    rows = range(101, 113)
+    for _ in rows:
+        before = run.cache.transfers.hits + run.cache.transfers.swaps
+        run.read(1)
+        turns.append(run.cache.transfers.hits + run.cache.transfers.swaps - before)
+    assert turns == [LAYERS if row % 4 == 0 else LAYERS // 3 for row in rows]
+
+
+@pytest.mark.parametrize("budget", [1024, 2048])
+def test_resident_rows_and_decode_work_do_not_grow(budget: int) -> None:
+    config = CacheConfig(1 << 20, budget)
+    model = sizes(n_layers=2)
+    row = 2 * KV_HEADS * WIDTH * 4
+    rng = np.random.default_rng(0)
+    ops = NumpyOps(1)
+    for length in (2048, 8192, 32768):
+        cache = OffloadedKVCache(model, ops, config)
+        k, v = rng.standard_normal((2, length, KV_HEADS, WIDTH), dtype=np.float32)
+        q = rng.standard_normal((length, HEADS, WIDTH), dtype=np.float32)
+        for layer in range(2):
+            cache.update(layer, k, v, np.arange(length), q)
+            cache.attended(layer)
+        for layer in range(2):
+            keys, _, _ = cache.update(layer, k[:1], v[:1], np.array([length]), q[:1])
+            assert budget - config.block < keys.shape[1] <= budget
+            cache.attended(layer)
+        means = 2 * (length // config.unit + length // config.block // config.group) * row // 2
+        assert cache.nbytes_device - means == 2 * (budget - config.block + 1) * row
+        assert cache.nbytes_host == 2 * length * row
+        cache.close()
+    ops.close()
+
+
+# -- with a model ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("kv") / "tiny.gguf"
+    write_tiny_llama(path, n_layers=4)
+    return path
+
+
+@pytest.fixture(scope="module")
+def ids() -> list[int]:
+    return np.random.default_rng(3).integers(0, 270, 700).tolist()
+
+
+PLAN = PrunePlan(stages=(Stage(1, 0.5), Stage(2, 0.25)), block=32, unit=8)
+
+
+def talk(session: Session, ids: list[int], plan: PrunePlan | None) -> list[np.ndarray]:
+    """The logits of a conversation: a prompt, decoding, a second question, decoding, another turn."""
+    logits = []
+    for end in (500, 560, 540, 700):
+        session.prefill(ids[:end], plan)
+        logits.append(session.logits)
+        for token in ids[:5]:
+            session.extend([token])
+            logits.append(session.logits)
+    return [row for row in logits if row is not None]
+
+
+@pytest.mark.parametrize("plan", [None, PLAN])
+def test_a_budget_that_holds_everything_changes_nothing(tiny: Path, ids: list[int], plan: PrunePlan | None) -> None:
+    full = slimrt.load(tiny, ctx=1024, rope_scaling="none", prune="off", device="numpy")
+    roomy = slimrt.load(tiny, ctx=1024, rope_scaling="none", prune="off", device="numpy", kv_budget=1024)
+    for one, other in zip(talk(full.session(), ids, plan), talk(roomy.session(), ids, plan), strict=True):
+        assert np.array_equal(one, other)
+    assert roomy.generate(ids, max_tokens=2).timings.kv_bytes_host == 0
+
+
+@pytest.mark.parametrize("plan", [None, PLAN])
+def test_prompts_are_read_exactly_under_a_budget(tiny: Path, ids: list[int], plan: PrunePlan | None) -> None:
+    """Whatever decode left out, a prompt that continues is computed over all rows (here decode writes no row)."""
+    full = slimrt.load(tiny, ctx=1024, rope_scaling="none", prune="off").session()
+    small = slimrt.load(tiny, ctx=1024, rope_scaling="none", prune="off", kv_budget=128).session()
+    for end in (500, 560, 540, 700):
+        full.prefill(ids[:end], plan)
+        small.prefill(ids[:end], plan)
+        assert np.array_equal(full.logits, small.logits)
+    assert small.kv_bytes_host > 0
+    assert small.kv_bytes_device < full.kv_bytes_device
+
+
+@pytest.mark.parametrize("plan", [None, PLAN])
+def test_the_engine_waits_for_every_copy(tiny: Path, ids: list[int], plan: PrunePlan | None) -> None:
+    """The engine on the backend that is as late as it may be computes what it computes with a copying thread."""
+    file = GGUFFile(tiny)
+    config = read_config(file)
+    cache = CacheConfig(1024, 128, select_every=2, lookahead=2)
+    results = []
+    for ops in (NumpyOps(1), DeferredOps()):
+        session = Session(Engine(build(config, file, ops), ops, cache), 1024)
+        results.append(talk(session, ids, plan))
+    for one, other in zip(*results, strict=True):
+        assert np.array_equal(one, other)
+
+
+def test_a_session_recovers_from_a_failed_copy(tiny: Path, ids: list[int]) -> None:
+    file = GGUFFile(tiny)
+    config = read_config(file)
+    ops = NumpyOps(1)
+    engine = Engine(build(config, file, ops), ops, CacheConfig(1024, 128))
+    session = Session(engine, 1024)
+    session.prefill(ids[:300])
+    ops.copy = lambda pairs, after=None: NumpyOps.copy(ops, [(np.empty(2), np.empty(3))], after)  # type: ignore
+    with pytest.raises(ValueError, match="could not broadcast"):
+        session.prefill(ids[:500])
+    del ops.copy
+    assert session.tokens == []  # what it held is lost, and it knows
+    session.prefill(ids[:500])
+    fresh = Session(engine, 1024)
+    fresh.prefill(ids[:500])
+    assert np.array_equal(session.logits, fresh.logits)
+
+
+def test_a_copied_context_goes_its_own_way(tiny: Path, ids: list[int]) -> None:
+    file = GGUFFile(tiny)
+    config = read_config(file)
+    ops = NumpyOps(1)
+    for cache in (CacheConfig(1024), CacheConfig(1024, 128)):
+        engine = Engine(build(config, file, ops), ops, cache)
+        context = engine.new_context()
+        engine.prefill(context, ids[:400])
+        other: Context = copy.deepcopy(context)
+        one = engine.logits(engine.prefill(context, ids[400:450])[0])
+        two = engine.logits(engine.prefill(other, ids[400:450])[0])
+        assert np.array_equal(one, two)
+        assert isinstance(other.cache, KVCache if cache.budget is None else OffloadedKVCache)
+
+
+def test_logprobs_measure_the_budget(tiny: Path, ids: list[int]) -> None:
+    small = slimrt.load(tiny, ctx=1024, rope_scaling="none", prune="off", kv_budget=128)
+    session = small.session()
+    session.prefill(ids[:600])
+    rows = []
+    for token in ids[600:640]:
+        rows.append(session.logits)
+        session.extend([token])
+    assert np.array_equal(small.continuation_logits(ids[:640], 600), np.array(rows))
+    full = slimrt.load(tiny, ctx=1024, rope_scaling="none", prune="off")
+    assert not np.allclose(full.logprobs(ids[:640], 600), small.logprobs(ids[:640], 600))
+
+
+def test_bytes_in_timings(tiny: Path, ids: list[int]) -> None:
+    small = slimrt.load(tiny, ctx=1024, rope_scaling="none", prune="off", kv_budget=128)
+    timings = small.generate(ids[:512], max_tokens=1).timings
+    row = small.engine.kv_bytes_per_token
+    assert timings.kv_bytes_host == 512 * row
+    # Means are of keys only, in their type: one a unit of 8 rows, one a group of 8 blocks of 16 rows.
+    means = (512 // 8 + 512 // 128) * row // 2
+    assert timings.kv_bytes_device == 128 * row + means
+
+
+def test_bad_budgets(tiny: Path) -> None:
+    with pytest.raises(
+        SettingError, match="KV budget 95: must be a whole number of at least 96 rows a layer"
+    ) as refused:
+        slimrt.load(tiny, kv_budget=95)
+    assert "\n" not in str(refused.value)
+    for budget in (0, -1, 15, 200.0, "200"):
+        with pytest.raises(SettingError, match=f"KV budget {budget!r}: must be a whole number"):
+            slimrt.load(tiny, kv_budget=budget)  # type: ignore[arg-type]
+    huge = slimrt.load(tiny, ctx=64, kv_budget=1 << 50)  # takes what the context can fill
+    assert huge.generate([1, 2, 3], max_tokens=2).timings.kv_bytes_host == 0
+    with pytest.raises(SettingError, match="block 10 must be a multiple of unit 8"):
+        CacheConfig(1, 1000, block=10)
+    with pytest.raises(SettingError, match=r"overlap 1\.5"):
+        CacheConfig(1, overlap=1.5)

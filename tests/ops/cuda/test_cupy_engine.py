@@ -1,0 +1,355 @@
+"""The whole engine on the GPU backend, its kernels run on the CPU: what a model says there and on NumPy is the same.
+
+A tolerance is ``SLACK`` times the error that the same engine makes on ``HalfOps``, NumPy rounded to float16 wherever
+the GPU stores float16. Both errors are measured against float64 where nothing is pruned, else against NumPy in float32,
+whose error is some thousand times smaller.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from slimrt.config import CacheConfig, PrunePlan, Stage
+from slimrt.engine import Engine
+from slimrt.errors import ComputeError, DeviceError
+from slimrt.models import build, read_config
+from slimrt.ops.cuda.cupy_ops import CupyOps
+from slimrt.ops.numpy.numpy_ops import NumpyOps
+from slimrt.prune.select import schedule
+from slimrt.session import Session
+from slimrt.session_file import SavedTalk, read_session, write_session
+from slimrt.weights.gguf import GGUFFile
+from tests import emulation, reference
+from tests.fake_cupy import FakeCupy
+from tests.half_ops import HalfOps
+from tests.tiny_gguf import write_tiny_llama
+
+pytestmark = pytest.mark.skipif(emulation.compiler() is None, reason="running CUDA sources on the CPU needs g++")
+
+SLACK = 3  # both round to float16 in the same places; the order of sums and the running maximum differ
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "F16": {"type": "F16"},
+    "BF16": {"type": "BF16", "tied": False},
+    "Q4_0": {"type": "Q4_0", "n_heads": 6, "n_kv_heads": 2, "d_model": 96},
+    "Q8_0": {"type": "Q8_0", "head_dim": 128, "n_heads": 2, "n_kv_heads": 1},
+    "Q2_K": {"type": "Q2_K", "d_model": 256, "d_ff": 256, "n_layers": 2},  # no kernel: float16 on the device
+    "qwen2": {"arch": "qwen2", "type": "Q5_1"},
+    "llama3": {"type": "Q6_K", "d_model": 256, "d_ff": 256, "n_layers": 2, "rope_freqs": True},
+}
+
+
+def tiny(path: Path, **options: Any) -> GGUFFile:
+    settings = {"n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "d_model": 64, "d_ff": 96, "head_dim": 64}
+    metadata = {"llama.rope.scaling.type": "llama3"} if options.get("rope_freqs") else {}
+    return GGUFFile(write_tiny_llama(path / "tiny.gguf", **(settings | options), **metadata))
+
+
+def engine(file: GGUFFile, ops: Any, cache: CacheConfig | None = None) -> Engine:
+    return Engine(build(read_config(file), file, ops), ops, cache)
+
+
+def ids(file: GGUFFile, count: int, seed: int = 1) -> list[int]:
+    return np.random.default_rng(seed).integers(0, read_config(file).vocab_size, count).tolist()
+
+
+class Chosen:
+    """A trace that notes the rows of every cut."""
+
+    def __init__(self) -> None:
+        self.rows: list[list[int]] = []
+
+    def begin(self) -> None: ...
+
+    def layer(self, layer: int) -> None: ...
+
+    def cut(self, layer: int, positions: np.ndarray, scores: np.ndarray, rows: np.ndarray) -> None:
+        self.rows.append(rows.tolist())
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_prefill_and_decode_against_float64(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str) -> None:
+    FakeCupy(monkeypatch)
+    file = tiny(tmp_path, **SHAPES[name])
+    tokens = ids(file, 133)
+    truth = reference.logits(file, read_config(file), tokens, np.float64)
+    for length in (1, 7, 133):  # one row, few rows, a whole tile and a ragged one
+        errors = {}
+        for ops in (HalfOps(), CupyOps()):
+            session = Session(engine(file, ops), 512)
+            session.prefill(tokens[: max(1, length - 3)])
+            found = [session.logits]
+            for token in tokens[max(1, length - 3) : length]:
+                session.extend([token])
+                found.append(session.logits)
+            wanted = truth[length - len(found) : length]
+            errors[ops.name] = np.abs(np.array(found) - wanted).max()
+        assert 0 < errors["cuda"] <= SLACK * errors["numpy"], (length, errors)
+
+
+@pytest.mark.parametrize("score", ["token_mass", "token_max", "unit_softmax", "mean_qk"])
+def test_pruned_prefill_and_a_second_question(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, score: str) -> None:
+    FakeCupy(monkeypatch)
+    file = tiny(tmp_path, n_layers=5, type="Q8_0")
+    plan = PrunePlan((Stage(1, 0.6), Stage(3, 64)), block=16, unit=8, score=score, query_window=8)
+    document, questions = ids(file, 200), [ids(file, 20, 2), ids(file, 9, 3)]
+    found: dict[str, list[np.ndarray]] = {}
+    rows: dict[str, list] = {}
+    for kind, ops in (("true", NumpyOps(1)), ("half", HalfOps()), ("cuda", CupyOps())):
+        session, chosen = Session(engine(file, ops), 512), Chosen()
+        found[kind] = []
+        for question in questions:
+            reading = session.prefill(document + question, plan, trace=chosen)
+            found[kind].append(session.logits)  # type: ignore[arg-type]
+            session.extend(ids(file, 1, 4))
+            found[kind].append(session.logits)  # type: ignore[arg-type]
+        assert reading.reused == 200 and len(reading.stages) == 2
+        rows[kind] = chosen.rows
+    assert rows["cuda"] == rows["true"] == rows["half"]  # else the logits could not be compared
+    unit = np.abs(np.array(found["half"]) - found["true"]).max()
+    assert np.abs(np.array(found["cuda"]) - found["true"]).max() <= SLACK * unit
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_decode_by_captured_graphs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, late: bool) -> None:
+    """A pruned conversation, its layers of different lengths, past several captures; then a second question."""
+    monkeypatch.setattr("slimrt.ops.cuda.decode._ROOM", 5)
+    monkeypatch.setattr("slimrt.kv.cache._GROWTH", 3)
+    fake = FakeCupy(monkeypatch, **({"copies": "late", "compute": "late"} if late else {}))  # type: ignore[arg-type]
+    file = tiny(tmp_path, n_layers=3, type="Q4_0")
+    plan = PrunePlan((Stage(0, 0.5), Stage(1, 48)), block=16, query_window=8)
+    document = ids(file, 120)
+    found: dict[str, list[np.ndarray]] = {}
+    launches: dict[str, int] = {}
+    for kind, ops, graphs in (
+        ("true", NumpyOps(1), True), ("half", HalfOps(), True), ("plain", CupyOps(), False), ("graph", CupyOps(), True),
+    ):  # fmt: skip
+        session = Session(Engine(build(read_config(file), file, ops), ops, whole_tokens=graphs), 512)
+        found[kind] = []
+        for question in (document, document + ids(file, 9, 3)):
+            session.prefill(question, plan)
+            before = len(fake.launches)
+            for token in ids(file, 12, 5):
+                session.extend([token])
+                found[kind].append(session.logits)  # type: ignore[arg-type]
+            launches[kind] = len(fake.launches) - before
+    unit = np.abs(np.array(found["half"]) - found["true"]).max()
+    for kind in ("plain", "graph"):
+        assert np.abs(np.array(found[kind]) - found["true"]).max() <= SLACK * unit, kind
+    assert launches["graph"] < launches["plain"] / 2  # the kernels of a replay are not launched one by one
+
+
+def test_calibration_tries_plans_behind_the_boundary(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """One dense run, then plans whose first cut may come later than the kept hidden states, as in calibration."""
+    FakeCupy(monkeypatch)
+    file = tiny(tmp_path, n_layers=4, type="Q8_0")
+    prompt = ids(file, 120)
+    found: dict[str, list[np.ndarray]] = {}
+    for kind, ops in (("true", NumpyOps(1)), ("half", HalfOps()), ("cuda", CupyOps())):
+        one = engine(file, ops)
+        context = one.new_context(0)
+        one.prefill(context, prompt)
+        found[kind] = []
+        for layer in (0, 1, 2):
+            plan = PrunePlan((Stage(layer, 0.5),), block=16, query_window=8)
+            context.truncate(len(prompt) - 8)
+            hidden, _ = one.prefill(context, prompt[-8:], plan=plan, cuts=schedule(plan, len(prompt)))
+            following, _ = one.prefill(context, [5, 6], wanted=2)
+            with ops.computing():
+                rows = np.concatenate([hidden, following])
+            found[kind].append(one.logits(rows))
+    unit = np.abs(np.array(found["half"]) - found["true"]).max()
+    assert np.abs(np.array(found["cuda"]) - found["true"]).max() <= SLACK * unit
+
+
+def test_rows_in_several_chunks_are_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Each row is treated alone, so how many pass together must not show."""
+    fake = FakeCupy(monkeypatch)
+    file = tiny(tmp_path, type="Q8_0")
+    ops = CupyOps()
+    found = []
+    for rows in (1 << 15, 40):
+        monkeypatch.setattr(ops, "whole_rows", rows)
+        session = Session(engine(file, ops), 512)
+        before = len(fake.launches)
+        session.prefill(ids(file, 100))
+        found.append((session.logits, len(fake.launches) - before))
+    assert np.array_equal(found[0][0], found[1][0])  # type: ignore[arg-type]
+    assert found[1][1] > found[0][1]
+
+
+def test_a_plan_that_keeps_all_is_the_dense_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    FakeCupy(monkeypatch)
+    file = tiny(tmp_path, type="Q4_0")
+    tokens = ids(file, 140)
+    one = engine(file, CupyOps())
+    dense, pruned = Session(one, 512), Session(one, 512)
+    dense.prefill(tokens)
+    pruned.prefill(tokens, PrunePlan((Stage(0, 1.0), Stage(1, 1.0)), block=16))
+    assert np.array_equal(dense.logits, pruned.logits)  # type: ignore[arg-type]
+
+
+def budget_run(ops: Any, file: GGUFFile, cache: CacheConfig | None) -> tuple[list[np.ndarray], Session]:
+    """A long prompt, decode, a follow-up that continues it, one that departs from it, decode."""
+    session = Session(engine(file, ops, cache), 1024)
+    found = []
+    first = ids(file, 200)
+    for prompt in (first, first + ids(file, 40, 2), first[:150] + ids(file, 30, 3)):
+        session.prefill(prompt)
+        found.append(session.logits)
+        for token in ids(file, 17, 5):  # one block and one row
+            session.extend([token])
+            found.append(session.logits)
+    return found, session  # type: ignore[return-value]
+
+
+BUDGET = CacheConfig(1024, 128, block=16, unit=8, local_blocks=2)
+
+
+@pytest.mark.parametrize(
+    ("copies", "compute"), [("early", "early"), ("late", "early"), ("early", "late"), ("late", "late")]
+)
+def test_a_kv_budget_on_streams(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, copies: str, compute: str) -> None:
+    """The KV manager on streams that are as early, or as late, as their events allow; the answers do not change."""
+    fake = FakeCupy(monkeypatch, copies=copies, compute=compute)
+    file = tiny(tmp_path, type="Q8_0")
+    found, session = budget_run(CupyOps(), file, BUDGET)
+    truth, _ = budget_run(NumpyOps(1), file, BUDGET)
+    half, _ = budget_run(HalfOps(), file, BUDGET)
+    unit = np.abs(np.array(half) - truth).max()
+    assert np.abs(np.array(found) - truth).max() <= SLACK * unit
+    cache: Any = session.context.cache
+    assert cache.transfers.bytes_to_host > 0 and cache.transfers.bytes_to_device > 0
+    assert session.kv_bytes_host == 2 * (len(session.tokens) // 16 * 16) * 2 * 2 * 64 * 2  # float16
+    assert fake.pinned_calls == 1  # all of it at load, in one piece
+
+
+def test_a_copy_without_its_event_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The stand-in must show what it is for: waits that are left out, either way, change the answers."""
+    file = tiny(tmp_path, type="Q8_0")
+    FakeCupy(monkeypatch)
+    cache = dataclasses.replace(BUDGET, select_every=2)  # a layer that chooses waits for its scores, which hides much
+    right, _ = budget_run(CupyOps(), file, cache)
+    for copies, compute, breaks in (("late", "early", "wait"), ("early", "late", "mark")):
+        FakeCupy(monkeypatch, copies=copies, compute=compute)
+        ops = CupyOps()
+        if breaks == "wait":
+            monkeypatch.setattr(ops, "wait", lambda fence: None)
+        else:
+            passed = ops.mark()
+            monkeypatch.setattr(ops, "mark", lambda passed=passed: passed)
+        try:
+            wrong, _ = budget_run(ops, file, cache)
+        except ComputeError:  # NaN in the logits
+            continue
+        assert not np.array_equal(wrong, right)
+
+
+def test_a_failing_copy_is_never_silent(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Whichever copy of a conversation is refused: an error in one line, and the session is right afterwards."""
+    file = tiny(tmp_path, type="Q8_0", n_layers=2)
+    tokens = ids(file, 200)
+    FakeCupy(monkeypatch)
+    ops = CupyOps()
+    session = Session(engine(file, ops, BUDGET), 1024)
+    session.prefill(tokens)
+    right = [session.logits]
+    for token in tokens[:20]:
+        session.extend([token])
+        right.append(session.logits)
+    fake = FakeCupy(monkeypatch)
+    one = engine(file, CupyOps(), BUDGET)
+    failures = 0
+    for number in range(1, 60, 7):
+        session = Session(one, 1024)
+        fake.copy_count, fake.fail_at = 0, number
+        try:
+            session.prefill(tokens)
+            found = [session.logits]
+            for token in tokens[:20]:
+                session.extend([token])
+                found.append(session.logits)
+            session.context.cache.close()
+        except (DeviceError, ComputeError) as error:
+            failures += 1
+            assert "\n" not in str(error) and "cudaErrorInvalidValue" in str(error)
+            fake.fail_at = None
+            session.reset()
+            session.prefill(tokens)
+            found = [session.logits]
+        fake.fail_at = None
+        assert np.array_equal(np.array(found), np.array(right[: len(found)]))
+    assert failures > 4
+
+
+def test_a_lost_gpu_says_so_and_the_cpu_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    fake = FakeCupy(monkeypatch)
+    file = tiny(tmp_path, type="Q8_0")
+    session = Session(engine(file, CupyOps()), 512)
+    session.prefill(ids(file, 30))
+    fake.lost = "cudaErrorIllegalAddress: an illegal memory access was encountered"
+    with pytest.raises(
+        DeviceError, match=r"CUDA failed .*cudaErrorIllegalAddress.* start it anew, or use device='cpu'"
+    ):
+        session.extend([3])
+    other = Session(engine(file, NumpyOps(1)), 512)
+    other.prefill(ids(file, 30))
+    assert np.isfinite(other.logits).all()  # type: ignore[arg-type]
+
+
+def test_out_of_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    fake = FakeCupy(monkeypatch)
+    file = tiny(tmp_path, type="Q8_0")
+    session = Session(engine(file, CupyOps()), 4096)
+    fake.room = fake.used + (300 << 10)
+    with pytest.raises(DeviceError, match=r"the GPU's memory does not suffice .*--kv-budget"):
+        session.prefill(ids(file, 1000))
+    fake.room = None
+    session.prefill(ids(file, 50))
+    fake.pinnable = 1 << 10
+    with pytest.raises(DeviceError, match=r"GiB of host memory cannot be pinned .*ulimit"):
+        engine(file, CupyOps(), BUDGET)
+
+
+def test_nan_in_a_weight_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    FakeCupy(monkeypatch)
+    file = tiny(tmp_path, type="F16")
+    ops = CupyOps()
+    one = engine(file, ops)
+    one.model.layers[1].attn_norm[:1] = np.nan
+    session = Session(one, 512)
+    with pytest.raises(ComputeError, match="logits are not finite"):
+        session.prefill(ids(file, 40))
+
+
+def test_a_saved_session_goes_on_on_either_backend(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    FakeCupy(monkeypatch, copies="late")
+    file = tiny(tmp_path, type="Q8_0")
+    for cache in (None, BUDGET):
+        gpu = engine(file, CupyOps(), cache)
+        session = Session(gpu, 1024)
+        session.prefill(ids(file, 200))
+        write_session(tmp_path / "talk", session, file, SavedTalk([], None, None))
+        restored, host = Session(gpu, 1024), Session(engine(file, NumpyOps(1), cache), 1024)
+        for other in (restored, host):
+            read_session(tmp_path / "talk", other, file)
+            assert np.array_equal(other.logits, session.logits)  # type: ignore[arg-type]
+        twin = copy.copy(session)
+        twin.context = copy.deepcopy(session.context)
+        for other in (restored, host, twin):  # float16 numbers, also where NumPy holds them
+            for layer in range(2):
+                for one, two in zip(session.context.cache.rows(layer), other.context.cache.rows(layer), strict=True):
+                    one, two = (side.get() if hasattr(side, "get") else side for side in (one, two))
+                    assert np.array_equal(one, two)
+        if cache is None:  # under a budget a restored layer keeps its latest blocks resident, not the chosen ones
+            twin.tokens = list(session.tokens)
+            for one in (session, restored, twin):
+                one.extend([5])
+            assert np.array_equal(session.logits, restored.logits)  # type: ignore[arg-type]
+            assert np.array_equal(session.logits, twin.logits)  # type: ignore[arg-type]

@@ -1,0 +1,193 @@
+"""The wrappers' checks: what a RawKernel would misread is refused in one line, whoever calls. And memory on streams."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import types
+from typing import Any
+
+import numpy as np
+import pytest
+from gguf.constants import GGMLQuantizationType as Type
+
+from slimrt.bench.synthetic import random_tensor
+from slimrt.errors import DeviceError
+from slimrt.ops.cuda.cupy_ops import CupyOps
+from slimrt.ops.cuda.memory import PinnedSlabs
+from slimrt.ops.cuda.modules import Kernels, source_text
+from slimrt.weights.gguf import TensorInfo
+from tests import emulation
+from tests.fake_cupy import FakeCupy, RawModule
+from tests.gpu import test_ptx
+from tests.gpu.on_device import pasted
+from tests.kernels_cu.test_kernel_compile import CASES, compile_source, toolchain
+
+needs_compiler = pytest.mark.skipif(emulation.compiler() is None, reason="running CUDA sources on the CPU needs g++")
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> FakeCupy:
+    return FakeCupy(monkeypatch)
+
+
+def elsewhere(x: Any) -> Any:
+    """``x`` as if it lay on a second GPU."""
+    x.device = types.SimpleNamespace(id=1)
+    return x
+
+
+def bad_calls(ops: CupyOps) -> dict[str, tuple[Any, str]]:
+    half, single = ops.empty, lambda *shape: ops.empty(shape, np.float32)
+    weight = ops.weight(random_tensor("w", "Q8_0", (64, 64), np.random.default_rng(0)))
+    x, gain = single(4, 64), single(64)
+    k, odd, turned = half((2, 32, 64)), half((2, 4, 80)), half((2, 64, 32)).transpose(0, 2, 1)
+    return {
+        "rmsnorm on the host": (lambda: ops.rmsnorm(np.zeros((4, 64), np.float32), gain, 1e-5), "lies in host memory"),
+        "rmsnorm of float16": (lambda: ops.rmsnorm(half((4, 64)), gain, 1e-5), "is float16, must be float32"),
+        "rmsnorm of columns": (lambda: ops.rmsnorm(single(64, 4).T, gain, 1e-5), "is not C-contiguous"),
+        "rmsnorm of another width": (lambda: ops.rmsnorm(single(4, 32), gain, 1e-5), r"shape \(4, 32\), must have"),
+        "rmsnorm elsewhere": (lambda: ops.rmsnorm(elsewhere(single(4, 64)), gain, 1e-5), "lies on GPU 1"),
+        "linear of float32": (lambda: ops.linear(x, weight), "is float32, must be float16"),
+        "linear of another width": (lambda: ops.linear(half((4, 32)), weight), r"must have \(None, 64\)"),
+        "add_linear to another shape": (lambda: ops.add_linear(single(3, 64), half((4, 64)), weight), "shape"),
+        "swiglu of every second row": (lambda: ops.swiglu(half((8, 64))[::2]), "is not C-contiguous"),
+        "rope of float16 angles": (lambda: ops.rope(half((4, 2, 64)), half((4, 32)), half((4, 32))), "float32"),
+        "attend with odd heads": (lambda: ops.attend(half((4, 2, 80)), odd, odd), "heads of 80"),
+        "attend with fewer keys": (lambda: ops.attend(half((64, 2, 64)), k, k), "64 rows of 32"),
+        "attend with scattered keys": (
+            lambda: ops.attend(half((4, 2, 64)), turned, turned),
+            "not contiguous",
+        ),
+        "attend with every second key": (lambda: ops.attend(half((4, 2, 64)), k[:, ::2], k[:, ::2]), "not contiguous"),
+        "attend with values laid out otherwise": (lambda: ops.attend(half((4, 2, 64)), k, half((2, 40, 64))[:, :32]),
+                                                  "they must have one layout"),
+        "take on float16": (lambda: ops.take(half((4, 64)), np.arange(2)), "is float16"),
+        "scores of float32 keys": (lambda: ops.score_blocks("token_max", half((4, 2, 64)), single(2, 32, 64), 16, 8),
+                                   "must be float16"),
+        "a width that kernels do not take": (
+            lambda: ops.weight(TensorInfo("odd", (4, 20), Type.F16, np.zeros((4, 20), np.float16))),
+            "'odd' has rows of 20; the GPU's kernels take multiples of 32",
+        ),
+        "a weight beyond float16": (
+            lambda: ops.weight(TensorInfo("big", (32, 32), Type.F32, np.full((32, 32), 1e6, np.float32))),
+            "'big' .F32. exceeds what float16 holds",
+        ),
+        "a copy between shapes": (lambda: ops.wait(ops.copy([(half((4,)), np.zeros(5, np.float16))], after=ops.mark())),
+                                  "the shapes must be equal"),
+    }  # fmt: skip
+
+
+@needs_compiler
+def test_what_a_kernel_would_misread_is_refused(fake: FakeCupy) -> None:
+    ops = CupyOps()
+    for name, (call, said) in bad_calls(ops).items():
+        launched = len(fake.launches)
+        with pytest.raises(DeviceError, match=said) as caught:
+            call()
+        assert "\n" not in str(caught.value), name
+        assert len(fake.launches) == launched or name.startswith("attend"), name
+
+
+def test_a_kernel_that_does_not_compile(monkeypatch: pytest.MonkeyPatch, fake: FakeCupy) -> None:
+    kernels = Kernels(fake.module)
+
+    def refuse(_: RawModule) -> None:
+        raise RuntimeError("nvrtc: error\nrmsnorm.cu(3): error: expected a ';'\n1 error detected")
+
+    monkeypatch.setattr(RawModule, "compile", refuse)
+    with pytest.raises(DeviceError, match=r"rmsnorm of rmsnorm.cu \(-DT=f16\) does not compile: .*error") as caught:
+        kernels.get("rmsnorm", "rmsnorm", T="f16")
+    assert "\n" not in str(caught.value)
+
+
+def test_sources_are_whole() -> None:
+    """No include is left, so that CuPy's cache, which sees this text only, can never be stale."""
+    text = source_text("attention_prefill.cu")
+    assert '#include "' not in text and "#pragma once" not in text
+    assert text.count("struct f16 {") == 1 and '#line 1 "ptx.cuh"' in text
+
+
+def test_pasted_sources_compile() -> None:
+    """What CuPy is given is not what the compile gate reads from the folder: NVRTC must take it, without a warning."""
+    tools = toolchain()
+    if isinstance(tools, str):
+        pytest.skip(tools)
+    first: dict[str, dict[str, object]] = {}
+    for _, (source, macros, *_) in CASES:
+        first.setdefault(source, macros)
+    for source, macros in first.items():
+        options = ["-arch=sm_90", "-std=c++17", *(f"-D{name}={value}" for name, value in macros.items())]
+        assert compile_source(tools[0], source_text(source), options)
+    compile_source(tools[0], pasted(test_ptx.SOURCE), ["-arch=sm_80", "-std=c++17", "-DT=f16"])
+
+
+@needs_compiler
+def test_shared_memory_is_asked_for_once(fake: FakeCupy) -> None:
+    ops = CupyOps()
+    q, k = ops.copied(ops.upload(np.ones((20, 2, 128), np.float16))), ops.upload(np.ones((1, 20, 128), np.float16))
+    out = ops.attend(q, k, k)  # 96 KB of dynamic shared memory: the stand-in refuses it unless it was allowed
+    np.testing.assert_allclose(ops.to_host(out), 1, atol=1e-3)
+    assert ops.attend(q, k, k).shape == (20, 2, 128)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_copies_in_every_layout(monkeypatch: pytest.MonkeyPatch, late: bool) -> None:
+    FakeCupy(monkeypatch, **({"copies": "late", "compute": "late"} if late else {}))  # type: ignore[arg-type]
+    ops = CupyOps()
+    values = np.arange(2 * 6 * 8, dtype=np.float16).reshape(2, 6, 8)
+    there, here = ops.empty((2, 6, 8)), ops.pinned((2, 6, 8))
+    ops.wait(ops.copy([(there, values)], after=ops.mark()))
+    back = ops.copy([(here, there)], after=ops.mark())
+    strided = ops.pinned((6, 2, 4))
+    ops.wait(ops.copy([(strided, there.transpose(1, 0, 2)[:, :, 4:])], after=back))
+    turned = ops.empty((6, 2, 8))
+    ops.wait(ops.copy([(turned.transpose(1, 0, 2), values.astype(np.float32))], after=ops.mark()))  # converted
+    ops.finish()
+    assert np.array_equal(here, values) and np.array_equal(strided, values.transpose(1, 0, 2)[:, :, 4:])
+    assert np.array_equal(ops.to_host(turned), values.transpose(1, 0, 2))
+
+
+def test_a_failed_copy_leaves_out_what_comes_after_it(fake: FakeCupy) -> None:
+    ops = CupyOps()
+    x = ops.upload(np.ones(4, np.float16))
+    fake.copy_count, fake.fail_at = 0, 1
+    first = ops.copy([(x, np.zeros(4, np.float16))], after=ops.mark())
+    fake.fail_at = None
+    second = ops.copy([(x, np.full(4, 2, np.float16))], after=first)
+    assert first.done() and second.done()
+    for fence in (first, second):
+        with pytest.raises(DeviceError, match="cudaErrorInvalidValue"):
+            ops.wait(fence)
+    assert np.array_equal(ops.to_host(x), np.ones(4))
+    ops.wait(ops.copy([(x, np.full(4, 3, np.float16))], after=ops.mark()))
+    assert np.array_equal(ops.to_host(x), np.full(4, 3))
+
+
+def test_pinned_slabs_are_exact_and_used_again(fake: FakeCupy) -> None:
+    slabs = PinnedSlabs(fake.module)
+    slabs.reserve(96, 3)
+    assert (fake.pinned_calls, fake.pinned_bytes) == (1, 288)
+    held = [slabs.take((6, 8), np.float16) for _ in range(3)]
+    assert not any(np.may_share_memory(a, b) for a, b in itertools.pairwise(held))
+    address, view = held[0].ctypes.data, held[0][2:]
+    del held[0]
+    gc.collect()
+    assert slabs.take((6, 8), np.float16).ctypes.data != address  # a view is left: the slab is not free
+    assert fake.pinned_calls == 2
+    del view
+    gc.collect()
+    assert slabs.take((48,), np.float16).ctypes.data == address
+    slabs.reserve(96, 1)
+    assert slabs.take((0, 4), np.float16).shape == (0, 4)
+
+
+def test_arrays_of_ended_copies_are_let_go(fake: FakeCupy) -> None:
+    ops = CupyOps()
+    x = ops.empty((1 << 16,))
+    ops.wait(ops.copy([(x, np.zeros(1 << 16, np.float16))], after=ops.mark()))
+    before = fake.used
+    del x
+    ops.empty((1,))
+    gc.collect()
+    assert fake.used < before

@@ -1,0 +1,172 @@
+"""``make gpu DRY=1`` walks every step; results become the README's table by a script."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scripts import gpu
+from scripts.results_table import (
+    BEGIN,
+    CPU_BEGIN,
+    CPU_END,
+    END,
+    NOTHING,
+    QUALITY_BEGIN,
+    QUALITY_END,
+    newest,
+    quality_table,
+    updated,
+)
+from tests import emulation
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.skipif(emulation.compiler() is None, reason="running CUDA sources on the CPU needs g++")
+def test_a_dry_run_walks_every_step(tmp_path: Path) -> None:
+    out = tmp_path / "results.json"
+    done = subprocess.run(
+        ["make", "--no-print-directory", "gpu", "DRY=1", f"OUT={out}"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = json.loads(out.read_text())
+    assert results["dry"] and list(results["steps"]) == list(gpu.STEPS)
+    assert {step["ended"] for step in results["steps"].values()} == {"passed"}
+    found = {name: step["results"] for name, step in results["steps"].items()}
+    assert found["ptx"]["passed"] > 5 and found["kernels"]["passed"] > 5
+    assert found["device"]["h2d_gb_s"] > 0
+    assert max(found["backend"]["max_error"]["cuda"][:4]) > 0
+    assert [(row["length"], row["plan"]) for row in found["ttft"]["rows"]] == [
+        (96, "off"), (96, "tiny"), (160, "off"), (160, "tiny"),
+    ]  # fmt: skip
+    assert all(row["decode_tok_s"] > 0 and row["weight_bytes"] > 0 for row in found["decode"]["rows"])
+    assert all(row["bytes_moved"] > 0 for row in found["ring"]["rows"])
+    table = updated(f"before\n{BEGIN}\nold\n{END}\nafter", results)
+    assert table is not None and table.startswith("before\n") and table.endswith("\nafter") and "old" not in table
+    assert "| 160 |" in table and "F16 dense" in table and "Emulated GPU" in table
+
+
+def test_the_whole_run_stays_below_nine_minutes() -> None:
+    assert sum(seconds for _, seconds in gpu.STEPS.values()) < 9 * 60
+
+
+def test_a_step_that_hangs_or_fails_costs_only_itself(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The driver runs its own file for each step; here another one stands in for it."""
+    script = tmp_path / "step.py"
+    script.write_text(
+        "import sys, time, pathlib\n"
+        "name, out = sys.argv[sys.argv.index('--step') + 1], pathlib.Path(sys.argv[sys.argv.index('--out') + 1])\n"
+        "out.write_text('{\"rows\": [1]}')\n"
+        "if name == 'bench': time.sleep(60)\n"
+        "if name == 'ttft': sys.exit('broken')\n"
+    )
+    monkeypatch.setattr(gpu, "__file__", str(script))
+    monkeypatch.setattr(gpu, "STEPS", dict.fromkeys(("device", "bench", "ttft", "ring"), (gpu.smoke, 9)))
+    monkeypatch.setattr(gpu, "DRY_SECONDS", 3)
+    out = tmp_path / "results.json"
+    assert gpu.run_all(list(gpu.STEPS), out, dry=True) == 1
+    steps = json.loads(out.read_text())["steps"]
+    assert {name: step["ended"] for name, step in steps.items()} == {
+        "device": "passed", "bench": "out of time", "ttft": "failed", "ring": "passed",
+    }  # fmt: skip
+    assert all(step["results"] == {"rows": [1]} for step in steps.values()) and "broken" in steps["ttft"]["tail"]
+
+
+def test_without_a_gpu_one_line_says_what_to_do(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "scripts/gpu.py", "--out", str(tmp_path / "results.json")],
+        cwd=ROOT, capture_output=True, text=True, env={"PATH": "", "CUDA_VISIBLE_DEVICES": ""},
+    )  # fmt: skip
+    assert done.returncode == 1 and "make gpu DRY=1" in done.stdout
+
+
+def test_the_table() -> None:
+    def step(results: dict[str, Any], ended: str = "passed") -> dict[str, Any]:
+        return {"ended": ended, "seconds": 1.0, "results": results}
+
+    results = {
+        "date": "2031-05-06T07:08:09", "dry": False,
+        "steps": {
+            "device": step({"about": "A card"}),
+            "ttft": step({"type": "F16", "shape": "llama-3.1-8b", "rows": [
+                {"length": 8192, "plan": "off", "ttft_s": 1.234},
+                {"length": 8192, "plan": "1/2,1/4", "ttft_s": 0.5},
+                {"length": 16384, "plan": "off", "error": "memory"},
+            ]}, "out of time"),
+            "peer_ttft": step({"rows": [{"length": 8192, "ttft_s": 2.0, "program": "transformers 5"}]}),
+        },
+    }  # fmt: skip
+    made = updated(f"{BEGIN}\n{END}\n", results)
+    assert made is not None and made.splitlines()[1:4] == [
+        "| prompt tokens | F16 dense | F16 1/2,1/4 | transformers 5 |",
+        "|---:|---:|---:|---:|",
+        "| 8192 | 1.23 | 0.50 | 2.00 |",
+    ]
+    assert "did not end well: ttft" in made
+    assert NOTHING in (updated(f"{BEGIN}\n{END}\n", None) or "")
+    assert updated("no place", results) is None
+
+
+def test_dry_results_never_reach_the_table(tmp_path: Path) -> None:
+    (tmp_path / "gpu-a.json").write_text(json.dumps({"dry": True, "date": "2031"}))
+    assert newest(tmp_path) is None
+    (tmp_path / "gpu-b.json").write_text(json.dumps({"dry": False, "date": "2030"}))
+    assert newest(tmp_path) == {"dry": False, "date": "2030"}
+
+
+def test_the_script_on_a_copy_of_the_readme(tmp_path: Path) -> None:
+    copy, results = tmp_path / "README.md", tmp_path / "results.json"
+    results.write_text(json.dumps({"dry": False, "date": "2031-01-01", "steps": {}}))
+    copy.write_text((ROOT / "README.md").read_text() + f"\n{BEGIN}\n{END}\n")
+    command = [sys.executable, "scripts/results_table.py", "--readme", str(copy), "--results", str(results)]
+    assert subprocess.run([*command, "--check"], cwd=ROOT).returncode == 1
+    assert subprocess.run(command, cwd=ROOT).returncode == 0
+    assert subprocess.run([*command, "--check"], cwd=ROOT).returncode == 0
+
+
+def test_the_table_of_cpu_results() -> None:
+    def row(contender: str, length: int, seconds: float) -> dict[str, object]:
+        return {"contender": contender, "length": length, "ttft_s": seconds, "ttft_range_s": [seconds / 2, seconds * 2],
+                "decode_tok_s": 50.4, "decode_range_tok_s": [40.0, 60.6]}  # fmt: skip
+
+    contenders = (("slimrt off", 1000.0), ("x", 100.0))
+    cpu = {
+        "rows": [row(name, length, length / rate) for length in (512, 8000) for name, rate in contenders],
+        "environment": {"cpu": "a CPU", "load": 0.5, "date": "2026-11-24T10:00:00", "backend": {"why": "kernels"}},
+        "settings": {
+            "model": "/there/m.gguf", "threads": 2, "repeats": 3, "lengths": [512, 8000], "plans": ["off"], "vs": ["x"],
+            "follow_up": 32,
+        },
+    }  # fmt: skip
+    readme = f"a\n{CPU_BEGIN}\nold\n{CPU_END}\nb\n{BEGIN}\n{END}\n"
+    made = updated(readme, None, cpu)
+    assert made is not None and "old" not in made and "/there" not in made
+    assert "| 8000 | 8.00 (4.00..16.00) | 50 (40..61) | 80.00 (40.00..160.00) | 50 (40..61) |" in made
+    assert "`slimrt bench ttft --length 512 --length 8000 --prune off --vs x --follow-up 32 --repeats 3`" in made
+    assert updated(f"{BEGIN}\n{END}\n", None, cpu) == updated(f"{BEGIN}\n{END}\n", None)
+
+
+def test_the_table_of_quality() -> None:
+    def summary(task: str, metric: str, dense: float, mean: float) -> dict[str, object]:
+        return {"plan": "auto", "length": 4000, "task": task, "metric": metric, "dense": dense, "mean": mean,
+                "low": mean - dense - 0.01, "high": mean - dense + 0.01}  # fmt: skip
+
+    rows = [summary("recall", "accuracy", 0.8, 0.75), summary("recall", "kl", 0, 0.04),
+            summary("continuation", "nll", 2, 2.5), summary("continuation", "kl", 0, 0.02)]  # fmt: skip
+    times = [{"plan": plan, "length": 4000, "speedup": rate} for plan, rate in (("dense", 1.0), ("auto", 2.0))]
+    report = {"plans": {"dense": {}, "auto": {}}, "summary": rows, "ttft": times,
+              "samples": 3, "seed": 5, "text": {"name": "a.txt"}}  # fmt: skip
+    change = "0.800 -> 0.750 (-0.060 to -0.040) | 2.000 -> 2.500 (+0.490 to +0.510)"
+    assert f"| `auto` | 4,000 | {change} | 0.040 / 0.020 | 2.00x faster |" in quality_table(report).splitlines()
+    assert quality_table(report).splitlines()[0].endswith(" | KL, nats (recall / continuation) | first token |")
+    report["summary"] = [summary("niah_single", "score", 0.5, 0.25), summary("ruler", "score", 0.5, 0.25)]
+    assert quality_table(report).splitlines()[0] == "| plan | prompt | RULER, mean score | first token |"
+    assert "| `auto` | 4,000 | 0.500 -> 0.250 (-0.260 to -0.240) | 2.00x faster |" in quality_table(report)
+    made = updated(f"{BEGIN}\n{END}\n{QUALITY_BEGIN}\nold\n{QUALITY_END}\n", None, None, [report])
+    assert made is not None and "old" not in made and "`auto`" in made
