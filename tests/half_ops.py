@@ -21,8 +21,8 @@ def half(x: np.ndarray) -> np.ndarray:
 class HalfOps(NumpyOps):
     """NumPy that rounds to float16 whatever the GPU backend stores as float16; products are summed in float32."""
 
-    def __init__(self) -> None:
-        super().__init__(1)
+    def __init__(self, threads: int = 1) -> None:
+        super().__init__(threads)
 
     def _unpack(self, parts: Sequence[TensorInfo]) -> np.ndarray:
         return half(super()._unpack(parts))

@@ -29,7 +29,7 @@ from slimrt.session import Session
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["PLANS", "ShapedResult", "ShapedRow", "measure", "open_engine", "run"]
+__all__ = ["PLANS", "ShapedResult", "ShapedRow", "measure", "open_engine", "open_model", "run"]
 
 PLANS: dict[str, PrunePlan | None] = {
     "off": None,
@@ -38,6 +38,7 @@ PLANS: dict[str, PrunePlan | None] = {
     "tiny": PrunePlan((Stage(1, 0.5), Stage(2, 0.25)), block=16),  # for the shape of that name
 }
 _WARM_UP = 1024  # tokens: every kernel is compiled, every matrix touched
+_WARM_TOKENS = 3  # decoded before the clock runs
 
 Progress = Callable[[int, int, str], None]
 
@@ -136,14 +137,20 @@ class CopyMeter:
         return self._ops.total(self._copies), self._ops.total(self._waits)
 
 
-def open_engine(ops: Any, shape: str, kind: str, cache: CacheConfig | None = None) -> Engine:
+def open_model(ops: Any, shape: str, kind: str) -> Llama:
     """A model of ``shape`` whose matrices have the type ``kind``, on ``ops``."""
     config = SHAPES[shape]
-    return Engine(Llama(config, SyntheticModel(config, kind), ops), ops, cache)  # type: ignore[arg-type]
+    return Llama(config, SyntheticModel(config, kind), ops)  # type: ignore[arg-type]
+
+
+def open_engine(ops: Any, shape: str, kind: str, cache: CacheConfig | None = None) -> Engine:
+    """An engine for ``open_model``'s model."""
+    return Engine(open_model(ops, shape, kind), ops, cache)
 
 
 def measure(engine: Engine, length: int, plan: str, *, repeats: int = 1, decode_tokens: int = 0) -> ShapedRow:
-    """Read a random prompt of ``length`` tokens under ``PLANS[plan]``, then decode."""
+    """Read a random prompt of ``length`` tokens under ``PLANS[plan]``, then decode; the first tokens decoded, during
+    which graphs are captured and kernels compiled, are not timed."""
     chosen, cache = PLANS[plan], engine.cache_config
     if chosen is not None:
         check_plan(chosen, engine.config)
@@ -152,7 +159,7 @@ def measure(engine: Engine, length: int, plan: str, *, repeats: int = 1, decode_
     kept: tuple[int, ...] = ()
     moved = 0
     for _ in range(repeats):
-        session = Session(engine, length + decode_tokens + 1)
+        session = Session(engine, length + _WARM_TOKENS + decode_tokens + 1)
         engine.ops.finish()
         with CopyMeter(engine.ops) as meter:
             begun = time.perf_counter()
@@ -162,6 +169,9 @@ def measure(engine: Engine, length: int, plan: str, *, repeats: int = 1, decode_
         if cache is not None and cache.budget is not None:
             transfers: Any = session.context.cache
             moved = transfers.transfers.bytes_to_host + transfers.transfers.bytes_to_device
+        if decode_tokens:
+            for token in ids[:_WARM_TOKENS]:
+                session.extend([token])
         begun = time.perf_counter()
         for token in ids[:decode_tokens]:
             session.extend([token])
@@ -210,7 +220,7 @@ def run(
             raise SettingError(f"{name} {list(values)}: at least one, none below {least}")
     ops = open_backend(device, threads=threads).ops
     lengths = sorted(set(lengths))
-    cache = CacheConfig(lengths[-1] + decode_tokens + 1, kv_budget) if kv_budget is not None else None
+    cache = CacheConfig(lengths[-1] + _WARM_TOKENS + decode_tokens + 1, kv_budget) if kv_budget is not None else None
     engine = open_engine(ops, shape, kind, cache)
     Session(engine, _WARM_UP + 2).prefill([1] * min(_WARM_UP, lengths[-1]), PLANS[plans[0]])
     rows = []

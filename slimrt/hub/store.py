@@ -100,6 +100,12 @@ def default_model_path(progress: Progress | None = None) -> Path:
     return resolve(DEFAULT_MODEL, progress)
 
 
+def held(name: str) -> Path | None:
+    """The file of a catalogue model if the user's cache holds it at its right size; nothing is fetched."""
+    path = _place(name)
+    return path if _has_size(path, CATALOG[name].size) else None
+
+
 def resolve(name: str | Path | None, progress: Progress | None = None) -> Path:
     """The file that ``name`` stands for (None: the default model); fetched only where it is not there yet.
 
@@ -108,8 +114,7 @@ def resolve(name: str | Path | None, progress: Progress | None = None) -> Path:
     """
     text = _text(name)
     if text in CATALOG:
-        path = _place(text)
-        return path if _has_size(path, CATALOG[text].size) else pull(text, progress)
+        return held(text) or pull(text, progress)
     if text.startswith(huggingface.PREFIX):
         return huggingface.cached(text) or huggingface.pull(text, progress)
     return _existing(text)

@@ -1,0 +1,198 @@
+"""What a card does: copies, kernels, time to first token, decode, the ring. Each row says clock, card and share of a peak."""
+
+from __future__ import annotations
+
+import gc
+import shutil
+import subprocess
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from scripts.gpu_sizes import FULL, Sizes
+from slimrt.bench import shaped
+from slimrt.bench.peak import prefill_operations
+from slimrt.bench.synthetic import SHAPES
+from slimrt.bench.timing import Peaks, Timer, measure_peaks
+from slimrt.config import CacheConfig
+from slimrt.engine import Engine
+from slimrt.ops.cuda.device import probe
+from slimrt.ops.cuda.cupy_ops import CupyOps
+from slimrt.session import Session
+
+Note = Callable[..., None]
+
+
+def clock() -> dict[str, str]:
+    """The card's clocks, power and temperature as ``nvidia-smi`` tells them now; empty where it is missing."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return {}
+    fields = "clocks.sm,clocks.mem,power.draw,temperature.gpu"
+    done = subprocess.run([tool, f"--query-gpu={fields}", "--format=csv,noheader"], capture_output=True, text=True)
+    return dict(zip(fields.split(","), (part.strip() for part in done.stdout.splitlines()[0].split(",")), strict=False))
+
+
+def device(note: Note, sizes: Sizes) -> None:
+    """What GPU this is, and how fast it copies to and from page-locked host memory."""
+    gpu = probe()
+    note(device=vars(gpu), device_name=gpu.name, about=str(gpu), **clock())
+    ops = CupyOps(gpu)
+    there = ops.empty((sizes.copy_bytes,), np.uint8)
+    here = ops.pinned((sizes.copy_bytes,), np.uint8)
+    here[:] = 1
+    for name, pair in (("h2d_gb_s", (there, here)), ("d2h_gb_s", (here, there))):
+        rates = []
+        for _ in range(5):
+            ops.observed = ([], [])
+            ops.copy([pair], after=ops.mark())
+            ops.finish()
+            rates.append(sizes.copy_bytes / ops.total(ops.observed[0]) / 1e9)
+        note(**{name: float(np.median(rates)), f"{name}_range": [min(rates), max(rates)]})
+
+
+def peaks(ops: Any, sizes: Sizes) -> Peaks:
+    """What this card's cuBLAS and memory reach in a large product and a large copy, measured."""
+    large = sizes is FULL
+    timer = Timer(ops, 5, *(() if large else (1 << 16,)))
+    with ops.computing():
+        return measure_peaks(ops, timer, 8192 if large else 128, 1 << 30 if large else 1 << 16)
+
+
+def bench(note: Note, sizes: Sizes) -> None:
+    """``slimrt bench kernels``."""
+    from slimrt.bench.kernels import run
+
+    note(**run("cuda", sizes.shape, sizes.kernel_tokens, 7 if sizes is FULL else 1).to_dict(), **clock())
+
+
+def peer_kernels(note: Note, sizes: Sizes) -> None:
+    """torch's attention kernels at the sizes of ours."""
+    from scripts.gpu_peers import attention
+
+    rows: list[dict[str, Any]] = []
+    for length in sizes.peer_tokens:
+        rows += attention(sizes.shape, length)
+        note(rows=rows)
+    _skipped(note, rows)
+
+
+def ttft(note: Note, sizes: Sizes, kind: str | None = None) -> None:
+    """Time to first token of the 8B shape; short prompts first, so that a step out of time has those."""
+    kind = kind or sizes.measured_types[0]
+    ops = CupyOps()
+    best = peaks(ops, sizes)
+    engine = shaped.open_engine(ops, sizes.shape, kind)
+    rows: list[dict[str, Any]] = []
+    note(shape=sizes.shape, type=kind, peaks=vars(best), **shaped.about(ops))
+    Session(engine, 1100).prefill([1] * min(1024, sizes.lengths[0]))  # everything is compiled, all weights touched
+    for length in sizes.lengths:
+        for plan in sizes.plans:
+            try:
+                repeats = sizes.repeats if length <= 65536 else 1
+                row = vars(shaped.measure(engine, length, plan, repeats=repeats))
+                if plan == "off":
+                    row["peak_share"] = prefill_operations(engine.config, length) / row["ttft_s"] / best.flops
+                rows.append(row | clock())
+            except Exception as error:
+                rows.append({"length": length, "plan": plan, "error": f"{type(error).__name__}: {error}"})
+            note(rows=rows)
+    _failed(rows)
+
+
+def ttft_q4(note: Note, sizes: Sizes) -> None:
+    """The same with packed weights."""
+    ttft(note, sizes, sizes.measured_types[1])
+
+
+def peer_ttft(note: Note, sizes: Sizes) -> None:
+    """Transformers with SDPA, random float16 weights of the same shape."""
+    from scripts.gpu_peers import Peer
+
+    _peer(note, sizes, lambda peer, length: peer.prefill(length), sizes.peer_lengths, Peer)
+
+
+def peer_decode(note: Note, sizes: Sizes) -> None:
+    """Transformers' tokens a second with its cache, eager, float16."""
+    from scripts.gpu_peers import Peer
+
+    few = 32 if sizes is FULL else 2
+    _peer(note, sizes, lambda peer, length: peer.decode(length, few), sizes.contexts, Peer)
+
+
+def _peer(note: Note, sizes: Sizes, work: Callable[[Any, int], Any], lengths: Any, make: Any) -> None:
+    rows: list[dict[str, Any]] = []
+    if sizes is not FULL:
+        note(skipped="torch does not run on the emulation")
+        return
+    peer = make(sizes.shape)
+    if peer.missing:
+        note(skipped=peer.missing)
+        return
+    for length in lengths:
+        try:
+            rows.append({"length": length, **work(peer, length), **clock()})
+        except Exception as error:
+            rows.append({"length": length, "error": str(error).splitlines()[0]})
+        note(rows=rows)
+    _failed(rows)
+
+
+def decode(note: Note, sizes: Sizes) -> None:
+    """Tokens a second behind several contexts, with and without a KV budget, beside the time that reading the weights
+    and keys once would take at the measured copy rate."""
+    rows: list[dict[str, Any]] = []
+    for kind in dict.fromkeys(reversed(sizes.measured_types)):
+        ops = CupyOps()
+        best = peaks(ops, sizes)
+        model = shaped.open_model(ops, sizes.shape, kind)
+        matrices = [w for layer in model.layers for w in (layer.qkv, layer.out, layer.gate_up, layer.down)]
+        weights = sum(w.nbytes for w in [*matrices, model.head])
+        c = model.config
+        runs = [(length, None) for length in sizes.contexts] + [(sizes.contexts[-1], sizes.budget)]
+        for length, budget in runs:
+            cache = None if budget is None else CacheConfig(length + 2 * sizes.decode_tokens + 16, budget)
+            row: dict[str, Any] = {"type": kind, "weight_bytes": weights}
+            try:
+                engine = Engine(model, ops, cache)
+                row |= vars(shaped.measure(engine, length, "off", repeats=sizes.repeats, decode_tokens=sizes.decode_tokens))
+                read = min(length, budget or length) * 4 * c.n_kv_heads * c.head_dim * c.n_layers
+                row["floor_s"] = (weights + read) / best.bandwidth
+                row["over_floor"] = 1 / row["decode_tok_s"] / row["floor_s"]
+                row |= clock()
+            except Exception as error:
+                row |= {"length": length, "kv_budget": budget, "error": f"{type(error).__name__}: {error}"}
+            rows.append(row)
+            note(rows=rows, peaks=vars(best))
+        del model, matrices
+        gc.collect()
+    _failed(rows)
+
+
+def ring(note: Note, sizes: Sizes) -> None:
+    """How much of the copies of a prompt under a KV budget hides behind compute, and the rate they reach."""
+    cache = CacheConfig(sizes.ring_length + 16, sizes.budget)
+    engine = shaped.open_engine(CupyOps(), sizes.shape, sizes.measured_types[1], cache)
+    rows: list[dict[str, Any]] = []
+    for plan in sizes.plans:
+        try:
+            row = shaped.measure(engine, sizes.ring_length, plan, repeats=sizes.repeats)
+            rate = row.bytes_moved / row.copy_s / 1e9 if row.copy_s else None
+            rows.append({**vars(row), "hidden_share": row.hidden_share, "copy_gb_s": rate, **clock()})
+        except Exception as error:
+            rows.append({"plan": plan, "error": f"{type(error).__name__}: {error}"})
+        note(rows=rows)
+    _failed(rows)
+
+
+def _failed(rows: list[dict[str, Any]]) -> None:
+    """Rows that failed stay in the report, and the step says so."""
+    errors = [row["error"] for row in rows if "error" in row]
+    if errors or not rows:
+        raise SystemExit(f"{len(errors)} of {len(rows)} rows failed: {errors[:3]}")
+
+
+def _skipped(note: Note, rows: list[dict[str, Any]]) -> None:
+    if rows and all("skipped" in row for row in rows):
+        note(skipped=rows[0]["skipped"])
