@@ -1,6 +1,6 @@
 # make chat    a conversation with the default model, from nothing but Python 3.11+
 # make test    everything that CI runs
-# make gpu     everything that needs a GPU; make gpu DRY=1 walks through it on the CPU
+# make gpu     everything that needs a GPU; make gpu DRY=1 walks through it on the CPU; ONLY=prompts for a part of it
 # Options: make chat PYTHON=python3.13 ARGS="--ctx 8k"; make test TESTS="tests/hub/test_hub.py -k hf"
 
 PYTHON ?= python3
@@ -40,11 +40,12 @@ unit: .venv/installed-dev
 	@echo "== pytest"
 	@$(BIN)/pytest -q -n 2 --durations=5 --durations-min=5 $(TESTS)
 
-# CuPy itself is for whoever has the GPU to choose: .venv/bin/pip install -e '.[cuda12]' or '.[cuda13]'. Timings and checks
-# go to docs/results, and from there, where the README has a place for them, into its table.
-gpu: .venv/installed-dev
-	@$(BIN)/python scripts/gpu.py $(if $(DRY),--dry) $(if $(OUT),--out $(OUT)); status=$$?; \
-		$(if $(DRY),:,$(BIN)/python scripts/results_table.py) && exit $$status
+# Any Python with CuPy will do, .venv's where there is one: nothing is installed, no network is needed (scripts/gpu.py).
+# Results go to docs/results, and from there, where the README has a place for them, into its table.
+GPU_PYTHON := $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+gpu:
+	@$(GPU_PYTHON) scripts/gpu.py $(if $(DRY),--dry) $(if $(ONLY),--only $(ONLY)) $(if $(OUT),--out $(OUT)); \
+		status=$$?; $(if $(DRY)$(OUT),:,$(GPU_PYTHON) scripts/results_table.py) && exit $$status
 
 format: .venv/installed-dev
 	@$(BIN)/ruff check --fix $(OURS)

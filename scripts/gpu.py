@@ -3,7 +3,7 @@
     python3 scripts/gpu.py [--only STEP_OR_GROUP[,...]] [--out FILE] [--dry]
 
 Needs a Python with CuPy, NumPy, Numba, pytest and slimrt's dependencies; what is missing is said in one line. The steps
-come in four groups, ``correctness``, ``kernels``, ``ttft`` and ``decode``, each short enough for a machine that is lent
+come in four groups, ``correctness``, ``operations``, ``prompts`` and ``tokens``, each short enough for a machine that is lent
 for minutes. Each step runs in a process of its own within a time of its own and writes what it finds row by row, so a
 step that hangs, fails or is cut off costs nothing but its own rest. Checks share the card, measurements have it alone.
 Results go to ``--out`` (default: ``docs/results/gpu-<device>-<date>.json``) and are merged into what is there, so
@@ -28,7 +28,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from scripts import gpu_layout  # noqa: E402
+from scripts import gpu_layout
 
 ROOT = gpu_layout.ROOT
 DRY_SECONDS = 240  # that a dry step may take, on however busy a machine
@@ -59,14 +59,14 @@ STEPS: dict[str, Step] = {
     "model": Step(CHECKS, "model", "correctness", 120, alone=False),
     "memory": Step(CHECKS, "memory", "correctness", 90),
     "sanitizer": Step(CHECKS, "sanitizer", "correctness", 150, alone=False),
-    "bench": Step(MEASURES, "bench", "kernels", 120),
-    "peer_kernels": Step(MEASURES, "peer_kernels", "kernels", 60),
-    "ttft": Step(MEASURES, "ttft", "ttft", 180),
-    "peer_ttft": Step(MEASURES, "peer_ttft", "ttft", 120),
-    "ttft_q4": Step(MEASURES, "ttft_q4", "decode", 150),
-    "ring": Step(MEASURES, "ring", "decode", 90),
-    "decode": Step(MEASURES, "decode", "decode", 120),
-    "peer_decode": Step(MEASURES, "peer_decode", "decode", 60),
+    "bench": Step(MEASURES, "bench", "operations", 120),
+    "peer_kernels": Step(MEASURES, "peer_kernels", "operations", 60),
+    "ttft": Step(MEASURES, "ttft", "prompts", 180),
+    "peer_ttft": Step(MEASURES, "peer_ttft", "prompts", 120),
+    "ttft_q4": Step(MEASURES, "ttft_q4", "tokens", 150),
+    "ring": Step(MEASURES, "ring", "tokens", 90),
+    "decode": Step(MEASURES, "decode", "tokens", 120),
+    "peer_decode": Step(MEASURES, "peer_decode", "tokens", 60),
 }
 GROUPS = tuple(dict.fromkeys(step.group for step in STEPS.values()))
 

@@ -1,7 +1,8 @@
-"""Correctness on a card: kernels at their real sizes, the engine's paths against each other, whole models against NumPy.
+"""Correctness on a card: kernels at their real sizes, the engine's paths against each other, models against NumPy.
 
 A tolerance is ``SLACK`` times the error that the same computation makes in NumPy rounded to float16 wherever the GPU
-stores float16 (``tests.half_ops``), both against float32 or float64. Where two runs must be the same, bits are compared.
+stores float16 (``tests.half_ops``), both against float32 or float64. Where two runs must be the same, bits are
+compared.
 """
 
 from __future__ import annotations
@@ -225,10 +226,13 @@ def _weights(ops: Any, kind: str, rows: int, columns: int) -> dict[str, Any]:
     one = judged(products[0][:, picked], naive[:1], exact[:1])
     same = bool(np.array_equal(dense.view(np.uint16), rounded.view(np.uint16)))
     written = all(all_written(product) for product in products)
+    apart = np.abs(dense.astype(np.float32) - rounded.astype(np.float32)).max()
     return found | {
-        "ok": found["ok"] and one["ok"] and same and written, "one_token_error": one["error"], "unpacked_same_bits": same,
-        "unpacked_largest_difference": float(np.abs(dense.astype(np.float32) - rounded.astype(np.float32)).max()),
-    }  # fmt: skip
+        "ok": found["ok"] and one["ok"] and same and written,
+        "one_token_error": one["error"],
+        "unpacked_same_bits": same,
+        "unpacked_largest_difference": float(apart),
+    }
 
 
 def _gemm(ops: Any, rows: int, columns: int, tokens: int) -> dict[str, Any]:
@@ -294,9 +298,10 @@ def _moves(ops: Any, c: Any, tokens: int, samples: int) -> dict[str, Any]:
         np.array_equal(stored[plane][:, start + rows].transpose(1, 0, 2).view(np.uint16), part[rows].view(np.uint16))
         for plane, part in enumerate((keys, values))
     )
-    outside = np.isnan(stored[:, :, :start].astype(np.float32)).all() and np.isnan(
-        stored[:, :, start + tokens :].astype(np.float32)
-    ).all()
+    outside = (
+        np.isnan(stored[:, :, :start].astype(np.float32)).all()
+        and np.isnan(stored[:, :, start + tokens :].astype(np.float32)).all()
+    )
     return {"ok": bool(same and outside and np.array_equal(taken, x[kept])), "same": bool(same), "kept": len(kept)}
 
 
@@ -420,8 +425,8 @@ def engine(note: Note, sizes: Sizes) -> None:
 
 def model(note: Note, sizes: Sizes) -> None:
     """Logits of the default model, prefill and decode, against NumPy; a pruned run's are reported beside them."""
-    from slimrt.weights.gguf import GGUFFile
     from slimrt.models import build, read_config
+    from slimrt.weights.gguf import GGUFFile
     from tests.tiny_gguf import write_tiny_llama
 
     if sizes is FULL:
@@ -431,7 +436,10 @@ def model(note: Note, sizes: Sizes) -> None:
             return
         length = 700
     else:
-        path, length = write_tiny_llama(ROOT / "build" / "gpu-tiny.gguf", head_dim=64, type="Q4_0", n_layers=4, seed=3), 96
+        path, length = (
+            write_tiny_llama(ROOT / "build" / "gpu-tiny.gguf", head_dim=64, type="Q4_0", n_layers=4, seed=3),
+            96,
+        )
     file = GGUFFile(path)
     config = read_config(file)
     ids = np.random.default_rng(0).integers(0, config.vocab_size, length).tolist()

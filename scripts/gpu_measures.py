@@ -1,4 +1,4 @@
-"""What a card does: copies, kernels, time to first token, decode, the ring. Each row says clock, card and share of a peak."""
+"""What a card does: copies, kernels, time to first token, decode, the ring; each row with the card's clock."""
 
 from __future__ import annotations
 
@@ -13,12 +13,11 @@ import numpy as np
 from scripts.gpu_sizes import FULL, Sizes
 from slimrt.bench import shaped
 from slimrt.bench.peak import prefill_operations
-from slimrt.bench.synthetic import SHAPES
 from slimrt.bench.timing import Peaks, Timer, measure_peaks
 from slimrt.config import CacheConfig
 from slimrt.engine import Engine
-from slimrt.ops.cuda.device import probe
 from slimrt.ops.cuda.cupy_ops import CupyOps
+from slimrt.ops.cuda.device import probe
 from slimrt.session import Session
 
 Note = Callable[..., None]
@@ -156,7 +155,9 @@ def decode(note: Note, sizes: Sizes) -> None:
             row: dict[str, Any] = {"type": kind, "weight_bytes": weights}
             try:
                 engine = Engine(model, ops, cache)
-                row |= vars(shaped.measure(engine, length, "off", repeats=sizes.repeats, decode_tokens=sizes.decode_tokens))
+                row |= vars(
+                    shaped.measure(engine, length, "off", repeats=sizes.repeats, decode_tokens=sizes.decode_tokens)
+                )
                 read = min(length, budget or length) * 4 * c.n_kv_heads * c.head_dim * c.n_layers
                 row["floor_s"] = (weights + read) / best.bandwidth
                 row["over_floor"] = 1 / row["decode_tok_s"] / row["floor_s"]

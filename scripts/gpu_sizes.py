@@ -11,9 +11,10 @@ __all__ = ["DRY", "FULL", "Sizes"]
 class Sizes:
     """``shape``: of ``slimrt.bench.synthetic``; lengths, budgets and rows in tokens.
 
-    Checks: ``attention`` (head width, keys, query rows), ``weights`` types of single matrices, ``types`` of ``shape`` against NumPy over ``check_layers``
-    layers and ``check_tokens`` tokens, ``long`` tokens where bits are compared. Measurements: prompts of ``lengths``
-    under ``plans``, attention over ``kernel_tokens``, decode behind ``contexts`` for ``decode_tokens``, a KV ``budget``.
+    Checks: ``attention`` (head width, keys, query rows), ``weights`` (types of single matrices), ``types`` of
+    ``shape`` against NumPy over ``check_layers`` layers and ``check_tokens`` tokens, ``long`` tokens where bits are
+    compared. Measurements: prompts of ``lengths`` under ``plans``, attention over ``kernel_tokens``, decode behind
+    ``contexts`` for ``decode_tokens``, a KV ``budget``.
     """
 
     shape: str
