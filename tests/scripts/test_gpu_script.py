@@ -167,7 +167,7 @@ def test_a_step_that_hangs_or_fails_costs_only_itself(monkeypatch: pytest.Monkey
 def test_without_a_gpu_one_line_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(gpu, "DRY_SECONDS", 60)
     step = gpu.Step("scripts.gpu_measures", "device", "correctness", 60)
-    monkeypatch.setattr(gpu, "STEPS", {"device": step})
+    monkeypatch.setattr(gpu, "STEPS", {"device": step, "ttft": step})
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     printed: list[str] = []
     monkeypatch.setattr("builtins.print", lambda *words, **_: printed.append(" ".join(map(str, words))))
