@@ -13,17 +13,19 @@ microsecond, where Numba's ``prange`` takes fifty.
 
 from __future__ import annotations
 
+import _thread
 import ctypes
-import os
 import struct
 import sys
 import threading
 import weakref
 from functools import cache
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
 
+from slimrt.errors import ComputeError
 from slimrt.ops.fast.kernels import Kernel, compile_kernel, inline
 from slimrt.ops.fast.vectors import (
     argument,
@@ -36,6 +38,7 @@ from slimrt.ops.fast.vectors import (
     cycles,
     pause,
 )
+from slimrt.ops.forks import after_fork
 
 __all__ = ["Program", "Team"]
 
@@ -175,7 +178,11 @@ def address(array: np.ndarray) -> int:
 
 
 class _Shared:
-    """What the helpers of a team hold: not the team, so that it can be dropped while they sleep."""
+    """What the helpers of a team hold: not the team, so that it can be dropped while they sleep.
+
+    An interrupt may come between any two steps of the caller's thread, so each of its steps may be done again: a bell
+    is rung once more than needed, never once less.
+    """
 
     def __init__(self) -> None:
         self._memory = np.zeros(_STATE_BYTES + 64, np.uint8)
@@ -184,25 +191,36 @@ class _Shared:
         words[_TICKET // 8] = _CLOSED
         words[_YIELD // 8] = _yield_address()
         self.words = words
-        self.sleeping = 0
-        self.changed = threading.Condition()
+        self.sleeping: set[SimpleQueue[None]] = set()  # the bells of the helpers that sleep
+
+    def start(self, threads: int) -> None:
+        """Start the helpers 1 to ``threads`` - 1. Raises ComputeError where the system has no thread for one."""
+        for thread in range(1, threads):
+            try:
+                # threading.Thread.start waits for the thread's answer, and is left in pieces by a Ctrl-C meanwhile.
+                _thread.start_new_thread(self.help, (thread,))
+            except RuntimeError as error:
+                raise ComputeError(
+                    f"{threads} threads: the system starts no more than {thread} ({error}); raise its limit of "
+                    "processes or memory, or use fewer (threads=1, --threads 1)"
+                ) from error
 
     def help(self, thread: int) -> None:
         """A helper's life."""
-        spin = _compiled()[1]
+        spin, bell = _compiled()[1], SimpleQueue[None]()
         while not self.words[_STOP // 8]:
             spin(self.state, thread, 0)
-            with self.changed:
-                if self.words[_STOP // 8]:
-                    return
-                self.sleeping += 1
-                self.changed.wait()
+            while not bell.empty():  # rung more than once
+                bell.get()
+            self.sleeping.add(bell)
+            if not self.words[_STOP // 8]:  # looked at after its bell is there to be rung
+                bell.get()
+            self.sleeping.discard(bell)
 
     def wake(self) -> None:
         """Wake all who sleep."""
-        with self.changed:
-            self.sleeping = 0
-            self.changed.notify_all()
+        for bell in tuple(self.sleeping):
+            bell.put(None)
 
     def stop(self) -> None:
         """End all helpers."""
@@ -221,34 +239,37 @@ class Team:
         self.threads = threads
         self._lock = threading.Lock()
         self._lead = _compiled()[0]
-        self._begin()
-        if hasattr(os, "register_at_fork"):
-            forked = weakref.WeakMethod(self._forked)
-            os.register_at_fork(after_in_child=lambda: (method := forked()) and method())
-
-    def _begin(self) -> None:
-        self._shared = _Shared()
-        self._started = False
-        self._finalizer = weakref.finalize(self, _Shared.stop, self._shared)
+        self._shared: _Shared | None = None  # from the first program on
+        self._finalizer: Any = None
+        after_fork(self, Team._forked)
 
     def _forked(self) -> None:
-        self._finalizer.detach()
+        if self._finalizer is not None:
+            self._finalizer.detach()
         self._lock = threading.Lock()
-        self._begin()
+        self._shared = None
 
-    def _start(self) -> None:
-        for thread in range(1, self.threads):
-            threading.Thread(
-                target=self._shared.help, args=(thread,), name=f"slimrt-fast-{thread}", daemon=True
-            ).start()
-        self._started = True
+    def _begin(self) -> _Shared:
+        """Start the helpers. They count once all are there: an interrupted start leaves none of them."""
+        shared = _Shared()
+        try:
+            shared.start(self.threads)
+            self._finalizer = weakref.finalize(self, shared.stop)
+            self._shared = shared
+        except BaseException:
+            self._shared = None
+            shared.stop()
+            raise
+        return shared
 
     def run(self, program: Program, first: int = 0, last: int | None = None) -> None:
-        """Run the jobs ``first`` to ``last`` (exclusive; None: the end) of ``program``; returns when all are done."""
+        """Run the jobs ``first`` to ``last`` (exclusive; None: the end) of ``program``; returns when all are done.
+
+        Raises ComputeError where the threads cannot be started; the next call tries again.
+        """
         table = program.table[first:last]
         with self._lock:
-            if not self._started:
-                self._start()
-            if self._shared.sleeping:
-                self._shared.wake()
-            self._lead(self._shared.state, address(table), len(table))
+            shared = self._shared or self._begin()
+            if shared.sleeping:
+                shared.wake()
+            self._lead(shared.state, address(table), len(table))

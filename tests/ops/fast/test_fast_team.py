@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import os
 import signal
 import subprocess
@@ -9,6 +10,8 @@ import sys
 import threading
 import time
 import warnings
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +19,13 @@ import pytest
 
 pytest.importorskip("numba")
 
+from slimrt.errors import ComputeError
 from slimrt.ops.fast import kernels
 from slimrt.ops.fast.features import NONE, Features, detect
 from slimrt.ops.fast.kernels import Kernel, compile_kernel
 from slimrt.ops.fast.team import Program, Team, address
 from slimrt.ops.fast.vectors import argument, argument_float, atomic_add, cycles, load_scalar, pause, store_scalar
+from tests.interrupts import interrupted, moments, spread
 
 pytestmark = pytest.mark.skipif(not detect().avx2, reason="this processor has no fast path")
 
@@ -32,6 +37,14 @@ def _count(item, thread, args):  # type: ignore[no-untyped-def]
         pause()
     atomic_add(argument(args, 0) + 8 * item, 1)
     atomic_add(argument(args, 2) + 8 * thread, 1)
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    """On a busy machine a helper gets its turn late, but it does."""
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
 
 
 def _double(item, thread, args):  # type: ignore[no-untyped-def]
@@ -89,7 +102,7 @@ def test_sleeping_helpers_wake_and_share_the_work(count: Kernel) -> None:
     while by_thread[1] == 0:  # on a busy machine a helper gets its turn late, but it does
         assert time.monotonic() < deadline
         team.run(program)
-    while not team._shared.sleeping:  # it finds nothing to do and goes to sleep
+    while team._shared is None or not team._shared.sleeping:  # it finds nothing to do and goes to sleep
         assert time.monotonic() < deadline
         time.sleep(0.01)
     by_thread[:] = 0
@@ -117,16 +130,73 @@ def test_programs_from_several_threads_do_not_mix(count: Kernel) -> None:
     assert results == [True] * 4
 
 
+def test_an_interrupted_start_leaves_no_helper(count: Kernel) -> None:
+    """Two helpers with one index would share their scratch: every later result could be wrong."""
+    total = moments(lambda: Team(3).run(Program()))
+    teams = []  # kept: an interrupt that strikes while one is dropped is lost
+    for at in spread(total, 60):
+        team, program = Team(3), Program()
+        teams.append(team)
+        done, by_thread = np.zeros(64, np.int64), np.zeros(3, np.int64)
+        program.add(count, 64, address(done), 100, address(by_thread))
+        interrupted(lambda team=team, program=program: team.run(program), at)
+        done[:] = 0
+        for _ in range(2):
+            team.run(program)
+        assert (done == 2).all(), at
+        # What works is one helper a number: each of them goes to sleep once, and there is no third.
+        assert team._shared is not None
+        shared = team._shared
+        wait_for(lambda shared=shared: len(shared.sleeping) == 2)
+        time.sleep(0.01)
+        assert len(team._shared.sleeping) <= 2, at
+
+
+def test_an_interrupted_wake_is_made_up_for(count: Kernel) -> None:
+    team, program = Team(2), Program()
+    done, by_thread = np.zeros(64, np.int64), np.zeros(2, np.int64)
+    program.add(count, 64, address(done), 100, address(by_thread))
+    team.run(program)
+    for at in range(moments(lambda: team.run(program))):
+        wait_for(lambda: team._shared is not None and len(team._shared.sleeping) > 0)
+        interrupted(lambda: team.run(program), at)
+        by_thread[:] = 0
+
+        def helped() -> bool:
+            team.run(program)
+            return bool(by_thread[1])
+
+        wait_for(helped)
+
+
+def test_no_thread_to_be_had_is_said_and_passes(count: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    team, program = Team(3), Program()
+    done, by_thread = np.zeros(64, np.int64), np.zeros(3, np.int64)
+    program.add(count, 64, address(done), 100, address(by_thread))
+    start, started = _thread.start_new_thread, []
+
+    def limited(function: Callable[..., object], args: tuple[object, ...]) -> int:
+        if started:
+            raise RuntimeError("can't start new thread")
+        started.append(start(function, args))
+        return started[0]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_thread, "start_new_thread", limited)
+        with pytest.raises(ComputeError, match=r"3 threads: the system starts no more than 2 .*--threads 1") as error:
+            team.run(program)
+    assert "\n" not in str(error.value)
+    assert not done.any()
+    team.run(program)
+    assert (done == 1).all()
+
+
 def test_helpers_end_with_their_team() -> None:
-    before = set(threading.enumerate())
     team, program = Team(3), Program()
     team.run(program)
-    helpers = set(threading.enumerate()) - before
-    assert len(helpers) == 2
+    held = weakref.ref(team._shared)  # by the team and by each helper
     del team
-    for helper in helpers:
-        helper.join(60)
-        assert not helper.is_alive()
+    wait_for(lambda: held() is None)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
