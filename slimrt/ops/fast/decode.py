@@ -44,7 +44,7 @@ from slimrt.ops.fast.attend_few import Grouping, attend_kernel, join_kernel, par
 from slimrt.ops.fast.features import Features
 from slimrt.ops.fast.gemv import Product, Rows, add_products, aligned_zeros
 from slimrt.ops.fast.kernels import Kernel, compile_kernel
-from slimrt.ops.fast.lanes import exp
+from slimrt.ops.fast.lanes import exp, spoil
 from slimrt.ops.fast.team import Program, address
 from slimrt.ops.fast.vectors import (
     F16X16,
@@ -113,6 +113,9 @@ def append_kernel(features: Features, head_dim: int) -> Kernel:
                 e, f = load_scalar(float32, x + i * 4), load_scalar(float32, x + (half + i) * 4)
                 store_scalar(x + i * 4, float32(e * d - f * t))
                 store_scalar(x + (half + i) * 4, float32(f * d + e * t))
+        # Infinite scores would choose keys or leave them out without a word: NaN is seen in the logits.
+        spoil(joint, heads * head_dim, 3e38)
+        spoil(joint + heads * head_dim * 4, kv_heads * head_dim, 65520.0)
         offset = argument(args, 9) * head_dim * 2
         for head in range(kv_heads):
             for side in range(2):

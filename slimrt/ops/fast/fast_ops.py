@@ -197,7 +197,10 @@ class FastOps(NumpyOps):
         tokens, d = x.shape
         if _by_packed(x, weight):
             q, k, v = super().qkv(x, gain, eps, weight, bias, cos, sin, heads)
-            return q, k.astype(np.float16), v.astype(np.float16)
+            halves = k.astype(np.float16), v.astype(np.float16)
+            if not (np.isfinite(q).all() and np.isfinite(halves[0]).all()):
+                q[...] = np.nan  # as the kernel does
+            return q, *halves
         panels, x = self._ready(weight), _plain(x)
         q = np.empty((tokens, count, width), np.float32)
         k, v = (np.empty((tokens, kv_count, width), np.float16) for _ in range(2))

@@ -78,14 +78,16 @@ def _where_within(typingctx, kept, below, value, other):
 
 def _exp2(short: bool) -> Any:
     """The word ``exp2`` for F32X16: ``2 ** np.maximum(t, -126)`` for t below 120; NaN stays NaN."""
-    c0, c1, c2, c3, c4, c5, c6 = (*_EXP2_SHORT, 0.0, 0.0, 0.0) if short else _EXP2_LONG
+    # Halves of the coefficients and twice the power: so the power's exponent fits into the bits without an addition.
+    c0, c1, c2, c3, c4, c5, c6 = (c / 2 for c in ((*_EXP2_SHORT, 0.0, 0.0, 0.0) if short else _EXP2_LONG))
 
     @inline
     def exp2(t):
         t = maximum(splat(F32X16, -126.0), t)
-        # Adding 1.5 * 2**23 rounds to whole numbers and leaves them in the low bits.
-        shifted = t + splat(F32X16, 12582912.0)
-        f = t - (shifted - splat(F32X16, 12582912.0))
+        # Adding 1.5 * 2**23 rounds to whole numbers and leaves them in the low bits; 128 more is the exponent's bias,
+        # plus 1.
+        shifted = t + splat(F32X16, 12583040.0)
+        f = t - (shifted - splat(F32X16, 12583040.0))
         if short:
             p = splat(F32X16, c3)
         else:
@@ -95,7 +97,8 @@ def _exp2(short: bool) -> Any:
         p = fma(p, f, splat(F32X16, c2))
         p = fma(p, f, splat(F32X16, c1))
         p = fma(p, f, splat(F32X16, c0))
-        return reinterpret(F32X16, reinterpret(I32X16, p) + (reinterpret(I32X16, shifted) << splat(I32X16, 23)))
+        # Multiplied, not added to the exponent's bits: whatever bits a NaN has, it stays one.
+        return p * reinterpret(F32X16, reinterpret(I32X16, shifted) << splat(I32X16, 23))
 
     return exp2
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
-from numba import types
+from numba import float32, types
 from numba.extending import intrinsic
 
 from slimrt.ops.fast.kernels import inline
@@ -20,11 +21,15 @@ from slimrt.ops.fast.vectors import (
     Vector,
     emit,
     fma,
+    load,
+    load_scalar,
     maximum,
     minimum,
     pointer,
     reinterpret,
     splat,
+    store_scalar,
+    sum_lanes,
 )
 
 __all__ = [
@@ -35,6 +40,7 @@ __all__ = [
     "load_at",
     "picker",
     "prefetch",
+    "spoil",
     "store_at",
     "sum_each",
     "where_set",
@@ -136,8 +142,8 @@ def prefetch(typingctx, address):
 
 @inline
 def exp(x):
-    """``np.exp(np.clip(x, -87.3, 88))`` for F32X16, to about 1e-7: 2**n * e**r with |r| <= ln(2) / 2."""
-    x = minimum(maximum(x, splat(F32X16, -87.3)), splat(F32X16, 88.0))
+    """``np.exp(np.clip(x, -87.3, 88))`` for F32X16, to about 1e-7: 2**n * e**r with |r| <= ln(2) / 2; NaN stays NaN."""
+    x = minimum(splat(F32X16, 88.0), maximum(splat(F32X16, -87.3), x))  # both yield the second where one is NaN
     # Adding 1.5 * 2**23 rounds to whole numbers and leaves them in the low bits.
     shifted = fma(x, splat(F32X16, 1.4426950408889634), splat(F32X16, 12582912.0))
     whole = shifted - splat(F32X16, 12582912.0)
@@ -151,7 +157,26 @@ def exp(x):
     p = fma(p, r, splat(F32X16, 1.6666665459e-1))
     p = fma(p, r, splat(F32X16, 5.0000001201e-1))
     p = fma(p, r * r, r) + splat(F32X16, 1.0)
-    return reinterpret(F32X16, reinterpret(I32X16, p) + (reinterpret(I32X16, shifted) << splat(I32X16, 23)))
+    # Multiplied, not added to the exponent's bits: whatever bits a NaN has, it stays one.
+    return p * reinterpret(F32X16, (reinterpret(I32X16, shifted) << splat(I32X16, 23)) + splat(I32X16, 127 << 23))
+
+
+@inline
+def spoil(x, count, largest):
+    """``if not (abs(m[:count]) < largest).all(): m[:count] = np.nan``, float32 at ``x``; ``largest`` at most 3e38."""
+    whole = count // 16 * 16
+    factor = float32(3.4028235e38) / float32(largest)
+    total = splat(F32X16, 0.0)
+    for i in range(0, whole, 16):
+        scaled = load(F32X16, x + 4 * i) * splat(F32X16, factor)
+        total = total + (scaled - scaled)  # NaN for NaN and infinity, else 0
+    rest = sum_lanes(total)
+    for i in range(whole, count):
+        number = float32(load_scalar(float32, x + 4 * i) * factor)
+        rest += number - number
+    if rest != float32(0):
+        for i in range(count):
+            store_scalar(x + 4 * i, float32(np.nan))
 
 
 @intrinsic

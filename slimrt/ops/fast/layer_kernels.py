@@ -15,6 +15,7 @@ from slimrt.ops.fast.bfloat import store_half
 from slimrt.ops.fast.elements import elements
 from slimrt.ops.fast.features import Features
 from slimrt.ops.fast.kernels import Kernel, compile_kernel, inline
+from slimrt.ops.fast.lanes import spoil
 from slimrt.ops.fast.products import panel_product, shape_of, tile_settings
 from slimrt.ops.fast.vectors import (
     F16X16,
@@ -31,6 +32,7 @@ from slimrt.ops.fast.vectors import (
 __all__ = ["RESULT_PANELS", "ROW_GAP", "feed_forward_kernel", "linear_kernel", "qkv_kernel"]
 
 ROW_GAP = 64  # bytes behind each row of factors: rows a power of two apart would share a few sets of the cache
+_FLOAT_MAX, _HALF_MAX = 3e38, 65520.0  # what rounds to infinity in float16 begins there
 RESULT_PANELS = 64  # of a product that waits to be added to something
 
 
@@ -121,6 +123,9 @@ def qkv_kernel(features: Features) -> Kernel:
                 _turn(at + head * head_dim * 4, cos, sin, half)
             for head in range(kv_heads):
                 _turn(at + k_columns + head * head_dim * 4, cos, sin, half)
+            # Infinite scores would choose keys or leave them out without a word: NaN is seen in the logits.
+            spoil(at, heads * head_dim, _FLOAT_MAX)
+            spoil(at + k_columns, kv_heads * head_dim, _HALF_MAX)
             _copy(at, heads * head_dim, argument(args, 18) + (first + r) * heads * head_dim * 4)
             kv = kv_heads * head_dim
             _halve(at + k_columns, kv, argument(args, 19) + (first + r) * kv * 2)
