@@ -47,6 +47,7 @@ __all__ = ["Grouping", "attend", "attend_kernel", "join_kernel", "partial_bytes"
 _TOGETHER = 4  # query heads that share a loaded key
 _AHEAD = 4096  # bytes that keys and values are prefetched ahead
 TILE = 64  # keys at a time: the sink's length, so that a window behind it begins a tile
+ITEMS = 32  # pieces of a layer's attention: some for each of eight threads
 _HEAD = 16  # floats before the weighted values of a partial result: the maximum, the sum
 _LOWEST = -1e30  # a maximum before there is one
 
@@ -79,9 +80,10 @@ class Grouping:
         return self.together * (16 * 64 + TILE * 4) + self.chunks * self.together * each
 
 
-def spans_for(rows: int, kv_heads: int, threads: int) -> int:
-    """Rows a span, a multiple of TILE: some items for each thread, not tiny ones."""
-    wanted = -(-rows * kv_heads // (4 * threads))
+def spans_for(rows: int, kv_heads: int) -> int:
+    """Rows a span, a multiple of TILE: ``ITEMS`` items or fewer, not tiny ones; the same for any number of threads, so
+    that the bits are."""
+    wanted = -(-rows * kv_heads // ITEMS)
     return max(2, -(-wanted // TILE)) * TILE
 
 
@@ -337,7 +339,7 @@ def attend(ops: Any, q: np.ndarray, k: np.ndarray, v: np.ndarray, reach: Reach =
     group = heads // kv_heads
     q = np.ascontiguousarray(q)
     k, v = (x if x.strides[1:] == (head_dim * 2, 2) else np.ascontiguousarray(x) for x in (k, v))
-    size = spans_for(rows, kv_heads * tokens, ops.threads)
+    size = spans_for(rows, kv_heads * tokens)
     spans = -(-rows // size)
     partial = np.empty((tokens, heads, spans, partial_bytes(head_dim)), np.uint8)
     scratch = aligned_zeros(ops.threads, Grouping(group).scratch_bytes(head_dim))

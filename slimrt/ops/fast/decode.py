@@ -40,7 +40,7 @@ from slimrt.ops.fast.activations import (
     quantize_record,
     quantize_row,
 )
-from slimrt.ops.fast.attend_few import Grouping, attend_kernel, join_kernel, partial_bytes, spans_for
+from slimrt.ops.fast.attend_few import ITEMS, Grouping, attend_kernel, join_kernel, partial_bytes, spans_for
 from slimrt.ops.fast.features import Features
 from slimrt.ops.fast.gemv import Product, Rows, add_products, aligned_zeros
 from slimrt.ops.fast.kernels import Kernel, compile_kernel
@@ -200,8 +200,7 @@ class Decoder:
         self._normed, self._mixed, self._activated = (
             aligned_zeros(1, activation_bytes(n)) for n in (c.d_model, c.n_heads * c.head_dim, c.d_ff)
         )
-        # A layer of any length has at most so many spans: each thread gets four items, with the spans of all heads.
-        most = -(-4 * self._ops.threads // c.n_kv_heads) + 1
+        most = -(-ITEMS // c.n_kv_heads)  # spans of a layer of any length
         self._partial = aligned_zeros(c.n_heads * most, partial_bytes(c.head_dim))
         self._scratch = aligned_zeros(self._ops.threads, Grouping(c.n_heads // c.n_kv_heads).scratch_bytes(c.head_dim))
 
@@ -327,7 +326,7 @@ class Decoder:
 
     def _read(self, layer: _Layer, rows: int) -> None:
         """Attention of ``layer`` reads ``rows`` rows: how they are shared out."""
-        size = spans_for(rows, self.config.n_kv_heads, self._ops.threads)
+        size = spans_for(rows, self.config.n_kv_heads)
         spans = -(-rows // size)
         layer.attend[4] = rows
         layer.attend[7:9] = size, spans
