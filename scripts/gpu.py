@@ -2,12 +2,13 @@
 
     python3 scripts/gpu.py [--only STEP_OR_GROUP[,...]] [--out FILE] [--dry]
 
-Needs a Python with CuPy, NumPy, Numba, pytest and slimrt's dependencies; what is missing is said in one line. The steps
-come in four groups, ``correctness``, ``operations``, ``prompts`` and ``tokens``, each short enough for a machine that is lent
-for minutes. Each step runs in a process of its own within a time of its own and writes what it finds row by row, so a
-step that hangs, fails or is cut off costs nothing but its own rest. Checks share the card, measurements have it alone.
-Results go to ``--out`` (default: ``docs/results/gpu-<device>-<date>.json``) and are merged into what is there, so
-that ``--only`` adds to an earlier run. ``--dry`` walks through all of it on the CPU's emulation, at tiny sizes.
+Needs a Python with CuPy, NumPy, Numba, pytest and slimrt's dependencies; what is missing is said in one line. The
+steps come in four groups, ``correctness``, ``operations``, ``prompts`` and ``tokens``, each short enough for a machine
+that is lent for minutes. Each step runs in a process of its own within a time of its own and writes what it finds row
+by row, so a step that hangs, fails or is cut off costs nothing but its own rest. Checks share the card, measurements
+have it alone. Results go to ``--out`` (default: ``docs/results/gpu-<device>-<date>.json``) and are merged into what is
+there, so that ``--only`` adds to an earlier run. ``--dry`` walks through all of it on the CPU's emulation, at tiny
+sizes.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from scripts import gpu_layout
 
 ROOT = gpu_layout.ROOT
 DRY_SECONDS = 240  # that a dry step may take, on however busy a machine
-TOGETHER = 4  # checks that share a card
+TOGETHER = 6  # checks that share a card
 POLL_S = 0.5  # between two looks at the running steps: what they found is then on disk
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -77,20 +77,27 @@ def peer_kernels(note: Note, sizes: Sizes) -> None:
     _skipped(note, rows)
 
 
-def ttft(note: Note, sizes: Sizes, kind: str | None = None) -> None:
+def ttft(note: Note, sizes: Sizes) -> None:
     """Time to first token of the 8B shape; short prompts first, so that a step out of time has those."""
-    kind = kind or sizes.measured_types[0]
+    _ttft(note, sizes, sizes.measured_types[0], sizes.lengths)
+
+
+def ttft_q4(note: Note, sizes: Sizes) -> None:
+    """The same with packed weights."""
+    _ttft(note, sizes, sizes.measured_types[1], sizes.packed_lengths)
+
+
+def _ttft(note: Note, sizes: Sizes, kind: str, lengths: Sequence[int]) -> None:
     ops = CupyOps()
     best = peaks(ops, sizes)
     engine = shaped.open_engine(ops, sizes.shape, kind)
     rows: list[dict[str, Any]] = []
     note(shape=sizes.shape, type=kind, peaks=vars(best), **shaped.about(ops))
-    Session(engine, 1100).prefill([1] * min(1024, sizes.lengths[0]))  # everything is compiled, all weights touched
-    for length in sizes.lengths:
+    Session(engine, 1100).prefill([1] * min(1024, lengths[0]))  # everything is compiled, all weights touched
+    for length in lengths:
         for plan in sizes.plans:
             try:
-                repeats = sizes.repeats if length <= 65536 else 1
-                row = vars(shaped.measure(engine, length, plan, repeats=repeats))
+                row = vars(shaped.measure(engine, length, plan, repeats=sizes.times(length)))
                 if plan == "off":
                     row["peak_share"] = prefill_operations(engine.config, length) / row["ttft_s"] / best.flops
                 rows.append(row | clock())
@@ -100,16 +107,11 @@ def ttft(note: Note, sizes: Sizes, kind: str | None = None) -> None:
     _failed(rows)
 
 
-def ttft_q4(note: Note, sizes: Sizes) -> None:
-    """The same with packed weights."""
-    ttft(note, sizes, sizes.measured_types[1])
-
-
 def peer_ttft(note: Note, sizes: Sizes) -> None:
     """Transformers with SDPA, random float16 weights of the same shape."""
     from scripts.gpu_peers import Peer
 
-    _peer(note, sizes, lambda peer, length: peer.prefill(length), sizes.peer_lengths, Peer)
+    _peer(note, sizes, lambda peer, length: peer.prefill(length, sizes.times(length)), sizes.peer_lengths, Peer)
 
 
 def peer_decode(note: Note, sizes: Sizes) -> None:
@@ -148,7 +150,7 @@ def decode(note: Note, sizes: Sizes) -> None:
         model = shaped.open_model(ops, sizes.shape, kind)
         matrices = [w for layer in model.layers for w in (layer.qkv, layer.out, layer.gate_up, layer.down)]
         weights = sum(w.nbytes for w in [*matrices, model.head])
-        c = model.config
+        c, tokens = model.config, sizes.decode_tokens
         runs = [(length, None) for length in sizes.contexts] + [(sizes.contexts[-1], sizes.budget)]
         for length, budget in runs:
             cache = None if budget is None else CacheConfig(length + 2 * sizes.decode_tokens + 16, budget)
@@ -156,7 +158,7 @@ def decode(note: Note, sizes: Sizes) -> None:
             try:
                 engine = Engine(model, ops, cache)
                 row |= vars(
-                    shaped.measure(engine, length, "off", repeats=sizes.repeats, decode_tokens=sizes.decode_tokens)
+                    shaped.measure(engine, length, "off", repeats=sizes.times(2 * length), decode_tokens=tokens)
                 )
                 read = min(length, budget or length) * 4 * c.n_kv_heads * c.head_dim * c.n_layers
                 row["floor_s"] = (weights + read) / best.bandwidth

@@ -13,8 +13,8 @@ class Sizes:
 
     Checks: ``attention`` (head width, keys, query rows), ``weights`` (types of single matrices), ``types`` of
     ``shape`` against NumPy over ``check_layers`` layers and ``check_tokens`` tokens, ``long`` tokens where bits are
-    compared. Measurements: prompts of ``lengths`` under ``plans``, attention over ``kernel_tokens``, decode behind
-    ``contexts`` for ``decode_tokens``, a KV ``budget``.
+    compared. Measurements: prompts of ``lengths`` (``packed_lengths`` in the second of ``measured_types``) under
+    ``plans``, attention over ``kernel_tokens``, decode behind ``contexts`` for ``decode_tokens``, a KV ``budget``.
     """
 
     shape: str
@@ -29,6 +29,7 @@ class Sizes:
     repeats: int
     measured_types: tuple[str, str]
     lengths: tuple[int, ...]
+    packed_lengths: tuple[int, ...]
     peer_lengths: tuple[int, ...]
     plans: tuple[str, ...]
     kernel_tokens: int
@@ -38,6 +39,10 @@ class Sizes:
     budget: int
     ring_length: int
     copy_bytes: int
+
+    def times(self, length: int) -> int:
+        """How often a prompt of ``length`` is measured: the longest take many seconds."""
+        return self.repeats if length <= 32768 else min(self.repeats, 2) if length <= 65536 else 1
 
 
 FULL = Sizes(
@@ -53,6 +58,7 @@ FULL = Sizes(
     repeats=3,
     measured_types=("F16", "Q4_0"),
     lengths=(8192, 32768, 65536, 131072),
+    packed_lengths=(32768, 65536),
     peer_lengths=(8192, 32768, 65536),
     plans=("off", "8k/4k/2k", "1/2,1/4"),
     kernel_tokens=16384,
@@ -76,6 +82,7 @@ DRY = Sizes(
     repeats=1,
     measured_types=("Q4_0", "Q4_0"),
     lengths=(96, 160),
+    packed_lengths=(96,),
     peer_lengths=(96,),
     plans=("off", "tiny"),
     kernel_tokens=96,
