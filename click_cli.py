@@ -23,14 +23,15 @@ from slimrt.terminal.options import (
     ctx_option,
     device_option,
     file_option,
+    force_option,
     json_option,
     kv_budget_option,
     load_options,
     model_option,
-    output_path,
     repeats_option,
     shape_option,
     threads_option,
+    user_path,
 )
 
 CHAT_MAX_TOKENS, GENERATE_MAX_TOKENS = 1024, 128
@@ -176,27 +177,29 @@ def pull(name: str | None, listing: bool, force: bool, as_json: bool) -> None:
 
 
 @cli.command()
-@click.argument("source", type=click.Path(path_type=Path))
-@click.argument("target", type=output_path)
+@click.argument("source", type=user_path)
+@click.argument("target", type=user_path)
 @click.option("--type", "kind", type=output_type, default="f16", show_default=True, help="Type of the matrices.")
+@force_option
 @json_option
-def convert(source: Path, target: Path, kind: str, as_json: bool) -> None:
+def convert(source: Path, target: Path, kind: str, force: bool, as_json: bool) -> None:
     """Convert SOURCE, a Hugging Face or Meta checkpoint folder, to the GGUF file TARGET."""
     from slimrt.terminal import models
 
-    models.convert(source, target, kind, as_json=as_json)
+    models.convert(source, target, kind, force=force, as_json=as_json)
 
 
 @cli.command()
-@click.argument("source", type=click.Path(path_type=Path))
-@click.argument("target", type=output_path)
+@click.argument("source", type=user_path)
+@click.argument("target", type=user_path)
 @click.option("--type", "kind", type=output_type, required=True, help="Type of the matrices.")
+@force_option
 @json_option
-def quantize(source: Path, target: Path, kind: str, as_json: bool) -> None:
+def quantize(source: Path, target: Path, kind: str, force: bool, as_json: bool) -> None:
     """Write the GGUF file SOURCE to TARGET with its matrices in another type."""
     from slimrt.terminal import models
 
-    models.quantize(source, target, kind, as_json=as_json)
+    models.quantize(source, target, kind, force=force, as_json=as_json)
 
 
 # -- measuring ---------------------------------------------------------------------------------------------------------
@@ -233,11 +236,10 @@ def quantize(source: Path, target: Path, kind: str, as_json: bool) -> None:
 )
 @click.option("--samples", type=click.IntRange(1), default=10, show_default=True, help="Prompts a task and length.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Same seed, same prompts.")
-@click.option(
-    "--text", type=click.Path(path_type=Path), metavar="FILE", help="Running text, UTF-8.  [Python's documentation]"
-)
-@click.option("--output", "-o", type=output_path, metavar="FILE.json", help="Write the report with every value.")
-@click.option("--png", type=output_path, metavar="FILE.png", help="Draw quality against time to first token.")
+@click.option("--text", type=user_path, metavar="FILE", help="Running text, UTF-8.  [Python's documentation]")
+@click.option("--output", "-o", type=user_path, metavar="FILE.json", help="Write the report with every value.")
+@click.option("--png", type=user_path, metavar="FILE.png", help="Draw quality against time to first token.")
+@force_option
 @ctx_option
 @device_option
 @threads_option
@@ -267,12 +269,9 @@ def evaluate(
 @click.option("--length", type=Size(), default=3000, show_default=True, help="Tokens of a prompt.")
 @click.option("--samples", type=click.IntRange(8), default=48, show_default=True, help="Prompts in all.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Same seed, same prompts.")
-@click.option(
-    "--text", type=click.Path(path_type=Path), metavar="FILE", help="Running text, UTF-8.  [Python's documentation]"
-)
-@click.option(
-    "--output", "-o", type=output_path, metavar="FILE.slim.json", help="Where presets go.  [beside the model]"
-)
+@click.option("--text", type=user_path, metavar="FILE", help="Running text, UTF-8.  [Python's documentation]")
+@click.option("--output", "-o", type=user_path, metavar="FILE.slim.json", help="Where presets go.  [beside the model]")
+@force_option
 @threads_option
 @json_option
 def calibrate(model: str | None, threads: int | None, as_json: bool, **settings: Any) -> None:
@@ -280,7 +279,7 @@ def calibrate(model: str | None, threads: int | None, as_json: bool, **settings:
 
     Measures candidates against the dense run on quoted and continued text, and writes the presets auto (within the
     bounds) and fast (twice the recall drop, four times the KL and nats) to MODEL.slim.json, which --prune then uses.
-    A calibration that was broken off goes on where it stopped.
+    A calibration that was stopped goes on where it stopped when the same command is given again.
 
     \b
     slimrt calibrate model.gguf --max-kl 0.05 --max-recall-drop 0.01
@@ -292,13 +291,16 @@ def calibrate(model: str | None, threads: int | None, as_json: bool, **settings:
 
 
 @cli.command()
-@click.option("--file", "-f", type=click.Path(path_type=Path), required=True, metavar="FILE", help="A document, UTF-8.")
+@click.option("--file", "-f", type=user_path, required=True, metavar="FILE", help="A document, UTF-8.")
 @click.option("--question", "-q", required=True, metavar="TEXT", help="What is asked about it.")
-@click.option("--output", "-o", type=output_path, default="explain.html", show_default=True, help="The page.")
+@click.option("--output", "-o", type=user_path, default="explain.html", show_default=True, help="The page.")
 @click.option("--plain", is_flag=True, help="Do not put the text through the chat template.")
+@force_option
 @load_options
 @json_option
-def explain(file: Path, question: str, output: Path, plain: bool, load: LoadSettings, as_json: bool) -> None:
+def explain(
+    file: Path, question: str, output: Path, plain: bool, force: bool, load: LoadSettings, as_json: bool
+) -> None:
     """Show which parts of a document pruning kept for a question.
 
     Writes one HTML page: the prompt shaded block by block, tokens, time and memory layer by layer. A summary goes to
@@ -309,7 +311,7 @@ def explain(file: Path, question: str, output: Path, plain: bool, load: LoadSett
     """
     from slimrt.terminal import explaining
 
-    explaining.explain_prompt(file, question, output, load, plain=plain, as_json=as_json)
+    explaining.explain_prompt(file, question, output, load, plain=plain, force=force, as_json=as_json)
 
 
 @cli.group()
@@ -355,7 +357,8 @@ def bench() -> None:
 @kv_budget_option
 @threads_option
 @file_option("Text of the prompts.  [Python's documentation]")
-@click.option("--png", type=output_path, metavar="FILE.png", help="Draw time to first token over prompt length.")
+@click.option("--png", type=user_path, metavar="FILE.png", help="Draw time to first token over prompt length.")
+@force_option
 @json_option
 def ttft(model: str | None, file: Path | None, as_json: bool, **settings: Any) -> None:
     """Time to first token and decode speed.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import stat
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,17 @@ import numpy as np
 
 from slimrt.errors import ModelFileError
 
-__all__ = ["FLOAT_TYPES", "Rows", "StoredTensor", "concatenate", "permute_heads", "read_json"]
+__all__ = [
+    "FLOAT_TYPES",
+    "Rows",
+    "StoredTensor",
+    "check_regular",
+    "concatenate",
+    "parse_json",
+    "permute_heads",
+    "read_bounded",
+    "read_json",
+]
 
 Rows = Callable[[int, int], np.ndarray]
 """(start, stop) -> float32 [stop - start, ...]: the rows of a tensor, or the values of a vector."""
@@ -26,7 +37,9 @@ FLOAT_TYPES: dict[str, np.dtype[Any]] = {
 }
 """Element types that weights may have, by their safetensors names, and how NumPy reads their bytes."""
 
-_MAX_JSON_BYTES = 256 << 20
+_MAX_JSON_BYTES = {"tokenizer.json": 64 << 20}  # Gemma's, the largest known one, has 34 million bytes
+_MAX_SMALL_JSON_BYTES = 16 << 20  # indexes name every tensor, configurations hold less
+_MAX_CONTAINERS = 2_000_000  # merges are the most: under a million in the largest known vocabularies
 
 
 @dataclass(frozen=True)
@@ -115,21 +128,52 @@ def permute_heads(rows: Rows, n_rows: int, n_heads: int) -> Rows:
     return permuted
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; raises ModelFileError if it is missing, unreadable or anything but an object."""
+def check_regular(path: Path) -> int:
+    """The size of the file ``path`` in bytes. Raises ModelFileError for a pipe, which would never end, and a device;
+    OSError."""
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise ModelFileError(f"{path}: not a regular file; a checkpoint is made of plain files; fetch it anew")
+    return found.st_size
+
+
+def read_bounded(path: Path, limit: int) -> bytes:
+    """The bytes of a regular file of at most ``limit`` bytes.
+
+    Raises ModelFileError for a pipe or a device (a pipe would never end), a file that is larger, missing or unreadable.
+    """
     try:
-        size = path.stat().st_size
-        if size > _MAX_JSON_BYTES:
-            raise ModelFileError(
-                f"{path}: {size} bytes; a JSON file of a checkpoint has at most {_MAX_JSON_BYTES}; fetch it anew"
-            )
-        data = json.loads(path.read_text(encoding="utf-8"))
+        size = check_regular(path)
+        with path.open("rb") as file:
+            raw = file.read(limit + 1)
     except FileNotFoundError:
         raise ModelFileError(f"{path}: no such file; a checkpoint needs it; fetch the whole folder") from None
     except OSError as error:
         raise ModelFileError(f"{path}: cannot be read ({error.strerror}); check the file and its permissions") from None
-    except (ValueError, RecursionError) as error:
-        raise ModelFileError(f"{path}: not valid JSON ({error}); fetch it anew") from None
+    if len(raw) > limit:
+        raise ModelFileError(f"{path}: {size} bytes; such a file has at most {limit}; fetch it anew")
+    return raw
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; raises ModelFileError if it is missing, unreadable or anything but an object."""
+    data = parse_json(read_bounded(path, _MAX_JSON_BYTES.get(path.name, _MAX_SMALL_JSON_BYTES)), str(path))
     if not isinstance(data, dict):
         raise ModelFileError(f"{path}: holds a JSON {type(data).__name__}; an object is expected; fetch it anew")
     return data
+
+
+def parse_json(raw: bytes, name: str, **how: Any) -> Any:
+    """``raw`` parsed with a bounded number of containers, each of which takes some 25 times its text in memory.
+
+    ``how``: as for ``json.loads``. Raises ModelFileError for what is not valid JSON.
+    """
+    containers = raw.count(b"[") + raw.count(b"{")
+    if containers > _MAX_CONTAINERS:
+        raise ModelFileError(
+            f"{name}: {containers} arrays and objects; a checkpoint has at most {_MAX_CONTAINERS}; fetch it anew"
+        )
+    try:
+        return json.loads(raw.decode(), **how)
+    except (ValueError, RecursionError) as error:
+        raise ModelFileError(f"{name}: not valid JSON ({str(error)[:100]}); fetch it anew") from None

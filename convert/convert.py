@@ -9,26 +9,40 @@ import numpy as np
 from gguf import GGML_QUANT_VERSION, GGMLQuantizationType, GGUFType, GGUFWriter, LlamaFileType, Metadata, size_label
 from yaml import YAMLError
 
+from slimrt.convert.checkpoint import read_bounded
 from slimrt.convert.huggingface import open_huggingface
 from slimrt.convert.meta import open_meta
 from slimrt.convert.source import Source
-from slimrt.convert.writer import OutputTensor, Progress, check_target, choose_type, encoded, parse_type, write_gguf
+from slimrt.convert.writer import OutputTensor, Progress, choose_type, encoded, parse_type, write_gguf
 from slimrt.errors import ModelFileError
+from slimrt.output import check_output
+from slimrt.paths import user_path
 
 __all__ = ["convert_checkpoint"]
 
+_MAX_CARD_BYTES = 4 << 20
 
-def convert_checkpoint(source: Path, target: Path, type: str = "f16", progress: Progress | None = None) -> None:
+
+def convert_checkpoint(
+    source: str | Path,
+    target: str | Path,
+    type: str = "f16",
+    progress: Progress | None = None,
+    *,
+    force: bool = False,
+) -> None:
     """Convert a Hugging Face folder (config.json) or one of Meta's (params.json) to a GGUF file of ``type``.
 
     ``progress`` is called with (bytes written, bytes in all, tensor name). Memory stays bounded by a few rows of one
-    tensor. ``target`` appears complete or not at all and replaces what was there.
+    tensor. ``target`` appears complete or not at all; a file that is there already is replaced with ``force`` only, a
+    file of the checkpoint never.
 
     Raises SettingError for an unknown type, ModelFileError or TokenizerError for a checkpoint that cannot be
-    converted, FetchError if the target cannot be written.
+    converted, OutputError if the target cannot be written or must not be replaced.
     """
     wanted, file_type = parse_type(type)
-    check_target(target, [])
+    source, target = user_path(source), user_path(target)
+    check_output(target, sources=_files(source), force=force)
     checkpoint = _open(source)
     tensors = []
     for name, shape in checkpoint.hyperparameters.shapes().items():
@@ -49,6 +63,11 @@ def convert_checkpoint(source: Path, target: Path, type: str = "f16", progress: 
         checkpoint.vocabulary.write(writer)
 
     write_gguf(target, checkpoint.hyperparameters.arch, describe, tensors, progress)
+
+
+def _files(folder: Path) -> list[Path]:
+    """What belongs to the checkpoint: all of its folder but GGUF files, which are results of earlier conversions."""
+    return [path for path in folder.iterdir() if path.suffix != ".gguf"] if folder.is_dir() else []
 
 
 def _open(source: Path) -> Source:
@@ -73,12 +92,16 @@ def _general(checkpoint: Source, tensors: list[OutputTensor]) -> Metadata:
     """The ``general.*`` keys: from the model card where there is one, the folder's name otherwise."""
     n_params = sum(math.prod(tensor.shape) for tensor in tensors)
     folder = checkpoint.folder.resolve()
+    for name in ("README.md", "generation_config.json"):  # which gguf reads whole
+        if (folder / name).exists():
+            read_bounded(folder / name, _MAX_CARD_BYTES)
     try:
         metadata = Metadata.load(None, folder, None, n_params)
-    except (YAMLError, ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        metadata.set_gguf_meta_model(GGUFWriter(None, checkpoint.hyperparameters.arch))  # a rehearsal
+    except (YAMLError, ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0][:80]
         raise ModelFileError(
-            f"{folder}: README.md, config.json or generation_config.json cannot be read as metadata "
-            f"({str(error).splitlines()[0][:80]}); "
+            f"{folder}: README.md, config.json or generation_config.json cannot be read as metadata ({reason}); "
             "mend or remove the file"
         ) from None
     if metadata.name is None:

@@ -65,8 +65,8 @@ def read_config(config: dict[str, Any], path: Path) -> Hyperparameters:
     arch = _ARCHITECTURES.get(name) if isinstance(name, str) else None
     if arch is None:
         raise ModelFileError(
-            f"{path}: architecture {str(name)[:60]!r}; {', '.join(_ARCHITECTURES)} can be converted; convert with "
-            "llama.cpp"
+            f"{path}: architecture {str(name)[:60]!r}; slimrt converts and runs {', '.join(_ARCHITECTURES)}; choose "
+            "a model with one of these"
         )
     if config.get("quantization_config"):
         raise ModelFileError(
@@ -74,7 +74,7 @@ def read_config(config: dict[str, Any], path: Path) -> Hyperparameters:
         )
     if (activation := config.get("hidden_act", "silu")) not in ("silu", "swish"):
         raise ModelFileError(
-            f"{path}: hidden_act {str(activation)[:40]!r}; the architecture in GGUF has silu; convert with llama.cpp"
+            f"{path}: hidden_act {str(activation)[:40]!r}; slimrt converts and runs silu; choose another model"
         )
 
     d_model, n_heads = whole(config, "hidden_size", path), whole(config, "num_attention_heads", path)

@@ -49,7 +49,7 @@ def name_pre_tokenizer(tokenizer: dict[str, Any], path: Path) -> str:
         raise TokenizerError(
             f"{path}: the pre-tokenizer ({'; '.join(steps)[:160] or 'none'}; ignore_merges {ignore_merges}) has no "
             "name in GGUF that "
-            f"slimrt knows; known are {', '.join(sorted(set(_NAMES.values())))}; convert with llama.cpp if it has one"
+            f"slimrt knows; known are {', '.join(sorted(set(_NAMES.values())))}; choose a model with one of these"
         )
     return name
 

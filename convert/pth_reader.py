@@ -15,11 +15,12 @@ import struct
 import zipfile
 import zlib
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from slimrt.convert.checkpoint import FLOAT_TYPES, StoredTensor
+from slimrt.convert.checkpoint import FLOAT_TYPES, StoredTensor, check_regular
 from slimrt.errors import ModelFileError
 
 __all__ = ["read_pth"]
@@ -57,6 +58,7 @@ def read_pth(path: Path) -> dict[str, StoredTensor]:
     and for tensors outside their storage.
     """
     try:
+        check_regular(path)
         with path.open("rb") as file:
             if file.read(4) != b"PK\x03\x04":
                 raise ModelFileError(
@@ -66,6 +68,8 @@ def read_pth(path: Path) -> dict[str, StoredTensor]:
                 )
             with zipfile.ZipFile(file) as archive:
                 state = _StateUnpickler(path, archive, file).load_state()
+    except ModelFileError:  # a ValueError too, with its own reason
+        raise
     except (
         zipfile.BadZipFile,
         zlib.error,
@@ -82,13 +86,35 @@ def read_pth(path: Path) -> dict[str, StoredTensor]:
         raise ModelFileError(f"{path}: cannot be read ({error.strerror}); check the file and its permissions") from None
     if not isinstance(state, dict) or not state:
         raise ModelFileError(
-            f"{path}: holds a {type(state).__name__}; a dictionary of tensors is expected; save model.state_dict()"
+            f"{path}: holds a {_kind(state)}; a dictionary of tensors is expected; save model.state_dict()"
         )
     return {_name(path, name): _stored(path, name, tensor) for name, tensor in state.items()}
 
 
-class _StateUnpickler(pickle.Unpickler):
-    """Builds dictionaries of tensor descriptions; every global outside the list below is refused."""
+class _Sequence(tuple[Any, ...]):
+    """A tuple out of a pickle. It has no hash, and so is no key: one whose items are shared, level over level, takes
+    a few hundred bytes in the file and longer than anybody waits to hash or to print."""
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"<tuple of {len(self)}>"
+
+    __str__ = __repr__
+
+
+class _StateUnpickler(pickle._Unpickler):
+    """Builds dictionaries of tensor descriptions; every global outside the list below is refused.
+
+    Python's own unpickler in place of the one in C, whose tuples cannot be replaced; a state dictionary is small.
+    """
+
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = dict(pickle._Unpickler.dispatch)  # opcode -> method
+    if TYPE_CHECKING:
+        stack: list[Any]
+
+        def append(self, item: Any) -> None: ...
+        def pop_mark(self) -> list[Any]: ...
 
     def __init__(self, path: Path, archive: zipfile.ZipFile, file: io.BufferedReader) -> None:
         self._path, self._archive, self._file = path, archive, file
@@ -126,6 +152,28 @@ class _StateUnpickler(pickle.Unpickler):
                 f"{self._path}: data.pkl is corrupt ({str(error)[:100]}); fetch the file anew"
             ) from None
 
+    def _push_sequence(self, items: list[Any]) -> None:
+        self.append(_Sequence(items))
+
+    def _load_empty_tuple(self) -> None:
+        self._push_sequence([])
+
+    def _load_tuple(self) -> None:
+        self._push_sequence(self.pop_mark())
+
+    def _load_last(self, count: int) -> None:
+        if len(self.stack) < count:
+            raise pickle.UnpicklingError("a tuple of more items than there are")
+        items = self.stack[-count:]
+        del self.stack[-count:]
+        self._push_sequence(items)
+
+    dispatch[pickle.EMPTY_TUPLE[0]] = _load_empty_tuple
+    dispatch[pickle.TUPLE[0]] = _load_tuple
+    dispatch[pickle.TUPLE1[0]] = lambda self: self._load_last(1)
+    dispatch[pickle.TUPLE2[0]] = lambda self: self._load_last(2)
+    dispatch[pickle.TUPLE3[0]] = lambda self: self._load_last(3)
+
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("collections", "OrderedDict"):
             return OrderedDict
@@ -145,6 +193,8 @@ class _StateUnpickler(pickle.Unpickler):
         if not (isinstance(pid, tuple) and len(pid) == 5 and pid[0] == "storage" and isinstance(pid[1], _StorageType)):
             raise pickle.UnpicklingError("an unknown persistent id")
         _, kind, key, _, count = pid
+        if not isinstance(key, str):
+            raise pickle.UnpicklingError("a storage whose name is no text")
         entry = self._archive.getinfo(f"{self._folder}data/{key}")
         if entry.compress_type != zipfile.ZIP_STORED:
             raise ModelFileError(
@@ -183,18 +233,20 @@ class _StateUnpickler(pickle.Unpickler):
         return tensor
 
 
+def _kind(value: Any) -> str:
+    return "tuple" if isinstance(value, _Sequence) else type(value).__name__
+
+
 def _name(path: Path, name: Any) -> str:
     if not isinstance(name, str):
-        raise ModelFileError(f"{path}: key {str(name)[:60]!r} is not a name; a dictionary of named tensors is expected")
+        raise ModelFileError(f"{path}: a key is a {_kind(name)}, not a name; a dictionary of named tensors is expected")
     return name
 
 
 def _stored(path: Path, name: str, tensor: Any) -> StoredTensor:
     label = f"{path}: '{name[:80]}'"
     if not isinstance(tensor, _Tensor):
-        raise ModelFileError(
-            f"{label} is a {type(tensor).__name__}; a tensor is expected; save model.state_dict() alone"
-        )
+        raise ModelFileError(f"{label} is a {_kind(tensor)}; a tensor is expected; save model.state_dict() alone")
     kind, shape, strides = tensor.storage.kind, tensor.shape, tensor.strides
     if kind not in FLOAT_TYPES:
         raise ModelFileError(

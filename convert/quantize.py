@@ -10,8 +10,10 @@ from gguf import GGML_QUANT_VERSION, GGMLQuantizationType, GGUFWriter, quants
 
 from slimrt.convert.checkpoint import Rows
 from slimrt.convert.value_types import value_types
-from slimrt.convert.writer import OutputTensor, Progress, check_target, choose_type, encoded, parse_type, write_gguf
+from slimrt.convert.writer import OutputTensor, Progress, choose_type, encoded, parse_type, write_gguf
 from slimrt.errors import ModelFileError
+from slimrt.output import check_output
+from slimrt.paths import user_path
 from slimrt.weights.gguf import GGUFFile, TensorInfo
 
 __all__ = ["quantize_file"]
@@ -22,23 +24,27 @@ _ARCHITECTURES = ("llama", "qwen2")
 _FLOATS = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16, GGMLQuantizationType.F64)
 
 
-def quantize_file(source: Path, target: Path, type: str, progress: Progress | None = None) -> None:
+def quantize_file(
+    source: str | Path, target: str | Path, type: str, progress: Progress | None = None, *, force: bool = False
+) -> None:
     """Write the GGUF model ``source`` (one file or several parts) to ``target`` with its matrices as ``type``.
 
     Metadata is kept as it is, but for ``general.file_type``, ``general.quantization_version`` and the ``split.*`` keys
     (the result is one file). Tensors that have their type already are copied bit for bit. Memory stays bounded.
 
-    Raises SettingError for an unknown type, ModelFileError for a source that cannot be read, FetchError if the target
-    cannot be written.
+    A file at ``target`` is replaced with ``force`` only, the source (any part of it) never.
+
+    Raises SettingError for an unknown type, ModelFileError for a source that cannot be read, OutputError if the target
+    cannot be written or must not be replaced.
     """
     wanted, file_type = parse_type(type)
+    source, target = user_path(source), user_path(target)
     file = GGUFFile(source)
-    check_target(target, [source])
+    check_output(target, sources=file.paths, force=force)
     arch = file.get("general.architecture", str)
     if arch not in _ARCHITECTURES:
         raise ModelFileError(
-            f"{source}: architecture '{arch}'; {', '.join(_ARCHITECTURES)} can be quantised; use llama.cpp's "
-            "llama-quantize"
+            f"{source}: architecture '{arch}'; models that slimrt runs can be quantised: {', '.join(_ARCHITECTURES)}"
         )
     tensors = [_output_tensor(tensor, wanted, source) for tensor in file.tensors.values()]
     if any(file.tensors[t.name].type not in (*_FLOATS, t.type) for t in tensors):

@@ -7,13 +7,12 @@ out whole tensors, where conversion wants rows.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from pathlib import Path
 from typing import Any
 
-from slimrt.convert.checkpoint import FLOAT_TYPES, StoredTensor, read_json
+from slimrt.convert.checkpoint import FLOAT_TYPES, StoredTensor, check_regular, parse_json, read_json
 from slimrt.errors import ModelFileError
 
 __all__ = ["read_safetensors", "read_safetensors_folder"]
@@ -89,6 +88,7 @@ def _shards_without_index(folder: Path) -> list[Path]:
 def read_safetensors(path: Path) -> dict[str, StoredTensor]:
     """The tensors of one file by name; raises ModelFileError if header and size do not fit each other exactly."""
     try:
+        check_regular(path)
         with path.open("rb") as file:
             size = file.seek(0, 2)
             file.seek(0)
@@ -101,12 +101,7 @@ def read_safetensors(path: Path) -> dict[str, StoredTensor]:
             raw = file.read(length)
     except OSError as error:
         raise ModelFileError(f"{path}: cannot be read ({error.strerror}); check the file and its permissions") from None
-    try:
-        header = json.loads(raw.decode(), object_pairs_hook=_unique_keys)
-    except (ValueError, RecursionError) as error:
-        raise ModelFileError(
-            f"{path}: the header is not valid ({str(error)[:100]}); the file is corrupt; fetch it anew"
-        ) from None
+    header = parse_json(raw, f"{path}: the header", object_pairs_hook=_unique_keys)
     if not isinstance(header, dict):
         raise ModelFileError(f"{path}: the header is not a JSON object; the file is corrupt; fetch it anew")
     header.pop("__metadata__", None)
@@ -126,7 +121,7 @@ def _tensor(path: Path, name: str, entry: Any, start: int, size: int) -> StoredT
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         raise ModelFileError(f"{label} lacks dtype, shape or data_offsets; the file is corrupt; fetch it anew")
     kind, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if kind not in FLOAT_TYPES:
+    if not isinstance(kind, str) or kind not in FLOAT_TYPES:
         raise ModelFileError(
             f"{label} has type {str(kind)[:20]}; {', '.join(FLOAT_TYPES)} can be converted; fetch the unquantised "
             "checkpoint"

@@ -7,12 +7,13 @@ from typing import Any
 
 from gguf import TokenType
 
-from slimrt.convert.checkpoint import read_json
+from slimrt.convert.checkpoint import read_bounded, read_json
 from slimrt.convert.vocabulary import Vocabulary
 from slimrt.errors import ModelFileError
 
 __all__ = ["read_special_tokens"]
 
+_MAX_TEMPLATE_BYTES = 1 << 20
 _ROLES = ("bos", "eos", "unk", "sep", "pad", "mask")  # those that GGUF has keys for
 
 
@@ -71,8 +72,8 @@ def _chat_template(folder: Path, tokenizer_config: dict[str, Any]) -> str | list
     template = tokenizer_config.get("chat_template")
     if template is None and (path := folder / "chat_template.jinja").exists():
         try:
-            return path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            return read_bounded(path, _MAX_TEMPLATE_BYTES).decode()
+        except UnicodeDecodeError as error:
             raise ModelFileError(f"{path}: cannot be read as text ({error}); fetch the file anew") from None
     named = isinstance(template, list) and all(
         isinstance(entry, dict) and isinstance(entry.get("name"), str) and isinstance(entry.get("template"), str)

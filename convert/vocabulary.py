@@ -17,7 +17,7 @@ from typing import Any
 from gguf import GGUFWriter, TokenType
 from sentencepiece import SentencePieceProcessor
 
-from slimrt.convert.checkpoint import read_json
+from slimrt.convert.checkpoint import read_bounded, read_json
 from slimrt.convert.pretokenizer import name_pre_tokenizer
 from slimrt.errors import ModelFileError, TokenizerError
 
@@ -26,6 +26,7 @@ __all__ = ["Vocabulary", "from_sentencepiece", "from_tiktoken", "from_tokenizer_
 logger = logging.getLogger(__name__)
 
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+_MAX_MODEL_BYTES = 64 << 20  # of tokenizer.model; the largest known ones have 4 million
 _ADDED_SCORE, _PADDING_SCORE = -1000.0, -10000.0
 
 # The control tokens of LLaMA 3, after the merged ones, as llama-models' tokenizer numbers them; the rest is reserved.
@@ -241,8 +242,8 @@ def from_sentencepiece(path: Path, added: Mapping[int, tuple[str, bool]] | None 
     """A SentencePiece BPE model, with ``added`` tokens (id -> text, whether it is a control token) on top."""
     processor = SentencePieceProcessor()
     try:
-        processor.LoadFromSerializedProto(path.read_bytes())
-    except (OSError, RuntimeError) as error:
+        processor.LoadFromSerializedProto(read_bounded(path, _MAX_MODEL_BYTES))
+    except RuntimeError as error:
         raise TokenizerError(f"{path}: not a SentencePiece model ({str(error)[:80]}); fetch the file anew") from None
     count = processor.vocab_size()
     size = max([count, *(number + 1 for number in added or () if number < count + 65536)])
@@ -280,11 +281,7 @@ def _piece_type(processor: SentencePieceProcessor, token: int) -> TokenType:
 
 def is_tiktoken(path: Path) -> bool:
     """Whether a ``tokenizer.model`` is a list of tiktoken ranks (text) rather than a SentencePiece model."""
-    try:
-        with path.open("rb") as file:
-            return re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", file.read(1024)) is not None
-    except OSError as error:
-        raise ModelFileError(f"{path}: cannot be read ({error.strerror}); check the file and its permissions") from None
+    return re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", read_bounded(path, _MAX_MODEL_BYTES)[:1024]) is not None
 
 
 def from_tiktoken(path: Path, size: int) -> Vocabulary:
@@ -295,9 +292,11 @@ def from_tiktoken(path: Path, size: int) -> Vocabulary:
     """
     ranks: dict[bytes, int] = {}
     try:
-        for line in path.read_bytes().splitlines():
+        for line in read_bounded(path, _MAX_MODEL_BYTES).splitlines():
             encoded, _, rank = line.partition(b" ")
             ranks[base64.b64decode(encoded, validate=True)] = int(rank)
+    except ModelFileError:
+        raise
     except (binascii.Error, ValueError):
         raise TokenizerError(
             f"{path}: line {len(ranks) + 1} is not a base64 token and a rank; fetch the file anew"

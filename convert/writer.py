@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import errno
-import glob
 import logging
 import math
 import os
-import secrets
 import shutil
 import struct
 from collections.abc import Callable, Iterator, Sequence
@@ -19,14 +17,14 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, LlamaFileType, quants
 
 from slimrt.convert.checkpoint import Rows
-from slimrt.errors import FetchError, ModelFileError, SettingError
+from slimrt.errors import ModelFileError, OutputError, SettingError
+from slimrt.output import whole_or_nothing
 
 __all__ = [
     "FILE_TYPES",
     "OUTPUT_TYPES",
     "OutputTensor",
     "Progress",
-    "check_target",
     "choose_type",
     "encoded",
     "parse_type",
@@ -131,16 +129,6 @@ def encoded(name: str, rows: Rows, kind: GGMLQuantizationType, source: str) -> R
     return encode
 
 
-def check_target(target: Path, sources: Sequence[Path]) -> None:
-    """Raises FetchError if no file can be put at ``target``, or one of the ``sources`` lies there."""
-    if target.is_dir():
-        raise FetchError(f"{target}: a folder; the result is one file; name it, for example {target / 'model.gguf'}")
-    if not target.parent.is_dir():
-        raise FetchError(f"{target}: the folder {target.parent} does not exist; create it first")
-    if any(target.exists() and source.exists() and target.samefile(source) for source in sources):
-        raise FetchError(f"{target}: source and result are the same file; name another for the result")
-
-
 def write_gguf(
     target: Path,
     arch: str,
@@ -148,19 +136,18 @@ def write_gguf(
     tensors: Sequence[OutputTensor],
     progress: Progress | None,
 ) -> None:
-    """Write a complete file to ``target``, replacing what is there; memory stays bounded by one chunk of rows.
+    """Write a complete file to ``target``; memory stays bounded by one chunk of rows.
 
     ``describe`` adds the metadata. Nothing appears under the final name before every byte is on disk.
-    Raises FetchError if the target cannot be written or the disk is full.
+    Raises OutputError if the target cannot be written or the disk is full.
     """
     writer = GGUFWriter(None, arch)
     describe(writer)
     for tensor in tensors:
         writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes, raw_dtype=tensor.type)
     total = sum(tensor.nbytes for tensor in tensors)
-    _remove_leftovers(target)
     _check_space(target, total)
-    with _complete_or_nothing(target) as part:
+    with _told_in_a_line(target), whole_or_nothing(target) as part:
         _write_header(writer, part)
         with part.open("ab") as file:
             done = 0
@@ -196,46 +183,21 @@ def _write_header(writer: GGUFWriter, part: Path) -> None:
 
 
 @contextmanager
-def _complete_or_nothing(target: Path) -> Iterator[Path]:
-    """A temporary path beside ``target``, renamed to it on success and removed on any failure or interruption."""
-    part = target.with_name(f"{target.name}.{secrets.token_hex(4)}.part")
+def _told_in_a_line(target: Path) -> Iterator[None]:
     try:
-        yield part
-        part.replace(target)
-        _sync_folder(target.parent)
+        yield
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
         remedy = "free some space or choose another disk" if full else "check the folder and its permissions"
-        raise FetchError(f"{target}: cannot be written ({error.strerror}); nothing was left behind; {remedy}") from None
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the rename durable; only POSIX lets a folder be opened for that."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def _remove_leftovers(target: Path) -> None:
-    """Remove what a killed run left for the same target."""
-    for part in target.parent.glob(f"{glob.escape(target.name)}.{'[0-9a-f]' * 8}.part"):
-        try:
-            part.unlink(missing_ok=True)
-        except OSError as error:
-            raise FetchError(
-                f"{part}: a leftover that cannot be removed ({error.strerror}); is another run writing it? remove it"
-            ) from None
+        raise OutputError(
+            f"{target}: cannot be written ({error.strerror}); nothing was left behind; {remedy}"
+        ) from None
 
 
 def _check_space(target: Path, needed: int) -> None:
     free = shutil.disk_usage(target.parent).free
     if free < needed:
-        raise FetchError(
+        raise OutputError(
             f"{target}: needs {needed / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB left; free some space or "
             "choose another disk"
         )

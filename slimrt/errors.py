@@ -34,6 +34,10 @@ class FetchError(SlimrtError, ValueError):
     """A model could not be fetched or stored."""
 
 
+class OutputError(SlimrtError, ValueError):
+    """A result cannot be written where it was asked for, or would replace a file of the user's."""
+
+
 class SessionFileError(SlimrtError, ValueError):
     """A session cannot be saved to the file, or restored from it: damaged, foreign, or of another model."""
 

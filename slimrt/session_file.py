@@ -25,7 +25,6 @@ import json
 import os
 import stat
 import struct
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +35,8 @@ import numpy as np
 from slimrt.config import ModelConfig, PrunePlan
 from slimrt.engine import Context, Engine
 from slimrt.errors import SessionFileError, SettingError
+from slimrt.output import whole_or_nothing
+from slimrt.paths import user_path
 from slimrt.prune.select import Windows, check_plan
 from slimrt.session import Session
 from slimrt.weights.gguf import GGUFFile
@@ -97,7 +98,7 @@ def write_session(path: str | Path, session: Session, file: GGUFFile, talk: Save
 
     Raises SessionFileError where ``path`` cannot be written or holds something else than a session.
     """
-    path = Path(path)
+    path = user_path(path)
     _check_target(path)
     config, context = session.engine.config, session.context
     rows = [context.cache.length(layer) for layer in range(config.n_layers)]
@@ -124,7 +125,7 @@ def write_session(path: str | Path, session: Session, file: GGUFFile, talk: Save
             f"{path}: the messages take {len(text)} bytes, at most {_MAX_HEADER} can be saved; shorten them"
         )
     try:
-        _replace(path.resolve(), _PREFIX.pack(MAGIC, VERSION, len(text)) + text, _arrays(session))
+        _replace(path, _PREFIX.pack(MAGIC, VERSION, len(text)) + text, _arrays(session))
     except OSError as error:
         raise SessionFileError(
             f"{path}: cannot be written ({error.strerror}); choose a folder with room that you may write to"
@@ -163,27 +164,15 @@ def _arrays(session: Session) -> Iterator[np.ndarray]:
 
 
 def _replace(path: Path, head: bytes, arrays: Iterator[np.ndarray]) -> None:
-    number, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(number, "wb") as file:
-            file.write(head)
-            file.write(hashlib.sha256(head).digest())
-            for array in arrays:
-                data = array.reshape(-1).view(np.uint8).data
-                file.write(data)
-                file.write(hashlib.sha256(data).digest())
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-    if os.name == "posix":  # the new name must last too; other systems cannot open a folder
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+    with whole_or_nothing(path, private=True) as part, part.open("wb") as file:
+        file.write(head)
+        file.write(hashlib.sha256(head).digest())
+        for array in arrays:
+            data = array.reshape(-1).view(np.uint8).data
+            file.write(data)
+            file.write(hashlib.sha256(data).digest())
+        file.flush()
+        os.fsync(file.fileno())
 
 
 # -- reading ----------------------------------------------------------------------------------------------------------
@@ -195,7 +184,7 @@ def read_session(path: str | Path, session: Session, file: GGUFFile) -> SavedTal
     Raises SessionFileError for a file that is damaged, no session, another model's, or does not fit the settings;
     the session is then as it was.
     """
-    path = Path(path)
+    path = user_path(path)
     try:
         if "\0" in str(path) or not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for a writer
             raise SessionFileError(f"{path}: not a regular file; name one that a session was saved to")

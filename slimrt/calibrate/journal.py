@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,14 +16,14 @@ __all__ = ["Journal"]
 class Journal:
     """A file of JSON lines: first what the measurements depend on (``header``), then one measurement a line.
 
-    A file with another header, or none that can be read, is begun anew. A line that a killed process left unfinished
-    is dropped.
+    Each header has a file of its own, ``path`` with a digest of the header behind it, so that settings tried in between
+    cost nothing that was measured. A line that a killed process left unfinished is dropped.
     """
 
     def __init__(self, path: Path, header: Mapping[str, Any]) -> None:
-        self.path = path
         self._known: dict[tuple[str, str], dict[str, float]] = {}
         first = json.dumps(header, sort_keys=True)
+        self.path = path = path.with_name(f"{path.name}-{hashlib.sha256(first.encode()).hexdigest()[:12]}")
         lines = path.read_text().split("\n")[:-1] if path.exists() else []
         if not lines or lines[0] != first:
             lines = [first]

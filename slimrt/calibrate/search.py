@@ -153,13 +153,15 @@ def calibrate(
     seed: int = 0,
     text: Path | None = None,
     progress: Progress | None = None,
+    begun: Callable[[Journal], None] | None = None,
 ) -> tuple[Calibration, Journal]:
     """Find, for each preset of ``bounds``, the plan that does least arithmetic of those within its bounds.
 
     ``samples`` prompts of ``length`` tokens, those of the last round up to twice as long where the context holds them,
     recall and continuation in turns, are drawn from ``text`` (default: Python's own documentation). Measurements go to
-    ``journal_path`` as they are made and are read from there if they were made before; the caller removes the journal
-    when the result is stored. ``progress`` is called with (measurements done, measurements planned, what comes next).
+    a file beside ``journal_path``, one for each choice of settings, as they are made, and are read from there if they
+    were made before; ``begun`` is called with that journal, and the caller removes it when the result is stored.
+    ``progress`` is called with (measurements done, measurements planned, what comes next).
 
     Raises SettingError for settings out of range, ContextError where prompts exceed the context: before any work.
     """
@@ -186,6 +188,8 @@ def calibrate(
         "seed": seed,
     }
     journal = Journal(journal_path, header)
+    if begun is not None:
+        begun(journal)
     rounds, quotations = _rounds(drawn), [sample for sample in drawn if sample.task == "recall"]
     if longest > length:
         rounds[-1] = _drawn(source, longest, len(rounds[-1]), seed)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import click
 
-from slimrt.errors import SettingError
+from slimrt.output import check_output
 from slimrt.terminal.loading import find_model
 from slimrt.terminal.progress import progress_bar
 from slimrt.terminal.tables import print_wide
@@ -31,6 +30,7 @@ class BenchSettings:
     threads: int | None
     text: Path | None
     png: Path | None
+    force: bool
 
 
 def bench_ttft(model: str | None, settings: BenchSettings, *, as_json: bool) -> None:
@@ -42,10 +42,7 @@ def bench_ttft(model: str | None, settings: BenchSettings, *, as_json: bool) -> 
         from slimrt.eval.plot import check_plotting
 
         check_plotting()
-        if not os.access(settings.png.parent, os.W_OK):
-            raise SettingError(
-                f"--png {settings.png}: its folder does not exist or cannot be written; name another one"
-            )
+        check_output(settings.png, sources=() if settings.text is None else [settings.text], force=settings.force)
     text = None if settings.text is None else read_document(settings.text)
     path = find_model(model)
     with progress_bar("measuring") as progress:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -11,7 +10,6 @@ from typing import TYPE_CHECKING
 
 import click
 
-from slimrt.errors import SettingError
 from slimrt.terminal.guard import note
 from slimrt.terminal.loading import find_model, load_model
 from slimrt.terminal.options import LoadSettings
@@ -20,6 +18,7 @@ from slimrt.terminal.progress import progress_bar
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from slimrt.calibrate.journal import Journal
     from slimrt.calibrate.search import Calibration
 
 __all__ = ["CalibrateSettings", "calibrate_model"]
@@ -39,40 +38,51 @@ class CalibrateSettings:
     seed: int
     text: Path | None
     output: Path | None
+    force: bool
 
 
 def calibrate_model(settings: CalibrateSettings, load: LoadSettings, *, as_json: bool) -> None:
     """Run the search and store its presets; a table, or with ``as_json`` the whole file, goes to stdout."""
     from slimrt.calibrate.search import Bounds, calibrate, calibration_context
     from slimrt.models import read_config
-    from slimrt.output import write_atomically
+    from slimrt.output import check_output, write_atomically
     from slimrt.prune.presets import preset_path
     from slimrt.weights.gguf import GGUFFile
 
-    target = settings.output or preset_path(find_model(load.model))
-    if not (target.parent.is_dir() and os.access(target.parent, os.W_OK)):
-        raise SettingError(f"output '{target}': its folder cannot be written; name another file (--output)")
+    path = find_model(load.model)
+    target = settings.output or preset_path(path)
+    check_output(target, sources=[path, *_given(settings.text)], force=settings.force)
     auto = Bounds(settings.max_kl, settings.max_recall_drop, settings.max_nll_rise)
     fast = Bounds(auto.kl * _FAST["kl"], auto.recall * _FAST["recall"], auto.nll * _FAST["nll"])
-    trained = read_config(GGUFFile(find_model(load.model))).ctx_train
+    trained = read_config(GGUFFile(path)).ctx_train
     llm = load_model(replace(load, ctx=calibration_context(settings.length, trained)))
-    journal_path = target.with_name(f".{target.name}.journal")
-    with progress_bar("calibrating") as progress:
-        found, journal = calibrate(
-            llm,
-            {"auto": auto, "fast": fast},
-            journal_path,
-            length=settings.length,
-            samples=settings.samples,
-            seed=settings.seed,
-            text=settings.text,
-            progress=progress,
-        )
+    journals: list[Journal] = []
+
+    def begun(journal: Journal) -> None:
+        journals.append(journal)
+        if journal.resumed:
+            note(f"goes on after {journal.resumed} measurements of an unfinished calibration with these settings")
+
+    try:
+        with progress_bar("calibrating") as progress:
+            found, journal = calibrate(
+                llm,
+                {"auto": auto, "fast": fast},
+                target.with_name(f".{target.name}.journal"),
+                length=settings.length,
+                samples=settings.samples,
+                seed=settings.seed,
+                text=settings.text,
+                progress=progress,
+                begun=begun,
+            )
+    except KeyboardInterrupt:
+        if journals:
+            note(f"{len(journals[0])} measurements are kept; the same command goes on with them")
+        raise
     content = found.to_dict()
     write_atomically(target, (json.dumps(content, indent=1) + "\n").encode())
     journal.remove()
-    if journal.resumed:
-        note(f"went on with {journal.resumed} measurements of a calibration that was broken off")
     if as_json:
         click.echo(json.dumps(content, ensure_ascii=False))
         return
@@ -83,6 +93,10 @@ def calibrate_model(settings: CalibrateSettings, load: LoadSettings, *, as_json:
         if preset is None:
             note(f"{name}: no plan stays within the bounds; it runs dense; allow more (--max-kl, --max-recall-drop)")
     note(f"wrote {target}")
+
+
+def _given(path: Path | None) -> list[Path]:
+    return [] if path is None else [path]
 
 
 def _table(found: Calibration) -> Table:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import click
 
 from slimrt.errors import SettingError
+from slimrt.output import check_output
 from slimrt.terminal.guard import note
 from slimrt.terminal.loading import load_model
 from slimrt.terminal.options import LoadSettings
@@ -31,6 +31,7 @@ class EvalSettings:
     text: Path | None
     output: Path | None
     png: Path | None
+    force: bool
 
 
 def evaluate(settings: EvalSettings, load: LoadSettings, *, as_json: bool) -> None:
@@ -43,7 +44,10 @@ def evaluate(settings: EvalSettings, load: LoadSettings, *, as_json: bool) -> No
     plans = _named(settings.plans)
     needed = context_needed(settings.tasks, settings.lengths)
     for path in (settings.output, settings.png):
-        _check_writable(path)
+        if path is not None:
+            check_output(path, sources=() if settings.text is None else [settings.text], force=settings.force)
+    if settings.output is not None and settings.output == settings.png:
+        raise SettingError(f"--output and --png both name {settings.png}; name two files")
     if settings.png is not None:
         check_plotting()
     llm = load_model(load if load.ctx is not None else replace(load, ctx=needed))
@@ -82,8 +86,3 @@ def _named(plans: Sequence[str]) -> dict[str, str]:
             )
         named[name] = plan
     return named
-
-
-def _check_writable(path: Path | None) -> None:
-    if path is not None and not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
-        raise SettingError(f"output '{path}': its folder does not exist or cannot be written; name another one")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import click
 
 from slimrt.errors import SettingError
 from slimrt.explain.report import explain
+from slimrt.output import check_output, write_atomically
 from slimrt.terminal.guard import note
 from slimrt.terminal.loading import load_model
 from slimrt.terminal.options import LoadSettings
@@ -19,13 +19,14 @@ from slimrt.terminal.text_input import checked_argument, join_document, read_doc
 __all__ = ["explain_prompt"]
 
 
-def explain_prompt(file: Path, question: str, output: Path, load: LoadSettings, *, plain: bool, as_json: bool) -> None:
+def explain_prompt(
+    file: Path, question: str, output: Path, load: LoadSettings, *, plain: bool, force: bool, as_json: bool
+) -> None:
     """Read ``file`` and the question as ``generate`` does, write the page ``output``, print the summary."""
     # Whatever can be refused is refused before the model is loaded.
     if not checked_argument(question, "--question").strip():
         raise SettingError("--question: no text in it; ask something, for pruning keeps what the question needs")
-    if not (output.parent.is_dir() and os.access(output.parent, os.W_OK)):
-        raise SettingError(f"output '{output}': its folder does not exist or cannot be written; name another one")
+    check_output(output, sources=[file], force=force)
     prompt = join_document(read_document(file, size_limit(load.ctx)), question)
     llm = load_model(load)
     plain = plain or (load.chat_template is None and llm.tokenizer.chat_template is None)
@@ -34,7 +35,6 @@ def explain_prompt(file: Path, question: str, output: Path, load: LoadSettings, 
         seen = explain(llm, ids, question=question, progress=progress)
 
     from slimrt.explain.page import html_page
-    from slimrt.output import write_atomically
 
     write_atomically(output, html_page(seen).encode())
     if as_json:

@@ -119,23 +119,25 @@ def list_models(*, as_json: bool) -> None:
         click.echo("no models yet; 'slimrt pull' fetches the default one", err=True)
 
 
-def convert(source: Path, target: Path, kind: str, *, as_json: bool) -> None:
+def convert(source: Path, target: Path, kind: str, *, force: bool, as_json: bool) -> None:
     """A checkpoint folder to GGUF."""
     from slimrt.convert import convert_checkpoint
 
-    _write("converting", convert_checkpoint, source, target, kind, as_json)
+    _write("converting", convert_checkpoint, source, target, kind, force, as_json)
 
 
-def quantize(source: Path, target: Path, kind: str, *, as_json: bool) -> None:
+def quantize(source: Path, target: Path, kind: str, *, force: bool, as_json: bool) -> None:
     """A GGUF file to another type."""
     from slimrt.convert import quantize_file
 
-    _write("quantising", quantize_file, source, target, kind, as_json)
+    _write("quantising", quantize_file, source, target, kind, force, as_json)
 
 
-def _write(label: str, work: Callable[..., None], source: Path, target: Path, kind: str, as_json: bool) -> None:
+def _write(
+    label: str, work: Callable[..., None], source: Path, target: Path, kind: str, force: bool, as_json: bool
+) -> None:
     with progress_bar(label, unit="bytes") as progress:
-        work(source, target, kind, progress)
+        work(source, target, kind, progress, force=force)
     size = target.stat().st_size
     if as_json:
         _json({"source": str(source), "path": str(target), "type": kind, "bytes": size})

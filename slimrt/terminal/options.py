@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from slimrt import paths
 from slimrt.config import SamplingConfig, parse_size
 from slimrt.errors import SettingError
 
@@ -25,14 +26,15 @@ __all__ = [
     "ctx_option",
     "device_option",
     "file_option",
+    "force_option",
     "json_option",
     "kv_budget_option",
     "load_options",
     "model_option",
-    "output_path",
     "repeats_option",
     "shape_option",
     "threads_option",
+    "user_path",
 ]
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -79,6 +81,18 @@ class Size(click.ParamType):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         try:
             return parse_size(value)
+        except SettingError as error:
+            self.fail(str(error), param, ctx)
+
+
+class UserPath(click.ParamType):
+    """A path, with ~ for the user's folder where the shell left it (as in --file=~/x)."""
+
+    name = "path"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        try:
+            return paths.user_path(value)
         except SettingError as error:
             self.fail(str(error), param, ctx)
 
@@ -143,7 +157,8 @@ shape_option = click.option(
     help="Whose sizes.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout and nothing else there.")
-output_path = click.Path(path_type=Path, dir_okay=False)
+force_option = click.option("--force", is_flag=True, help="Replace files that are there already.")
+user_path = UserPath()
 
 
 def repeats_option(default: int) -> Decorator[Any]:
@@ -155,7 +170,7 @@ def repeats_option(default: int) -> Decorator[Any]:
 
 def file_option(text: str) -> Decorator[Any]:
     """``--file/-f``; its content is UTF-8 text."""
-    return click.option("--file", "-f", "file", type=click.Path(path_type=Path), metavar="FILE", help=text)
+    return click.option("--file", "-f", "file", type=user_path, metavar="FILE", help=text)
 
 
 def load_options(command: Command) -> Command:

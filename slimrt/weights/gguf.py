@@ -25,6 +25,7 @@ import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
 from slimrt.errors import ModelFileError
+from slimrt.paths import user_path
 
 __all__ = ["GGUFFile", "TensorInfo"]
 
@@ -75,20 +76,22 @@ class GGUFFile:
     """A GGUF model, in one file or several (``name-00001-of-000NN.gguf``), mapped read-only.
 
     ``metadata`` maps keys to int, float, bool, str, NumPy arrays (numeric arrays) or lists (strings, nested arrays).
-    ``tensors`` maps names to :class:`TensorInfo`, in file order.
+    ``tensors`` maps names to :class:`TensorInfo`, in file order. ``paths``: the files, first part first.
 
     Raises :class:`ModelFileError` for anything that is not a complete, consistent file.
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = user_path(path)
         first = _Part(self.path)
+        self.paths = [self.path]
         self.version = first.version
         self.metadata: dict[str, Any] = first.metadata
         self.tensors: dict[str, TensorInfo] = dict(first.tensors)
         self.file_size = first.size
         for number, other in enumerate(self._other_parts(), 1):
             part = _Part(other)
+            self.paths.append(other)
             self.file_size += part.size
             claim = part.metadata.get("split.no", number)
             if not isinstance(claim, int) or claim != number:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import struct
 from collections.abc import Callable
@@ -11,12 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from convert_cases import checkpoint, edit_json, read_header, write_safetensors
+from gguf import GGUFWriter
 from hypothesis import given
 from hypothesis import strategies as st
 
 from slimrt.convert import convert_checkpoint, quantize_file
 from slimrt.convert.safetensors_reader import read_safetensors
-from slimrt.errors import FetchError, ModelFileError, SettingError, SlimrtError
+from slimrt.errors import ModelFileError, OutputError, SettingError, SlimrtError
 
 WEIGHTS = "model.safetensors"
 NORM = "model.norm.weight"
@@ -59,6 +61,16 @@ def _tokenizer(**changes: object) -> Callable[[Path], object]:
     return lambda folder: edit_json(folder / "tokenizer.json", **changes)
 
 
+def _pipe(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+
+
+def _sparse(path: Path) -> None:
+    with path.open("wb") as file:
+        file.truncate(1 << 40)
+
+
 # hf-llama-linear, float32, one shard, tokenizer.json: what is done to it, and what the error must say.
 BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "no config": (lambda f: (f / "config.json").unlink(), r"neither config.json .* nor params.json"),
@@ -68,7 +80,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "text for a number": (_config(hidden_size="32"), r"'hidden_size' is '32'; it must be a number"),
     "fraction": (_config(num_hidden_layers=2.5), r"'num_hidden_layers' is 2.5; it must be a whole number"),
     "text for a flag": (_config(tie_word_embeddings="no"), r"'tie_word_embeddings' is 'no'; it must be true or false"),
-    "no architecture": (_config(architectures=...), r"architecture 'None'; LlamaForCausalLM"),
+    "no architecture": (_config(architectures=...), r"architecture 'None'; slimrt converts and runs LlamaForCausalLM"),
     "unknown architecture": (_config(architectures=["GPT2LMHeadModel"]), r"architecture 'GPT2LMHeadModel'"),
     "absurd layers": (_config(num_hidden_layers=2_000_000_000), r"2000000000 layers need at least"),
     "more layers than there are": (_config(num_hidden_layers=3), r"3 layers need at least 27 tensors"),
@@ -88,8 +100,8 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "weights truncated": (_truncate(WEIGHTS, 100_000), r"claims bytes .* the file is truncated"),
     "header truncated": (_truncate(WEIGHTS, 500), r"the header should have \d+; the file is truncated"),
     "header absurd": (lambda f: (f / WEIGHTS).write_bytes(b"\xff" * 64), r"should have 18446744073709551615"),
-    "header not JSON": (lambda f: write_safetensors(f / WEIGHTS, "{,}", b""), r"the header is not valid"),
-    "header nested": (lambda f: write_safetensors(f / WEIGHTS, "[" * 99_999, b""), r"the header is not valid"),
+    "header not JSON": (lambda f: write_safetensors(f / WEIGHTS, "{,}", b""), r"the header: not valid JSON"),
+    "header nested": (lambda f: write_safetensors(f / WEIGHTS, "[" * 99_999, b""), r"the header: not valid JSON"),
     "header a list": (lambda f: write_safetensors(f / WEIGHTS, "[]", b""), r"the header is not a JSON object"),
     "tensor twice": (_duplicate_key, r"'model.norm.weight' occurs twice"),
     "offset outside": (_entry(NORM, data_offsets=[10**15, 10**15 + 128]), r"claims bytes 1000000000000000"),
@@ -97,6 +109,29 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "shape absurd": (_entry(NORM, shape=[1 << 62]), r"they must hold it exactly"),
     "shape wrong": (_entry("lm_head.weight", shape=[32, 384]), r"output.weight has shape \(32, 384\).*\(384, 32\)"),
     "shape true": (_entry(NORM, shape=[True]), r"has shape \[True\]"),
+    "type a list": (_entry(NORM, dtype=[]), r"has type \[\]; F64, F32, F16, BF16"),
+    "license a list of numbers": (
+        lambda f: (f / "README.md").write_text("---\nlicense: [1]\n---\n"),
+        r"README.md",
+    ),
+    "model card nested": (lambda f: (f / "README.md").write_text("---\na: " + "[" * 5000 + "\n---\n"), r"README.md"),
+    "model card absurd": (lambda f: _sparse(f / "README.md"), r"README.md: \d+ bytes; such a file has at most"),
+    "model card a pipe": (lambda f: os.mkfifo(f / "README.md"), r"README.md: not a regular file"),
+    "generation config a pipe": (lambda f: _pipe(f / "generation_config.json"), r"not a regular file"),
+    "config a pipe": (lambda f: _pipe(f / "config.json"), r"config.json: not a regular file"),
+    "config absurd": (lambda f: _sparse(f / "config.json"), r"config.json: \d+ bytes; such a file has at most"),
+    "weights a pipe": (lambda f: _pipe(f / WEIGHTS), r"model.safetensors: not a regular file"),
+    "tokenizer a pipe": (lambda f: _pipe(f / "tokenizer.json"), r"tokenizer.json: not a regular file"),
+    "tokenizer.model a pipe": (lambda f: os.mkfifo(f / "tokenizer.model"), r"tokenizer.model: not a regular file"),
+    "tokenizer.model absurd": (lambda f: _sparse(f / "tokenizer.model"), r"tokenizer.model: \d+ bytes; such a file"),
+    "tokenizer of brackets": (
+        lambda f: (f / "tokenizer.json").write_bytes(b"[" + b"[]," * 2_100_000 + b"1]"),
+        r"tokenizer.json: 2100001 arrays and objects; a checkpoint has at most",
+    ),
+    "template a pipe": (
+        lambda f: os.mkfifo(f / "chat_template.jinja") or edit_json(f / "tokenizer_config.json", chat_template=None),
+        r"chat_template.jinja: not a regular file",
+    ),
     "type unknown": (_entry(NORM, dtype="F8_E4M3"), r"has type F8_E4M3; F64, F32, F16, BF16"),
     "entry a number": (lambda f: _edit_header(f, lambda h: h.update({NORM: 1})), r"lacks dtype, shape or data_offsets"),
     "tensor missing": (
@@ -214,19 +249,76 @@ def test_bad_names(tmp_path: Path) -> None:
     good = checkpoint("hf-qwen2")
     with pytest.raises(SettingError, match="type 'q3_k': must be one of f32, f16, bf16, q8_0"):
         convert_checkpoint(good, tmp_path / "m.gguf", "q3_k")
-    with pytest.raises(FetchError, match="a folder; the result is one file"):
+    with pytest.raises(OutputError, match="a folder; the result is one file"):
         convert_checkpoint(good, tmp_path)
-    with pytest.raises(FetchError, match=r"the folder .* does not exist; create it first"):
+    with pytest.raises(OutputError, match=r"the folder .* does not exist; create it first"):
         convert_checkpoint(good, tmp_path / "missing" / "m.gguf")
     with pytest.raises(ModelFileError, match="does not exist; name a folder with"):
         convert_checkpoint(tmp_path / "missing", tmp_path / "m.gguf")
     with pytest.raises(ModelFileError, match="is a file; name a folder with"):
         convert_checkpoint(good / "config.json", tmp_path / "m.gguf")
-    convert_checkpoint(good, tmp_path / "m.gguf")
-    before = (tmp_path / "m.gguf").read_bytes()
-    with pytest.raises(FetchError, match="source and result are the same file"):
-        quantize_file(tmp_path / "m.gguf", tmp_path / "m.gguf", "q8_0")
-    assert (tmp_path / "m.gguf").read_bytes() == before
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_sources_are_never_replaced(force: bool, tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(checkpoint("hf-qwen2"), folder)
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    for path in before:
+        with pytest.raises(OutputError, match="source and result are the same file"):
+            convert_checkpoint(folder, path, force=force)
+    convert_checkpoint(folder, folder / "00001.gguf")
+    shutil.copy(folder / "00001.gguf", tmp_path / "m.gguf")
+    (tmp_path / "link.gguf").symlink_to("m.gguf")
+    for target in ("m.gguf", "link.gguf"):
+        with pytest.raises(OutputError, match="source and result are the same file"):
+            quantize_file(tmp_path / "m.gguf", tmp_path / target, "q8_0", force=force)
+    assert (tmp_path / "m.gguf").read_bytes() == (folder / "00001.gguf").read_bytes()
+    assert all(path.read_bytes() == content for path, content in before.items())
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_another_part_of_a_split_source_is_never_replaced(force: bool, tmp_path: Path) -> None:
+    first, second = (tmp_path / f"m-0000{number}-of-00002.gguf" for number in (1, 2))
+    for path, names in ((first, ("a.weight", "b.weight")), (second, ("c.weight",))):
+        writer = GGUFWriter(path, "llama")
+        writer.add_uint16("split.no", int(path is second))
+        writer.add_uint16("split.count", 2)
+        for name in names:
+            writer.add_tensor(name, np.ones((2, 32), np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    before = second.read_bytes()
+    with pytest.raises(OutputError, match="source and result are the same file"):
+        quantize_file(first, second, "q8_0", force=force)
+    assert second.read_bytes() == before
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_what_is_no_regular_file_is_never_replaced(force: bool, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "null").symlink_to("/dev/null")
+    for name in ("pipe", "null"):
+        with pytest.raises(OutputError, match="a device or a pipe"):
+            convert_checkpoint(checkpoint("hf-qwen2"), tmp_path / name, force=force)
+
+
+def test_results_are_replaced_when_asked_to(tmp_path: Path) -> None:
+    target = tmp_path / "m.gguf"
+    convert_checkpoint(checkpoint("hf-qwen2"), target, "f32")
+    before = target.read_bytes()
+    for write in (convert_checkpoint, quantize_file):
+        source = checkpoint("hf-qwen2") if write is convert_checkpoint else tmp_path / "source.gguf"
+        if write is quantize_file:
+            shutil.copy(target, source)
+        with pytest.raises(OutputError, match=r"exists already; .* --force"):
+            write(source, target, "f16")
+        assert target.read_bytes() == before
+        write(source, target, "f16", force=True)
+        assert target.read_bytes() != before
+        convert_checkpoint(checkpoint("hf-qwen2"), target, "f32", force=True)
 
 
 ORIGINAL = (checkpoint("hf-qwen2") / WEIGHTS).read_bytes()

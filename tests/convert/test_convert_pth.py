@@ -5,6 +5,9 @@ from __future__ import annotations
 import io
 import pickle
 import shutil
+import struct
+import subprocess
+import sys
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -143,7 +146,7 @@ def test_a_handmade_file_is_read(tmp_path: Path) -> None:
         (_tensor_bytes(first=-1), r"a malformed tensor"),
         (_tensor_bytes(shape=5), r"data.pkl is corrupt"),
         (_pickled({"x": 1}), r"'x' is a int; a tensor is expected"),
-        (_pickled({1: 1}), r"key '1' is not a name"),
+        (_pickled({1: 1}), r"a key is a int, not a name"),
         (_pickled([1]), r"holds a list; a dictionary of tensors"),
         (_pickled({}), r"holds a dict; a dictionary of tensors"),
         (b"\x80\x02r\xff\xff\xff\xff.", r"data.pkl is corrupt"),  # LONG_BINPUT at 2**32 - 1
@@ -156,6 +159,43 @@ def test_bad_descriptions(pickled: bytes, message: str, tmp_path: Path) -> None:
     with pytest.raises(ModelFileError, match=message) as caught:
         read_pth(path)
     assert "\n" not in str(caught.value)
+
+
+def _doubled(levels: int) -> bytes:
+    """A tuple of two equal tuples, and so on: 2**levels leaves in 7 bytes a level."""
+    code = b"K\x01"
+    for level in range(levels):
+        code += b"r" + struct.pack("<I", level) + b"0" + (b"j" + struct.pack("<I", level)) * 2 + b"\x86"
+    return code
+
+
+@pytest.mark.parametrize(
+    "pickled",
+    [
+        b"\x80\x02}" + _doubled(60) + b"K\x01s.",  # as a key
+        b"\x80\x02(ctorch\nFloatStorage\n".replace(b"(c", b"}X\x01\x00\x00\x00x(X\x07\x00\x00\x00storagec")
+        + _doubled(60)
+        + b"X\x03\x00\x00\x00cpuK\x04tQs.",  # as the name of a storage
+        b"\x80\x02}X\x01\x00\x00\x00x" + _doubled(60) + b"s.",  # as a tensor
+    ],
+)
+def test_shared_tuples_are_refused_at_once(pickled: bytes, tmp_path: Path) -> None:
+    """In a process of its own: neither hashing nor printing 2**60 leaves ends, or can be interrupted."""
+    path = _archive(tmp_path / "a.pth", {"a/data.pkl": pickled, "a/data/0": bytes(16)})
+    script = (
+        "import sys; from pathlib import Path; from slimrt.convert.pth_reader import read_pth\n"
+        "try: read_pth(Path(sys.argv[1]))\n"
+        "except ValueError as error: print(type(error).__name__, error)"
+    )
+    run = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, text=True, timeout=30)
+    assert run.stdout.startswith("ModelFileError") and not run.stderr
+
+
+def test_a_refused_global_is_named_as_such(tmp_path: Path) -> None:
+    path = _archive(tmp_path / "a.pth", {"a/data.pkl": _pickled({"x": EVIL["os.system"]})})
+    with pytest.raises(ModelFileError) as caught:
+        read_pth(path)
+    assert "zip" not in str(caught.value)
 
 
 def test_bad_archives(tmp_path: Path) -> None:

@@ -114,7 +114,7 @@ def test_bad_sources(tmp_path: Path) -> None:
         assert sorted(path.name for path in tmp_path.iterdir()) == ["source.gguf"]
 
     write("gpt2", np.ones((2, 32), np.float32))
-    refused("architecture 'gpt2'; llama, qwen2 can be quantised")
+    refused("architecture 'gpt2'; models that slimrt runs can be quantised: llama, qwen2")
     write("llama", np.full((2, 32), np.nan, np.float32))
     refused("tensor 'blk.0.attn_q.weight': row 0 holds NaN")
     refused("type 'q2_k': must be one of f32", "q2_k")

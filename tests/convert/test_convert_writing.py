@@ -14,7 +14,7 @@ import pytest
 from convert_cases import checkpoint
 
 from slimrt.convert import convert_checkpoint
-from slimrt.errors import FetchError
+from slimrt.errors import OutputError
 from slimrt.weights.gguf import GGUFFile
 
 
@@ -28,9 +28,9 @@ def test_an_existing_file_is_replaced_only_by_a_complete_one(tmp_path: Path) -> 
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        convert_checkpoint(checkpoint("hf-qwen2"), target, "f16", interrupt)
+        convert_checkpoint(checkpoint("hf-qwen2"), target, "f16", interrupt, force=True)
     assert target.read_bytes() == b"old" and list(tmp_path.iterdir()) == [target]
-    convert_checkpoint(checkpoint("hf-qwen2"), target, "f16")
+    convert_checkpoint(checkpoint("hf-qwen2"), target, "f16", force=True)
     assert GGUFFile(target).tensors and list(tmp_path.iterdir()) == [target]
 
 
@@ -45,22 +45,38 @@ def test_a_killed_run_leaves_no_model_and_the_next_run_cleans_up(tmp_path: Path)
     killed = subprocess.run([sys.executable, "-c", script, str(checkpoint("hf-qwen2")), str(target)], timeout=60)
     assert killed.returncode == -signal.SIGKILL
     (leftover,) = tmp_path.iterdir()
-    assert leftover.name.startswith("model [1].gguf.") and leftover.suffix == ".part"
-    unrelated = tmp_path / "other.gguf.0123abcd.part"
+    assert leftover.name.startswith(".model [1].gguf.") and leftover.suffix == ".part"
+    unrelated = tmp_path / ".other.gguf.0123abcd.part"
     unrelated.touch()
     convert_checkpoint(checkpoint("hf-qwen2"), target, "f16")
     assert set(tmp_path.iterdir()) == {target, unrelated}
+
+
+def test_two_runs_with_one_target_leave_each_other_alone(tmp_path: Path) -> None:
+    """The second run starts, and ends, while the first one is half-way."""
+    target = tmp_path / "model.gguf"
+    calls = 0
+
+    def second(done: int, total: int, what: str) -> None:
+        nonlocal calls
+        if calls == 0 and done > total // 2:
+            calls += 1
+            convert_checkpoint(checkpoint("hf-qwen2"), target, "f32")
+
+    convert_checkpoint(checkpoint("hf-qwen2"), target, "f16", second)
+    assert calls == 1 and GGUFFile(target).metadata["general.file_type"] == 1  # the first run's
+    assert list(tmp_path.iterdir()) == [target]
 
 
 def test_a_disk_that_fills_up(tmp_path: Path) -> None:
     """A limit on the file size gives the error that a full disk gives, in the middle of the tensors."""
     script = (
         "import resource, signal, sys; from pathlib import Path\n"
-        "from slimrt.convert import convert_checkpoint; from slimrt.errors import FetchError\n"
+        "from slimrt.convert import convert_checkpoint; from slimrt.errors import OutputError\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))\n"
         "try: convert_checkpoint(Path(sys.argv[1]), Path(sys.argv[2]), 'f32')\n"
-        "except FetchError as error: print(error)"
+        "except OutputError as error: print(error)"
     )
     target = tmp_path / "model.gguf"
     arguments = [sys.executable, "-c", script, str(checkpoint("hf-qwen2")), str(target)]
@@ -73,7 +89,7 @@ def test_a_disk_that_fills_up(tmp_path: Path) -> None:
 
 def test_a_full_disk_is_noticed_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000}))
-    with pytest.raises(FetchError, match=r"needs 0.00 GB and the disk has 0.00 GB left; free some space"):
+    with pytest.raises(OutputError, match=r"needs 0.00 GB and the disk has 0.00 GB left; free some space"):
         convert_checkpoint(checkpoint("hf-qwen2"), tmp_path / "model.gguf")
     assert list(tmp_path.iterdir()) == []
 
@@ -81,7 +97,7 @@ def test_a_full_disk_is_noticed_before_writing(tmp_path: Path, monkeypatch: pyte
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_an_unwritable_folder(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
-    with pytest.raises(FetchError, match=r"cannot be written \(Permission denied\)"):
+    with pytest.raises(OutputError, match=r"cannot be written \(Permission denied\)"):
         convert_checkpoint(checkpoint("hf-qwen2"), tmp_path / "model.gguf")
 
 
