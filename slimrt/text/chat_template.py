@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
-import jinja2
-
 from slimrt.errors import SettingError
-from slimrt.text.sandbox import BUDGET, Budget, BudgetError, ChatEnvironment, RefusalError
+from slimrt.text.template_process import render_apart
 
 if TYPE_CHECKING:
     from slimrt.text.tokenizer import Tokenizer
@@ -69,11 +66,6 @@ BUILTIN_TEMPLATES: Mapping[str, str] = {
 }
 
 
-@cache
-def _environment() -> ChatEnvironment:
-    return ChatEnvironment()
-
-
 class ChatTemplate:
     """One model's way to write a conversation down. ``source`` is the template, ``name`` a built-in's or ""."""
 
@@ -93,14 +85,7 @@ class ChatTemplate:
             raise SettingError(
                 f"the chat template has {len(self.source)} characters, the limit is {_MAX_SOURCE}; {_REMEDY}"
             )
-        try:
-            self._template = _environment().bounded(self.source)
-        except jinja2.TemplateSyntaxError as error:
-            raise SettingError(
-                f"the chat template is broken in line {error.lineno}: {_short(error)}; {_REMEDY}"
-            ) from error
-        except (SyntaxError, RecursionError, MemoryError, ValueError, OverflowError) as error:
-            raise SettingError(f"the chat template does not compile: {_short(error)}; {_REMEDY}") from error
+        self._run(None)
 
     @classmethod
     def from_tokenizer(cls, tokenizer: Tokenizer, source: str | None = None) -> ChatTemplate:
@@ -132,18 +117,26 @@ class ChatTemplate:
         template that fails on them, and one that takes absurd time or space.
         """
         checked = [_checked(number, message) for number, message in enumerate(_listed(messages))]
-        size = sum(len(str(value)) for message in checked for value in message.values())
         variables = {**self._variables, **extra, "messages": checked, "add_generation_prompt": add_generation_prompt}
-        try:
-            return self._template.render(variables | {BUDGET: Budget(size)})
-        except RefusalError as error:
-            raise SettingError(f"the chat template refuses these messages: {_short(error)}") from error
-        except BudgetError as error:
-            raise SettingError(f"the chat template is stopped: {_short(error)}; {_REMEDY}") from error
-        # The template is a program of unknown origin: any error of Python's operations may come out of it.
-        except Exception as error:
-            reason = f"{type(error).__name__}: {_short(error)}"
-            raise SettingError(f"the chat template fails ({reason}); check the messages, or {_REMEDY}") from error
+        return self._run(variables)
+
+    def _run(self, variables: Mapping[str, Any] | None) -> str:
+        """The text for ``variables``; None only compiles. Raises SettingError."""
+        answer = render_apart(self.source, variables)
+        if "text" in answer:
+            return answer["text"]
+        kind, why = answer["problem"], _short(answer["why"])
+        raise SettingError(
+            {
+                "syntax": f"the chat template is broken in line {answer.get('line')}: {why}; {_REMEDY}",
+                "compile": f"the chat template does not compile: {why}; {_REMEDY}",
+                "refused": f"the chat template refuses these messages: {why}",
+                "failed": f"the chat template fails ({why}); check the messages, or {_REMEDY}",
+                "stopped": f"the chat template is stopped: {why}; {_REMEDY}",
+                "memory": f"the chat template is stopped: it takes more memory than any chat needs; {_REMEDY}",
+                "ended": f"the chat template is stopped: {why}; {_REMEDY}",
+            }[kind]
+        )
 
 
 def _listed(messages: Any) -> Sequence[Any]:

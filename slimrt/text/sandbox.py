@@ -4,6 +4,8 @@ Jinja's own sandbox keeps a template away from Python's internals, but not from 
 nested loops, ``'a' * 10**10`` or a string that is doubled forty times hang the program. Here every loop pass, call and
 produced value draws on a budget, operations that multiply (``*``, ``**``, ``%``, replace, join, format, indent) are
 priced before they run, and only those filters and string methods exist that chat templates use and whose cost is known.
+That gives the usual excesses a reason and ends them soon; the limits that hold in any case are those of the process
+that all of this runs in, see ``template_worker``.
 """
 
 from __future__ import annotations
@@ -78,6 +80,8 @@ class Budget:
         self._end = time.thread_time() + _SECONDS
 
     def spend(self, units: int) -> None:
+        if units < 0:  # a template that reached the weaver's own filters by way of map()
+            raise BudgetError("it gives itself a larger budget")
         self._left -= units
         if self._left < 0:
             raise BudgetError("it loops or writes far more than these messages call for")

@@ -7,6 +7,8 @@ from __future__ import annotations
 import json
 import re
 import resource
+import subprocess
+import sys
 import time
 from datetime import datetime
 from pathlib import Path
@@ -224,6 +226,44 @@ HARM = {
     "bad: globals": "{{ raise_exception.__globals__ }}{{ namespace.__init__.__globals__['os'] }}",
     "bad: include": "{% include '/etc/passwd' %}",
 }  # fmt: skip
+
+
+# What the budget does not see, or saw too late: the limits of the process end it.
+ESCAPES = {
+    "budget switched off": "{% set x=[-(10**15)]|map('budget:step')|list %}{{ ('a'*(6*10**9))|length }}",
+    "shared attributes": "{% set n=namespace(x='a'*10000000) %}{{ ([n]*700)|map(attribute='x')|map('upper')|list|length }}",
+    "sort by attribute": "{% set n=namespace(x='a'*10000000) %}{{ ([n]*700)|sort(attribute='x')|list|length }}",
+    "group by attribute": "{% set n=namespace(x='a'*10000000) %}{{ ([n]*700)|groupby('x')|list|length }}",
+    "indent of carriage returns": "{{ ('\r'*100000)|indent('x'*30000,blank=true) }}",
+    "one list many times": "{{ ('%(a)s'*3000) % {'a': range(100000)|list} }}",
+    "reverse search": "{{ ('a'*8000000).rfind('ab'+'a'*4000000) }}",
+    "quadratic pattern": "{{ ('%(' * 120000) % 1 }}",
+    "long division": "{{ (('f'*1600000)|int(0,16)) // (('f'*800000)|int(0,16)) }}",
+    "search in each": "{{ ([n]*100000)|selectattr('x','in','a'*10000001)|list }}",
+}  # fmt: skip
+ESCAPES["search in each"] = "{% set n=namespace(x='a'*10000000) %}" + ESCAPES["search in each"]
+
+
+@pytest.mark.parametrize("name", ESCAPES)
+def test_templates_that_escape_their_budget_meet_a_limit(name: str) -> None:
+    """In a process of their own each, whose children's memory and time the system counts."""
+    script = (
+        "import resource, sys, time; from slimrt.errors import SettingError\n"
+        "from slimrt import ChatTemplate\n"
+        "template = ChatTemplate(sys.argv[1])\n"
+        "try: template.render([{'role': 'user', 'content': 'Hello'}])\n"
+        "except SettingError as error: print(str(error))\n"
+        "assert ChatTemplate('chatml').render([{'role': 'user', 'content': 'x'}])  # and the next one is served\n"
+        "from slimrt.text import template_process; template_process._shared.close()\n"
+        "used = resource.getrusage(resource.RUSAGE_CHILDREN); print(used.ru_utime, used.ru_maxrss)"
+    )
+    command = [sys.executable, "-c", script, ESCAPES[name]]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert run.stderr == ""
+    message, used = run.stdout.splitlines()
+    seconds, kib = map(float, used.split())
+    assert "the chat template is stopped: " in message
+    assert seconds < 6 and kib < 500_000
 
 
 @pytest.mark.parametrize("name", HARM)
