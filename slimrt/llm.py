@@ -348,13 +348,8 @@ class LLM:
         return self._template
 
     def chat_tokens(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        """``messages`` as the model reads them: rendered, then tokenised with control tokens."""
-        text = self.chat_template.render(messages)
-        tokens = self.tokenizer
-        begin = tokens.token_text(tokens.bos_id) if tokens.bos_id is not None else ""
-        # A template that writes the begin token itself must not get a second one.
-        written = bool(begin) and text.startswith(begin)
-        return tokens.encode(text, special=True, add_bos=False if written else None)
+        """``messages`` as the model reads them; control tokens count in the chat template, and are text in messages."""
+        return self.chat_template.tokens(messages, self.tokenizer)
 
     # -- conversations -----------------------------------------------------------------------------------------------
 

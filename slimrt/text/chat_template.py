@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from slimrt.errors import SettingError
@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 __all__ = ["BUILTIN_TEMPLATES", "ChatTemplate"]
 
+_Change = Callable[[str, bool], str]
+_MARKS = tuple(map(chr, range(0xFDD0, 0xFDF0)))  # noncharacters, which no text has a use for
 _MAX_SOURCE = 1 << 18  # the longest known template has 17,000 characters
 _REMEDY = "give one with chat_template= (--chat-template), as a Jinja template or a name"
 
@@ -116,13 +118,59 @@ class ChatTemplate:
         Raises SettingError for malformed messages, messages that the template refuses (such as an unknown role), a
         template that fails on them, and one that takes absurd time or space.
         """
-        checked = [_checked(number, message) for number, message in enumerate(_listed(messages))]
-        variables = {**self._variables, **extra, "messages": checked, "add_generation_prompt": add_generation_prompt}
-        return self._run(variables)
+        return self._rendered(messages, lambda text, whole: text, add_generation_prompt, extra)
 
-    def _run(self, variables: Mapping[str, Any] | None) -> str:
+    def tokens(
+        self, messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, *, add_generation_prompt: bool = True,
+        **extra: Any,
+    ) -> list[int]:  # fmt: skip
+        """The prompt as token ids: control tokens that the template writes count, those in the messages are text.
+
+        A user who writes ``<|im_end|>`` thus ends nothing. Arguments and errors as for ``render``, and TokenizerError.
+        """
+        held = [self.source, *filter(None, self._variables.values())]
+
+        def collect(text: str, whole: bool) -> str:
+            held.append(text)
+            return text
+
+        self._given(messages, extra, collect)
+        mark = next((char for char in _MARKS if not any(char in text for text in held)), None)
+        if mark is None:
+            raise SettingError("messages hold all 32 noncharacters U+FDD0 to U+FDEF; they are no text; leave them out")
+        text = self._rendered(
+            messages, lambda text, whole: tokenizer.mark_control(text, mark, whole=whole), add_generation_prompt, extra
+        )
+        begin = tokenizer.token_text(tokenizer.bos_id) if tokenizer.bos_id is not None else ""
+        # A template that writes the begin token itself must not get a second one.
+        written = bool(begin) and text.startswith(begin)
+        return tokenizer.encode(text, special=True, add_bos=False if written else None, literal=mark)
+
+    def _rendered(
+        self, messages: Sequence[Mapping[str, Any]], change: _Change, add_generation_prompt: bool, extra: dict[str, Any]
+    ) -> str:
+        given = self._given(messages, extra, change)
+        return self._run({**self._variables, **given, "add_generation_prompt": bool(add_generation_prompt)})
+
+    @staticmethod
+    def _given(messages: Sequence[Mapping[str, Any]], extra: dict[str, Any], change: _Change) -> dict[str, Any]:
+        """What the caller gives to the template, checked, as plain data with every text changed."""
+        checked = [_checked(number, message) for number, message in enumerate(_listed(messages))]
+        try:
+            return _plain(extra, change) | {
+                "messages": [
+                    {str(key): _plain(value, change, whole=key == "role") for key, value in message.items()}
+                    for message in checked
+                ]
+            }
+        except RecursionError:
+            raise SettingError("messages are nested too deeply; a message holds texts, lists and dicts") from None
+
+    def _run(self, variables: dict[str, Any] | None) -> str:
         """The text for ``variables``; None only compiles. Raises SettingError."""
-        answer = render_apart(self.source, variables)
+        messages = [] if variables is None else variables["messages"]
+        size = sum(len(str(value)) for message in messages for value in message.values())
+        answer = render_apart(self.source, variables, size)
         if "text" in answer:
             return answer["text"]
         kind, why = answer["problem"], _short(answer["why"])
@@ -137,6 +185,25 @@ class ChatTemplate:
                 "ended": f"the chat template is stopped: {why}; {_REMEDY}",
             }[kind]
         )
+
+
+def _plain(value: Any, change: _Change, *, whole: bool = False) -> Any:
+    """``value`` as JSON knows it, every text in it changed. ``whole``: the template may complete no token behind it."""
+    if isinstance(value, str):
+        return change(str(value), whole)
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, float):
+        return float(value)
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item, change) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item, change) for item in value]
+    raise SettingError(
+        f"messages hold a value of type {type(value).__name__}; a template takes texts, numbers, lists and dicts"
+    )
 
 
 def _listed(messages: Any) -> Sequence[Any]:

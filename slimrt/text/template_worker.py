@@ -4,13 +4,16 @@ A template is a program that comes with a model file, from anybody. Its budget (
 with a reason; whatever gets past the budget meets the limits of this process: memory and processor time, set anew for
 each rendering by the operating system where it can.
 
-A message is its length (8 bytes, little-endian) and so much JSON. A request holds ``source`` and ``variables`` (None:
-compile only); an answer holds ``text``, or ``problem`` (a kind) and ``why``.
+A request is its length (8 bytes, little-endian) and a marshalled (source, variables, characters): variables None only
+compiles, ``characters`` is how many the messages have, which the marshalled ones may share. An
+answer is a letter, a length and so many bytes: T and the text in UTF-8, or P and JSON with ``problem``, a kind, and
+``why``. Nothing that comes back is unmarshalled: what a template did to this process must not reach the other one.
 """
 
 from __future__ import annotations
 
 import json
+import marshal
 import signal
 import sys
 import time
@@ -20,12 +23,12 @@ if TYPE_CHECKING:
     import jinja2
 
 _MEMORY = 256 << 20  # bytes that a template may take beside what the process itself and its messages do
-_PER_BYTE = 24  # and for each byte of the messages: a request as bytes, text and objects, up to 4 bytes a character
+_PER_BYTE = 24  # and for each byte or character of the messages, of which there are copies of up to 4 bytes
 _SECONDS = 2  # of processor time, rounded up; the budget ends most excesses after one
 _BYTES_A_SECOND = 8 << 20  # and a second for so many bytes of messages
 _CACHED = 16  # compiled templates
 
-_Answer = dict[str, Any]
+_Answer = str | dict[str, Any]  # the text, or what went wrong
 
 
 class _Limits:
@@ -46,7 +49,7 @@ class _Limits:
             self._base = 0  # unknown: no limit can be set
 
     def apply(self, size: int) -> None:
-        """For a request of ``size`` bytes."""
+        """For a request of ``size`` bytes or characters."""
         if self._resource is None:
             return
         resource = self._resource
@@ -66,7 +69,7 @@ class _Renderer:
         self._environment = ChatEnvironment()
         self._compiled: dict[str, jinja2.Template] = {}
 
-    def answer(self, source: str, variables: dict[str, Any] | None, size: int) -> _Answer:
+    def answer(self, source: str, variables: dict[str, Any] | None, characters: int) -> _Answer:
         import jinja2
 
         from slimrt.text.sandbox import BUDGET, Budget, BudgetError, RefusalError
@@ -78,9 +81,9 @@ class _Renderer:
         except (SyntaxError, RecursionError, MemoryError, ValueError, OverflowError) as error:
             return {"problem": "compile", "why": str(error)}
         if variables is None:
-            return {"text": ""}
+            return ""
         try:
-            return {"text": template.render(variables | {BUDGET: Budget(size)})}
+            return template.render(variables | {BUDGET: Budget(characters)})
         except RefusalError as error:
             return {"problem": "refused", "why": str(error)}
         except BudgetError as error:
@@ -108,12 +111,14 @@ def serve(requests: BinaryIO, answers: BinaryIO) -> None:
         size = int.from_bytes(head, "little")
         limits.apply(size)
         try:
-            request = json.loads(requests.read(size))
-            answer = renderer.answer(request["source"], request["variables"], size)
-            raw = json.dumps(answer).encode()
+            source, variables, characters = marshal.loads(requests.read(size))
+            limits.apply(max(size, characters))
+            answer = renderer.answer(source, variables, characters)
+            kind = b"T" if isinstance(answer, str) else b"P"
+            raw = answer.encode(errors="surrogatepass") if isinstance(answer, str) else json.dumps(answer).encode()
         except MemoryError:
-            raw = b'{"problem": "memory", "why": ""}'
-        answers.write(len(raw).to_bytes(8, "little"))
+            kind, raw = b"P", b'{"problem": "memory", "why": ""}'
+        answers.write(kind + len(raw).to_bytes(8, "little"))
         answers.write(raw)
         answers.flush()
 

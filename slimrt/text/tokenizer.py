@@ -9,18 +9,16 @@ from __future__ import annotations
 import codecs
 import operator
 from collections.abc import Iterable
-from itertools import chain
 from typing import Protocol
 
 from slimrt.errors import ModelFileError, TokenizerError
 from slimrt.text.bpe import ByteLevelBPE
+from slimrt.text.special import SpecialTokens
 from slimrt.text.spm import SentencePieceBPE
 from slimrt.text.vocab import CONTROL, UNKNOWN, USER_DEFINED, Vocabulary
 from slimrt.weights.gguf import GGUFFile
 
 __all__ = ["StreamDecoder", "Tokenizer"]
-
-_BLANKS = " \t\n\v\f\r"  # isspace() in C
 
 
 class _Coder(Protocol):
@@ -44,11 +42,10 @@ class Tokenizer:
         self._vocab = vocab
         self._coder = coder
         self.space_prefix = space_prefix
-        self._strip_after_special = strip_after_special
         self._pieces: dict[int, bytes] = {}
-        special = [id for id, kind in enumerate(vocab.types) if kind in (CONTROL, UNKNOWN, USER_DEFINED)]
-        # Longest first, in bytes: where two overlap in a text the longer one is cut out.
-        self._special = sorted(special, key=lambda id: -len(vocab.tokens[id].encode()))
+        control = [id for id, kind in enumerate(vocab.types) if kind in (CONTROL, UNKNOWN)]
+        user = [id for id, kind in enumerate(vocab.types) if kind == USER_DEFINED]
+        self._special = SpecialTokens(vocab.tokens, control, user, strip=strip_after_special)
         self.vocab_size = len(vocab.tokens)
         self.bos_id, self.eos_id = vocab.bos_id, vocab.eos_id
         self.stop_ids = vocab.stop_ids
@@ -85,12 +82,15 @@ class Tokenizer:
             strip_after_special="phi-3" in name or "phi3" in name,
         )
 
-    def encode(self, text: str, *, special: bool = False, add_bos: bool | None = None) -> list[int]:
+    def encode(
+        self, text: str, *, special: bool = False, add_bos: bool | None = None, literal: str | None = None
+    ) -> list[int]:
         """The token ids of ``text``.
 
         ``special``: control tokens spelt in the text become those tokens; else they are text like any other.
-        ``add_bos``: None puts around the text what the model's metadata says (BOS in front, EOS behind); True puts BOS
-        in front, False nothing.
+        ``literal``: a character that takes this from the control token behind it, and is no part of the text; see
+        ``mark_control``. ``add_bos``: None puts around the text what the model's metadata says (BOS in front, EOS
+        behind); True puts BOS in front, False nothing.
 
         Raises TokenizerError for lone surrogates, for a character that the vocabulary cannot express, and for a BOS
         that the model does not have.
@@ -104,7 +104,7 @@ class Tokenizer:
                 )
             ids.append(self.bos_id)
         after_special = True  # the beginning counts as such
-        for part in self._cut_out_special(text, special):
+        for part in self._special.cut_out(text, control=special, literal=literal):
             if isinstance(part, int):
                 ids.append(part)
             else:
@@ -124,28 +124,13 @@ class Tokenizer:
                 "be valid Unicode; decode the input as UTF-8 with errors='replace'"
             ) from None
 
-    def _cut_out_special(self, text: str, special: bool) -> list[str | int]:
-        """``text`` as ids of special tokens and the texts between them, none of them empty."""
-        tokens, types = self._vocab.tokens, self._vocab.types
-        parts: list[str | int] = [text] if text else []
-        for id in self._special:
-            token = tokens[id]
-            if token not in text or not (special or types[id] == USER_DEFINED):
-                continue
-            cut = [[part] if isinstance(part, int) else self._cut(part, token, id) for part in parts]
-            parts = list(chain.from_iterable(cut))
-        return parts
+    def mark_control(self, text: str, mark: str, *, whole: bool = True) -> str:
+        """``text`` with the character ``mark`` in front of every control token that is spelt in it.
 
-    def _cut(self, text: str, token: str, id: int) -> list[str | int]:
-        strip = self._strip_after_special and token not in ("<unk>", "<s>", "<|endoftext|>")
-        first, *others = text.split(token)
-        parts: list[str | int] = [first] if first else []
-        for other in others:
-            parts.append(id)
-            other = other.lstrip(_BLANKS) if strip else other
-            if other:
-                parts.append(other)
-        return parts
+        ``encode(..., special=True, literal=mark)`` reads them as text, also as a part of a longer text. Not ``whole``:
+        what follows in that longer text might complete a control token, so one that is begun at the end is marked too.
+        """
+        return self._special.marked(text, mark, whole=whole)
 
     def decode(self, ids: Iterable[int], *, special: bool = False) -> str:
         """The text of ``ids``; bytes that are not valid UTF-8 become U+FFFD. Arguments as for :meth:`decode_bytes`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -275,8 +276,11 @@ def test_a_broken_off_calibration_goes_on_and_finds_the_same(llm: LLM, tmp_path:
     assert journal.resumed == 0
     with pytest.raises(KilledError):
         calibrate(llm, BOUNDS, tmp_path / "two", length=LENGTH, samples=8, seed=1, progress=kill)
-    with (tmp_path / "two").open("a") as file:
+    (unfinished,) = tmp_path.glob("two-*")
+    with unfinished.open("a") as file:
         file.write('{"sample": "recall')  # killed within a line
+    with pytest.raises(KilledError):  # other settings in between cost nothing
+        calibrate(llm, BOUNDS, tmp_path / "two", length=LENGTH, samples=8, seed=2, progress=kill)
     resumed, journal = calibrate(llm, BOUNDS, tmp_path / "two", length=LENGTH, samples=8, seed=1)
     assert journal.resumed == 60
     assert [one.plan for one in resumed.measured] == [one.plan for one in whole.measured]
@@ -295,6 +299,7 @@ def test_measurements_of_other_settings_are_not_taken_up(tmp_path: Path) -> None
     journal.add("recall #1", plan, {"kl": 0.5})
     assert Journal(tmp_path / "journal", {"seed": 1}).get("recall #1", plan) == {"kl": 0.5}
     assert Journal(tmp_path / "journal", {"seed": 2}).get("recall #1", plan) is None
+    assert Journal(tmp_path / "journal", {"seed": 1}).get("recall #1", plan) == {"kl": 0.5}
 
 
 # -- the command -------------------------------------------------------------------------------------------------------
@@ -319,6 +324,29 @@ def test_the_command_writes_presets_that_loading_takes(model: Path, llm: LLM) ->
         assert not list(model.parent.glob(".*journal"))
     finally:
         beside.unlink()
+
+
+def test_the_command_says_what_it_keeps_and_what_it_goes_on_with(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "mine.slim.json"
+    arguments = ["calibrate", str(model), "--length", str(LENGTH), "--samples", "8", "-o", str(target)]
+    add, limit = Journal.add, 5
+
+    def stopped(self: Journal, *entry: Any) -> None:
+        add(self, *entry)
+        if len(self) == limit:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Journal, "add", stopped)
+    result = CliRunner().invoke(cli, arguments)
+    assert result.exit_code == 130 and "5 measurements are kept; the same command goes on" in result.stderr
+    target.write_text("mine")
+    refused = CliRunner().invoke(cli, arguments)
+    assert refused.exit_code == 1 and "exists already" in refused.stderr and target.read_text() == "mine"
+    limit = 9
+    result = CliRunner().invoke(cli, [*arguments, "--force"])
+    assert "goes on after 5 measurements of an unfinished calibration" in result.stderr
 
 
 def test_no_plan_within_the_bounds_means_dense(model: Path, tmp_path: Path, llm: LLM) -> None:

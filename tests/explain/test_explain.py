@@ -308,6 +308,19 @@ def test_command(model: Path, files: Path) -> None:
     assert {path.name for path in files.iterdir()} == {"doc.txt", "plan.json", "latin.txt", "long.txt", "page.html"}
 
 
+def test_nothing_is_overwritten_unasked(model: Path, files: Path) -> None:
+    (files / "page.html").write_text("old")
+    document = (files / "doc.txt").read_bytes()
+    refused = run(model, files)
+    assert refused.exit_code == 1 and "page.html: exists already" in refused.stderr and "--force" in refused.stderr
+    for options in ((), ("--force",)):
+        same = run(model, files, ("-o", str(files / "doc.txt"), *options))
+        assert same.exit_code == 1 and "source and result are the same file" in same.stderr
+    assert (files / "page.html").read_text() == "old" and (files / "doc.txt").read_bytes() == document
+    assert run(model, files, ("--force",)).exit_code == 0
+    assert (files / "page.html").read_text() != "old"
+
+
 def test_json_and_plain(model: Path, files: Path) -> None:
     result = run(model, files, ("--prune", str(files / "plan.json"), "--plain", "--json"))
     assert result.exit_code == 0, result.output
@@ -326,13 +339,14 @@ def test_json_and_plain(model: Path, files: Path) -> None:
         ({"file": "long.txt"}, "the context holds 2048"),
         ({"question": "  "}, "--question: no text in it"),
         ({"options": ("--prune", "none.json")}, "prune 'none.json'"),
-        ({"options": ("-o", "/no/such/page.html")}, "output '/no/such/page.html'"),
+        ({"options": ("-o", "/no/such/page.html")}, "/no/such/page.html: the folder /no/such does not exist"),
     ],
 )
 def test_what_cannot_work_is_one_line_and_leaves_the_page(model: Path, files: Path, change: dict, said: str) -> None:
     (files / "page.html").write_text("old")
     before = sorted(files.iterdir())
-    result = run(model, files, **change)
+    options = change.get("options", ())
+    result = run(model, files, **{**change, "options": (*options, "--force")})
     assert result.exit_code == 1 and result.stdout == ""
     assert said in result.stderr and len(result.stderr.strip().splitlines()) == 1
     assert (files / "page.html").read_text() == "old" and sorted(files.iterdir()) == before
