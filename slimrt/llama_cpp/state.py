@@ -39,6 +39,11 @@ class AllLogits(Engine):
             self.scores[start + at : start + at + len(rows)] = rows
         return hidden[len(ids) - wanted :], kept
 
+    def decode_step(self, context: Context, token: int) -> np.ndarray:
+        logits = super().decode_step(context, token)
+        self.scores[context.length - 1] = logits
+        return logits
+
 
 class LlamaState:
     """What ``save_state`` keeps: the tokens, the model's memory of them, and the logits after the last."""
