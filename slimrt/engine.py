@@ -133,7 +133,7 @@ class Engine:
             keys, values, _ = cache.update(number, k, v, positions, q, exact=exact)
             if number == len(model.layers) - 1:
                 x, q = x[len(x) - wanted :], q[len(q) - wanted :]
-            x = model.project(layer, x, self._attend(context.windows, number, q, keys, values))
+            x = model.project(layer, x, self._attend(context.windows, number, q, positions, keys, values))
             if context.boundary is not None and number == context.boundary.layer:
                 context.boundary.append(x)
                 if cuts:
@@ -189,12 +189,17 @@ class Engine:
         self.ops.rows(head, len(x))
         return _finite(logits)
 
-    def _attend(self, windows: Windows, layer: int, q: Any, keys: Any, values: Any) -> Any:
-        """Attention of the last rows of a layer, those under its windows apart from those that see everything."""
-        before = keys.shape[1] - len(q)
-        limited = windows.rows - before if layer in windows.reach else 0  # of the rows in q
-        if limited <= 0:
+    def _attend(self, windows: Windows, layer: int, q: Any, positions: np.ndarray, keys: Any, values: Any) -> Any:
+        """Attention of the last rows of a layer, those under its windows apart from those that see everything.
+
+        A row's place is its position, not its number among the keys: decode under a budget is given some of them only.
+        """
+        limited = 0  # of the rows in q
+        if layer in windows.reach:
+            limited = int(np.searchsorted(positions[len(positions) - len(q) :], windows.rows))
+        if limited == 0:
             return self.ops.attend(q, keys, values)
+        before = keys.shape[1] - len(q)  # under windows all rows of the layer are there
         result = self.ops.empty(q.shape)
         read = slice(0, before + limited)
         self.ops.attend(q[:limited], keys[:, read], values[:, read], result[:limited], reach=windows.reach[layer])
