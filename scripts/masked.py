@@ -1,8 +1,8 @@
 """The tests on lesser processors than this one: Numba is told to leave instructions out, down to NumPy alone.
 
-    python scripts/masked.py            # what depends on instructions, for each set: CI's part
-    python scripts/masked.py --all      # the whole suite for each set
-    python scripts/masked.py --list     # the sets that differ on this processor
+python scripts/masked.py            # what depends on instructions, for each set: CI's part
+python scripts/masked.py --all      # the whole suite for each set
+python scripts/masked.py --list     # the sets that differ on this processor
 """
 
 from __future__ import annotations
