@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
@@ -41,13 +41,18 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    # Names are imported on first use: `slimrt --help` must not wait for NumPy, gguf and tokenizers.
-    if name in _HOMES:
-        from importlib import import_module
+if not TYPE_CHECKING:  # else a type checker would take any name for one of these
 
-        return getattr(import_module(_HOMES[name]), name)
-    raise AttributeError(f"module 'slimrt' has no attribute '{name}'")
+    def __getattr__(name: str) -> object:
+        # Names are imported on first use: `slimrt --help` must not wait for NumPy, gguf and tokenizers.
+        if name in _HOMES:
+            from importlib import import_module
+
+            return getattr(import_module(_HOMES[name]), name)
+        from slimrt.llama_cpp.missing import refuse
+
+        refuse(name)
+        raise AttributeError(f"module 'slimrt' has no attribute '{name}'")
 
 
 def __dir__() -> list[str]:

@@ -9,17 +9,27 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from slimrt.errors import SettingError
+from slimrt.paths import user_path
 from slimrt.prune.reach import SINK
 
 __all__ = ["CacheConfig", "ModelConfig", "PrunePlan", "RopeConfig", "SamplingConfig", "Stage", "Window", "parse_size"]
 
+_MAX_BLOCK = 1 << 16  # tokens; scores and choices are padded to whole blocks
+_MAX_PLAN_BYTES = 1 << 20
+
 RopeScaling = Literal["none", "linear", "yarn", "llama3"]
+
+
+def is_whole(value: object) -> bool:
+    """Whether ``value`` is a whole number, NumPy's too; True and False are none."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
@@ -148,20 +158,33 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         _check(self.temperature, "temperature", 0, math.inf)
-        _check(self.top_k, "top_k", 0, math.inf)
+        _check_whole(self.top_k, "top_k", 0)
         _check(self.top_p, "top_p", 0, 1)
         _check(self.min_p, "min_p", 0, 1)
         _check(self.typical_p, "typical_p", 0, 1)
+        _check(self.repeat_penalty, "repeat_penalty", 0, math.inf)
         if not (math.isfinite(self.repeat_penalty) and self.repeat_penalty > 0):
             raise SettingError(f"repeat_penalty {self.repeat_penalty!r}: must be above 0; 1 switches it off")
         _check(self.presence_penalty, "presence_penalty", -math.inf, math.inf)
         _check(self.frequency_penalty, "frequency_penalty", -math.inf, math.inf)
-        _check(self.penalty_last_n, "penalty_last_n", -1, math.inf)
+        _check_whole(self.penalty_last_n, "penalty_last_n", -1)
+        if not isinstance(self.logit_bias, Mapping):
+            raise SettingError(f"logit_bias {self.logit_bias!r}: must be a dict of token id -> number")
 
 
-def _check(value: float, name: str, low: float, high: float) -> None:
-    if not isinstance(value, (int, float)) or math.isnan(value) or not low <= value <= high:
-        raise SettingError(f"{name} {value!r}: must be a number from {low:g} to {high:g}")
+def _check(value: Any, name: str, low: float, high: float) -> None:
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not number or math.isnan(value) or not low <= value <= high:
+        raise SettingError(f"{name} {value!r}: must be a number {_range(low, high)}")
+
+
+def _check_whole(value: int, name: str, low: int) -> None:
+    if not is_whole(value) or value < low:
+        raise SettingError(f"{name} {value!r}: must be a whole number, at least {low}")
+
+
+def _range(low: float, high: float) -> str:
+    return f"from {low:g} to {high:g}" if math.isfinite(high) else f"of at least {low:g}" if math.isfinite(low) else ""
 
 
 @dataclass(frozen=True)
@@ -183,10 +206,6 @@ class Window:
     reach: tuple[int, ...]
 
 
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
 def _stages(entries: Any) -> tuple[Stage, ...]:
     """Stages, or the dictionaries that JSON has in their place."""
     if not isinstance(entries, (tuple, list)):
@@ -197,9 +216,9 @@ def _stages(entries: Any) -> tuple[Stage, ...]:
             entry = Stage(**entry)
         if not isinstance(entry, Stage):
             raise SettingError(f"prune plan: stage {entry!r} must have a layer and keep, and nothing else")
-        if not _is_whole(entry.layer):
+        if not is_whole(entry.layer):
             raise SettingError(f"prune plan: layer {entry.layer!r} must be a whole number")
-        if not (_is_whole(entry.keep) or isinstance(entry.keep, float)):
+        if not (is_whole(entry.keep) or isinstance(entry.keep, float)):
             raise SettingError(f"prune plan: layer {entry.layer} keeps {entry.keep!r}; must be a fraction or a count")
         stages.append(entry)
     return tuple(stages)
@@ -215,9 +234,9 @@ def _windows(entries: Any) -> tuple[Window, ...]:
             entry = Window(**entry)
         if not isinstance(entry, Window):
             raise SettingError(f"prune plan: window {entry!r} must have a layer and reach, and nothing else")
-        if not _is_whole(entry.layer):
+        if not is_whole(entry.layer):
             raise SettingError(f"prune plan: window of layer {entry.layer!r}: must be a whole number")
-        if not isinstance(entry.reach, (tuple, list)) or not all(map(_is_whole, entry.reach)):
+        if not isinstance(entry.reach, (tuple, list)) or not all(map(is_whole, entry.reach)):
             raise SettingError(
                 f"prune plan: layer {entry.layer} reaches {entry.reach!r}; must be a list of rows, one for each KV head"
             )
@@ -270,11 +289,13 @@ class PrunePlan:
             raise SettingError(f"prune plan: score {self.score!r} must be a name")
         not_negative = ("sink_blocks", "min_tokens", "min_keep", "full_rows")
         for name in ("block", "unit", "query_window", "local_blocks", *not_negative):
-            if not _is_whole(getattr(self, name)):
+            if not is_whole(getattr(self, name)):
                 raise SettingError(f"prune plan: {name} {getattr(self, name)!r} must be a whole number")
         for name in ("block", "unit", "query_window", "local_blocks"):
             if getattr(self, name) < 1:
                 raise SettingError(f"prune plan: {name} {getattr(self, name)} must be at least 1")
+        if self.block > _MAX_BLOCK:
+            raise SettingError(f"prune plan: block {self.block} must be at most {_MAX_BLOCK}; 64 is usual")
         for name in not_negative:
             if getattr(self, name) < 0:
                 raise SettingError(f"prune plan: {name} {getattr(self, name)} must be at least 0")
@@ -318,11 +339,34 @@ class PrunePlan:
             raise SettingError(
                 f"prune plan: unknown keys {sorted(unknown)}; known are {[f.name for f in dataclasses.fields(cls)]}"
             )
-        return cls(**data)
+        try:
+            return cls(**data)
+        except TypeError as error:  # a value of a kind that no comparison knows
+            raise SettingError(f"prune plan: {error}") from None
 
     @classmethod
     def from_file(cls, path: str | Path) -> PrunePlan:
-        return cls.from_dict(json.loads(Path(path).read_text()))
+        """The plan in a JSON file that ``to_json`` made. Raises SettingError for anything else."""
+        return cls.from_dict(read_plan_file(user_path(path)))
+
+
+def read_plan_file(path: Path) -> dict[str, Any]:
+    """The JSON object in ``path``, a plan or a file of presets. Raises SettingError where there is none."""
+    try:
+        with path.open("rb") as file:
+            raw = file.read(_MAX_PLAN_BYTES + 1)
+        if len(raw) > _MAX_PLAN_BYTES:
+            raise ValueError(f"more than {_MAX_PLAN_BYTES} bytes")
+        data = json.loads(raw)
+    except OSError as error:
+        raise SettingError(f"{path}: {error.strerror}; name a file that PrunePlan.to_json or calibrate wrote") from None
+    except RecursionError:
+        raise SettingError(f"{path}: no prune plan (nested too deeply); remove the file or name another") from None
+    except ValueError as error:
+        raise SettingError(f"{path}: no prune plan ({str(error)[:100]}); remove the file or name another") from None
+    if not isinstance(data, dict):
+        raise SettingError(f"{path}: holds a JSON {type(data).__name__}; a prune plan is an object; name another file")
+    return data
 
 
 def parse_size(text: str | int) -> int:

@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self, overload
+from typing import TYPE_CHECKING, Any, Literal, Self, Unpack, overload
 
 from slimrt.config import PrunePlan
-from slimrt.engine import Engine
+from slimrt.engine import Engine, Progress
 from slimrt.errors import SettingError
-from slimrt.generation import CompletionStream, GenerationRequest, Overflow
+from slimrt.generation import CompletionStream, GenerateOptions, GenerationRequest, Overflow, request_from_options
 from slimrt.results import Completion
 from slimrt.session import Session, common_prefix
 from slimrt.session_file import SavedTalk, read_session, write_session
@@ -21,6 +21,13 @@ if TYPE_CHECKING:
     from slimrt.llm import LLM
 
 __all__ = ["Conversation", "Fitted", "fit_messages"]
+
+
+class AskOptions(GenerateOptions, total=False):
+    """The keyword arguments of ``Conversation.ask``."""
+
+    prune: PrunePlan | str | Path | None
+    progress: Progress | None
 
 
 @dataclass(frozen=True)
@@ -93,10 +100,10 @@ class Conversation(Session):
         self._answer: CompletionStream | None = None
 
     @overload
-    def ask(self, text: str, *, stream: Literal[False] = False, **options: Any) -> Completion: ...
+    def ask(self, text: str, *, stream: Literal[False] = False, **options: Unpack[AskOptions]) -> Completion: ...
     @overload
-    def ask(self, text: str, *, stream: Literal[True], **options: Any) -> CompletionStream: ...
-    def ask(self, text: str, *, stream: bool = False, **options: Any) -> Completion | CompletionStream:
+    def ask(self, text: str, *, stream: Literal[True], **options: Unpack[AskOptions]) -> CompletionStream: ...
+    def ask(self, text: str, *, stream: bool = False, **options: Unpack[AskOptions]) -> Completion | CompletionStream:
         """Answer ``text`` (documents are just text in it) as the next message, through the model's chat template.
 
         ``stream``: return the pieces as they come. Options: as for ``LLM.stream``. The question and its answer join
@@ -115,7 +122,7 @@ class Conversation(Session):
         if prune is None:
             prune = "off" if self.plan is None else self.plan
         system = [] if self.system is None else [{"role": "system", "content": self.system}]
-        request = self._llm.request({**options, "overflow": options.get("overflow") or self.overflow})
+        request = request_from_options(self.overflow, options)
         question = {"role": "user", "content": text}
         fitted = fit_messages(self._llm.chat_tokens, [*system, *self.messages, question], self.ctx, request)
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, get_args
+from typing import Literal, TypedDict, get_args
 
-from slimrt.config import PrunePlan, SamplingConfig
+from slimrt.config import PrunePlan, SamplingConfig, is_whole
 from slimrt.engine import Progress
 from slimrt.errors import SettingError
 from slimrt.results import Completion, FinishReason, Timings, TokenLogprob, Usage
@@ -15,7 +16,15 @@ from slimrt.sampler import LogitsProcessor, Sampler, top_logprobs
 from slimrt.session import Session
 from slimrt.text.tokenizer import Tokenizer
 
-__all__ = ["CompletionStream", "GenerationRequest", "Overflow", "Step", "check_overflow", "generate_tokens"]
+__all__ = [
+    "CompletionStream",
+    "GenerateOptions",
+    "GenerationRequest",
+    "Overflow",
+    "Step",
+    "check_overflow",
+    "generate_tokens",
+]
 
 Overflow = Literal["error", "shift"]  # what happens when the context is full
 
@@ -50,14 +59,18 @@ class GenerationRequest:
         check_overflow(self.overflow)
         if self.n_keep is not None and not (isinstance(self.n_keep, int) and self.n_keep >= 0):
             raise SettingError(f"n_keep {self.n_keep!r}: must be a whole number of tokens, at least 0")
-        if self.max_tokens is not None and self.max_tokens < 0:
-            raise SettingError(f"max_tokens {self.max_tokens}: must be at least 0, or None for no limit")
-        if self.logprobs is not None and self.logprobs < 0:
+        if self.max_tokens is not None and not (is_whole(self.max_tokens) and self.max_tokens >= 0):
             raise SettingError(
-                f"logprobs {self.logprobs}: must be at least 0 (how many alternatives), or None for none"
+                f"max_tokens {self.max_tokens!r}: must be a whole number, at least 0, or None for no limit"
             )
-        if any(not text for text in self.stop):
-            raise SettingError("stop strings must not be empty; leave the empty one out")
+        if self.logprobs is not None and not (is_whole(self.logprobs) and self.logprobs >= 0):
+            raise SettingError(
+                f"logprobs {self.logprobs!r}: must be a whole number, at least 0 (how many alternatives), "
+                "or None for none"
+            )
+        for text in self.stop:
+            if not isinstance(text, str) or not text:
+                raise SettingError(f"stop {text!r}: must be a text or a list of texts, none of them empty")
 
 
 @dataclass(frozen=True)
@@ -277,30 +290,56 @@ class CompletionStream:
         return self.completion
 
 
-def request_from_options(
-    *,
-    max_tokens: int | None = 128,
-    stop: str | Sequence[str] = (),
-    logits_processors: Sequence[LogitsProcessor] = (),
-    logprobs: int | None = None,
-    ignore_eos: bool = False,
-    overflow: Overflow = "error",
-    n_keep: int | None = None,
-    **sampling: object,
-) -> GenerationRequest:
-    """Keyword arguments of ``LLM.generate`` -> GenerationRequest; unknown ones are refused."""
-    known = SamplingConfig.__dataclass_fields__
-    unknown = [name for name in sampling if name not in known]
-    if unknown:
-        raise SettingError(f"unknown option '{unknown[0]}'; sampling options are {', '.join(known)}")
-    config = replace(SamplingConfig(), **{k: v for k, v in sampling.items() if v is not None})  # type: ignore[arg-type]
+class GenerateOptions(TypedDict, total=False):
+    """The keyword arguments of ``LLM.generate`` that say how far to generate and how; see ``LLM.stream``."""
+
+    max_tokens: int | None
+    stop: str | Sequence[str] | None
+    logits_processors: Sequence[LogitsProcessor]
+    logprobs: int | None
+    ignore_eos: bool
+    overflow: Overflow | None
+    n_keep: int | None
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    typical_p: float | None
+    repeat_penalty: float | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
+    penalty_last_n: int | None
+    logit_bias: Mapping[int, float] | None
+    seed: int | None
+
+
+def request_from_options(overflow: Overflow, options: GenerateOptions) -> GenerationRequest:
+    """Keyword arguments of ``LLM.generate`` -> GenerationRequest; unknown ones are refused.
+
+    ``overflow``: what holds where the options do not say.
+    """
+    known = GenerateOptions.__annotations__
+    for name in options:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
+            raise SettingError(f"unknown option '{name}'; {hint}")
+    sampling = {
+        name: value
+        for name, value in options.items()
+        if name in SamplingConfig.__dataclass_fields__ and value is not None
+    }
+    stop = options.get("stop")
+    processors = options.get("logits_processors") or ()
+    if callable(processors):
+        raise SettingError("logits_processors: must be a list of callables; put the one into [ ]")
     return GenerationRequest(
-        max_tokens=max_tokens,
-        sampling=config,
-        stop=(stop,) if isinstance(stop, str) else tuple(stop),
-        processors=tuple(logits_processors),
-        logprobs=logprobs,
-        ignore_eos=ignore_eos,
-        overflow=overflow,
-        n_keep=n_keep,
+        max_tokens=options.get("max_tokens", 128),
+        sampling=replace(SamplingConfig(), **sampling),  # type: ignore[arg-type]
+        stop=(stop,) if isinstance(stop, str) else tuple(stop or ()),
+        processors=tuple(processors),
+        logprobs=options.get("logprobs"),
+        ignore_eos=options.get("ignore_eos", False),
+        overflow=options.get("overflow") or overflow,
+        n_keep=options.get("n_keep"),
     )

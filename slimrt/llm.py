@@ -5,15 +5,22 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
 
 import numpy as np
 
-from slimrt.config import CacheConfig, ModelConfig, PrunePlan
+from slimrt.config import CacheConfig, ModelConfig, PrunePlan, is_whole
 from slimrt.conversation import Conversation, fit_messages
 from slimrt.engine import Engine, Progress
 from slimrt.errors import ContextError, SettingError, SlimrtError
-from slimrt.generation import CompletionStream, GenerationRequest, Overflow, check_overflow, request_from_options
+from slimrt.generation import (
+    CompletionStream,
+    GenerateOptions,
+    GenerationRequest,
+    Overflow,
+    check_overflow,
+    request_from_options,
+)
 from slimrt.memory import cuda as memory_cuda
 from slimrt.memory.cuda import CudaPlan
 from slimrt.memory.plan import DEFAULT_CTX, MemoryPlan, largest_context
@@ -36,6 +43,21 @@ _LOGIT_ROWS = 256  # rows of [V] logits held at a time by logprobs
 
 Prompt = str | Sequence[int]
 Plan = PrunePlan | str | Path
+Messages = Sequence[Mapping[str, Any]]
+
+
+class ChatOptions(GenerateOptions, total=False):
+    """The keyword arguments of ``LLM.chat``."""
+
+    prune: Plan | None
+    session: Session | None
+    progress: Progress | None
+
+
+class StreamOptions(ChatOptions, total=False):
+    """The keyword arguments of ``LLM.generate``."""
+
+    special: bool
 
 
 def load(
@@ -118,10 +140,9 @@ class LLM:
         self.file = file
         config = read_config(file)
         self.ctx = min(config.ctx_train, DEFAULT_CTX) if ctx is None else ctx
-        if self.ctx < 1:
-            raise SettingError(f"ctx {self.ctx}: must be at least 1")
-        if threads is not None and threads < 1:
-            raise SettingError(f"threads {threads}: must be at least 1")
+        for name, value in (("ctx", self.ctx), ("threads", threads)):
+            if value is not None and not (is_whole(value) and value >= 1):
+                raise SettingError(f"{name} {value!r}: must be a whole number, at least 1")
         self.kv_budget = kv_budget
         cache = CacheConfig(self.ctx, kv_budget)
         check_device(device)
@@ -205,8 +226,26 @@ class LLM:
         """Token ids -> text; control tokens are shown only if ``special``, incomplete UTF-8 becomes U+FFFD."""
         return self.tokenizer.decode(ids, special=special)
 
-    def _ids(self, prompt: Prompt, special: bool = False) -> list[int]:
-        return self.tokenize(prompt, special) if isinstance(prompt, str) else [int(token) for token in prompt]
+    def token_ids(self, prompt: Prompt, special: bool = False) -> list[int]:
+        """``prompt`` as token ids. Raises SettingError for what is neither a text nor a list of this model's ids."""
+        if isinstance(prompt, str):
+            return self.tokenize(prompt, special)
+        if isinstance(prompt, (bytes, bytearray, memoryview, Mapping)) or not hasattr(prompt, "__iter__"):
+            raise SettingError(
+                f"prompt of type {type(prompt).__name__}: must be a text or a list of token ids; decode bytes first"
+            )
+        ids = list(prompt)
+        size = self.config.vocab_size
+        for at, token in enumerate(ids):
+            if type(token) is not int:
+                if not is_whole(token):
+                    raise SettingError(
+                        f"prompt: item {at} is {str(token)[:40]!r}; a prompt is one text, or a list of token ids"
+                    )
+                ids[at] = token = int(token)
+            if not 0 <= token < size:
+                raise SettingError(f"prompt: item {at} is the token id {token}; this model has ids 0 to {size - 1}")
+        return ids
 
     # -- logits -----------------------------------------------------------------------------------------------------
 
@@ -215,7 +254,7 @@ class LLM:
         plan = self._plan(prune)
         with self._lock:
             session = self.session()
-            session.prefill(self._ids(ids), plan)
+            session.prefill(self.token_ids(ids), plan)
             assert session.logits is not None
             return session.logits
 
@@ -225,7 +264,7 @@ class LLM:
         ``ids[:start]`` is the (pruned) prompt, the rest is read as if it had been generated. Raises SettingError unless
         1 <= start <= len(ids), ContextError if the ids exceed the context.
         """
-        ids = self._ids(ids)
+        ids = self.token_ids(ids)
         result, at = np.empty(max(0, len(ids) - start), np.float32), 0
         for block in self._continuation(ids, start, prune):
             result[at : at + len(block)] = _logprobs(block, ids[start + at : start + at + len(block)])
@@ -234,7 +273,7 @@ class LLM:
 
     def continuation_logits(self, ids: Sequence[int], start: int, *, prune: Plan | None = None) -> np.ndarray:
         """The logits behind ``logprobs``: row i [V] predicts ids[start + i] -> float32 [len(ids) - start, V]."""
-        blocks = list(self._continuation(self._ids(ids), start, prune))
+        blocks = list(self._continuation(self.token_ids(ids), start, prune))
         return np.concatenate(blocks) if blocks else np.empty((0, self.config.vocab_size), np.float32)
 
     def _continuation(self, ids: list[int], start: int, prune: Plan | None) -> Iterator[np.ndarray]:
@@ -272,7 +311,7 @@ class LLM:
         special: bool = False,
         session: Session | None = None,
         progress: Progress | None = None,
-        **options: Any,
+        **options: Unpack[GenerateOptions],
     ) -> CompletionStream:
         """Generate after ``prompt``: an iterator of pieces of text, with ``.completion`` and ``.close()``.
 
@@ -285,11 +324,11 @@ class LLM:
         the older half of the others is dropped, and what is left is read anew; the timings say so.
         """
         request = self.request(options)
-        return self.begin(self._ids(prompt, special), request, prune=prune, session=session, progress=progress)
+        return self.begin(self.token_ids(prompt, special), request, prune=prune, session=session, progress=progress)
 
-    def request(self, options: Mapping[str, Any]) -> GenerationRequest:
+    def request(self, options: GenerateOptions) -> GenerationRequest:
         """The options of ``stream`` checked, with what was chosen at load where they say nothing."""
-        return request_from_options(**{**options, "overflow": options.get("overflow") or self.overflow})
+        return request_from_options(self.overflow, options)
 
     def begin(
         self,
@@ -309,31 +348,39 @@ class LLM:
                 session or self._session, self.tokenizer, ids, request, plan, progress, note=note, on_end=on_end
             )
 
-    def generate(self, prompt: Prompt, **options: Any) -> Completion:
+    def generate(self, prompt: Prompt, **options: Unpack[StreamOptions]) -> Completion:
         """Generate after ``prompt`` and return the whole; options as for ``stream``."""
         with self._lock:
             return self.stream(prompt, **options).finished()
 
     @overload
     def chat(
-        self, messages: Sequence[Mapping[str, Any]], *, stream: Literal[False] = False, **options: Any
+        self, messages: Messages, *, stream: Literal[False] = False, **options: Unpack[ChatOptions]
     ) -> Completion: ...
     @overload
     def chat(
-        self, messages: Sequence[Mapping[str, Any]], *, stream: Literal[True], **options: Any
+        self, messages: Messages, *, stream: Literal[True], **options: Unpack[ChatOptions]
     ) -> CompletionStream: ...
     def chat(
-        self, messages: Sequence[Mapping[str, Any]], *, stream: bool = False, **options: Any
+        self,
+        messages: Messages,
+        *,
+        stream: bool = False,
+        prune: Plan | None = None,
+        session: Session | None = None,
+        progress: Progress | None = None,
+        **options: Unpack[GenerateOptions],
     ) -> Completion | CompletionStream:
         """Answer ``messages`` ([{"role": ..., "content": ...}, ...]) through the model's chat template.
 
         Options as for ``stream``. With ``overflow`` "shift" the oldest turns are left out where the context has no room
         for them and an answer.
         """
-        to = {name: options.pop(name) for name in ("prune", "session", "progress") if name in options}
         fitted = fit_messages(self.chat_tokens, messages, self.ctx, self.request(options))
         with self._lock:
-            answer = self.begin(fitted.ids, fitted.request, note=fitted.note, **to)
+            answer = self.begin(
+                fitted.ids, fitted.request, prune=prune, session=session, progress=progress, note=fitted.note
+            )
             return answer if stream else answer.finished()
 
     @property

@@ -29,6 +29,7 @@ import platformdirs
 
 from slimrt.errors import FetchError
 from slimrt.hub import huggingface
+from slimrt.paths import user_path
 
 __all__ = [
     "CATALOG",
@@ -89,7 +90,7 @@ class LocalModel:
 def cache_dir() -> Path:
     """The folder of fetched catalogue models: ``$SLIMRT_CACHE``, else the system's place for a user's caches."""
     override = os.environ.get("SLIMRT_CACHE")
-    return Path(override).expanduser() if override else platformdirs.user_cache_path("slimrt")
+    return user_path(override) if override else platformdirs.user_cache_path("slimrt")
 
 
 def default_model_path(progress: Progress | None = None) -> Path:
@@ -150,7 +151,7 @@ def _text(name: str | Path | None) -> str:
 
 
 def _existing(text: str) -> Path:
-    path = Path(text).expanduser()
+    path = user_path(text)
     if path.is_file():
         return path
     if path.is_dir():

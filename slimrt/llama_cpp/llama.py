@@ -12,13 +12,14 @@ import fnmatch
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
 from slimrt.errors import ContextError, FetchError, SettingError
 from slimrt.generation import GenerationRequest, Step, generate_tokens
 from slimrt.llama_cpp.context import LlamaContext, LlamaTokenizer
+from slimrt.llama_cpp.missing import METHODS
 from slimrt.llama_cpp.openai_format import CompletionFormat, LogprobFormat, chat_chunks, chat_completion
 from slimrt.llama_cpp.options import (
     LogitsProcessorList,
@@ -65,6 +66,14 @@ class Llama(LlamaContext):
                 f"folder {str(local_dir or cache_dir)!r}: set the HF_HOME variable to choose the cache folder"
             )
         return cls(f"hf:{repo_id}/{_matching_file(repo_id, filename)}", **kwargs)
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> object:
+            reason = METHODS.get(name)
+            if reason is not None:
+                raise AttributeError(f"Llama.{name}: {reason}")
+            raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
 
     # -- completion --------------------------------------------------------------------------------------------------
 
@@ -166,6 +175,8 @@ class Llama(LlamaContext):
     ) -> Any:
         """Answer ``messages``: OpenAI's chat completion as a dictionary, or with ``stream`` an iterator of chunks.
 
+        Control tokens that are spelt in a message are text, where llama_cpp lets them count.
+
         Raises SettingError for malformed messages and for a model without a chat template.
         """
         unbound = {"tool_choice": "none", "function_call": "none", "response_format": {"type": "text"}}
@@ -206,7 +217,7 @@ class Llama(LlamaContext):
         if not isinstance(prompt, str):
             if not isinstance(prompt, (Sequence, np.ndarray)):
                 raise SettingError(f"prompt of type {type(prompt).__name__}: must be text or a list of token ids")
-            return [int(token) for token in prompt]
+            return self._model.token_ids(prompt)
         ids = self._tokenizer.encode(prompt, special=True)
         bos = self._tokenizer.bos_id
         if bos is not None and ids[:2] == [bos, bos]:

@@ -8,8 +8,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from slimrt.config import ModelConfig, PrunePlan, Stage
+from slimrt.config import ModelConfig, PrunePlan, Stage, read_plan_file
 from slimrt.errors import SettingError
+from slimrt.paths import user_path
 from slimrt.prune.select import check_plan
 
 __all__ = ["PRESETS", "PlanChoice", "choose_plan", "fingerprint", "preset_path"]
@@ -52,19 +53,21 @@ def choose_plan(spec: PrunePlan | str | Path, model: Path, config: ModelConfig) 
         return PlanChoice(None if spec.does_nothing else spec, "given")
     if spec == "off":
         return PlanChoice(None, "off: dense")
+    if not isinstance(spec, (str, Path)):
+        raise SettingError(f"prune {spec!r}: must be off, {', '.join(PRESETS)}, a plan's file or a PrunePlan")
     if isinstance(spec, Path) or spec not in PRESETS:
-        path = Path(spec)
+        path = user_path(spec)
         if not path.exists():
             raise SettingError(
                 f"prune '{spec}': must be off, {', '.join(PRESETS)} or a plan's file; there is no such file"
             )
-        data = _read(path)
+        data = read_plan_file(path)
         plan = _preset(data, "auto", path, config) if "presets" in data else PrunePlan.from_dict(data)
         check_plan(plan, config)
         return PlanChoice(None if plan.does_nothing else plan, str(path))
     beside = preset_path(model)
     if beside.exists():
-        return PlanChoice(_preset(_read(beside), spec, beside, config), f"'{spec}' of {beside.name}")
+        return PlanChoice(_preset(read_plan_file(beside), spec, beside, config), f"'{spec}' of {beside.name}")
     for shipped in sorted(resources.files("slimrt.plans").iterdir(), key=lambda entry: entry.name):
         if shipped.name.endswith(".slim.json"):
             data = json.loads(shipped.read_text())
@@ -86,16 +89,6 @@ def _cautious(config: ModelConfig) -> PrunePlan | None:
     if layer >= config.n_layers - 1:
         return None
     return PrunePlan(stages=(Stage(layer, 0.5),), min_tokens=1024)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise SettingError(f"{path}: not a readable prune plan ({error}); see PrunePlan.to_json") from None
-    if not isinstance(data, dict):
-        raise SettingError(f"{path}: a prune plan is a JSON object; see PrunePlan.to_json")
-    return data
 
 
 def _preset(data: dict[str, Any], name: str, path: Path, config: ModelConfig) -> PrunePlan:

@@ -17,6 +17,7 @@ import pytest
 import slimrt
 from slimrt.errors import ContextError, FetchError, SettingError
 from slimrt.hub import store
+from slimrt.llama_cpp import missing
 from slimrt.llama_cpp.llama import LogitsProcessorList, StoppingCriteriaList
 from slimrt.memory.plan import available_memory
 from slimrt.ops.numpy.numpy_ops import NumpyOps
@@ -531,7 +532,7 @@ def test_a_pickled_llama_loads_itself_again(tiny_path: Path) -> None:
         ({"max_tokens": "5"}, "max_tokens '5'"),
         ({"top_p": -1}, "top_p -1"),
         ({"logprobs": -1}, "logprobs -1"),
-        ({"stop": [""]}, "stop strings"),
+        ({"stop": [""]}, "stop '': must be a text"),
         ({"suffix": "end"}, "suffix='end'"),
         ({"repeat_penalty": 0}, "repeat_penalty 0"),
     ],
@@ -562,3 +563,32 @@ def test_from_pretrained(monkeypatch: pytest.MonkeyPatch, tiny_path: Path) -> No
         slimrt.Llama.from_pretrained("owner/repo", filename="model*")
     with pytest.raises(SettingError, match="HF_HOME"):
         slimrt.Llama.from_pretrained("owner/repo", filename="model-q4.gguf", local_dir="x")
+
+
+# -- what is missing ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("module", ["slimrt", "slimrt.llama_cpp"])
+def test_missing_names_say_why(module: str) -> None:
+    for name, reason in missing.NAMES.items():
+        with pytest.raises(ImportError) as caught:
+            exec(f"from {module} import {name}")
+        assert str(caught.value) == f"{name}: slimrt has none: {reason}"
+    with pytest.raises(ImportError, match="cannot import name 'Nonsense'"):
+        exec(f"from {module} import Nonsense")
+
+
+def test_the_names_of_llama_cpp_are_there() -> None:
+    import slimrt.llama_cpp as package
+
+    for name in package.__all__:
+        assert getattr(package, name).__name__ == name
+
+
+def test_missing_methods_say_why(tiny: slimrt.Llama) -> None:
+    for name, reason in missing.METHODS.items():
+        with pytest.raises(AttributeError) as caught:
+            getattr(tiny, name)
+        assert str(caught.value) == f"Llama.{name}: {reason}"
+    with pytest.raises(AttributeError, match="'Llama' object has no attribute 'nonsense'"):
+        tiny.nonsense  # noqa: B018

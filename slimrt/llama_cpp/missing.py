@@ -1,0 +1,50 @@
+"""What ``llama_cpp`` offers and slimrt does not, each with a reason: an import or a call then says so in one line."""
+
+from __future__ import annotations
+
+__all__ = ["METHODS", "NAMES", "refuse"]
+
+_GRAMMAR = "answers cannot be bound to a grammar; use a logits_processor"
+_CACHE = "a prompt that begins like the last one is not read again; leave the cache out"
+_EMBEDDING = "slimrt generates text and gives no embeddings; use another model and library for them"
+_C_API = "there is no C interface beneath; use the methods of slimrt.Llama, or slimrt.load"
+
+NAMES = {
+    "LlamaGrammar": _GRAMMAR,
+    "LlamaCache": _CACHE,
+    "LlamaRAMCache": _CACHE,
+    "LlamaDiskCache": _CACHE,
+    "BaseLlamaCache": _CACHE,
+    "LLAMA_POOLING_TYPE_MEAN": _EMBEDDING,
+    "LLAMA_POOLING_TYPE_CLS": _EMBEDDING,
+    "LLAMA_POOLING_TYPE_LAST": _EMBEDDING,
+    "LLAMA_POOLING_TYPE_NONE": _EMBEDDING,
+    "llama_cpp": _C_API,
+    "llama_chat_format": "chats go through Jinja templates; give chat_format or chat_template",
+    "llama_grammar": _GRAMMAR,
+    "llama_speculative": "there is no speculative decoding; leave it out",
+    "server": "there is no server yet",
+}
+"""Names that programs import from ``llama_cpp``."""
+
+METHODS = {
+    "embed": _EMBEDDING,
+    "create_embedding": _EMBEDDING,
+    "create_chat_completion_openai_v1": "use create_chat_completion, whose dictionary has the same fields",
+    "ctx": _C_API,
+    "model": _C_API,
+    "batch": _C_API,
+    "cache": _CACHE,
+    "context_params": "slimrt has no llama.cpp parameters; n_ctx() and the constructor's arguments say the same",
+    "model_params": "slimrt has no llama.cpp parameters; the constructor's arguments say the same",
+    "lora_path": "adapters are not applied; merge the adapter into the model",
+    "chat_handler": "chats go through Jinja templates; give chat_format",
+    "draft_model": "there is no speculative decoding; leave it out",
+}
+"""Methods and attributes of ``llama_cpp.Llama``."""
+
+
+def refuse(name: str) -> None:
+    """Raises ImportError with the reason for a name of ``llama_cpp`` that has no counterpart here."""
+    if name in NAMES:
+        raise ImportError(f"{name}: slimrt has none: {NAMES[name]}")
