@@ -7,10 +7,11 @@ import ctypes
 import os
 import sys
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from slimrt.config import CacheConfig, ModelConfig
 from slimrt.errors import SettingError
+from slimrt.ops import control_groups
 from slimrt.ops.numpy.numpy_ops import KEY_TILE, QUERY_TILE, ROW_CHUNK
 from slimrt.ops.numpy.workers import available_cores
 from slimrt.weights.gguf import GGUFFile
@@ -220,36 +221,20 @@ def available_memory(root: Path = Path("/")) -> int | None:
 def _control_group_room(root: Path) -> list[int]:
     """Room left in each memory control group that the process is in (a child's limit may be above its parent's)."""
     room: list[int] = []
-    for line in _text(root / "proc/self/cgroup").splitlines():
-        _, controllers, group = line.split(":", 2)
-        if controllers == "":
-            base, limit, usage = root / "sys/fs/cgroup", "memory.max", "memory.current"
-            droppable = "inactive_file"
-        elif "memory" in controllers.split(","):
-            base, limit, usage = root / "sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
-            droppable = "total_inactive_file"
+    for version, folder in control_groups.folders("memory", root):
+        if version == 2:
+            limit, usage, droppable = "memory.max", "memory.current", "inactive_file"
         else:
-            continue
-        # Inside a container the group's path is often the host's, and the container's own group is mounted at the base.
-        path = PurePosixPath(group.lstrip("/"))
-        for part in [path, *path.parents]:
-            folder = base / part
-            most, used = _text(folder / limit).strip(), _text(folder / usage).strip()
-            if most.isdigit() and used.isdigit():
-                room.append(int(most) - int(used) + _numbers(folder / "memory.stat").get(droppable, 0))
+            limit, usage, droppable = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
+        most, used = control_groups.read(folder / limit).strip(), control_groups.read(folder / usage).strip()
+        if most.isdigit() and used.isdigit():
+            room.append(int(most) - int(used) + _numbers(folder / "memory.stat").get(droppable, 0))
     return room
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text()
-    except OSError:  # the controller is absent or not for us to read: it sets no limit that we could know
-        return ""
 
 
 def _numbers(path: Path) -> dict[str, int]:
     """Lines such as ``MemAvailable:  1024 kB`` or ``inactive_file 1024`` -> {name: number}."""
-    fields = (line.replace(":", " ").split() for line in _text(path).splitlines())
+    fields = (line.replace(":", " ").split() for line in control_groups.read(path).splitlines())
     return {field[0]: int(field[1]) for field in fields if len(field) > 1 and field[1].isdigit()}
 
 

@@ -4,11 +4,12 @@ in it, and threads that it would wait for are not there."""
 from __future__ import annotations
 
 import os
+import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["after_fork"]
+__all__ = ["after_fork", "open_lock"]
 
 _known: weakref.WeakKeyDictionary[Any, Callable[[Any], object]] = weakref.WeakKeyDictionary()
 
@@ -16,6 +17,11 @@ _known: weakref.WeakKeyDictionary[Any, Callable[[Any], object]] = weakref.WeakKe
 def after_fork(owner: Any, begin_again: Callable[[Any], object]) -> None:
     """In every child that this process forks from now on, call ``begin_again(owner)``, while ``owner`` lives."""
     _known[owner] = begin_again
+
+
+def open_lock(owner: Any) -> None:
+    """For ``after_fork``: another lock like ``owner._lock`` in its place, which whoever held it may never give back."""
+    owner._lock = threading.Lock() if isinstance(owner._lock, type(threading.Lock())) else threading.RLock()
 
 
 def _in_child() -> None:

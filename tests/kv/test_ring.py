@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import _thread
 import gc
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,14 +19,27 @@ from tests.deferred_ops import DeferredOps
 
 
 class CopyThreads:
-    """The copying threads that were started since."""
+    """The copying threads that run."""
 
-    def __init__(self) -> None:
-        self._before = set(threading.enumerate())
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self._running = 0
+        self._lock = threading.Lock()
+        start = _thread.start_new_thread
+
+        def counted(function: Callable[[], object], args: tuple[()]) -> int:
+            def life() -> None:
+                function()
+                with self._lock:
+                    self._running -= 1
+
+            with self._lock:
+                self._running += 1
+            return start(life, args)
+
+        patch.setattr("slimrt.ops.numpy.tasks._thread", SimpleNamespace(start_new_thread=counted))
 
     def __len__(self) -> int:
-        started = set(threading.enumerate()) - self._before
-        return sum(thread.name.startswith("slimrt-copy") for thread in started)
+        return self._running
 
     def become(self, count: int) -> None:
         deadline = time.monotonic() + 10
@@ -34,8 +49,8 @@ class CopyThreads:
 
 
 @pytest.fixture
-def threads() -> CopyThreads:
-    return CopyThreads()
+def threads(monkeypatch: pytest.MonkeyPatch) -> CopyThreads:
+    return CopyThreads(monkeypatch)
 
 
 @pytest.fixture
@@ -100,7 +115,7 @@ def test_the_thread_ends_with_close_and_with_the_backend(ops: NumpyOps, threads:
     threading.Timer(0.05, gate.set_result, (None,)).start()
     ops.close()  # waits for what was asked
     assert target.all()
-    assert not len(threads)
+    threads.become(0)
     ops.wait(ops.copy([(target, np.zeros(1000))]))  # and can be used again
     assert not target.any()
     dropped = NumpyOps(1)

@@ -7,6 +7,7 @@ A cache that grows moves, so room is made ahead, and the graph is captured anew 
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,7 +26,7 @@ _ROOM = 256  # tokens for which a captured graph serves before the cache has to 
 
 
 class CapturedDecode:
-    """See ``slimrt.ops.protocol.Decoder``. It holds the graph of one cache."""
+    """See ``slimrt.ops.protocol.Decoder``. It holds the graph of one cache. Callers in other threads wait."""
 
     def __init__(self, model: Llama, ops: Any) -> None:
         self._model, self._ops = model, ops
@@ -40,6 +41,7 @@ class CapturedDecode:
         self._sent: Any = None  # the fence after which ``_host`` may be written again
         self._stores: list[Array] = []
         self._graph: Any = None
+        self._lock = threading.Lock()
 
     def step(
         self, cache: Cache, token: int, position: int, *, middle: int | None = None
@@ -47,7 +49,7 @@ class CapturedDecode:
         """Read ``token``; the logits [V] on the host, the hidden states [1, D] of layer ``middle`` on the device."""
         ops = self._ops
         assert isinstance(cache, KVCache)
-        with ops.computing():
+        with self._lock, ops.computing():  # its buffers and states are those of one token
             states = self._read(cache, token, position)
             logits = ops.to_host(self._model.logits(states[-1]))[0]
             return logits, None if middle is None else ops.copied(states[middle])

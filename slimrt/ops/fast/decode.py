@@ -60,6 +60,7 @@ from slimrt.ops.fast.vectors import (
     store_scalar,
     sum_lanes,
 )
+from slimrt.ops.forks import after_fork, open_lock
 
 __all__ = ["Decoder"]
 
@@ -179,6 +180,7 @@ class Decoder:
         """``ops``: a FastOps; ``model``: a Llama on it, its head width a multiple of 16."""
         self.config, self._ops, self._model = model.config, ops, model
         self._lock = threading.Lock()
+        after_fork(self, open_lock)
         self._kept: list[Any] = []  # what the program has addresses of
         self._allocate()
         self._program = Program()

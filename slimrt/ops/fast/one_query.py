@@ -27,6 +27,7 @@ from slimrt.ops.fast.vectors import (
     store_scalar,
     sum_lanes,
 )
+from slimrt.ops.forks import after_fork, open_lock
 
 __all__ = ["OneQuery"]
 
@@ -87,6 +88,7 @@ class OneQuery:
         """``head_dim`` a multiple of 16."""
         group = heads // kv_heads
         self._team, self._lock = ops.team, threading.Lock()
+        after_fork(self, open_lock)
         self._query = aligned_zeros(1, heads * head_dim * 4).view(np.float32)[0, : heads * head_dim]
         self._query.shape = heads, head_dim
         self._scratch = aligned_zeros(ops.threads, Grouping(group).together * (16 * 64 + head_dim * 4))

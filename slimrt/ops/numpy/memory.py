@@ -9,15 +9,17 @@ fence; a copy that depends on another starts ``after`` that one's fence.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
 
+from slimrt.ops.numpy.tasks import Task, Tasks
+
 __all__ = ["Fence", "NumpyMemory"]
 
 Array = np.ndarray
-Fence = Future  # done(): whether the copy has ended, well or badly
+Fence = Task | Future[None]  # done(): whether the copy has ended, well or badly
 
 _REACHED: Future[None] = Future()  # compute runs on the calling thread: wherever it is asked, it has got there
 _REACHED.set_result(None)
@@ -32,7 +34,7 @@ class NumpyMemory:
     kv_type: type = np.float32
 
     def __init__(self) -> None:
-        self._copies = ThreadPoolExecutor(1, thread_name_prefix="slimrt-copy")  # no thread before the first copy
+        self._copies = Tasks(1)  # no thread before the first copy
 
     def empty(self, shape: tuple[int, ...], dtype: Any = np.float32) -> Array:
         """Uninitialised memory on the device."""
@@ -84,8 +86,7 @@ class NumpyMemory:
 
     def close(self) -> None:
         """Finish all copies and end their thread; a later copy starts another."""
-        ended, self._copies = self._copies, ThreadPoolExecutor(1, thread_name_prefix="slimrt-copy")
-        ended.shutdown()
+        self._copies.close()
 
 
 def _nothing() -> None:

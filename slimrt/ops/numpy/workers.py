@@ -7,25 +7,43 @@ thread keeps its tile in its own L2 cache.
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 from threadpoolctl import ThreadpoolController
 
+from slimrt.ops import control_groups
+from slimrt.ops.forks import after_fork
+from slimrt.ops.numpy.tasks import Task, Tasks
+
 Item = TypeVar("Item")
 
 
-def available_cores() -> int:
-    """The cores that this process may use (its affinity mask, where the system has one)."""
+def available_cores(root: Path = Path("/")) -> int:
+    """The cores that this process may use: those of its affinity mask, no more than the quota of its control groups
+    pays for (rounded up). ``root``: where /proc and /sys lie."""
     try:
-        return len(os.sched_getaffinity(0))
+        cores = len(os.sched_getaffinity(0))
     except AttributeError:
-        return os.cpu_count() or 1
+        cores = os.cpu_count() or 1
+    return max(1, min([cores, *(math.ceil(share) for share in _quotas(root))]))
+
+
+def _quotas(root: Path) -> Iterator[float]:
+    """Cores' worth of time that each control group grants."""
+    for version, folder in control_groups.folders("cpu", root):
+        if version == 2:
+            words = control_groups.read(folder / "cpu.max").split()  # "150000 100000": microseconds of each 100 ms
+        else:
+            words = [control_groups.read(folder / f"cpu.cfs_{name}_us").strip() for name in ("quota", "period")]
+        if len(words) == 2 and all(word.isdigit() and int(word) > 0 for word in words):  # else "max", -1 or nothing
+            yield int(words[0]) / int(words[1])
 
 
 class _SingleThreadedBlas:
@@ -38,6 +56,12 @@ class _SingleThreadedBlas:
         self._lock = threading.Lock()
         self._inside = 0
         self._controller: ThreadpoolController | None = None
+        after_fork(self, _SingleThreadedBlas._forked)
+
+    def _forked(self) -> None:
+        self._lock, inside, self._inside = threading.Lock(), self._inside, 0
+        if inside:  # for threads that are not here
+            self._limit.restore_original_limits()
 
     def __enter__(self) -> None:
         with self._lock:
@@ -66,7 +90,7 @@ class Workers:
 
     def __init__(self, threads: int) -> None:
         self.threads = threads
-        self._pool = ThreadPoolExecutor(threads - 1, thread_name_prefix="slimrt") if threads > 1 else None
+        self._pool = Tasks(threads - 1) if threads > 1 else None
 
     def map(self, task: Callable[[Item], object], items: Iterable[Item]) -> None:
         """Call ``task`` once for each item, in any order, on all threads; the first exception is raised here.
@@ -94,10 +118,13 @@ class Workers:
             if self._pool is None or len(left) < 2:
                 work()
                 return
-            helpers = [self._pool.submit(work) for _ in range(min(self.threads, len(left)) - 1)]
+            helpers: list[Task] = []
             try:
+                for _ in range(min(self.threads, len(left)) - 1):
+                    helpers.append(self._pool.submit(work))
                 work()
             finally:
+                left.clear()  # also where an interrupt came between two items
                 errors = [helper.exception() for helper in helpers if not helper.cancel()]
         for error in errors:
             if error is not None:
