@@ -24,12 +24,13 @@ from gguf.quants import dequantize as reference_dequantize
 from scripts.gpu_layout import ROOT
 from scripts.gpu_sizes import FULL, Sizes
 from slimrt.bench.synthetic import SHAPES, SyntheticModel, random_tensor
-from slimrt.config import CacheConfig, PrunePlan, Stage
+from slimrt.config import CacheConfig
 from slimrt.engine import Engine
 from slimrt.errors import DeviceError
 from slimrt.models.llama import Llama
 from slimrt.ops.cuda.cupy_ops import CupyOps
 from slimrt.ops.numpy.numpy_ops import NumpyOps
+from slimrt.prune.plan import PrunePlan, Stage
 from slimrt.prune.reach import SINK, first_row
 from slimrt.session import Session
 from tests.half_ops import HalfOps

@@ -13,8 +13,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from slimrt.config import PrunePlan
 from slimrt.models import read_config
+from slimrt.prune.plan import PrunePlan
 from slimrt.prune.presets import fingerprint
 from slimrt.weights.gguf import GGUFFile
 

@@ -20,10 +20,11 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from slimrt.config import PrunePlan, SamplingConfig, Stage, Window
+    from slimrt.config import SamplingConfig
     from slimrt.errors import SlimrtError
     from slimrt.llama_cpp.llama import Llama
     from slimrt.llm import LLM, load
+    from slimrt.prune.plan import PrunePlan, Stage, Window
     from slimrt.results import Completion
     from slimrt.text.chat_template import ChatTemplate
 
@@ -32,11 +33,11 @@ _HOMES = {
     "ChatTemplate": "slimrt.text.chat_template",
     "Completion": "slimrt.results",
     "Llama": "slimrt.llama_cpp.llama",
-    "PrunePlan": "slimrt.config",
+    "PrunePlan": "slimrt.prune.plan",
     "SamplingConfig": "slimrt.config",
     "SlimrtError": "slimrt.errors",
-    "Stage": "slimrt.config",
-    "Window": "slimrt.config",
+    "Stage": "slimrt.prune.plan",
+    "Window": "slimrt.prune.plan",
     "load": "slimrt.llm",
 }
 

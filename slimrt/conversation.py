@@ -9,10 +9,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, Unpack, overload
 
-from slimrt.config import PrunePlan
 from slimrt.engine import Engine, Progress
 from slimrt.errors import SettingError
 from slimrt.generation import CompletionStream, GenerateOptions, GenerationRequest, Overflow, request_from_options
+from slimrt.prune.plan import PrunePlan
 from slimrt.results import Completion
 from slimrt.session import Session, common_prefix
 from slimrt.session_file import SavedTalk, read_session, write_session

@@ -9,7 +9,7 @@ from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 import numpy as np
 
-from slimrt.config import CacheConfig, PrunePlan
+from slimrt.config import CacheConfig
 from slimrt.errors import ComputeError
 from slimrt.kv.boundary import BoundaryStates
 from slimrt.kv.cache import Cache, KVCache
@@ -17,7 +17,8 @@ from slimrt.kv.layer_rows import reserve_host_memory
 from slimrt.kv.offload import OffloadedKVCache
 from slimrt.models import Llama
 from slimrt.ops.protocol import Decoder
-from slimrt.prune.select import Cut, Windows, select_rows
+from slimrt.prune.schedule import DENSE, Schedule, Windows
+from slimrt.prune.select import select_rows
 
 Progress = Callable[[int, int], None]  # (layers done, layers in all)
 P = ParamSpec("P")
@@ -52,7 +53,7 @@ def _computing(method: Callable[Concatenate[Engine, P], R]) -> Callable[Concaten
 class Context:
     """What the model has read: keys and values, and (for a pruned prompt) the hidden states where pruning begins.
 
-    ``windows``: where the attention to the first rows is limited.
+    ``windows``: those under which its first rows were read; the engine sets them.
     """
 
     cache: Cache
@@ -99,29 +100,56 @@ class Engine:
         self,
         context: Context,
         ids: Sequence[int] | np.ndarray,
+        schedule: Schedule = DENSE,
         *,
-        plan: PrunePlan | None = None,
-        cuts: Sequence[Cut] = (),
         wanted: int = 1,
-        exact: bool = True,
         progress: Progress | None = None,
         trace: Trace | None = None,
     ) -> tuple[np.ndarray, tuple[int, ...]]:
-        """Read tokens ``ids`` [T] after what ``context`` holds, all of them through one layer at a time.
+        """Read the end ``ids`` [T] of a prompt whose beginning ``context`` holds, one layer at a time.
 
         Returns the hidden states [wanted, D] of the last ``wanted`` tokens, for ``logits`` (the last layer computes
         those rows only), and how many tokens each cut kept.
 
-        With ``cuts`` (of ``plan``; none before the context's boundary layer) the whole context counts as the prompt: up
-        to the boundary only ``ids`` are computed, then blocks are chosen among all tokens by the last queries, and
-        the stages behind it are computed anew over the choice. Keys and values of a layer are those of the tokens
-        that were active there. Without cuts ``ids`` pass all layers, as in decode.
-
-        ``exact`` False lets a single token read the rows within the cache's budget only.
+        ``schedule`` is that of the whole prompt; its first cut does not come before the context's boundary layer. With
+        cuts, up to the boundary only ``ids`` are computed; there blocks are chosen among all tokens by the last
+        queries, and the stages behind it are computed again over the choice. Keys and values of a layer are those of
+        the tokens that were active there. Without cuts ``ids`` pass all layers.
         """
-        model, ops, cache = self.model, self.ops, context.cache
+        context.windows = schedule.windows
+        return self._through_layers(context, ids, schedule, wanted=wanted, progress=progress, trace=trace)
+
+    @_computing
+    def extend(
+        self,
+        context: Context,
+        ids: Sequence[int] | np.ndarray,
+        *,
+        wanted: int = 1,
+        exact: bool = True,
+        progress: Progress | None = None,
+    ) -> np.ndarray:
+        """Read tokens ``ids`` [T] that follow the prompt: they pass all layers and look at all that is there.
+
+        Returns the hidden states [wanted, D] of the last ``wanted`` tokens. ``exact`` False lets a single token read
+        the rows within the cache's budget only.
+        """
+        return self._through_layers(context, ids, DENSE, wanted=wanted, exact=exact, progress=progress)[0]
+
+    def _through_layers(
+        self,
+        context: Context,
+        ids: Sequence[int] | np.ndarray,
+        schedule: Schedule,
+        *,
+        wanted: int,
+        exact: bool = True,
+        progress: Progress | None = None,
+        trace: Trace | None = None,
+    ) -> tuple[np.ndarray, tuple[int, ...]]:
+        model, ops, cache, plan = self.model, self.ops, context.cache, schedule.plan
         positions = np.arange(context.length, context.length + len(ids))
-        cut_at = {cut.layer: cut for cut in cuts}
+        cut_at = {cut.layer: cut for cut in schedule.cuts}
         kept = []
         x = model.embed(np.asarray(ids))
         cos, sin = model.rope(positions)
@@ -133,16 +161,15 @@ class Engine:
             keys, values, _ = cache.update(number, k, v, positions, q, exact=exact)
             if number == len(model.layers) - 1:
                 x, q = x[len(x) - wanted :], q[len(q) - wanted :]
-            x = model.project(layer, x, self._attend(context.windows, number, q, positions, keys, values))
+            x = model.project(layer, x, self._attend(schedule.windows, number, q, positions, keys, values))
             if context.boundary is not None and number == context.boundary.layer:
                 context.boundary.append(x)
-                if cuts:
+                if cut_at:
                     cache.clear(number + 1)
-                if cuts and context.boundary.length > len(x):
+                if cut_at and context.boundary.length > len(x):
                     x, positions = context.boundary.rows(), np.arange(context.boundary.length)
                     cos, sin = model.rope(positions)
             if number in cut_at:
-                assert plan is not None
                 scores = ops.score_blocks(plan.score, q[-plan.query_window :], keys, plan.block, plan.unit)
                 rows = select_rows(plan, cut_at[number], scores, len(x))
                 kept.append(len(rows))
@@ -160,10 +187,13 @@ class Engine:
         context.length += len(ids)
         return x, tuple(kept)
 
-    def decode_step(self, context: Context, token: int) -> np.ndarray:
-        """Read one token; returns the next-token logits [V] (a host array). Raises as ``logits`` does."""
+    def decode_one_token(self, context: Context, token: int) -> np.ndarray:
+        """Read one token, which looks at the rows within the cache's budget, at all where there is none.
+
+        Returns the next-token logits [V] (a host array). Raises as ``logits`` does.
+        """
         if self._decoder is None:
-            return self.logits(self.prefill(context, [token], exact=False)[0])[0]
+            return self.logits(self.extend(context, [token], exact=False))[0]
         middle = None if context.boundary is None else context.boundary.layer
         logits, hidden = self._decoder.step(context.cache, token, context.length, middle=middle)
         if context.boundary is not None and hidden is not None:

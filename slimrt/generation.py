@@ -8,9 +8,10 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, TypedDict, get_args
 
-from slimrt.config import PrunePlan, SamplingConfig, is_whole
+from slimrt.config import SamplingConfig, is_whole
 from slimrt.engine import Progress
 from slimrt.errors import SettingError
+from slimrt.prune.plan import PrunePlan
 from slimrt.results import Completion, FinishReason, Timings, TokenLogprob, Usage
 from slimrt.sampler import LogitsProcessor, Sampler, top_logprobs
 from slimrt.session import Session

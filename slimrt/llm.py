@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
 
 import numpy as np
 
-from slimrt.config import CacheConfig, ModelConfig, PrunePlan, is_whole
+from slimrt.config import CacheConfig, ModelConfig, is_whole
 from slimrt.conversation import Conversation, fit_messages
 from slimrt.engine import Engine, Progress
 from slimrt.errors import ContextError, SettingError, SlimrtError
@@ -28,6 +28,7 @@ from slimrt.memory.plan import plan as plan_memory
 from slimrt.models import build, read_config, stretch_rope
 from slimrt.ops.backend import Backend, check_device, find_gpu, open_backend, open_cuda, uses_kernels
 from slimrt.ops.cuda.device import wants_gpu
+from slimrt.prune.plan import PrunePlan
 from slimrt.prune.presets import choose_plan
 from slimrt.results import Completion
 from slimrt.session import Session
@@ -295,9 +296,9 @@ class LLM:
             rest = ids[start:-1]
             if self.kv_budget is not None:  # the budget holds in decode only, a token at a time
                 for token in rest:
-                    yield self._engine.decode_step(session.context, token)[None]
+                    yield self._engine.decode_one_token(session.context, token)[None]
             elif rest:
-                hidden, _ = self._engine.prefill(session.context, rest, wanted=len(rest))
+                hidden = self._engine.extend(session.context, rest, wanted=len(rest))
                 for lo in range(0, len(hidden), _LOGIT_ROWS):
                     yield self._engine.logits(hidden[lo : lo + _LOGIT_ROWS])
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from slimrt.config import PrunePlan
 from slimrt.engine import Engine, Progress, Trace
 from slimrt.errors import ContextError, TokenizerError
-from slimrt.prune.select import Cut, schedule, why_dense, windows
+from slimrt.prune.plan import PrunePlan
+from slimrt.prune.schedule import Schedule, schedule
 
 
 @dataclass(frozen=True)
@@ -58,26 +58,24 @@ class Session:
         """
         self._check(ids, len(ids))
         self.revision += 1
-        cuts: Sequence[Cut] = schedule(plan, len(ids)) if plan is not None else ()
-        boundary_layer, limits = _boundary_layer(plan, cuts), windows(plan, len(ids))
+        rule = schedule(plan, len(ids))
         # The query window is always computed, so that the choice is made by the queries of the new last tokens.
-        fresh = plan.query_window if plan is not None and cuts else self.engine.ops.exact_rows
+        fresh = rule.plan.query_window if rule.cuts else self.engine.ops.exact_rows
         same = common_prefix(self.tokens, ids)
-        same_rows = self.context.windows.same_rows(limits)
-        if boundary_layer != self._boundary_layer or not same_rows or (self._pruned and not cuts):
+        same_rows = self.context.windows.same_rows(rule.windows)
+        if rule.boundary != self._boundary_layer or not same_rows or (self._pruned and not rule.cuts):
             reused, note = 0, "the last conversation was pruned otherwise" if self.tokens else "nothing read before"
             self.reset()
             self.context.cache.close()  # before the new one allocates what it stages copies in
-            self.context = self.engine.new_context(boundary_layer)
+            self.context = self.engine.new_context(rule.boundary)
         else:
             reused, note = max(0, min(same, len(ids) - fresh)), self._reuse_note(same, len(ids))
             if same_rows < reused:
                 reused = int(same_rows)
                 note += f"; from token {reused} on it runs again, for what saw everything there is under windows now"
         self.truncate(reused)
-        self.context.windows = limits
-        stages = self._read(ids[reused:], plan, cuts, progress, trace)
-        return Reading(reused, note, stages, limits.rows, "" if plan is None else why_dense(plan, len(ids)))
+        stages = self._read(ids[reused:], rule, progress, trace)
+        return Reading(reused, note, stages, rule.windows.rows, rule.why_dense)
 
     @property
     def _boundary_layer(self) -> int | None:
@@ -103,32 +101,31 @@ class Session:
     def extend(self, ids: Sequence[int], *, progress: Progress | None = None) -> None:
         """Read further tokens through all layers, as decode does. Raises as ``prefill`` does."""
         self._check(ids, len(self.tokens) + len(ids))
-        self._read(ids, None, (), progress, exact=False)
+        self._read(ids, None, progress)
 
     def _read(
         self,
         ids: Sequence[int],
-        plan: PrunePlan | None,
-        cuts: Sequence[Cut],
+        rule: Schedule | None,
         progress: Progress | None,
         trace: Trace | None = None,
-        *,
-        exact: bool = True,
     ) -> tuple[int, ...]:
+        """Read on by ``rule`` as the end of a prompt, or (None) as decode does."""
         # Until the work is done the tokens are not part of the conversation: an interrupted call leaves the rest valid.
         start = len(self.tokens)
+        stages: tuple[int, ...] = ()
         try:
-            if len(ids) == 1 and not exact:
-                stages: tuple[int, ...] = ()
-                self.logits = self.engine.decode_step(self.context, ids[0])
-            else:
-                hidden, stages = self.engine.prefill(
-                    self.context, ids, plan=plan, cuts=cuts, exact=exact, progress=progress, trace=trace
-                )
+            if rule is not None:
+                hidden, stages = self.engine.prefill(self.context, ids, rule, progress=progress, trace=trace)
                 self.logits = self.engine.logits(hidden)[0]
+            elif len(ids) == 1:
+                self.logits = self.engine.decode_one_token(self.context, ids[0])
+            else:
+                self.logits = self.engine.logits(self.engine.extend(self.context, ids, progress=progress))[0]
         except BaseException:
             # A cut had dropped the pruned stages of the old tokens, so nothing of them can serve again.
-            self.truncate(0 if cuts or not self.context.cache.intact else start)
+            cut = rule is not None and rule.cuts
+            self.truncate(0 if cut or not self.context.cache.intact else start)
             raise
         self.tokens.extend(ids)
         return stages
@@ -171,13 +168,6 @@ class Session:
     def kv_bytes_host(self) -> int:
         """Bytes of keys and values in host memory, under a budget."""
         return self.context.cache.nbytes_host
-
-
-def _boundary_layer(plan: PrunePlan | None, cuts: Sequence[Cut]) -> int | None:
-    """Where hidden states are kept: at the first cut, also while a prompt is too short for one, as it may grow."""
-    if cuts:
-        return cuts[0].layer
-    return plan.stages[0].layer if plan is not None and plan.stages else None
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

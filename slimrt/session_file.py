@@ -32,12 +32,13 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from slimrt.config import ModelConfig, PrunePlan
+from slimrt.config import ModelConfig
 from slimrt.engine import Context, Engine
 from slimrt.errors import SessionFileError, SettingError
 from slimrt.output import whole_or_nothing
 from slimrt.paths import user_path
-from slimrt.prune.select import Windows, check_plan
+from slimrt.prune.plan import PrunePlan, check_plan
+from slimrt.prune.schedule import Windows
 from slimrt.session import Session
 from slimrt.weights.gguf import GGUFFile
 

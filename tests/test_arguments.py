@@ -14,8 +14,9 @@ import pytest
 from tiny_gguf import write_tiny_llama
 
 import slimrt
-from slimrt.config import PrunePlan, SamplingConfig, Stage
+from slimrt.config import SamplingConfig
 from slimrt.errors import SettingError, SlimrtError
+from slimrt.prune.plan import PrunePlan, Stage
 
 
 @pytest.fixture(scope="module")

@@ -18,12 +18,12 @@ import numpy as np
 
 from slimrt.bench.synthetic import SHAPES, SyntheticModel
 from slimrt.bench.ttft import environment
-from slimrt.config import CacheConfig, PrunePlan, Stage
+from slimrt.config import CacheConfig
 from slimrt.engine import Engine
 from slimrt.errors import SettingError
 from slimrt.models.llama import Llama
 from slimrt.ops.backend import open_backend
-from slimrt.prune.select import check_plan
+from slimrt.prune.plan import PrunePlan, Stage, check_plan
 from slimrt.session import Session
 
 if TYPE_CHECKING:

@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 
 from slimrt.calibrate.finding import Findings
-from slimrt.config import ModelConfig, PrunePlan, Stage
+from slimrt.config import ModelConfig
 from slimrt.errors import SettingError
+from slimrt.prune.plan import PrunePlan, Stage
 from slimrt.prune.reach import keys_read
-from slimrt.prune.select import schedule, windows
+from slimrt.prune.schedule import schedule
 
 __all__ = ["LONG", "MIN_TOKENS", "RECOMPUTED", "candidates", "first_layer", "recomputed", "scorings", "work"]
 
@@ -125,8 +126,8 @@ def _by_layer(config: ModelConfig, plan: PrunePlan, tokens: int) -> list[float]:
     """Multiply-adds of each layer."""
     c = config
     q, kv = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
-    cut_at = {cut.layer: cut.blocks * plan.block for cut in schedule(plan, tokens)}
-    limits = windows(plan, tokens)
+    rule = schedule(plan, tokens)
+    cut_at, limits = {cut.layer: cut.blocks * plan.block for cut in rule.cuts}, rule.windows
     rows, found = tokens, []
     for layer in range(c.n_layers):
         projections = c.d_model * (q + 2 * kv) * rows

@@ -11,11 +11,12 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from slimrt.config import PrunePlan, Stage
 from slimrt.engine import Engine
 from slimrt.eval.metrics import accuracy
 from slimrt.eval.sample import Sample
-from slimrt.prune.select import ranking, schedule
+from slimrt.prune.plan import PrunePlan, Stage
+from slimrt.prune.schedule import schedule
+from slimrt.prune.select import ranking
 
 __all__ = ["Findings", "observe"]
 
@@ -53,11 +54,9 @@ def observe(engine: Engine, sample: Sample, plan: PrunePlan) -> dict[str, float]
     observer = _Observer(plan, range(sample.quoted, sample.quoted + len(sample.continuation)))
     context = engine.new_context()
     try:
-        hidden, _ = engine.prefill(
-            context, sample.prompt, plan=plan, cuts=schedule(plan, len(sample.prompt)), trace=observer
-        )
+        hidden, _ = engine.prefill(context, sample.prompt, schedule(plan, len(sample.prompt)), trace=observer)
         following = sample.continuation[:-1]
-        rest, _ = engine.prefill(context, following, wanted=len(following))
+        rest = engine.extend(context, following, wanted=len(following))
         logits = engine.logits(np.concatenate([hidden, rest]))
     finally:
         context.cache.close()

@@ -12,7 +12,8 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from slimrt.config import ModelConfig, PrunePlan, Window
+from slimrt.config import ModelConfig
+from slimrt.prune.plan import PrunePlan, Window
 
 __all__ = ["REACH", "SHARES", "Head", "head_losses", "quiet", "with_windows"]
 

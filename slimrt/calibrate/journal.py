@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from slimrt.config import PrunePlan
+from slimrt.prune.plan import PrunePlan
 
 __all__ = ["Journal"]
 

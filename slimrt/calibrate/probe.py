@@ -7,11 +7,11 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from slimrt.config import PrunePlan
 from slimrt.engine import Engine
 from slimrt.eval.run import Response, judge
 from slimrt.eval.sample import Sample
-from slimrt.prune.select import Windows, schedule, windows
+from slimrt.prune.plan import PrunePlan
+from slimrt.prune.schedule import Windows, schedule
 
 __all__ = ["Probe", "probing"]
 
@@ -36,13 +36,12 @@ class Probe:
         "kl" (nats a token), "accuracy" (top-1, a share) and "nll" (nats a token). Raises ComputeError if not finite.
         """
         prompt, window = self._sample.prompt, plan.query_window
-        cuts, limits = schedule(plan, len(prompt)), windows(plan, len(prompt))
+        rule = schedule(plan, len(prompt))
         # Without a cut the layers behind the boundary are read on from, so nothing of another plan's may be in them.
-        shared = cuts and self._early(limits) == self._early(self._context.windows)
+        shared = rule.cuts and self._early(rule.windows) == self._early(self._context.windows)
         self._context.truncate(len(prompt) - window if shared else 0)
-        self._context.windows = limits
         rest = prompt[self._context.length :]
-        hidden, _ = self._engine.prefill(self._context, rest, plan=plan, cuts=cuts)
+        hidden, _ = self._engine.prefill(self._context, rest, rule)
         found = judge(self._sample, self._dense, self._read_on(hidden))
         dense = judge(self._sample, self._dense, self._dense)
         return {
@@ -62,7 +61,7 @@ class Probe:
         following = self._sample.continuation[:-1]
         rows = [hidden]
         if following:
-            rows.append(self._engine.prefill(self._context, following, wanted=len(following))[0])
+            rows.append(self._engine.extend(self._context, following, wanted=len(following)))
         return Response(logits=self._engine.logits(np.concatenate(rows)))
 
     def close(self) -> None:

@@ -28,7 +28,7 @@ from slimrt.calibrate.finding import Findings, observe
 from slimrt.calibrate.heads import SHARES, head_losses, quiet, with_windows
 from slimrt.calibrate.journal import Journal
 from slimrt.calibrate.probe import probing
-from slimrt.config import ModelConfig, PrunePlan, Stage
+from slimrt.config import ModelConfig
 from slimrt.errors import ContextError, SettingError
 from slimrt.eval.metrics import bootstrap_interval
 from slimrt.eval.run import context_needed, time_to_first_token
@@ -36,6 +36,7 @@ from slimrt.eval.sample import Sample, Source
 from slimrt.eval.tasks import TASKS
 from slimrt.eval.tasks import samples as task_samples
 from slimrt.eval.text import load_corpus
+from slimrt.prune.plan import PrunePlan, Stage
 from slimrt.prune.presets import PRESETS, fingerprint
 
 if TYPE_CHECKING:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from slimrt import __version__
-from slimrt.config import PrunePlan
 from slimrt.errors import ComputeError, ContextError, SettingError
 from slimrt.eval.metrics import accuracy, kl, nll, substring_score
 from slimrt.eval.report import DENSE, EvalReport, Result, Timing
@@ -21,6 +20,7 @@ from slimrt.eval.sample import Sample, Source
 from slimrt.eval.tasks import resolve
 from slimrt.eval.tasks import samples as task_samples
 from slimrt.eval.text import Corpus, load_corpus
+from slimrt.prune.plan import PrunePlan
 from slimrt.prune.presets import choose_plan
 
 if TYPE_CHECKING:

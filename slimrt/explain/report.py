@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from slimrt.config import PrunePlan
 from slimrt.engine import Progress
 from slimrt.explain.blocks import Block, prompt_blocks
 from slimrt.explain.trace import CutTrace, PrefillTrace
 from slimrt.llm import LLM
-from slimrt.prune.select import local_blocks, why_dense
+from slimrt.prune.plan import PrunePlan
+from slimrt.prune.schedule import local_blocks
 from slimrt.session import Session
 
 __all__ = ["CutReport", "Explanation", "LayerReport", "Span", "explain"]
@@ -145,7 +145,7 @@ def explain(llm: LLM, ids: Sequence[int], *, question: str = "", progress: Progr
     """
     plan, trace, session = llm.plan.plan, PrefillTrace(), llm.session()
     begun = time.perf_counter()
-    session.prefill(ids, plan, progress=progress, trace=trace)
+    reading = session.prefill(ids, plan, progress=progress, trace=trace)
     ttft = time.perf_counter() - begun
     block = _DENSE_BLOCK if plan is None else plan.block
     sink, local = (0, 0) if plan is None else (plan.sink_blocks, local_blocks(plan, len(ids)))
@@ -159,7 +159,7 @@ def explain(llm: LLM, ids: Sequence[int], *, question: str = "", progress: Progr
         ctx=llm.ctx,
         plan=plan,
         plan_source=llm.plan.source,
-        why_dense=_why_dense(plan, len(ids), llm.plan.source),
+        why_dense=reading.dense if plan is not None else f"the prompt ran dense (plan {llm.plan.source})",
         question=question,
         tokens=len(ids),
         block=block,
@@ -167,7 +167,7 @@ def explain(llm: LLM, ids: Sequence[int], *, question: str = "", progress: Progr
         outside_s=ttft - sum(trace.seconds),
         states_host=0 if boundary is None else boundary.nbytes,
         kv_heads=llm.config.n_kv_heads,
-        windowed_rows=session.context.windows.rows,
+        windowed_rows=reading.windowed,
         kv_kept=sum(layer.kv_rows for layer in layers) * token // len(layers),
         kv_dense=len(ids) * token,
         cuts=cuts,
@@ -191,7 +191,3 @@ def _layers(session: Session, trace: PrefillTrace) -> tuple[LayerReport, ...]:
         layers.append(LayerReport(number, tokens, seconds, cache.length(number), *cache.layer_nbytes(number), near))
         tokens = after.get(number, tokens)
     return tuple(layers)
-
-
-def _why_dense(plan: PrunePlan | None, tokens: int, source: str) -> str:
-    return f"the prompt ran dense (plan {source})" if plan is None else why_dense(plan, tokens)

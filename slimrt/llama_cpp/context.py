@@ -12,7 +12,6 @@ from typing import Any, Self
 
 import numpy as np
 
-from slimrt.config import PrunePlan
 from slimrt.errors import ContextError, SettingError, TokenizerError
 from slimrt.hub import store
 from slimrt.llama_cpp.options import (
@@ -30,6 +29,7 @@ from slimrt.llama_cpp.options import (
 from slimrt.llama_cpp.state import AllLogits, LlamaState
 from slimrt.llm import LLM
 from slimrt.models import read_config
+from slimrt.prune.plan import PrunePlan
 from slimrt.sampler import Sampler, log_softmax
 from slimrt.session import Session
 from slimrt.text.tokenizer import Tokenizer

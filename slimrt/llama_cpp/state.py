@@ -10,6 +10,7 @@ import numpy as np
 from slimrt.engine import Context, Engine
 from slimrt.errors import SettingError
 from slimrt.memory.plan import available_memory
+from slimrt.prune.schedule import Schedule
 
 __all__ = ["AllLogits", "LlamaState"]
 
@@ -29,18 +30,18 @@ class AllLogits(Engine):
             )
         self.scores = np.zeros((ctx, self.config.vocab_size), np.float32)
 
-    def prefill(
-        self, context: Context, ids: Sequence[int] | np.ndarray, *, wanted: int = 1, **options: Any
+    def _through_layers(
+        self, context: Context, ids: Sequence[int] | np.ndarray, schedule: Schedule, *, wanted: int, **options: Any
     ) -> tuple[np.ndarray, tuple[int, ...]]:
         start = context.length
-        hidden, kept = super().prefill(context, ids, wanted=len(ids), **options)
+        hidden, kept = super()._through_layers(context, ids, schedule, wanted=len(ids), **options)
         for at in range(0, len(ids), _LOGIT_ROWS):
             rows = self.logits(hidden[at : at + _LOGIT_ROWS])
             self.scores[start + at : start + at + len(rows)] = rows
         return hidden[len(ids) - wanted :], kept
 
-    def decode_step(self, context: Context, token: int) -> np.ndarray:
-        logits = super().decode_step(context, token)
+    def decode_one_token(self, context: Context, token: int) -> np.ndarray:
+        logits = super().decode_one_token(context, token)
         self.scores[context.length - 1] = logits
         return logits
 

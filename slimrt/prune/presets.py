@@ -8,10 +8,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from slimrt.config import ModelConfig, PrunePlan, Stage, read_plan_file
+from slimrt.config import ModelConfig
 from slimrt.errors import SettingError
 from slimrt.paths import user_path
-from slimrt.prune.select import check_plan
+from slimrt.prune.plan import PrunePlan, Stage, check_plan, read_plan_file
 
 __all__ = ["PRESETS", "PlanChoice", "choose_plan", "fingerprint", "preset_path"]
 

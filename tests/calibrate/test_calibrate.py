@@ -18,15 +18,15 @@ from slimrt.calibrate.heads import head_losses, quiet, with_windows
 from slimrt.calibrate.journal import Journal
 from slimrt.calibrate.probe import probing
 from slimrt.calibrate.search import Bounds, Measured, _finalists, _rounds, _survivors, calibrate
-from slimrt.config import ModelConfig, PrunePlan, Stage, Window
+from slimrt.config import ModelConfig
 from slimrt.errors import ContextError, SettingError
 from slimrt.eval.run import judge, respond
 from slimrt.eval.sample import Sample, Source
 from slimrt.eval.tasks import TASKS, samples
 from slimrt.eval.text import load_corpus
 from slimrt.llm import LLM
+from slimrt.prune.plan import PrunePlan, Stage, Window, check_plan
 from slimrt.prune.presets import choose_plan, preset_path
-from slimrt.prune.select import check_plan
 from slimrt.weights.gguf import GGUFFile
 from tests.tiny_gguf import write_tiny_llama
 

@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from click_cli import cli
-from slimrt.config import PrunePlan, Stage
+from slimrt.prune.plan import PrunePlan, Stage
 from tests.tiny_gguf import write_tiny_llama
 
 

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from slimrt.config import PrunePlan, Stage
 from slimrt.errors import ComputeError, ContextError, SettingError, SlimrtError
 from slimrt.eval import plot
 from slimrt.eval.metrics import bootstrap_interval
@@ -25,6 +24,7 @@ from slimrt.eval.tasks import TASKS, samples
 from slimrt.eval.text import load_corpus
 from slimrt.llm import LLM
 from slimrt.output import write_atomically
+from slimrt.prune.plan import PrunePlan, Stage
 from slimrt.weights.gguf import GGUFFile
 from tests.tiny_gguf import write_tiny_llama
 

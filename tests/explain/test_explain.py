@@ -16,11 +16,11 @@ from rich.console import Console
 
 import slimrt
 from click_cli import cli
-from slimrt.config import PrunePlan, Stage, Window
 from slimrt.explain.blocks import block_texts
 from slimrt.explain.page import html_page, readable_score, readable_seconds
 from slimrt.explain.report import Explanation, explain
 from slimrt.explain.text import signs, summary
+from slimrt.prune.plan import PrunePlan, Stage, Window
 from tests.tiny_gguf import write_tiny_llama
 
 PLAN = PrunePlan((Stage(1, 0.5), Stage(3, 0.25)), block=16, min_tokens=50, query_window=8)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from slimrt.config import PrunePlan, Stage
 from slimrt.prune import scores as block_scores
+from slimrt.prune.plan import PrunePlan, Stage
+from slimrt.prune.schedule import Cut, local_blocks
 from slimrt.prune.scores import BLOCK_SCORES, unit_means
-from slimrt.prune.select import Cut, local_blocks, select_rows
+from slimrt.prune.select import select_rows
 from tests.kernel_cases import Array, assert_as_exact, full, half, launch, mode, needs_compiler, noise, rounded
 
 __all__ = ["mode"]

@@ -9,8 +9,8 @@ import pytest
 
 import slimrt
 from slimrt import PrunePlan
-from slimrt.config import Window
-from slimrt.prune.select import Windows
+from slimrt.prune.plan import Window
+from slimrt.prune.schedule import Windows
 from tests.tiny_gguf import write_tiny_llama
 
 PLAN = PrunePlan(windows=tuple(Window(layer, (64, 0)) for layer in range(3)), full_rows=100)

@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from slimrt.config import CacheConfig, PrunePlan, Stage
+from slimrt.config import CacheConfig
 from slimrt.engine import Engine
 from slimrt.errors import ComputeError, DeviceError
 from slimrt.models import build, read_config
 from slimrt.ops.cuda.cupy_ops import CupyOps
 from slimrt.ops.numpy.numpy_ops import NumpyOps
-from slimrt.prune.select import schedule
+from slimrt.prune.plan import PrunePlan, Stage
+from slimrt.prune.schedule import schedule
 from slimrt.session import Session
 from slimrt.session_file import SavedTalk, read_session, write_session
 from slimrt.weights.gguf import GGUFFile
@@ -159,8 +160,8 @@ def test_calibration_tries_plans_behind_the_boundary(monkeypatch: pytest.MonkeyP
         for layer in (0, 1, 2):
             plan = PrunePlan((Stage(layer, 0.5),), block=16, query_window=8)
             context.truncate(len(prompt) - 8)
-            hidden, _ = one.prefill(context, prompt[-8:], plan=plan, cuts=schedule(plan, len(prompt)))
-            following, _ = one.prefill(context, [5, 6], wanted=2)
+            hidden, _ = one.prefill(context, prompt[-8:], schedule(plan, len(prompt)))
+            following = one.extend(context, [5, 6], wanted=2)
             with ops.computing():
                 rows = np.concatenate([hidden, following])
             found[kind].append(one.logits(rows))

@@ -99,7 +99,7 @@ def decoded(engine: Engine, ids: list[int], read: int) -> tuple[np.ndarray, Cont
     """Logits after each of the tokens behind the first ``read``, which are read at once."""
     context = engine.new_context()
     engine.prefill(context, ids[:read])
-    return np.stack([engine.decode_step(context, token) for token in ids[read:]]), context
+    return np.stack([engine.decode_one_token(context, token) for token in ids[read:]]), context
 
 
 def near(ours: np.ndarray, layers: np.ndarray, truth: np.ndarray) -> bool:
