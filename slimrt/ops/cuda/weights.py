@@ -1,8 +1,8 @@
-"""Weights on a GPU: packed as in the file, unpacked to float16 a layer at a time for many rows."""
+"""Weights on a GPU: in the cells of ``kernels_cu/quant.cuh``, unpacked to 16 bits for many rows."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,29 +15,44 @@ from slimrt.ops.cuda.modules import Kernels
 from slimrt.weights.gguf import TensorInfo
 from slimrt.weights.quants import dequantize
 
-__all__ = ["PACKED_TYPES", "CudaWeight", "Packed", "load_weight", "unpack"]
+__all__ = ["CELLS", "PACKED_TYPES", "CudaWeight", "Packed", "load_weight", "packed_nbytes", "unpack"]
 
-Array = Any  # of CuPy
+Array = Any  # of CuPy, or of NumPy where the layer is streamed
 
+# Bytes and columns of a cell, 16 rows each: SIZE and 32 UNITS of quant.cuh.
+CELLS = {
+    "Q4_0": (1152, 128), "Q4_1": (1280, 128), "Q5_0": (1408, 128), "Q5_1": (1536, 128), "Q8_0": (2176, 128),
+    "Q4_K": (2304, 256), "Q5_K": (2816, 256), "Q6_K": (3360, 256),
+}  # fmt: skip
 # The types that have kernels. F32 is not among them here: float16 is what its products are computed in anyway.
-PACKED_TYPES = frozenset({
-    Type.F16, Type.BF16, Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q5_1, Type.Q8_0, Type.Q4_K, Type.Q5_K, Type.Q6_K,
-})  # fmt: skip
-_HOST_ROWS = 1 << 24  # elements of a tensor without kernels that are unpacked on the host at a time
+PACKED_TYPES = frozenset({Type.F16, Type.BF16, *(Type[name] for name in CELLS)})
+_STAGED = 1 << 26  # bytes that are uploaded, or elements that are unpacked on the host, at a time
+
+
+def packed_nbytes(kind: str, rows: int, width: int) -> int:
+    """Bytes that a matrix of type ``kind`` takes on the device: those of the file where ``rows`` and ``width`` fill
+    its cells, 16 rows of 128 or 256 columns."""
+    if kind not in CELLS:
+        return 2 * rows * width
+    size, columns = CELLS[kind]
+    return -(-rows // 16) * -(-width // columns) * size
 
 
 @dataclass(frozen=True)
 class Packed:
-    """Rows of one type: ``data`` uint8 [rows, bytes per row] on the device, or on the host where the layer is streamed;
-    ``width`` elements a row."""
+    """Rows of one type: ``data`` uint8, flat, on the device, or on the host where the layer is streamed. ``half``: of
+    quant.cuh, how far apart the two runs of rows are that meet in a tile."""
 
     type: str
     data: Array
+    rows: int
     width: int
+    half: int = 8
 
     @property
-    def rows(self) -> int:
-        return int(self.data.shape[0])
+    def paired(self) -> bool:
+        """Whether rows that are wanted together meet in a tile."""
+        return self.half > 8 or self.rows == 16
 
 
 @dataclass(frozen=True)
@@ -58,13 +73,18 @@ class CudaWeight:
     @classmethod
     def of(cls, parts: tuple[Packed, ...]) -> CudaWeight:
         """A weight on the device; one that is float16 throughout needs no unpacking."""
-        return cls(parts, parts[0].data.view(np.float16) if [part.type for part in parts] == ["F16"] else None)
+        if [part.type for part in parts] != ["F16"]:
+            return cls(parts)
+        return cls(parts, parts[0].data.view(np.float16).reshape(parts[0].rows, parts[0].width))
 
 
-def load_weight(memory: CupyMemory, tensors: tuple[TensorInfo, ...], *, host: bool = False) -> CudaWeight:
+def load_weight(
+    memory: CupyMemory, kernels: Kernels, tensors: tuple[TensorInfo, ...], *, half: int = 0, host: bool = False
+) -> CudaWeight:
     """``tensors`` [out_i, in] stacked along out, on the device or the ``host``; neighbours of one type become one part.
 
-    Raises DeviceError where a row does not divide into the kernels' units of 32.
+    ``half``: rows i and i + half of each 2 half are wanted together (0: none are). Raises DeviceError where a row does
+    not divide into the kernels' units of 32.
     """
     width = tensors[0].shape[-1]
     if width % 32:
@@ -78,32 +98,45 @@ def load_weight(memory: CupyMemory, tensors: tuple[TensorInfo, ...], *, host: bo
             groups[-1][1].append(tensor)
         else:
             groups.append((kind, [tensor]))
-    if host:
-        return CudaWeight(tuple(Packed(kind, _stacked(np.empty, np.copyto, group), width) for kind, group in groups))
-    return CudaWeight.of(
-        tuple(Packed(kind, _stacked(memory.empty, memory.load, group), width) for kind, group in groups)
-    )
+    parts = []
+    for kind, group in groups:
+        rows = sum(tensor.shape[0] for tensor in group)
+        meet = half if half and half % 8 == 0 and rows % (2 * half) == 0 else 8
+        part = Packed(kind, memory.empty((packed_nbytes(kind, rows, width),), np.uint8), rows, width, meet)
+        _fill(memory, kernels, part, group)
+        parts.append(Packed(kind, memory.to_host(part.data), rows, width, meet) if host else part)
+    return CudaWeight(tuple(parts)) if host else CudaWeight.of(tuple(parts))
 
 
-def _stacked(empty: Callable[..., Array], load: Callable[..., object], tensors: list[TensorInfo]) -> Array:
-    rows = sum(tensor.shape[0] for tensor in tensors)
-    width = tensors[0].shape[-1]
-    held = tensors[0].type in PACKED_TYPES
-    row_bytes = tensors[0].nbytes // tensors[0].shape[0] if held else 2 * width
-    data = empty((rows, row_bytes), np.uint8)
-    at = 0
+def _fill(memory: CupyMemory, kernels: Kernels, part: Packed, tensors: list[TensorInfo]) -> None:
+    if part.type in CELLS and (part.rows % 16 or part.width % CELLS[part.type][1]):
+        part.data[...] = 0  # what pads the last cells counts for nothing
+    first = 0
+    for rows in _pieces(part, tensors):
+        if part.type in CELLS:
+            staged = memory.empty((rows.size,), np.uint8)
+            memory.load(staged, rows.reshape(-1))
+            grid = (-(-len(rows) * part.width // 32 // 128),)
+            kernels.launch("repack", "repack", grid, 128, staged, part.data, first, len(rows), part.rows, part.width,
+                           part.half, TYPE=part.type)  # fmt: skip
+        else:
+            at = first * part.width * 2
+            memory.load(part.data[at : at + rows.size], rows.reshape(-1))
+        first += len(rows)
+
+
+def _pieces(part: Packed, tensors: list[TensorInfo]) -> Iterator[np.ndarray]:
+    """The rows of all tensors in order, uint8 [some rows, bytes per row] at a time."""
     for tensor in tensors:
         count = tensor.shape[0]
         if tensor.type in PACKED_TYPES:
             packed = np.ascontiguousarray(tensor.data).reshape(count, -1).view(np.uint8)
-            load(data[at : at + count], packed)
+            step = max(1, _STAGED // packed.shape[1])
+            yield from (packed[lo : lo + step] for lo in range(0, count, step))
         else:
-            step = max(1, _HOST_ROWS // width)
+            step = max(1, _STAGED // 4 // part.width)
             for lo in range(0, count, step):
-                half = _half(tensor, slice(lo, min(lo + step, count)))
-                load(data[at + lo : at + lo + len(half)], half.view(np.uint8))
-        at += count
-    return data
+                yield _half(tensor, slice(lo, min(lo + step, count))).view(np.uint8)
 
 
 def _half(tensor: TensorInfo, rows: slice) -> np.ndarray:
@@ -122,10 +155,9 @@ def unpack(weight: CudaWeight, memory: CupyMemory, kernels: Kernels, out: Array 
         out = memory.empty(weight.shape)
     at = 0
     for part in weight.parts:
-        units = part.rows * part.width // 32
         rows = out[at : at + part.rows]
-        kernels.launch(
-            "dequantize", "dequantize", (-(-units // 128),), 128, part.data, rows, units, TYPE=part.type, T="f16"
-        )
+        grid = (-(-part.rows // 16) * -(-part.width // 128),)
+        kernels.launch("dequantize", "dequantize", grid, 64, part.data, rows, part.rows, part.width, part.half,
+                       TYPE=part.type, T="f16")  # fmt: skip
         at += part.rows
     return out
