@@ -1,18 +1,16 @@
 // Rotary positions, in place: pairs (i, i + half) of each head turn by the row's angle i.
 //
 //   x [T, heads, Dh] of T with `stride` from token to token (query and key heads of the joint product at once),
-//   cos, sin [*, half] float32; row t uses row positions[t] of these, or row t where positions is null
+//   cos, sin [T, half] float32
 //   grid (T, ceil(heads * half / 256)), block 256: a thread turns one pair.
-//
-// Positions lie in device memory, so that a captured graph finds the new one in each replay.
 #include "ptx.cuh"
 
 extern "C" __global__ void __launch_bounds__(256)
-rope(T* x, const float* cos, const float* sin, const int* positions, int heads, int dh, int half, int stride) {
+rope(T* x, const float* cos, const float* sin, int heads, int dh, int half, int stride) {
     const int pair = blockIdx.y * blockDim.x + threadIdx.x;
     if (pair >= heads * half) return;
     const int i = pair % half;
-    const long long angle = (positions ? positions[blockIdx.x] : int(blockIdx.x)) * (long long)half + i;
+    const long long angle = blockIdx.x * (long long)half + i;
     const float c = cos[angle], s = sin[angle];
     T* head = x + blockIdx.x * (long long)stride + pair / half * dh;
     const float a = to_float(head[i]), b = to_float(head[i + half]);

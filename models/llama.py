@@ -157,6 +157,7 @@ class _Loader:
                 self._reordered(self.checked(f"{blk}.attn_q.weight", q, c.d_model)),
                 self._reordered(self.checked(f"{blk}.attn_k.weight", kv, c.d_model)),
                 self.checked(f"{blk}.attn_v.weight", kv, c.d_model),
+                half=c.head_dim // 2,  # apart lie the two that RoPE turns into each other
             ),
             qkv_bias=self.biases(blk, {"attn_q": q, "attn_k": kv, "attn_v": kv}),
             out=self.matrix(self.checked(f"{blk}.attn_output.weight", c.d_model, q)),
@@ -165,6 +166,7 @@ class _Loader:
             gate_up=self.matrix(
                 self.checked(f"{blk}.ffn_gate.weight", c.d_ff, c.d_model),
                 self.checked(f"{blk}.ffn_up.weight", c.d_ff, c.d_model),
+                half=c.d_ff,
             ),
             gate_up_bias=self.biases(blk, {"ffn_gate": c.d_ff, "ffn_up": c.d_ff}),
             down=self.matrix(self.checked(f"{blk}.ffn_down.weight", c.d_model, c.d_ff)),

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from slimrt.weights.gguf import TensorInfo
 from slimrt.ops.cuda.weights import CELLS, packed_nbytes
+from slimrt.weights.gguf import TensorInfo
 from tests.kernel_cases import Array, half, launch, noise
 
 TYPES = ["F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K"]

@@ -15,7 +15,7 @@ from slimrt.kv.layer_rows import host_slabs
 from slimrt.memory.plan import MemoryRow
 from slimrt.ops.cuda.cupy_ops import HEAD_WIDTHS, ROW_CHUNK, row_chunk
 from slimrt.ops.cuda.device import CudaDevice
-from slimrt.ops.cuda.weights import PACKED_TYPES
+from slimrt.ops.cuda.weights import PACKED_TYPES, packed_nbytes
 from slimrt.weights.gguf import GGUFFile
 from slimrt.weights.stream import SLOTS, layer_bytes
 
@@ -142,13 +142,16 @@ class Weights:
 
 
 def place_weights(file: GGUFFile, *, stream: bool = False) -> Weights:
-    """What the tensors take: as in the file, or float16 where there is no kernel for their type."""
+    """What the tensors take: packed, or float16 where there is no kernel for their type."""
     resident, layers = 0, dict[str, list[int]]()
     for name, tensor in file.tensors.items():
         matrix = len(tensor.shape) > 1
-        nbytes = (
-            tensor.nbytes if tensor.type in PACKED_TYPES else math.prod(tensor.shape) * (_HALF if matrix else _FLOAT)
-        )
+        if not matrix:
+            nbytes = _FLOAT * math.prod(tensor.shape)
+        elif tensor.type in PACKED_TYPES:
+            nbytes = packed_nbytes(tensor.type.name, *tensor.shape)
+        else:
+            nbytes = _HALF * math.prod(tensor.shape)
         if stream and matrix and name.startswith("blk."):
             layers.setdefault(name.split(".")[1], []).append(nbytes)
         else:

@@ -41,7 +41,7 @@ class StreamedLayers:
         self.transfers = Transfers()
         self._layers: list[Any] = []  # without their matrices
         self._slabs: list[np.ndarray] = []
-        self._places: list[dict[str, list[tuple[str, int, tuple[int, int], int]]]] = []
+        self._places: list[dict[str, list[tuple[Any, int, int]]]] = []  # parts without data, from where to where
         for layer in layers:
             self._take_in(layer)
         size = max(slab.nbytes for slab in self._slabs) // np.dtype(ops.kv_type).itemsize
@@ -50,14 +50,14 @@ class StreamedLayers:
     def _take_in(self, layer: Any) -> None:
         parts = [part for name in _MATRICES for part in getattr(layer, name).parts]
         slab = self._ops.pinned((layer_bytes([part.data.nbytes for part in parts]),), np.uint8)
-        places: dict[str, list[tuple[str, int, tuple[int, int], int]]] = {}
+        places: dict[str, list[tuple[Any, int, int]]] = {}
         at = 0
         for name in _MATRICES:
             places[name] = []
             for part in getattr(layer, name).parts:
                 data = part.data
-                slab[at : at + data.nbytes] = data.reshape(-1)
-                places[name].append((part.type, at, data.shape, part.width))
+                slab[at : at + data.nbytes] = data
+                places[name].append((dataclasses.replace(part, data=None), at, at + data.nbytes))
                 at += layer_bytes([data.nbytes])
         self._slabs.append(slab)
         self._places.append(places)
@@ -84,10 +84,7 @@ class StreamedLayers:
     def _matrices(self, number: int, slot: Array) -> dict[str, Any]:
         return {
             name: self._ops.placed_weight(
-                [
-                    (kind, slot[at : at + shape[0] * shape[1]].reshape(shape), width)
-                    for kind, at, shape, width in self._places[number][name]
-                ]
+                [dataclasses.replace(part, data=slot[at:end]) for part, at, end in self._places[number][name]]
             )
             for name in _MATRICES
         }

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from slimrt.ops.cuda import gemv
+from slimrt.ops.cuda.weights import CELLS
 from tests.emulation import EXPORTED, SOURCES
 
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90")
@@ -31,8 +33,7 @@ Case = tuple[str, dict[str, object], int, int, int, tuple[str, ...]]
 
 def cases(architecture: str) -> list[Case]:
     result: list[Case] = []
-    for source in ("compact.cu", "argmax.cu", "select_rows.cu"):
-        result.append((source, {}, 128 if source == "compact.cu" else 1024, 48 << 10, 64, ()))
+    result.append(("compact.cu", {}, 128, 0, 64, ()))
     for kind in SIXTEEN:
         for source in ("rmsnorm.cu", "rope.cu", "swiglu.cu", "kv_append.cu", "unit_means.cu", "kv_blocks.cu"):
             result.append((source, {"T": kind}, 256, 0, 40, ()))
@@ -48,12 +49,25 @@ def cases(architecture: str) -> list[Case]:
             macros = {**defines, "TILE": tile, "STAGES": stages}
             result.append(("attention_prefill.cu", macros, 128, shared, 255 if tile == 128 else 168, attends))
     for type_ in TYPES:
-        result.append(("embed.cu", {"TYPE": type_}, 128, 0, 64, ()))
+        result.append(("embed.cu", {"TYPE": type_}, 256, 0, 64, ()))
+        if type_ in CELLS:
+            result.append(("repack.cu", {"TYPE": type_}, 128, 0, 64, ()))
         for kind in SIXTEEN if type_ in ("BF16", "Q4_0", "Q6_K") else ("f16",):
-            result.append(("dequantize.cu", {"TYPE": type_, "T": kind}, 128, 0, 64, ()))
+            result.append(("dequantize.cu", {"TYPE": type_, "T": kind}, 64, 0, 64, ()))
             for out in ("float", kind) if type_ == "Q4_0" else ("float",):  # only the last store differs
                 macros = {"TYPE": type_, "T": kind, "OUT": out}
-                result.append(("gemv.cu", macros, 256, 0, 80, (TENSOR_CORES[kind],)))
+                result.append(("gemm_few.cu", macros, 256, 0, 80, (TENSOR_CORES[kind],)))
+            cores = TENSOR_CORES["bf16" if type_ == "BF16" and kind == "bf16" else "f16"]
+            seen = (cores, "LDGSTS.E.BYPASS.128", "LDS.128")
+            for width, source in ((4096, "float"), (14336, kind)):
+                count, blocks = gemv.stages(type_, width, SHARED_PER_BLOCK[architecture])
+                macros = {"TYPE": type_, "T": kind, "FROM": source, "STAGES": count}
+                shared = gemv.shared_bytes(type_, width, count)
+                registers = 128 if blocks == 2 else 168
+                result.append(("gemv.cu", {**macros, "OUT": "float"}, 256, shared, registers, seen))
+                if source == "float" and type_ in ("BF16", "Q4_0", "Q6_K"):
+                    result.append(("gemv_gated.cu", macros, 256, shared, registers, seen))
+                    result.append(("gemv_heads.cu", macros, 256, shared, registers, seen))
     return result
 
 

@@ -1,4 +1,4 @@
-"""The kernels that score and choose blocks, run on the CPU, against ``prune.scores`` and ``prune.select``."""
+"""The kernels that score blocks, run on the CPU, against ``prune.scores``."""
 
 from __future__ import annotations
 
@@ -6,10 +6,7 @@ import numpy as np
 import pytest
 
 from slimrt.prune import scores as block_scores
-from slimrt.prune.plan import PrunePlan, Stage
-from slimrt.prune.schedule import Cut, local_blocks
 from slimrt.prune.scores import BLOCK_SCORES, unit_means
-from slimrt.prune.select import select_rows
 from tests.kernel_cases import Array, assert_as_exact, full, half, launch, mode, needs_compiler, noise, rounded
 
 __all__ = ["mode"]
@@ -111,29 +108,3 @@ def test_block_scores(
         monkeypatch.setattr(block_scores, "_softmax", lambda scores: rounded(softmax(scores), kind))
         naive = BLOCK_SCORES[name](queries, seen, block, unit)
     assert_as_exact(got, naive, exact)
-
-
-@pytest.mark.parametrize(
-    ("rows", "block", "count", "sink", "window"),
-    [(1, 64, 1, 1, 1), (640, 64, 4, 1, 16), (1000, 64, 5, 0, 70), (5000, 16, 100, 2, 16), (19000, 16, 1100, 1, 3)],
-)
-@pytest.mark.parametrize("distinct", [3, 10**6])
-@pytest.mark.parametrize("follow", [0.0, 0.5, 1.0])
-def test_select_rows(rows: int, block: int, count: int, sink: int, window: int, distinct: int, follow: float) -> None:
-    """The very rows that the host would choose, with many ties and with none; more blocks than threads."""
-    plan = PrunePlan((Stage(0, 0.5),), block=block, unit=1, sink_blocks=sink, query_window=window, follow=follow)
-    blocks = -(-rows // block)
-    scores = np.random.default_rng(rows).integers(0, distinct, blocks).astype(np.float32)
-    expected = select_rows(plan, Cut(0, count), scores, rows)
-    out = np.full(count * block, -7, np.int32)
-    args = [scores, out, blocks, count, block, rows, sink, local_blocks(plan, rows), np.float32(follow)]
-    launch("select_rows.cu", {}, "select_rows", (1,), 1024, args, shared=4 * blocks)
-    assert np.array_equal(out[: len(expected)], expected)
-    assert (out[len(expected) :] == -7).all()
-
-
-def test_nan_is_chosen_last() -> None:
-    scores = np.array([np.nan, 1, np.nan, 2, 0.5, 3], np.float32)
-    out = np.empty(4 * 2, np.int32)
-    launch("select_rows.cu", {}, "select_rows", (1,), 1024, [scores, out, 6, 4, 2, 12, 0, 0, np.float32(0)], shared=24)
-    assert out.tolist() == [2, 3, 6, 7, 8, 9, 10, 11]

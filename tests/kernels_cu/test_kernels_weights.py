@@ -101,7 +101,7 @@ def test_few_tokens_into_sixteen_bits(out_kind: str) -> None:
     assert_as_exact(full(out), rounded(exact.astype(np.float32), out_kind), exact)
 
 
-# -- one token ----------------------------------------------------------------------------------------------------------
+# -- one token ---------------------------------------------------------------------------------------------------
 
 
 def norm(x: Array, gain: Array, eps: float) -> Array:
@@ -188,7 +188,7 @@ def test_gate_and_up(kind: str, to: str, bias: bool) -> None:
 
     exact = gated(normed @ weights.T.astype(np.float64) + added)
     unit = rounded(gated(naive(normed, weights, to, to) + added).astype(np.float32), to)
-    assert_as_exact(full(out), unit, exact)
+    assert_as_exact(full(out), unit, exact, 3)  # few numbers, so the greatest error of either is a matter of chance
 
 
 @pytest.mark.parametrize(("kind", "to", "dh"), [("F16", "f16", 64), ("Q4_K", "f16", 128), ("BF16", "bf16", 64)])
@@ -208,8 +208,9 @@ def test_heads_are_rotated_and_appended(kind: str, to: str, dh: int, bias: bool)
         piece = packed(kind, rows, width)
         piece = type(piece)(piece.name, (count * dh, width), piece.type, piece.data[part])
         defines = {"TYPE": kind, "T": to, "FROM": "float", "STAGES": 3}
-        args = [cells(piece, dh // 2), x, gain, eps, shift[part].copy() if bias else NULL, cos, sin,
-                np.array([start], np.int32), q, layer, count * dh, width, dh, first, heads, kv_heads, capacity]  # fmt: skip
+        sizes = [count * dh, width, dh, first, heads, kv_heads, capacity]
+        added, at = shift[part].copy() if bias else NULL, np.array([start], np.int32)
+        args = [cells(piece, dh // 2), x, gain, eps, added, cos, sin, at, q, layer, *sizes]
         launch("gemv_heads.cu", defines, "gemv_heads", (2,), 256, args, shared_bytes(kind, width, 3))
 
     def rotated(y: Array) -> Array:

@@ -18,7 +18,8 @@ from slimrt.config import ModelConfig
 from slimrt.errors import DeviceError
 from slimrt.ops.cuda.decode import CapturedDecode
 from slimrt.ops.cuda.device import CudaDevice, load_cupy, probe
-from slimrt.ops.cuda.memory import CupyMemory, Fence, reported
+from slimrt.ops.cuda.gemv import FewRows
+from slimrt.ops.cuda.memory import Fence, reported
 from slimrt.ops.cuda.modules import Kernels
 from slimrt.ops.cuda.weights import CudaWeight, Packed, load_weight, unpack
 from slimrt.ops.layer import LayerOps
@@ -61,7 +62,7 @@ class Captured(Generic[Result]):
         return self.result
 
 
-class CupyOps(CupyMemory, LayerOps):
+class CupyOps(FewRows, LayerOps):
     """Compute and memory operations on one GPU. Raises DeviceError, here and everywhere, with the remedy."""
 
     name = "cuda"
@@ -81,17 +82,17 @@ class CupyOps(CupyMemory, LayerOps):
 
     # -- weights ----------------------------------------------------------------------------------------------------
 
-    def weight(self, *parts: TensorInfo) -> CudaWeight:
-        """A handle on ``parts`` [out_i, in] stacked along out, packed on the device as in the file."""
-        return load_weight(self, parts)
+    def weight(self, *parts: TensorInfo, half: int = 0) -> CudaWeight:
+        """A handle on ``parts`` [out_i, in] stacked along out, on the device, packed; ``half``: see numpy_ops."""
+        return load_weight(self, self.kernels, parts, half=half)
 
-    def host_weight(self, *parts: TensorInfo) -> CudaWeight:
+    def host_weight(self, *parts: TensorInfo, half: int = 0) -> CudaWeight:
         """``parts`` as ``weight`` would hold them, in host memory, for a layer that is streamed."""
-        return load_weight(self, parts, host=True)
+        return load_weight(self, self.kernels, parts, half=half, host=True)
 
-    def placed_weight(self, parts: Sequence[tuple[str, Array, int]]) -> CudaWeight:
-        """A handle on packed rows that lie on the device: (type, uint8 [rows, bytes per row], width) of each part."""
-        return CudaWeight.of(tuple(Packed(*part) for part in parts))
+    def placed_weight(self, parts: Sequence[Packed]) -> CudaWeight:
+        """A handle on parts whose data lie on the device."""
+        return CudaWeight.of(tuple(parts))
 
     def vector(self, *parts: TensorInfo | int) -> Array:
         """Small tensors (norms, biases) as one float32 [n]; a number stands for so many zeros."""
@@ -137,11 +138,12 @@ class CupyOps(CupyMemory, LayerOps):
         return Captured(graph, self._compute, pool, result)
 
     def decoder(self, model: Any, *, budget: bool = False) -> CapturedDecode | None:
-        """Decode by captured graphs; None where the kernel of a single query does not take the model's heads, for
-        streamed weights, which move, and under a budget: what the cache chooses is not known when a graph begins."""
+        """Decode by captured graphs; None where the kernels of a single token do not take the model's heads (many to a
+        group, or rotated in part), for streamed weights, which move, and under a budget: what the cache chooses is not
+        known when a graph begins."""
         c: ModelConfig = model.config
         moves, wide = budget or model.streamed, c.n_heads // c.n_kv_heads > _MAX_GROUP
-        return None if moves or wide else CapturedDecode(model, self)
+        return None if moves or wide or c.rope.dims != c.head_dim else CapturedDecode(model, self)
 
     # -- compute ----------------------------------------------------------------------------------------------------
 
@@ -156,14 +158,15 @@ class CupyOps(CupyMemory, LayerOps):
         (part,) = weight.parts
         ids = self._cupy.asarray(ids, np.int32)
         out = self.empty((len(ids), part.width), np.float32)
-        self.kernels.launch("embed", "embed", (len(ids),), 128, part.data, ids, out, part.width, TYPE=part.type)
+        grid = (len(ids),)
+        self.kernels.launch("embed", "embed", grid, 128, part.data, ids, out, part.rows, part.width, TYPE=part.type)
         return out
 
     def linear(self, x: Array, weight: CudaWeight, bias: Array | None = None) -> Array:
         """x float16 [T, in] @ weight.T [in, out] (+ bias float32 [out]) -> float16 [T, out]."""
         self._check("linear", x, self.dtype, (None, weight.shape[1]))
         if len(x) < FEW_ROWS:
-            return self._gemv(x, weight, bias, None, self.empty((len(x), weight.shape[0])))
+            return self.few_linear(x, weight, bias, None, self.empty((len(x), weight.shape[0])))
         out = self._cupy.matmul(x, self._dense(weight).T)
         if bias is not None:
             out += bias
@@ -174,30 +177,16 @@ class CupyOps(CupyMemory, LayerOps):
         self._check("add_linear", x, np.float32, (len(y), weight.shape[0]))
         if len(x) < FEW_ROWS:
             self._check("add_linear", y, self.dtype, (None, weight.shape[1]))
-            return self._gemv(y, weight, bias, x, self.empty(x.shape, np.float32))
+            return self.few_linear(y, weight, bias, x, self.empty(x.shape, np.float32))
         return x + self.linear(y, weight, bias)
 
     def head(self, x: Array, weight: CudaWeight) -> Array:
         """x float16 [T, D] @ weight.T [D, V] -> logits float32 [T, V]."""
         self._check("head", x, self.dtype, (None, weight.shape[1]))
-        return self._gemv(x, weight, None, None, self.empty((len(x), weight.shape[0]), np.float32))
+        return self.few_linear(x, weight, None, None, self.empty((len(x), weight.shape[0]), np.float32))
 
     def _dense(self, weight: CudaWeight) -> Array:
         return weight.dense if weight.dense is not None else unpack(weight, self, self.kernels)
-
-    def _gemv(self, x: Array, weight: CudaWeight, bias: Array | None, residual: Array | None, out: Array) -> Array:
-        kind = "float" if out.dtype == np.float32 else "f16"
-        at, width, stride = 0, weight.shape[1], weight.shape[0]
-        for part in weight.parts:
-            columns = slice(at, at + part.rows)
-            self.kernels.launch(
-                "gemv", "gemv", (-(-part.rows // 16), -(-len(x) // 16)), 256,
-                part.data, x, None if bias is None else bias[columns],
-                None if residual is None else residual[:, columns], out[:, columns], part.rows, width, stride, len(x),
-                TYPE=part.type, T="f16", OUT=kind,
-            )  # fmt: skip
-            at += part.rows
-        return out
 
     def rmsnorm(self, x: Array, gain: Array, eps: float) -> Array:
         """x float32 [T, D] / sqrt(mean(x^2) + eps) * gain -> float16 [T, D]."""
@@ -214,16 +203,13 @@ class CupyOps(CupyMemory, LayerOps):
         self._check("rope", sin, np.float32, (tokens, half))
         stride = self._stride("rope", x)
         grid = (tokens, -(-heads * half // 256))
-        self.kernels.launch("rope", "rope", grid, 256, x, cos, sin, None, heads, width, half, stride, T="f16")
+        self.kernels.launch("rope", "rope", grid, 256, x, cos, sin, heads, width, half, stride, T="f16")
         return x
 
     def swiglu(self, gate_up: Array) -> Array:
         """silu(gate) * up; gate_up [T, 2F] with gate first -> [T, F]."""
         self._check("swiglu", gate_up, self.dtype, (None, None))
-        tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
-        out = self.empty((tokens, width))
-        self.kernels.launch("swiglu", "swiglu", (tokens, -(-width // 2048)), 256, gate_up, out, width, T="f16")
-        return out
+        return super().swiglu(gate_up)
 
     def attend(self, q: Array, k: Array, v: Array, out: Array | None = None, reach: Reach = None) -> Array:
         """Causal grouped-query attention by index: query row t sees key rows 0 .. N-T+t, within the heads' ``reach``.
@@ -347,7 +333,7 @@ class CupyOps(CupyMemory, LayerOps):
         self._check("take", x, np.float32, (None, None))
         out = self.empty((len(rows), x.shape[1]), np.float32)
         picked = self.upload(rows.astype(np.int32))
-        self.kernels.launch("compact", "compact", (len(rows),), 128, x, out, picked, None, None, 4 * x.shape[1])
+        self.kernels.launch("compact", "compact", (len(rows),), 128, x, out, picked, 4 * x.shape[1])
         return out
 
     # -- checks -----------------------------------------------------------------------------------------------------

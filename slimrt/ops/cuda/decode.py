@@ -1,8 +1,9 @@
-"""Decode as one captured graph: a token passes all layers by a single launch.
+"""Decode as one captured graph: a token passes the whole model, from its embedding to its logits, by a single launch.
 
-What changes from token to token lies in device memory, in one small buffer that is filled before each launch: the
-token, each layer's length, the angles. Everything else is fixed when the graph is captured: kernels, addresses, grids.
-A cache that grows moves, so room is made ahead, and the graph is captured anew when that is used up.
+What changes from token to token is a few words: the token, each layer's length, the angles. The host writes them to
+page-locked memory, the graph's first kernel brings them to the device, and its last leaves the logits in page-locked
+memory. Everything else is fixed when the graph is captured: kernels, addresses, grids. A cache that grows moves, so
+room is made ahead, and the graph is captured anew when that is used up.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class CapturedDecode:
         self._device = ops.empty((size,), np.int32)
         self._host = ops.pinned((size,), np.int32)
         self._host[:] = 0
-        self._sent: Any = None  # the fence after which ``_host`` may be written again
+        self._logits = ops.pinned((c.vocab_size,), np.float32)
         self._stores: list[Array] = []
         self._graph: Any = None
         self._lock = threading.Lock()
@@ -50,48 +51,49 @@ class CapturedDecode:
         ops = self._ops
         assert isinstance(cache, KVCache)
         with self._lock, ops.computing():  # its buffers and states are those of one token
-            states = self._read(cache, token, position)
-            logits = ops.to_host(self._model.logits(states[-1]))[0]
-            return logits, None if middle is None else ops.copied(states[middle])
+            self._write(cache, token, position)
+            states = self._captured(cache).launch()
+            for layer in range(self._model.config.n_layers):
+                cache.appended(layer, np.array([position]))
+            hidden = None if middle is None else ops.copied(states[middle])
+            ops.mark().synchronize()
+            return self._logits.copy(), hidden
 
-    def _read(self, cache: KVCache, token: int, position: int) -> list[Array]:
-        """The states [1, D] after each layer's attention, and the last of all, valid until the next step."""
+    def _captured(self, cache: KVCache) -> Any:
+        """The graph for ``cache`` as it lies."""
         layers = range(self._model.config.n_layers)
         stores = [cache.room(layer, 1) for layer in layers]
         fresh = len(stores) != len(self._stores) or any(a is not b for a, b in zip(stores, self._stores, strict=True))
-        self._send(cache, token, position)
         if fresh:
             self._graph, self._stores = None, []  # its memory goes before the next one's is taken
             stores = [cache.room(layer, _ROOM) for layer in layers]
             self._graph = self._ops.capture(lambda: self._pass(stores))
             self._stores = stores
-        states: list[Array] = self._graph.launch()
-        for layer in layers:
-            cache.appended(layer, np.array([position]))
-        return states
+        return self._graph
 
-    def _send(self, cache: KVCache, token: int, position: int) -> None:
-        if self._sent is not None:
-            self._sent.synchronize()
+    def _write(self, cache: KVCache, token: int, position: int) -> None:
+        """For the graph to find. The one before has ended: its logits were waited for."""
         held = np.array([cache.length(layer) for layer in range(self._model.config.n_layers)])
         cos, sin = self._model.rope_table(np.array([position]))
         integers = self._host[: 1 + 2 * len(held)]
         integers[0], integers[1 : 1 + len(held)], integers[1 + len(held) :] = token, held, held + 1
         self._host[self._angles_at :].view(np.float32)[:] = np.concatenate([cos[0], sin[0]])
-        self._sent = self._ops.copy([(self._device, self._host)], after=self._ops.mark())
-        self._ops.wait(self._sent)
 
     def _pass(self, stores: list[Array]) -> list[Array]:
-        """The layer loop of one token -> the states [1, D] after each layer's attention, and the last of all."""
+        """One token through the model -> the states [1, D] after each layer's attention."""
         model, ops, c = self._model, self._ops, self._model.config
-        angles = self._device[self._angles_at :].view(np.float32).reshape(2, 1, self._half)
-        x, states = model.embed(self._device[:1]), []
+        cos, sin = self._device[self._angles_at :].view(np.float32).reshape(2, self._half)
+        x, states = ops.begin(model.embedding, self._host, self._device), []
         for number, (layer, store) in enumerate(zip(model.layers, stores, strict=True)):
-            q, k, v = model.qkv(layer, x, angles[0], angles[1])
             start, length = (self._device[at : at + 1] for at in (1 + number, 1 + c.n_layers + number))
-            ops.append(store, k, v, start)
+            q = ops.normed_heads(
+                x, layer.attn_norm, c.norm_eps, layer.qkv, layer.qkv_bias, cos, sin, start, store, c.n_heads
+            )
             splits = ops.splits(c.n_kv_heads, store.shape[2])
-            x = model.project(layer, x, ops.attend_one(q, store[0], store[1], length, ops.empty(q.shape), splits))
+            mixed = ops.attend_one(q, store[0], store[1], length, ops.empty(q.shape), splits)
+            x = model.project(layer, x, mixed)
             states.append(x)
-            x = model.feed_forward(layer, x)
-        return [*states, x]
+            hidden = ops.normed_gated(x, layer.ffn_norm, c.norm_eps, layer.gate_up, layer.gate_up_bias)
+            x = ops.add_linear(x, hidden, layer.down, layer.down_bias)
+        ops.normed_head(x, model.norm, c.norm_eps, model.head, self._logits)
+        return states

@@ -49,11 +49,6 @@ class Packed:
     width: int
     half: int = 8
 
-    @property
-    def paired(self) -> bool:
-        """Whether rows that are wanted together meet in a tile."""
-        return self.half > 8 or self.rows == 16
-
 
 @dataclass(frozen=True)
 class CudaWeight:

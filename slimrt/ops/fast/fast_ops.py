@@ -74,7 +74,7 @@ class FastOps(NumpyOps):
 
     # -- weights ----------------------------------------------------------------------------------------------------
 
-    def weight(self, *parts: TensorInfo) -> FastWeight:  # type: ignore[override]
+    def weight(self, *parts: TensorInfo, half: int = 0) -> FastWeight:  # type: ignore[override]
         """A handle on ``parts``. Types without a dot product of their own are kept as bfloat16."""
         return FastWeight(tuple(part if part.type in FORMATS else _as_bfloat16(part) for part in parts))
 

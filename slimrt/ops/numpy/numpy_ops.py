@@ -74,8 +74,9 @@ class NumpyOps(NumpyMemory, LayerOps):
 
     # -- weights ----------------------------------------------------------------------------------------------------
 
-    def weight(self, *parts: TensorInfo) -> Weight:
-        """A handle on ``parts`` [out_i, in] stacked along out."""
+    def weight(self, *parts: TensorInfo, half: int = 0) -> Weight:
+        """A handle on ``parts`` [out_i, in] stacked along out. ``half``: in decode rows i and i + half of each 2 half
+        are wanted together (0: none are), which a backend may make use of."""
         if self.packed:
             return Weight(parts, None)
         return Weight(parts, self._unpack(parts))
