@@ -16,6 +16,7 @@ from slimrt.memory.cuda import Weights, place_weights, plan
 from slimrt.ops.backend import check_device, find_gpu
 from slimrt.ops.cuda import device as cuda_device
 from slimrt.ops.cuda.device import probe
+from slimrt.ops.cuda.weights import packed_nbytes
 from slimrt.weights.gguf import GGUFFile
 from tests.fake_cupy import FakeCupy
 from tests.tiny_gguf import write_tiny_llama
@@ -193,7 +194,9 @@ def test_weights_larger_than_the_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     path = write_tiny_llama(tmp_path / "many.gguf", head_dim=64, n_layers=12, d_ff=256, type="Q8_0")
     file = GGUFFile(path)
     whole, streamed = place_weights(file), place_weights(file, stream=True)
-    layers = sum(t.nbytes for name, t in file.tensors.items() if name.startswith("blk.") and len(t.shape) > 1)
+    layers = sum(
+        packed_nbytes(t.type.name, *t.shape) for name, t in file.tensors.items() if len(t.shape) > 1 and "blk" in name
+    )
     assert streamed.host == pytest.approx(layers, abs=12 * 7 * 256)
     assert streamed.device == pytest.approx(whole.device - layers + 2 * layers / 12, abs=2 * 7 * 256)
     FakeCupy(monkeypatch, total=(800 << 20) + whole.device - 1)
