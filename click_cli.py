@@ -6,14 +6,13 @@ Whatever is slow to import waits in its command: ``slimrt --help`` must not load
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
 from slimrt import __version__
-from slimrt.terminal.guard import GuardedGroup
+from slimrt.terminal.guard import GuardedGroup, standard_streams
 from slimrt.terminal.options import (
     AnswerSettings,
     LazyChoice,
@@ -39,7 +38,9 @@ CHAT_REPEAT_PENALTY = 1.05  # without it small models soon repeat a sentence for
 output_type = LazyChoice("slimrt.convert", "OUTPUT_TYPES")
 
 
-@click.group(cls=GuardedGroup, context_settings={"help_option_names": ["--help", "-h"], "max_content_width": 100})
+@click.group(
+    "slimrt", cls=GuardedGroup, context_settings={"help_option_names": ["--help", "-h"], "max_content_width": 100}
+)
 @click.version_option(__version__, "--version", "-V", prog_name="slimrt")
 def cli() -> None:
     """Run LLaMA-family GGUF models, without a deep-learning framework.
@@ -70,12 +71,13 @@ def generate(
 ) -> None:  # fmt: skip
     """Continue PROMPT, or answer it (--chat).
 
-    PROMPT may be - for standard input, which is also read when nothing else is given. The text goes to stdout as it
-    comes, what it cost to stderr.
+    A text piped into standard input is the document, as --file is, and PROMPT the question after it; without PROMPT
+    (or with -) it is the prompt. The answer goes to stdout as it comes, what it cost to stderr.
 
     \b
     slimrt generate "Three uses of a brick:" --max-tokens 60
     slimrt generate --chat --file report.txt "What does the report recommend?"
+    git diff | slimrt generate --chat "What does this change do?"
     """
     from slimrt.terminal.text_input import checked_argument, prompt_text, size_limit
 
@@ -436,9 +438,7 @@ def shape(as_json: bool, **settings: Any) -> None:
 
 def main() -> None:
     """The console script."""
-    for stream in (sys.stdout, sys.stderr):
-        # A terminal of another encoding shows escapes; text in UTF-8 is not touched by this.
-        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    standard_streams()
     cli(prog_name="slimrt")
 
 

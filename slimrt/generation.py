@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -28,6 +29,8 @@ __all__ = [
 ]
 
 Overflow = Literal["error", "shift"]  # what happens when the context is full
+
+log = logging.getLogger(__name__)
 
 SINK_TOKENS = 4  # first tokens that stay where text has no system message (StreamingLLM, arXiv 2309.17453)
 
@@ -222,6 +225,18 @@ class CompletionStream:
         self._end(written=True)
 
     def _end(self, *, written: bool) -> None:
+        if log.isEnabledFor(logging.INFO):
+            done = self.completion
+            log.info(
+                "prompt %d tokens (%d reused; kept %s), first token %.2f s, answer %d tokens at %.1f tokens/s, %s",
+                done.usage.prompt_tokens,
+                done.timings.reused_tokens,
+                " > ".join(map(str, done.timings.stages)) or "all",
+                done.timings.ttft_s,
+                done.usage.completion_tokens,
+                done.timings.decode_tok_s,
+                done.finish_reason,
+            )
         if self._on_end is not None and written:
             self._on_end("".join(self._pieces))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
     from slimrt.text.chat_template import ChatTemplate
 
 __all__ = ["LLM", "load"]
+
+log = logging.getLogger(__name__)
 
 _LOGIT_ROWS = 256  # rows of [V] logits held at a time by logprobs
 
@@ -182,7 +185,15 @@ class LLM:
                     "expect slow decoding"
                 )
             backend = open_backend(device, threads=threads, packed=memory.packed)
+            if device == "cpu" and not fast:
+                self.notes.append(f"computing with {backend.why}")
         self.backend = backend
+        for text in self.notes:
+            log.info("%s: %s", config.name, text)
+        log.info(
+            "%s loaded: context %d, %s, prompts by plan %s, at most %.2f GiB",
+            config.name, self.ctx, backend.why, self.plan.source, self.memory.total / 2**30,
+        )  # fmt: skip
         self._engine = Engine(
             build(self.config, file, backend.ops, progress, stream=stream_weights), backend.ops, cache
         )

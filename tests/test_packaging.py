@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -66,3 +67,21 @@ def test_the_wheel_imports(wheel: Path, tmp_path: Path) -> None:
         "assert importlib.resources.files('slimrt.kernels_cu').is_dir()\n"
     )
     subprocess.run([sys.executable, "-P", "-c", script, str(tmp_path)], check=True, timeout=60, cwd=tmp_path)
+
+
+def test_the_sdist_is_complete(tmp_path: Path) -> None:
+    """Whatever is tracked is in it, so that the tests run from an unpacked one."""
+    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode != 0:
+        pytest.skip("no git checkout to compare with")
+    tracked = {name for name in listed.stdout.splitlines() if not name.startswith(".") and (ROOT / name).is_file()}
+    source, built = tmp_path / "source", tmp_path / "built"
+    for name in tracked:
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, source / name)
+    script = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", script, str(built)], cwd=source, check=True, timeout=300, capture_output=True)
+    (path,) = built.glob("slimrt-*.tar.gz")
+    with tarfile.open(path) as archive:
+        held = {name.partition("/")[2] for name in archive.getnames()}
+    assert tracked - held == set()

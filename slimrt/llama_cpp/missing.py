@@ -19,7 +19,6 @@ NAMES = {
     "LLAMA_POOLING_TYPE_CLS": _EMBEDDING,
     "LLAMA_POOLING_TYPE_LAST": _EMBEDDING,
     "LLAMA_POOLING_TYPE_NONE": _EMBEDDING,
-    "llama_cpp": _C_API,
     "llama_chat_format": "chats go through Jinja templates; give chat_format or chat_template",
     "llama_grammar": _GRAMMAR,
     "llama_speculative": "there is no speculative decoding; leave it out",

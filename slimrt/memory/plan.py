@@ -19,6 +19,7 @@ from slimrt.weights.gguf import GGUFFile
 __all__ = ["DEFAULT_CTX", "MemoryPlan", "MemoryRow", "available_memory", "largest_context", "plan"]
 
 DEFAULT_CTX = 8192  # not the trained context: 128k of it would take the memory of a short question's user
+_ADVISED = 0.95  # share of the free memory that an advised context takes
 _FLOAT = 4  # bytes of the float32 that everything is computed in
 
 
@@ -155,9 +156,14 @@ def largest_context(
     fast: bool = False,
     kv_budget: int | None = None,
 ) -> int:
-    """The most tokens below ``ctx``, in steps of 256, whose plan fits; 0 if not even 256 do."""
+    """The most tokens below ``ctx``, in steps of 256, whose plan fits with a little to spare; 0 if not even 256 do.
+
+    To spare, since it is advised to somebody who will try it a moment later, when a little less may be free.
+    """
     steps = range(0, ctx, 256)
     available = available_memory() if available is None else available
+    if available is not None:
+        available = int(available * _ADVISED)
 
     def fits(size: int) -> bool:
         budget = None if kv_budget is None or kv_budget >= size else kv_budget

@@ -12,7 +12,7 @@ from slimrt.terminal.options import AnswerSettings
 from slimrt.terminal.progress import progress_bar
 from slimrt.terminal.screen import Screen
 
-__all__ = ["Answer", "cut_note", "stream_answer"]
+__all__ = ["Answer", "cut_note", "larger_context", "stream_answer"]
 
 
 class Begin(Protocol):
@@ -50,11 +50,19 @@ def stream_answer(begin: Begin, tokens: int, settings: AnswerSettings, screen: S
 
 
 def cut_note(llm: LLM, completion: Completion, settings: AnswerSettings) -> str | None:
-    """Why an answer ended before the model wanted it to, and what to do; None if it did not."""
+    """Which limit ended an answer before the model did, and what to do; None if none did."""
     if completion.finish_reason != "length":
         return None
-    if completion.usage.total_tokens >= llm.ctx:
-        return f"cut: the context of {llm.ctx:,} tokens is full (a larger --ctx or --overflow shift goes on)"
-    if settings.max_tokens is None:
-        return None
-    return f"cut after {settings.max_tokens:,} tokens (--max-tokens)"
+    if settings.max_tokens is not None and completion.usage.completion_tokens >= settings.max_tokens:
+        return f"cut by --max-tokens {settings.max_tokens:,} (-1: no limit)"
+    shift = " or --overflow shift" if llm.overflow != "shift" else ""
+    return f"cut: the context of {llm.ctx:,} tokens is full ({larger_context(llm, 2 * llm.ctx)}{shift} goes on)"
+
+
+def larger_context(llm: LLM, tokens: int) -> str:
+    """The advice to load ``llm`` with a context of at least ``tokens``, as --ctx takes it; it says where that is more
+    than the model was trained on."""
+    size = -(-tokens // 1024)
+    trained = llm.config.ctx_train
+    beyond = f", beyond the {trained:,} that the model was trained on" if size * 1024 > trained else ""
+    return f"--ctx {size}k{beyond}"

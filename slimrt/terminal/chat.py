@@ -15,8 +15,9 @@ from slimrt.errors import ContextError, SettingError, SlimrtError
 from slimrt.generation import CompletionStream
 from slimrt.llm import LLM
 from slimrt.output import human_bytes, write_atomically
+from slimrt.paths import user_path
 from slimrt.results import Completion
-from slimrt.terminal.answer import cut_note, stream_answer
+from slimrt.terminal.answer import cut_note, larger_context, stream_answer
 from slimrt.terminal.guard import one_line
 from slimrt.terminal.line_input import LineInput, read_message
 from slimrt.terminal.options import AnswerSettings
@@ -27,15 +28,19 @@ __all__ = ["Chat"]
 
 _COMMAND = re.compile(r"^/([a-z?]+)(?:\s+(.*))?$", re.DOTALL)  # "/etc/hosts is what?" is a message, not a command
 
+_ROOM = 1024  # tokens for an answer
+_RETRY_TEMPERATURE = 0.8
+
 HELP = '''\
 /help            this text
 /load FILE       read a document; it goes before your next message
 /system TEXT     set the system prompt (/system shows it, /system off removes it)
+/retry           take the last answer back and ask again
 /clear           forget the conversation and loaded documents
 /save FILE       write the conversation to FILE.json or FILE.md, or all that was read to FILE.slim
 /restore FILE    go on with the conversation in FILE.slim, without reading it again
 /stats           context, speed and memory
-/quit            leave (as Ctrl-D does)
+/quit            leave (exit and Ctrl-D do too)
 Several lines: end a line with \\, or write """ before and after; {newline}Ctrl-C stops an answer.'''
 
 
@@ -57,6 +62,7 @@ class Chat:
         self.failures = 0
         self._commands: dict[str, Callable[[str], None]] = {
             "help": self._help, "load": self.load, "system": self._set_system, "clear": self._clear, "save": self._save,
+            "retry": self._retry,
             "restore": self.restore, "stats": self._stats, "quit": self._quit, "exit": self._quit, "?": self._help,
         }  # fmt: skip
 
@@ -92,7 +98,9 @@ class Chat:
     def _handle(self, text: str) -> None:
         command = _COMMAND.match(text.strip())
         if command is None:
-            if text.strip():
+            if text.strip() in ("exit", "quit"):
+                self._quit("")
+            elif text.strip():
                 self._ask(text)
             return
         name, argument = command[1], (command[2] or "").strip()
@@ -102,9 +110,10 @@ class Chat:
 
     # -- messages ---------------------------------------------------------------------------------------------------
 
-    def _ask(self, text: str) -> None:
+    def _ask(self, text: str, settings: AnswerSettings | None = None, *, with_documents: bool = True) -> None:
+        settings = settings or self._settings
         content = text
-        if self._documents:
+        if self._documents and with_documents:
             content = join_document("\n\n".join(document.rstrip() for _, document in self._documents), text)
         tokens = self._checked_length([*self.messages, {"role": "user", "content": content}])
 
@@ -113,14 +122,15 @@ class Chat:
 
         try:
             with quiet_keyboard() if self._screen.interactive else nullcontext():
-                answer = stream_answer(begin, tokens, self._settings, self._screen)
+                answer = stream_answer(begin, tokens, settings, self._screen)
         except KeyboardInterrupt:
             self._screen.remark("(stopped before the answer; the message was not kept)")
             return
         completion = answer.completion
-        self._documents.clear()
+        if with_documents:
+            self._documents.clear()
         self.answers.append(completion)
-        cut = "stopped" if answer.stopped else cut_note(self._llm, completion, self._settings)
+        cut = "stopped" if answer.stopped else cut_note(self._llm, completion, settings)
         self._screen.remark(stats_line(completion) + (f" · {cut}" if cut else ""))
         if self._llm.overflow == "shift" and "full" in completion.timings.reuse_note:
             self._screen.remark(completion.timings.reuse_note)
@@ -131,12 +141,31 @@ class Chat:
         """The messages' tokens; raises ContextError if they leave no room for an answer, and none is to be made."""
         tokens, ctx = len(self._llm.chat_tokens(messages)), self._llm.ctx
         if tokens >= ctx and self._llm.overflow == "error":
+            larger = larger_context(self._llm, tokens + _ROOM)
             raise ContextError(
                 f"the conversation would take {tokens:,} tokens, the context holds {ctx:,} with the answer; "
-                f"the message was not kept; /clear starts anew, or start with --ctx {_next_size(tokens)} "
-                "or --overflow shift"
+                f"the message was not kept; /clear starts over, or start with {larger}, or with --overflow shift"
             )
         return tokens
+
+    def _retry(self, _: str) -> None:
+        """Ask the last question again, as if its answer had not been given; a greedy chat draws for once."""
+        before = list(self._talk.messages)
+        if len(before) < 2 or before[-1]["role"] != "assistant":
+            raise SettingError("/retry: there is no answer yet; ask something first")
+        settings = self._settings
+        if settings.sampling.temperature == 0:
+            settings = dataclasses.replace(
+                settings, sampling=dataclasses.replace(settings.sampling, temperature=_RETRY_TEMPERATURE)
+            )
+            self._screen.remark(f"(drawn at temperature {_RETRY_TEMPERATURE:g}: at 0 the same answer would come again)")
+        self._talk.messages = before[:-2]
+        answers = len(self.answers)
+        try:
+            self._ask(before[-2]["content"], settings, with_documents=False)
+        finally:
+            if len(self.answers) == answers:  # nothing came of it
+                self._talk.messages = before
 
     # -- commands ---------------------------------------------------------------------------------------------------
 
@@ -155,10 +184,10 @@ class Chat:
         waiting = "\n\n".join([document for _, document in self._documents] + [text])
         used = len(self._llm.chat_tokens([*self.messages, {"role": "user", "content": waiting}]))
         if used >= ctx:
-            remedy = "/clear starts anew, or start" if used - size > ctx // 8 else "load a part of it, or start"
+            remedy = "/clear starts over, or start" if used - size > ctx // 8 else "load a part of it, or start"
             raise ContextError(
                 f"{path}: {size:,} tokens bring the conversation to {used:,}, the context holds {ctx:,}; not loaded; "
-                f"{remedy} with --ctx {_next_size(used)}"
+                f"{remedy} with {larger_context(self._llm, used + _ROOM)}"
             )
         self._documents.append((path.name, text))
         self._screen.remark(
@@ -183,7 +212,7 @@ class Chat:
         self._screen.remark("conversation cleared" + ("; the system prompt stays" if self._talk.system else ""))
 
     def _save(self, argument: str) -> None:
-        path = _path(argument, "/save talk.md").expanduser()
+        path = _path(argument, "/save talk.md")
         if path.suffix not in (".json", ".md", ".slim"):
             raise SettingError(f"{path}: the name must end in .json, .md or .slim, which says how to write it")
         if path.exists() and path.resolve() not in self._written:
@@ -198,7 +227,7 @@ class Chat:
 
     def restore(self, argument: str) -> None:
         """Go on with the conversation in a file that ``/save FILE.slim`` wrote. Raises SessionFileError."""
-        path = _path(argument, "/restore talk.slim").expanduser()
+        path = _path(argument, "/restore talk.slim")
         self._talk.load(path)
         self._documents.clear()
         self._written.add(path.resolve())
@@ -243,19 +272,16 @@ class Chat:
 
 
 def _path(argument: str, example: str) -> Path:
-    """The file named after a command, perhaps in quotes."""
+    """The file named after a command: as it is, in quotes, or with blanks escaped as a shell has them."""
     if not argument:
         raise SettingError(f"no file named; write for example {example}")
-    if argument[0] in "\"'":
-        try:
-            words = shlex.split(argument)
-        except ValueError:
+    try:
+        words = shlex.split(argument)
+    except ValueError:
+        if argument[0] in "\"'":
             raise SettingError(f"{argument}: the quotation mark is not closed; close it or leave it out") from None
-        if len(words) == 1:
-            return Path(words[0])
-    return Path(argument)
-
-
-def _next_size(tokens: int) -> str:
-    """A context with room for ``tokens`` and an answer, as --ctx takes it."""
-    return f"{-(-(tokens + 1024) // 1024)}k"
+        words = []
+    # A name with blanks, apostrophes or backslashes of its own needs no quotes where a file is called so.
+    if len(words) == 1 and not (words[0] != argument and user_path(argument).exists()):
+        return user_path(words[0])
+    return user_path(argument)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import sys
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import IO, Any, NoReturn
@@ -12,8 +14,9 @@ from typing import IO, Any, NoReturn
 import click
 
 from slimrt.errors import SlimrtError
+from slimrt.terminal.progress import COMPILER
 
-__all__ = ["GuardedGroup", "note"]
+__all__ = ["GuardedGroup", "columns", "dim", "fail", "note", "one_line", "print_error", "standard_streams", "wrapped"]
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 PIPE_CLOSED = 141  # 128 + SIGPIPE
@@ -23,11 +26,34 @@ class OneLineError(click.ClickException):
     """A failure that is the input's or the system's, not the program's: ``error: ...`` and status 1."""
 
     def show(self, file: IO[Any] | None = None) -> None:
-        click.echo(f"{click.style('error:', fg='red', bold=True)} {self.message}", err=True)
+        print_error(self.message)
 
 
 class GuardedGroup(click.Group):
-    """A group of commands that never shows a traceback for bad input, a full disk, Ctrl-C or a closed pipe."""
+    """A group of commands that never shows a traceback for bad input, a full disk, Ctrl-C or a closed pipe.
+
+    Mistakes in the command line look like every other error, and end with status 2.
+    """
+
+    def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
+        run: Any = super().main
+        if not standalone_mode:
+            return run(*args, standalone_mode=False, **extra)
+        try:
+            status = run(*args, standalone_mode=False, **extra)
+        except click.exceptions.NoArgsIsHelpError as error:
+            error.show()
+            sys.exit(error.exit_code)
+        except click.UsageError as error:
+            command = error.ctx.command_path if error.ctx is not None else "slimrt"
+            print_error(f"{one_line(error).rstrip('.?')}; see {command} --help")
+            sys.exit(error.exit_code)
+        except click.ClickException as error:
+            error.show()
+            sys.exit(error.exit_code)
+        except click.Abort:
+            sys.exit(INTERRUPTED)
+        sys.exit(status if isinstance(status, int) else 0)
 
     def invoke(self, ctx: click.Context) -> Any:
         with _no_traceback(), _warnings_as_notes():
@@ -36,7 +62,36 @@ class GuardedGroup(click.Group):
 
 def note(text: str) -> None:
     """Something worth knowing, on stderr."""
-    click.echo(click.style(f"note: {text}", dim=True), err=True)
+    click.echo(dim(wrapped(f"note: {text}")), err=True)
+
+
+def print_error(text: str) -> None:
+    """What went wrong, on stderr: one line, which a terminal shows broken between words."""
+    shown = wrapped(f"error: {' '.join(text.split())}")
+    if not os.environ.get("NO_COLOR"):
+        shown = click.style("error:", fg="red", bold=True) + shown.removeprefix("error:")
+    click.echo(shown, err=True)
+
+
+def dim(text: str) -> str:
+    """``text`` in grey, unless the user wants no colours (https://no-color.org)."""
+    return text if os.environ.get("NO_COLOR") else click.style(text, dim=True)
+
+
+def wrapped(text: str) -> str:
+    """``text`` broken between words where stderr is a terminal; in a pipe a line stays a line."""
+    if not sys.stderr.isatty():
+        return text
+    lines = [
+        textwrap.wrap(line, columns(), break_long_words=False, break_on_hyphens=False) or [""]
+        for line in text.split("\n")
+    ]
+    return "\n".join(part for parts in lines for part in parts)
+
+
+def columns() -> int:
+    """How wide text may be. The last column stays free: some terminals move on to a new line once it is filled."""
+    return max(20, shutil.get_terminal_size().columns - 1)
 
 
 def one_line(error: BaseException) -> str:
@@ -44,9 +99,9 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         text = f"{error.filename}: {error.strerror}" if error.filename else f"cannot write the output: {error.strerror}"
     elif isinstance(error, MemoryError):
-        text = f"out of memory ({error or 'no more to be had'}); take a smaller --ctx or a smaller model"
+        text = f"out of memory{f' ({error})' if str(error) else ''}; use a smaller --ctx or a smaller model"
     else:
-        text = str(error) or type(error).__name__
+        text = error.format_message() if isinstance(error, click.ClickException) else str(error) or type(error).__name__
     return " ".join(text.split())
 
 
@@ -86,14 +141,43 @@ class _Notes(logging.Handler):
 
 @contextmanager
 def _warnings_as_notes() -> Iterator[None]:
-    logger, handler = logging.getLogger("slimrt"), _Notes(logging.WARNING)
+    logger, waited_for, handler = logging.getLogger("slimrt"), logging.getLogger(COMPILER), _Notes()
+    # The compiler's remark is shown too, for a person waits.
+    handler.addFilter(lambda record: record.levelno >= (logging.INFO if record.name == COMPILER else logging.WARNING))
     logger.addHandler(handler)
+    before = waited_for.level
+    waited_for.setLevel(logging.INFO)
     try:
         yield
     finally:
         logger.removeHandler(handler)
+        waited_for.setLevel(before)
 
 
 def fail(message: str) -> NoReturn:
     """End the command with ``error: message`` and status 1."""
     raise OneLineError(message)
+
+
+def standard_streams() -> None:
+    """Make sure that the three standard streams are there, whatever the caller closed.
+
+    Without stdin there is nothing to read, without stderr nobody to tell. Without stdout a result would be lost, which
+    ends the program with status 1.
+    """
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the free number: else the next file opened would be stdout
+    if sys.stdin is None:
+        sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: PTH123, SIM115
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115
+        print_error("standard output is closed; leave it open, or send it to a file or to /dev/null")
+        sys.exit(1)
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal of another encoding shows escapes; text in UTF-8 is not touched by this.
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]

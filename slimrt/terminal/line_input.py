@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,7 +14,7 @@ import platformdirs
 from slimrt.terminal.guard import note, one_line
 from slimrt.terminal.text_input import decode
 
-__all__ = ["LineInput", "PipeInput", "open_input", "read_message"]
+__all__ = ["COMMANDS", "LineInput", "PipeInput", "completions", "open_input", "read_message"]
 
 PROMPT, CONTINUATION = "> ", ". "
 _HISTORY_LINES = 1000
@@ -70,6 +71,41 @@ def _history_folder() -> Path | None:
     return folder
 
 
+COMMANDS = ("help", "load", "system", "retry", "clear", "save", "restore", "stats", "quit")
+_FILE_COMMANDS = ("load", "save", "restore")
+
+
+def completions(line: str) -> list[tuple[str, int]]:
+    """What Tab offers at the end of ``line``: texts, each with how many last characters of the line it replaces.
+
+    Names of commands, and names of files after those that take one; blanks in a name are escaped with a backslash.
+    """
+    if not line.startswith("/"):
+        return []
+    command, blank, argument = line[1:].partition(" ")
+    if not blank:
+        return [(f"/{name} ", len(line)) for name in COMMANDS if name.startswith(command)]
+    if command not in _FILE_COMMANDS:
+        return []
+    written = argument.lstrip()
+    quote = written[:1] if written[:1] in ("'", '"') else ""
+    typed = written[len(quote) :] if quote else re.sub(r"\\(.)", r"\1", written)
+    folder, _, begin = typed.rpartition("/")
+    try:
+        place = Path(folder + "/" if folder or typed.startswith("/") else ".").expanduser()
+        found = sorted(entry for entry in place.iterdir() if entry.name.startswith(begin))
+    except (OSError, RuntimeError):
+        return []
+    offered = []
+    for entry in found:
+        if entry.name.startswith(".") and not begin.startswith("."):
+            continue
+        path = (f"{folder}/" if folder or typed.startswith("/") else "") + entry.name
+        shown = f"{quote}{path}" if quote else re.sub(r"([\s\\'\"])", r"\\\1", path)
+        offered.append((shown + ("/" if entry.is_dir() else quote), len(written)))
+    return offered
+
+
 class PipeInput:
     """Lines of stdin, undecorated. Raises SettingError for a line that is not UTF-8; the next one can be read."""
 
@@ -99,6 +135,9 @@ class ReadlineInput:
         except ImportError:  # Windows
             return
         self._readline = readline
+        readline.set_completer(self._complete)
+        readline.set_completer_delims("")  # the whole line is completed, names with blanks too
+        readline.parse_and_bind("tab: complete")
         readline.set_history_length(_HISTORY_LINES)
         if self._file and self._file.exists():
             self._try(readline.read_history_file)
@@ -106,6 +145,10 @@ class ReadlineInput:
     def read(self, prompt: str) -> str:
         sys.stdout.flush()
         return input(prompt)
+
+    def _complete(self, line: str, number: int) -> str | None:
+        offers = completions(line)
+        return line[: len(line) - offers[number][1]] + offers[number][0] if number < len(offers) else None
 
     def close(self) -> None:
         """Write the history."""
@@ -125,7 +168,13 @@ class PromptToolkitInput:
 
     def __init__(self, folder: Path | None) -> None:
         from prompt_toolkit import PromptSession
+        from prompt_toolkit.completion import Completer, Completion
         from prompt_toolkit.key_binding import KeyBindings
+
+        class Commands(Completer):
+            def get_completions(self, document: Any, event: Any) -> Iterator[Completion]:
+                for text, replaced in completions(document.text_before_cursor):
+                    yield Completion(text, start_position=-replaced)
 
         keys = KeyBindings()
 
@@ -138,7 +187,12 @@ class PromptToolkitInput:
             event.current_buffer.validate_and_handle()
 
         self._session: PromptSession[str] = PromptSession(
-            history=_history(folder), key_bindings=keys, multiline=True, prompt_continuation=CONTINUATION
+            history=_history(folder),
+            key_bindings=keys,
+            multiline=True,
+            prompt_continuation=CONTINUATION,
+            completer=Commands(),
+            complete_while_typing=False,
         )
 
     def read(self, prompt: str) -> str:

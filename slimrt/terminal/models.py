@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -106,17 +107,25 @@ def pull(name: str | None, *, force: bool, as_json: bool) -> None:
 
 
 def list_models(*, as_json: bool) -> None:
-    """What is there without fetching."""
+    """What is there without fetching, and what else is worth it."""
     from slimrt.hub import store
-    from slimrt.terminal.tables import print_models
+    from slimrt.hub.suggested import SUGGESTED
+    from slimrt.terminal.tables import print_models, print_suggested
 
     models = store.models()
+    here = {model.name for model in models}
+    others = [model for model in SUGGESTED if model.name not in here]
     if as_json:
-        _json({"models": [{"name": model.name, "path": str(model.path), "bytes": model.size} for model in models]})
-    elif models:
+        _json({
+            "models": [{"name": model.name, "path": str(model.path), "bytes": model.size} for model in models],
+            "suggested": [dataclasses.asdict(model) for model in others],
+        })  # fmt: skip
+        return
+    if models:
         print_models(models)
     else:
         click.echo("no models yet; 'slimrt pull' fetches the default one", err=True)
+    print_suggested(others)
 
 
 def convert(source: Path, target: Path, kind: str, *, force: bool, as_json: bool) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import sys
-import time
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
-__all__ = ["progress_bar"]
+__all__ = ["COMPILER", "progress_bar"]
 
+COMPILER = "slimrt.ops.fast.kernels"  # the logger that tells of kernels being compiled
 _PATIENCE_S = 0.4  # work that is over sooner shows no bar
 
 
@@ -30,27 +32,62 @@ def progress_bar(label: str, *, unit: str = "", wanted: bool = True) -> Iterator
         yield None
         return
     bar = _Bar(label, unit)
+    compiling = _Compiling(bar)
+    logger = logging.getLogger(COMPILER)
+    level = logger.level
+    logger.addHandler(compiling)
+    logger.setLevel(logging.DEBUG)
     try:
         yield bar
     finally:
+        logger.removeHandler(compiling)
+        logger.setLevel(level)
         bar.stop()
+
+
+class _Compiling(logging.Handler):
+    """Says so in the bar while kernels are compiled: no work is done meanwhile, and the bar stands."""
+
+    def __init__(self, bar: _Bar) -> None:
+        super().__init__(logging.DEBUG)
+        self._bar = bar
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._bar.describe("compiling kernels, once")
 
 
 class _Bar:
     def __init__(self, label: str, unit: str) -> None:
         self._label, self._unit = label, unit
-        self._begun = time.monotonic()
+        self._lock = threading.Lock()
         self._bar: Any = None
         self._task: Any = None
+        self._over = False
+        self._state: dict[str, Any] = {"total": None, "completed": 0, "what": "", "description": label}
+        # Shown after a moment even if nothing was reported yet: the first step may be a long one.
+        self._timer = threading.Timer(_PATIENCE_S, self._start)
+        self._timer.daemon = True
+        self._timer.start()
 
     def __call__(self, done: int, total: int, what: str = "", /) -> None:
-        if self._bar is None:
-            if time.monotonic() - self._begun < _PATIENCE_S:
-                return
-            self._start(total)
-        self._bar.update(self._task, completed=done, total=total, what=what)
+        self._show(completed=done, total=total, what=what, description=self._label)
 
-    def _start(self, total: int) -> None:
+    def describe(self, text: str) -> None:
+        """Show ``text`` in place of the label until the next report."""
+        self._show(description=text)
+
+    def _show(self, **state: Any) -> None:
+        with self._lock:
+            self._state |= state
+            if self._bar is not None:
+                self._bar.update(self._task, **self._state)
+
+    def _start(self) -> None:
+        with self._lock:
+            if not self._over:
+                self._open()
+
+    def _open(self) -> None:
         from rich.console import Console
         from rich.progress import (
             BarColumn,
@@ -67,9 +104,13 @@ class _Bar:
         if console.width >= 100:
             columns.append(TextColumn("{task.fields[what]}", style="dim", markup=False))
         self._bar = Progress(*columns, console=console, transient=True)
-        self._task = self._bar.add_task(self._label, total=total, what="")
+        self._task = self._bar.add_task(self._label, total=None, what="")
+        self._bar.update(self._task, **self._state)
         self._bar.start()
 
     def stop(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        self._timer.cancel()
+        with self._lock:
+            self._over = True
+            if self._bar is not None:
+                self._bar.stop()

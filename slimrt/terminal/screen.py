@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import sys
-import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -14,6 +12,7 @@ import click
 
 from slimrt.output import human_bytes
 from slimrt.results import Completion
+from slimrt.terminal.guard import columns, dim, print_error, wrapped
 from slimrt.terminal.wrap import WordWrap
 
 __all__ = ["Screen", "printable", "quiet_keyboard", "resident_bytes", "stats_line"]
@@ -33,7 +32,7 @@ class Screen:
     def __init__(self, *, interactive: bool = False, quiet: bool = False) -> None:
         self.interactive, self.quiet = interactive, quiet
         self._on_terminal = sys.stdout.isatty()
-        self._wrap = WordWrap(_columns) if interactive else None
+        self._wrap = WordWrap(columns) if interactive else None
 
     def answer(self, piece: str) -> None:
         """A piece of an answer, as it comes."""
@@ -52,15 +51,11 @@ class Screen:
 
     def remark(self, text: str) -> None:
         """Numbers, hints and confirmations."""
-        lines = text.splitlines() or [""]
-        if self.interactive:
-            lines = [part for line in lines for part in textwrap.wrap(line, _columns()) or [""]]
-        click.echo(dim("\n".join(lines)), err=True)
+        click.echo(dim(wrapped(text) if self.interactive else text), err=True)
 
     def error(self, text: str) -> None:
         """What went wrong, on one line."""
-        red = {} if os.environ.get("NO_COLOR") else {"fg": "red", "bold": True}
-        click.echo(f"{click.style('error:', **red)} {' '.join(text.split())}", err=True)  # type: ignore[arg-type]
+        print_error(text)
 
 
 @contextmanager
@@ -80,16 +75,6 @@ def quiet_keyboard() -> Iterator[None]:
         yield
     finally:
         termios.tcsetattr(number, termios.TCSANOW, before)
-
-
-def _columns() -> int:
-    # The last column stays free: some terminals move on to a new line once it is filled.
-    return max(20, shutil.get_terminal_size().columns - 1)
-
-
-def dim(text: str) -> str:
-    """``text`` in grey, unless the user wants no colours (https://no-color.org)."""
-    return text if os.environ.get("NO_COLOR") else click.style(text, dim=True)
 
 
 def stats_line(completion: Completion) -> str:

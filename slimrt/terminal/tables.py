@@ -13,11 +13,12 @@ from rich.table import Table
 from rich.text import Text
 
 from slimrt.hub.store import LocalModel
+from slimrt.hub.suggested import SuggestedModel
 from slimrt.output import human_bytes
 from slimrt.terminal.screen import printable
 from slimrt.weights.gguf import GGUFFile
 
-__all__ = ["print_model", "print_models", "print_pieces", "print_wide"]
+__all__ = ["print_model", "print_models", "print_pieces", "print_suggested", "print_wide"]
 
 _LONG_VALUE = 60  # characters of a metadata value that are shown
 _PIPE_WIDTH = 1000  # in a pipe a row is a line
@@ -47,14 +48,25 @@ def print_model(about: Mapping[str, Any], file: GGUFFile, *, metadata: bool, ten
 
 
 def print_models(models: Sequence[LocalModel]) -> None:
-    """The models that are there without fetching."""
-    rows = [(model.name, human_bytes(model.size), str(model.path)) for model in models]
-    _print(_table("", ("model", "size", "file"), rows, right=(1,)))
+    """The models that are there without fetching; each file's path in a line of its own, to be copied."""
+    for model in models:
+        click.echo(f"{printable(model.name)}  ({human_bytes(model.size)})\n  {printable(str(model.path))}")
+
+
+def print_suggested(models: Sequence[SuggestedModel]) -> None:
+    """Models that may be fetched: what they are good for, what they take, and the name to copy."""
+    if models:
+        click.echo("\nWorth fetching (slimrt pull NAME, or --model NAME):")
+    for model in models:
+        click.echo(
+            f"{model.title}: {model.use}; {model.size / 1e9:.1f} GB, memory at 8k about {model.memory / 1e9:.1f} GB\n"
+            f"  {model.name}"
+        )
 
 
 def print_pieces(rows: Iterable[tuple[int, str]]) -> None:
-    """Token ids with their texts, in quotes."""
-    _print(_table("", ("id", "text"), [(str(id), f"'{text}'") for id, text in rows], right=(0,)))
+    """Token ids with their texts, in quotes. Line by line: there may be a million, and a table measures them all."""
+    click.echo("\n".join(f"{id:>8}  '{printable(text)}'" for id, text in rows))
 
 
 def print_wide(table: Table | Text) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import os
+import stat
 import sys
 from pathlib import Path
 from typing import BinaryIO
@@ -9,6 +12,7 @@ from typing import BinaryIO
 import click
 
 from slimrt.errors import SettingError
+from slimrt.paths import user_path
 
 __all__ = ["checked_argument", "decode", "join_document", "prompt_text", "read_document", "size_limit"]
 
@@ -29,7 +33,7 @@ def read_document(path: Path, limit: int = _MOST_BYTES) -> str:
     """
     if str(path) == "-":
         return _read(sys.stdin.buffer, "standard input", limit)
-    path = path.expanduser()
+    path = user_path(path)
     try:
         with path.open("rb") as file:
             return _read(file, str(path), limit)
@@ -38,26 +42,58 @@ def read_document(path: Path, limit: int = _MOST_BYTES) -> str:
 
 
 def _read(file: BinaryIO, name: str, limit: int) -> str:
+    raw = _bounded(file, name, limit)
+    if not raw.strip():
+        raise SettingError(f"{name}: no text in it; name a file that has some")
+    return decode(raw, name)
+
+
+def _bounded(file: BinaryIO, name: str, limit: int) -> bytes:
     # Bounded by what is read, not by the size that the system reports: a pipe has none.
     raw = file.read(limit + 1)
     if len(raw) > limit:
         raise SettingError(
             f"{name}: more than {limit // 1024:,} KiB, which no context set here can hold; cut it, or raise --ctx"
         )
-    if not raw.strip():
-        raise SettingError(f"{name}: no text in it; name a file that has some")
-    return decode(raw, name)
+    return raw
+
+
+_KINDS = {  # how files begin that people take for documents -> what they are, and what makes text of them
+    b"%PDF-": ("a PDF", "pdftotext FILE.pdf FILE.txt"),
+    b"PK\x03\x04": ("a zip archive, as Word and LibreOffice files are", "pandoc FILE.docx -t plain -o FILE.txt"),
+    b"\xd0\xcf\x11\xe0": ("an old Office file", "soffice --convert-to txt FILE.doc"),
+    b"{\\rtf": ("a rich-text file", "pandoc FILE.rtf -t plain -o FILE.txt"),
+    b"\x89PNG": ("a picture", ""),
+    b"\xff\xd8\xff": ("a picture", ""),
+    b"GIF8": ("a picture", ""),
+    b"GGUF": ("a model", ""),
+    b"SLIMRTS\n": ("a saved conversation", "/restore FILE"),
+    b"\x1f\x8b": ("a compressed file", "gunzip FILE.gz"),
+    b"\x7fELF": ("a program", ""),
+    b"SQLite format 3": ("a database", ""),
+    b"\xff\xfe": ("text in UTF-16", "iconv -f UTF-16 -t UTF-8 FILE"),
+    b"\xfe\xff": ("text in UTF-16", "iconv -f UTF-16 -t UTF-8 FILE"),
+}
+
+
+def _kind_of(raw: bytes) -> tuple[str, str] | None:
+    """What a file that begins like ``raw`` is, and the command that makes text of it ("" for none); None: unknown."""
+    return next((kind for begin, kind in _KINDS.items() if raw.startswith(begin)), None)
 
 
 def decode(raw: bytes, name: str) -> str:
-    """``raw`` as UTF-8 text; raises SettingError that names the first bad byte."""
+    """``raw`` as UTF-8 text; raises SettingError that names the kind of file, or the first bad byte."""
+    kind = _kind_of(raw)
+    if kind is not None:
+        remedy = f"make text of it first, for example with: {kind[1]}" if kind[1] else "name a text file"
+        raise SettingError(f"{name}: is {kind[0]}, and only plain text can be read; {remedy}")
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         byte = raw[error.start]
         raise SettingError(
             f"{name}: byte {error.start} (0x{byte:02x}) is not valid UTF-8; "
-            "convert it to plain UTF-8 text first (iconv, pdftotext)"
+            "make it UTF-8 text first (for example: iconv -f LATIN1 -t UTF-8 FILE)"
         ) from None
 
 
@@ -73,7 +109,8 @@ def checked_argument(text: str, name: str) -> str:
 def prompt_text(prompt: str | None, file: Path | None, limit: int = _MOST_BYTES) -> str:
     """The prompt of a one-shot command: PROMPT, "-" or a piped stdin, or a document followed by PROMPT.
 
-    Raises UsageError if nothing was given, SettingError for text that is not UTF-8.
+    The document is ``file``, else what is piped into stdin beside a PROMPT. Raises UsageError if nothing was given,
+    SettingError for text that is not UTF-8.
     """
     if file is not None:
         document = read_document(file, limit)
@@ -82,7 +119,23 @@ def prompt_text(prompt: str | None, file: Path | None, limit: int = _MOST_BYTES)
         raise click.UsageError("no text: give it as an argument, with --file, or on standard input")
     if prompt is None or prompt == "-":
         return read_document(Path("-"), limit)
-    return checked_argument(prompt, "PROMPT")
+    question = checked_argument(prompt, "PROMPT")
+    if _is_piped():
+        piped = _bounded(sys.stdin.buffer, "standard input", limit)
+        if piped.strip():
+            return join_document(decode(piped, "standard input"), question)
+    return question
+
+
+def _is_piped() -> bool:
+    """Whether stdin is a pipe or a file, out of which a text may come; a terminal, /dev/null and a socket are none."""
+    try:
+        mode = os.fstat(sys.stdin.fileno()).st_mode
+    except io.UnsupportedOperation:  # a stream in memory, as under a test runner
+        return True
+    except (OSError, ValueError):
+        return False
+    return stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
 
 
 def join_document(document: str, question: str) -> str:

@@ -224,7 +224,7 @@ def test_an_answer_that_the_context_or_the_limit_cuts_says_so(llm: LLM, capsys: 
     Chat(llm, settings(None), source, Screen(), None).run()
     assert "cut: the context of 256 tokens is full" in capsys.readouterr().err
     talk(llm, "hello")
-    assert "cut after 8 tokens (--max-tokens)" in capsys.readouterr().err
+    assert "cut by --max-tokens 8 (-1: no limit)" in capsys.readouterr().err
 
 
 # -- Ctrl-C ------------------------------------------------------------------------------------------------------------

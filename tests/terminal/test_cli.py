@@ -189,7 +189,7 @@ def test_context_sizes_have_suffixes(tiny: Path) -> None:
         (["--logit-bias", "999999=1"], ["999999"]),
         (["--prune", "no-such-plan.json"], ["no-such-plan.json"]),
         (["--rope-base", "-1"], ["-1"]),
-        (["--stop", ""], ["stop strings must not be empty"]),
+        (["--stop", ""], ["stop '': must be a text"]),
         (["--chat-template", "{% if %}", "--chat"], ["template"]),
         (["--file", "no-such-file.txt"], ["no-such-file.txt", "No such file"]),
         (["--file", "/"], ["/: Is a directory"]),

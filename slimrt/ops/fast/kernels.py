@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import os
 import shutil
 import time
@@ -29,6 +30,8 @@ from numba.core.dispatcher import Dispatcher
 from numba.core.extending import _Intrinsic
 
 __all__ = ["KERNEL", "Kernel", "compile_kernel", "inline"]
+
+log = logging.getLogger(__name__)
 
 _UNUSED_S = 60 * 24 * 3600  # after two months
 
@@ -153,7 +156,7 @@ class _KernelCache(caching.FunctionCache):
     """Numba's cache of compiled functions, in our folder, under our key; a folder that cannot be used is named once."""
 
     def __init__(self, function: Callable[..., Any], key: str) -> None:
-        self._key = key
+        self._key, self._name = key, function.__qualname__
         self._impl_class = lambda function: _CacheImpl(function, key)
         super().__init__(function)
 
@@ -162,7 +165,10 @@ class _KernelCache(caching.FunctionCache):
 
     def load_overload(self, signature: Any, target_context: Any) -> Any:
         try:
-            return super().load_overload(signature, target_context)
+            found = super().load_overload(signature, target_context)
+            if found is None:
+                _tell(self._name)
+            return found
         except Exception as error:  # whatever unpickling makes of a damaged file
             _complain(error)
             with contextlib.suppress(OSError):  # the index, which would be read again when the kernel is saved
@@ -174,6 +180,18 @@ class _KernelCache(caching.FunctionCache):
             super().save_overload(signature, data)
         except OSError as error:
             _complain(error)
+
+
+_told: set[Path] = set()
+
+
+def _tell(name: str) -> None:
+    """One line for each folder, since a person waits; and which kernel, for whoever shows what is being done."""
+    folder = cache_folder()
+    if folder not in _told:
+        _told.add(folder)
+        log.info("compiling kernels for this processor; this happens once, and takes up to a minute in all")
+    log.debug("compiling %s", name)
 
 
 _complained: set[Path] = set()
