@@ -264,7 +264,7 @@ def test_plans_are_checked(tmp_path: Path, llm: slimrt.LLM) -> None:
             PrunePlan.from_dict(data)
     broken = tmp_path / "plan.json"
     broken.write_text("{")
-    with pytest.raises(SettingError, match="not a readable prune plan"):
+    with pytest.raises(SettingError, match="no prune plan"):
         llm.logits([1, 2], prune=str(broken))
 
 
