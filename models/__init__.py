@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, cast
+from typing import cast
 
 from slimrt.config import ModelConfig, RopeConfig, RopeScaling
 from slimrt.errors import ModelFileError, SettingError
 from slimrt.models.llama import Llama
+from slimrt.ops.protocol import Ops
 from slimrt.weights.gguf import GGUFFile
 
 __all__ = ["ARCHITECTURES", "Llama", "build", "read_config", "stretch_rope"]
@@ -21,7 +22,7 @@ ARCHITECTURES: dict[str, bool] = {"llama": True, "qwen2": False}
 def build(
     config: ModelConfig,
     file: GGUFFile,
-    ops: Any,
+    ops: Ops,
     progress: Callable[[int, int], None] | None = None,
     *,
     stream: bool = False,

@@ -8,18 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from slimrt.config import ModelConfig
 from slimrt.errors import ModelFileError
 from slimrt.models.rope import RopeTable
+from slimrt.models.stream import StreamedLayers
+from slimrt.ops.protocol import Array, Ops, StreamingOps, Weight
 from slimrt.weights.gguf import GGUFFile, TensorInfo
 from slimrt.weights.quants import check_readable, dequantize
-from slimrt.weights.stream import StreamedLayers
-
-Array = Any  # the backend's array
 
 
 @dataclass(frozen=True)
@@ -27,14 +26,14 @@ class Layer:
     """The weights of one layer; matrices are [out, in] handles of the backend, the rest are vectors or None."""
 
     attn_norm: Array  # [D]
-    qkv: Any  # [(H + 2 Hkv) Dh, D]
+    qkv: Weight  # [(H + 2 Hkv) Dh, D]
     qkv_bias: Array | None
-    out: Any  # [D, H Dh]
+    out: Weight  # [D, H Dh]
     out_bias: Array | None
     ffn_norm: Array  # [D]
-    gate_up: Any  # [2 F, D]
+    gate_up: Weight  # [2 F, D]
     gate_up_bias: Array | None
-    down: Any  # [D, F]
+    down: Weight  # [D, F]
     down_bias: Array | None
 
 
@@ -45,13 +44,14 @@ class Llama:
         self,
         config: ModelConfig,
         file: GGUFFile,
-        ops: Any,
+        ops: Ops,
         progress: Callable[[int, int], None] | None = None,
         *,
         stream: bool = False,
     ) -> None:
         self.config, self.ops, self.streamed = config, ops, stream
-        load = _Loader(config, file, ops, ops.host_weight if stream else ops.weight)
+        matrix = cast(StreamingOps, ops).host_weight if stream else ops.weight
+        load = _Loader(config, file, ops, matrix)
         embedding = load.checked("token_embd.weight", config.vocab_size, config.d_model)
         self.embedding = ops.weight(embedding)
 
@@ -61,7 +61,9 @@ class Llama:
                 if progress:
                     progress(number + 1, config.n_layers)
 
-        self.layers: list[Layer] | StreamedLayers = StreamedLayers(ops, layers()) if stream else list(layers())
+        self.layers: list[Layer] | StreamedLayers = (
+            StreamedLayers(cast(StreamingOps, ops), layers()) if stream else list(layers())
+        )
         self.norm = load.vector("output_norm.weight", config.d_model)
         tied = "output.weight" not in file.tensors
         self.head = (
@@ -115,7 +117,7 @@ class Llama:
 class _Loader:
     """Takes tensors out of a file, each held against the shape that the configuration calls for."""
 
-    def __init__(self, config: ModelConfig, file: GGUFFile, ops: Any, matrix: Callable[..., Any]) -> None:
+    def __init__(self, config: ModelConfig, file: GGUFFile, ops: Ops, matrix: Callable[..., Any]) -> None:
         """``matrix`` makes a handle of the matrices of a layer."""
         self.config, self.file, self.ops, self.matrix = config, file, ops, matrix
 

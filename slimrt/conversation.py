@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self, Unpack, overload
+from typing import Any, Literal, Protocol, Self, Unpack, overload
 
 from slimrt.engine import Engine, Progress
 from slimrt.errors import SettingError
@@ -16,9 +16,7 @@ from slimrt.prune.plan import PrunePlan
 from slimrt.results import Completion
 from slimrt.session import Session, common_prefix
 from slimrt.session_file import SavedTalk, read_session, write_session
-
-if TYPE_CHECKING:
-    from slimrt.llm import LLM
+from slimrt.weights.gguf import GGUFFile
 
 __all__ = ["Conversation", "Fitted", "fit_messages"]
 
@@ -74,6 +72,23 @@ def fit_messages(
     return Fitted(left, ids, request, note)
 
 
+class Answering(Protocol):
+    """What a conversation asks of the ``LLM`` that it belongs to."""
+
+    ctx: int
+    file: GGUFFile
+
+    def chat_tokens(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """``messages`` as the model reads them."""
+
+    def begin(
+        self, ids: Sequence[int], request: GenerationRequest, *, prune: PrunePlan | str | Path | None = None,
+        session: Session | None = None, progress: Progress | None = None, note: str = "",
+        on_end: Callable[[str], None] | None = None,
+    ) -> CompletionStream:  # fmt: skip
+        """Read ``ids`` in ``session``; the stream of the text after it."""
+
+
 class Conversation(Session):
     """A session that keeps its messages.
 
@@ -84,7 +99,7 @@ class Conversation(Session):
 
     def __init__(
         self,
-        llm: LLM,
+        llm: Answering,
         engine: Engine,
         *,
         system: str | None = None,

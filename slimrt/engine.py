@@ -5,18 +5,18 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 import numpy as np
 
 from slimrt.config import CacheConfig
 from slimrt.errors import ComputeError
 from slimrt.kv.boundary import BoundaryStates
-from slimrt.kv.cache import Cache, KVCache
+from slimrt.kv.cache import KVCache
 from slimrt.kv.layer_rows import reserve_host_memory
 from slimrt.kv.offload import OffloadedKVCache
 from slimrt.models import Llama
-from slimrt.ops.protocol import Decoder
+from slimrt.ops.protocol import Array, Cache, Decoder, Ops
 from slimrt.prune.schedule import DENSE, Schedule, Windows
 from slimrt.prune.select import select_rows
 
@@ -72,7 +72,7 @@ class Context:
 class Engine:
     """One model on one backend. It holds no conversation: the context is an argument."""
 
-    def __init__(self, model: Llama, ops: Any, cache: CacheConfig | None = None, *, whole_tokens: bool = True) -> None:
+    def __init__(self, model: Llama, ops: Ops, cache: CacheConfig | None = None, *, whole_tokens: bool = True) -> None:
         """``whole_tokens`` False: decode goes layer by layer also where the backend has a way of its own (to debug)."""
         self.model, self.ops, self.config, self.cache_config = model, ops, model.config, cache
         self._whole_tokens = whole_tokens
@@ -219,7 +219,9 @@ class Engine:
         self.ops.rows(head, len(x))
         return _finite(logits)
 
-    def _attend(self, windows: Windows, layer: int, q: Any, positions: np.ndarray, keys: Any, values: Any) -> Any:
+    def _attend(
+        self, windows: Windows, layer: int, q: Array, positions: np.ndarray, keys: Array, values: Array
+    ) -> Array:
         """Attention of the last rows of a layer, those under its windows apart from those that see everything.
 
         A row's place is its position, not its number among the keys: decode under a budget is given some of them only.

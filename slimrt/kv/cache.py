@@ -1,75 +1,15 @@
-"""Keys and values of one conversation, per layer, with the position of every row: what every cache does, and the
-cache that keeps all of it where it is computed."""
+"""Keys and values of one conversation, per layer, with the position of every row, all kept where they are computed."""
 
 from __future__ import annotations
-
-from typing import Any, Protocol
 
 import numpy as np
 
 from slimrt.config import ModelConfig
+from slimrt.ops.protocol import Array, Ops
 
-__all__ = ["Cache", "KVCache", "Positions"]
-
-Array = Any  # the backend's array
+__all__ = ["KVCache", "Positions"]
 
 _GROWTH = 256  # rows of slack when a layer grows: decode appends one row at a time
-
-
-class Cache(Protocol):
-    """Per layer: keys and values [Hkv, N, Dh] (the backend's ``kv_type``) and positions [N], rows in the order of their
-    positions.
-
-    Layers may hold different rows (pruning), so each has its own length and positions are data, never offsets. A pass
-    goes through the layers in order and calls ``update`` and then ``attended`` once for each; a pass that was broken
-    off is followed by ``truncate`` to where it began.
-    """
-
-    @property
-    def intact(self) -> bool:
-        """False when rows were lost (a copy failed); only ``truncate(0)`` helps then."""
-
-    def update(
-        self, layer: int, k: Array, v: Array, positions: np.ndarray, q: Array | None, *, exact: bool = False
-    ) -> tuple[Array, Array, np.ndarray]:
-        """Append rows k, v [T, Hkv, Dh] at ``positions`` [T]; returns K, V [Hkv, N, Dh] and positions [N] to attend to.
-
-        With T > 1 or ``exact`` these are all rows of the layer, in order. Else a cache may leave out rows that the
-        query q [T, H, Dh] hardly wants, and order the rest as it likes (one query sees all of it). The arrays are
-        valid until ``attended``. q is None where rows come from elsewhere than a pass.
-        """
-
-    def attended(self, layer: int) -> None:
-        """The attention of ``layer`` has run: what ``update`` returned may be moved or overwritten."""
-
-    def truncate(self, length: int) -> None:
-        """Forget every row whose position is ``length`` or more, and a pass that was under way."""
-
-    def clear(self, first_layer: int) -> None:
-        """Forget every row of the layers from ``first_layer`` on; the pass goes on with new rows for them."""
-
-    def length(self, layer: int) -> int:
-        """How many rows a layer holds."""
-
-    def rows(self, layer: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """All K, V [Hkv, N, Dh] and positions [N] of a layer, in order; valid until the next call.
-
-        They may lie on the device or on the host: the backend's ``to_host`` takes both.
-        """
-
-    def layer_nbytes(self, layer: int) -> tuple[int, int]:
-        """Of ``nbytes_device`` and ``nbytes_host`` the share of one layer."""
-
-    @property
-    def nbytes_device(self) -> int:
-        """Bytes of the rows, and what else serves them, that lie where the model computes (slack not counted)."""
-
-    @property
-    def nbytes_host(self) -> int:
-        """Bytes of the rows that lie in host memory (slack not counted)."""
-
-    def close(self) -> None:
-        """Wait for what is under way and let go of the memory; the cache cannot be used any more."""
 
 
 class Positions:
@@ -101,11 +41,14 @@ class Positions:
 
 
 class KVCache:
-    """All rows stay where they are computed, none is left out. Plain arrays only, so it can be copied and pickled."""
+    """All rows stay where they are computed, none is left out (see ``slimrt.ops.protocol.Cache`` for the methods).
+
+    Plain arrays only, so it can be copied and pickled.
+    """
 
     intact = True
 
-    def __init__(self, config: ModelConfig, ops: Any) -> None:
+    def __init__(self, config: ModelConfig, ops: Ops) -> None:
         self._shape = (config.n_kv_heads, config.head_dim)
         # By layer keys, then values: [2, Hkv, capacity, Dh].
         none = (2, config.n_kv_heads, 0, config.head_dim)

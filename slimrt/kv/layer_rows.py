@@ -11,10 +11,10 @@ import numpy as np
 from slimrt.config import CacheConfig, ModelConfig
 from slimrt.kv.cache import Positions
 from slimrt.kv.ring import Transfers, wait_all
+from slimrt.ops.protocol import Array, Ops
 
 __all__ = ["Choice", "LayerRows", "choose", "host_slabs", "reserve_host_memory"]
 
-Array = Any  # the backend's array
 Fence = Any  # the backend's fence
 
 _SLAB_ROWS = 1024  # host memory is taken in slabs: pinning is slow, and a slab is never moved or given back
@@ -54,7 +54,7 @@ def choose(scores: np.ndarray | None, tail: int, config: CacheConfig) -> Choice:
 class HostBlocks:
     """Blocks in host memory: [2, Hkv, block, Dh], keys and values of one block contiguous, so one transfer moves it."""
 
-    def __init__(self, ops: Any, config: CacheConfig, model: ModelConfig) -> None:
+    def __init__(self, ops: Ops, config: CacheConfig, model: ModelConfig) -> None:
         self._ops = ops
         self._shape = (2, model.n_kv_heads, config.block, model.head_dim)
         self._per_slab, _ = host_slabs(config)
@@ -92,7 +92,7 @@ def host_slabs(config: CacheConfig) -> tuple[int, int]:
     return blocks, -(-config.ctx // (blocks * config.block))
 
 
-def reserve_host_memory(ops: Any, config: CacheConfig, model: ModelConfig) -> None:
+def reserve_host_memory(ops: Ops, config: CacheConfig, model: ModelConfig) -> None:
     """Take the host memory of one conversation that fills the context now, once: pinning in a prompt's way is slow."""
     blocks, slabs = host_slabs(config)
     ops.reserve((blocks, 2, model.n_kv_heads, config.block, model.head_dim), model.n_layers * slabs)
@@ -106,7 +106,7 @@ class LayerRows:
     block that is being filled (the tail) lies in the last slot in use, so that what decode reads is one range.
     """
 
-    def __init__(self, ops: Any, config: CacheConfig, model: ModelConfig, transfers: Transfers) -> None:
+    def __init__(self, ops: Ops, config: CacheConfig, model: ModelConfig, transfers: Transfers) -> None:
         self._ops, self._config, self._transfers = ops, config, transfers
         self._model = model
         self.capacity = config.slots * config.block

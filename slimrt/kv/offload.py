@@ -19,16 +19,15 @@ from slimrt.config import CacheConfig, ModelConfig
 from slimrt.errors import ComputeError
 from slimrt.kv.layer_rows import Choice, LayerRows, choose
 from slimrt.kv.ring import Pairs, Ring, Transfers
+from slimrt.ops.protocol import Array, Ops
 
 __all__ = ["OffloadedKVCache"]
 
-Array = Any  # the backend's array
-
 
 class OffloadedKVCache:
-    """See ``slimrt.kv.cache.Cache`` for what the methods do. ``transfers`` counts what moved."""
+    """See ``slimrt.ops.protocol.Cache`` for what the methods do. ``transfers`` counts what moved."""
 
-    def __init__(self, model: ModelConfig, ops: Any, config: CacheConfig) -> None:
+    def __init__(self, model: ModelConfig, ops: Ops, config: CacheConfig) -> None:
         self._model, self._ops, self._config = model, ops, config
         self.transfers = Transfers()
         self._layers = [LayerRows(ops, config, model, self.transfers) for _ in range(model.n_layers)]
@@ -64,6 +63,13 @@ class OffloadedKVCache:
             if exact or len(positions) > 1:
                 return self._update_whole(layer, k, v, positions, q)
             return self._update_one(layer, k, v, positions, q)
+
+    def room(self, layer: int, rows: int) -> None:
+        """None: what a query reads is chosen here."""
+
+    def appended(self, layer: int, positions: np.ndarray) -> None:
+        """Never: there is no ``room``."""
+        raise AssertionError("rows come by update only")
 
     def attended(self, layer: int) -> None:
         """Start copying the layer's new blocks to the host; after the last layer, wait until all are there."""

@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from slimrt.ops.protocol import Array, Ops, Pairs
+
 __all__ = ["Ring", "Transfers"]
 
-Array = Any  # the backend's array
 Fence = Any  # the backend's fence
-Pairs = Sequence[tuple[Array, Array]]  # (destination, source)
 
 
 @dataclass
@@ -30,7 +30,7 @@ class Transfers:
     waits: int = 0
     seconds_waited: float = 0.0
 
-    def wait(self, ops: Any, fence: Fence) -> None:
+    def wait(self, ops: Ops, fence: Fence) -> None:
         """``ops.wait``, counted."""
         self.waits += not fence.done()
         begun = time.perf_counter()
@@ -49,7 +49,7 @@ class Ring:
     waits for that: the copy queue and compute hold each other back when the ring is full, neither overwrites the other.
     """
 
-    def __init__(self, ops: Any, shape: tuple[int, ...], slots: int, transfers: Transfers) -> None:
+    def __init__(self, ops: Ops, shape: tuple[int, ...], slots: int, transfers: Transfers) -> None:
         self._ops, self._transfers = ops, transfers
         self._buffers = [ops.empty(shape, ops.kv_type) for _ in range(slots)]
         self._left: list[Fence] = [ops.mark()] * slots  # after it, nobody reads or writes the slot
@@ -107,7 +107,7 @@ class Ring:
         wait_all(self._ops, self._transfers, fences)
 
 
-def wait_all(ops: Any, transfers: Transfers, fences: Sequence[Fence]) -> None:
+def wait_all(ops: Ops, transfers: Transfers, fences: Sequence[Fence]) -> None:
     """Compute waits for all ``fences``; the first exception is raised after the last wait."""
     errors: list[Exception] = []
     for fence in fences:

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from slimrt.config import CacheConfig, ModelConfig
 from slimrt.kv.layer_rows import host_slabs
 from slimrt.memory.plan import MemoryRow
+from slimrt.models.stream import SLOTS, layer_bytes
 from slimrt.ops.cuda.cupy_ops import HEAD_WIDTHS, ROW_CHUNK, row_chunk
 from slimrt.ops.cuda.device import CudaDevice
 from slimrt.ops.cuda.weights import PACKED_TYPES, packed_nbytes
 from slimrt.weights.gguf import GGUFFile
-from slimrt.weights.stream import SLOTS, layer_bytes
 
 __all__ = ["CudaPlan", "Weights", "fit", "largest_context", "place_weights", "plan", "unsupported"]
 

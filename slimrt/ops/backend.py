@@ -9,6 +9,7 @@ from typing import Any
 from slimrt.errors import DeviceError, SettingError
 from slimrt.ops.cuda.device import CudaDevice, probe
 from slimrt.ops.numpy.numpy_ops import NumpyOps
+from slimrt.ops.protocol import Ops
 
 __all__ = [
     "DEVICES",
@@ -29,7 +30,7 @@ DEVICES = ("auto", "cuda", "cpu", "numpy")
 class Backend:
     """An instance of one of the operations' classes, and ``why`` it was chosen, in words for the user."""
 
-    ops: Any
+    ops: Ops
     why: str
 
 

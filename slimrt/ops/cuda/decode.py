@@ -9,19 +9,13 @@ room is made ahead, and the graph is captured anew when that is used up.
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from slimrt.kv.cache import KVCache
-
-if TYPE_CHECKING:
-    from slimrt.kv.cache import Cache
-    from slimrt.models import Llama
+from slimrt.ops.protocol import Array, Cache
 
 __all__ = ["CapturedDecode"]
-
-Array = Any  # the backend's array
 
 _ROOM = 256  # tokens for which a captured graph serves before the cache has to grow
 
@@ -29,7 +23,8 @@ _ROOM = 256  # tokens for which a captured graph serves before the cache has to 
 class CapturedDecode:
     """See ``slimrt.ops.protocol.Decoder``. It holds the graph of one cache. Callers in other threads wait."""
 
-    def __init__(self, model: Llama, ops: Any) -> None:
+    def __init__(self, model: Any, ops: Any) -> None:
+        """``model``: a Llama on ``ops``, a CupyOps."""
         self._model, self._ops = model, ops
         c = model.config
         self._half = c.rope.dims // 2
@@ -49,7 +44,6 @@ class CapturedDecode:
     ) -> tuple[np.ndarray, Array | None]:
         """Read ``token``; the logits [V] on the host, the hidden states [1, D] of layer ``middle`` on the device."""
         ops = self._ops
-        assert isinstance(cache, KVCache)
         with self._lock, ops.computing():  # its buffers and states are those of one token
             self._write(cache, token, position)
             states = self._captured(cache).launch()
@@ -59,7 +53,7 @@ class CapturedDecode:
             ops.mark().synchronize()
             return self._logits.copy(), hidden
 
-    def _captured(self, cache: KVCache) -> Any:
+    def _captured(self, cache: Cache) -> Any:
         """The graph for ``cache`` as it lies."""
         layers = range(self._model.config.n_layers)
         stores = [cache.room(layer, 1) for layer in layers]
@@ -71,7 +65,7 @@ class CapturedDecode:
             self._stores = stores
         return self._graph
 
-    def _write(self, cache: KVCache, token: int, position: int) -> None:
+    def _write(self, cache: Cache, token: int, position: int) -> None:
         """For the graph to find. The one before has ended: its logits were waited for."""
         held = np.array([cache.length(layer) for layer in range(self._model.config.n_layers)])
         cos, sin = self._model.rope_table(np.array([position]))

@@ -31,7 +31,6 @@ from typing import Any
 import numpy as np
 from numba import float32
 
-from slimrt.kv.cache import Cache, KVCache
 from slimrt.ops.fast.activations import (
     RECORD,
     RECORD_BYTES,
@@ -61,6 +60,7 @@ from slimrt.ops.fast.vectors import (
     sum_lanes,
 )
 from slimrt.ops.forks import after_fork, open_lock
+from slimrt.ops.protocol import Cache
 
 __all__ = ["Decoder"]
 
@@ -289,20 +289,20 @@ class Decoder:
             cos, sin = self._model.rope(np.array([position]))
             self._hidden[:d] = self._model.embed(np.array([token]))[0]
             self._angles[0, : cos.shape[1]], self._angles[1, : sin.shape[1]] = cos[0], sin[0]
-            if isinstance(cache, KVCache):
-                self._run(cache, position)
-            else:
+            rooms: list[Any] = [cache.room(number, 1) for number in range(len(self._layers))]
+            if any(room is None for room in rooms):
                 self._run_by_layer(cache, position)
+            else:
+                self._run(cache, rooms, position)
             between = None if middle is None else self._middle[middle, :d][None].copy()
             return self._logits[: self.config.vocab_size].copy(), between
 
-    def _run(self, cache: KVCache, position: int) -> None:
+    def _run(self, cache: Cache, rooms: Sequence[np.ndarray], position: int) -> None:
         """All layers in one go: where rows lie and how many there are is known before."""
         at = np.array([position])
-        for number, layer in enumerate(self._layers):
-            store = cache.room(number, 1)
-            if layer.store is None or layer.store() is not store:
-                layer.place(store)
+        for number, (layer, room) in enumerate(zip(self._layers, rooms, strict=True)):
+            if layer.store is None or layer.store() is not room:
+                layer.place(room)
             cache.appended(number, at)
             layer.append[9] = cache.length(number) - 1
             self._read(layer, cache.length(number))

@@ -14,10 +14,9 @@ from typing import Any
 import numpy as np
 
 from slimrt.kv.ring import Ring, Transfers
+from slimrt.ops.protocol import Array, StreamingOps
 
 __all__ = ["SLOTS", "StreamedLayers", "layer_bytes"]
-
-Array = Any  # the backend's array
 
 SLOTS = 2
 _ALIGN = 256  # bytes: what the device's own allocator gives
@@ -36,7 +35,7 @@ class StreamedLayers:
     memory here, one after the other, so an iterator over layers that are made when asked for never holds two.
     """
 
-    def __init__(self, ops: Any, layers: Iterator[Any]) -> None:
+    def __init__(self, ops: StreamingOps, layers: Iterator[Any]) -> None:
         self._ops = ops
         self.transfers = Transfers()
         self._layers: list[Any] = []  # without their matrices
