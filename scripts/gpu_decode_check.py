@@ -309,7 +309,7 @@ class Bench:
             x = ops.begin(model.embedding, decoder._host, decoder._device)
             for layer, store in zip(model.layers, stores, strict=True):
                 q = ops.normed_heads(x, layer.attn_norm, c.norm_eps, layer.qkv, None, *angles, start, store, c.n_heads)
-                x = model.project(layer, x, q)
+                x = ops.add_linear(x, q.reshape(1, -1), layer.out)
                 hidden = ops.normed_gated(x, layer.ffn_norm, c.norm_eps, layer.gate_up, None)
                 x = ops.add_linear(x, hidden, layer.down, None)
             ops.normed_head(x, model.norm, c.norm_eps, model.head, decoder._logits)

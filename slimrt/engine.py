@@ -169,6 +169,8 @@ class Engine:
                 if cut_at and context.boundary.length > len(x):
                     x, positions = context.boundary.rows(), np.arange(context.boundary.length)
                     cos, sin = model.rope(positions)
+                    if number not in cut_at:  # a backend may overwrite x; the boundary's rows must stay
+                        x = ops.take(x, positions)
             if number in cut_at:
                 scores = ops.score_blocks(plan.score, q[-plan.query_window :], keys, plan.block, plan.unit)
                 rows = select_rows(plan, cut_at[number], scores, len(x))

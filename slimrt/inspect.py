@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from slimrt.config import CacheConfig, ModelConfig
 from slimrt.errors import ModelFileError
-from slimrt.memory.plan import DEFAULT_CTX, plan
+from slimrt.memory import cuda as memory_cuda
+from slimrt.memory.plan import DEFAULT_CTX, MemoryPlan, plan
 from slimrt.models import read_config
-from slimrt.ops.backend import check_device, describe_backend, uses_kernels
+from slimrt.ops.backend import check_device, describe_backend, find_gpu, uses_kernels
 from slimrt.weights.gguf import GGUFFile
 
 __all__ = ["describe"]
@@ -39,14 +41,7 @@ def describe(
     nbytes = sum(tensor.nbytes for tensor in file.tensors.values())
     memory = None
     if config is not None:
-        fast = uses_kernels(device)
-        planned = plan(config, file, ctx or min(config.ctx_train, DEFAULT_CTX), threads=threads, fast=fast)
-        memory = {
-            **dataclasses.asdict(planned),
-            "total": planned.total,
-            "fits": planned.fits(),
-            "rows": [dataclasses.asdict(row) for row in planned.rows()],
-        }
+        memory = _memory(config, file, ctx or min(config.ctx_train, DEFAULT_CTX), device, threads)
     arch = _text(file, "general.architecture")
     return {
         "file": {"path": str(file.path), "bytes": file.file_size, "gguf_version": file.version},
@@ -106,6 +101,24 @@ def _tokenizer(file: GGUFFile) -> dict[str, Any]:
 def _finite(value: Any) -> Any:
     """JSON knows no NaN and no infinity; a setting that is not in force may be either in a damaged file."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _memory(config: ModelConfig, file: GGUFFile, ctx: int, device: str, threads: int | None) -> dict[str, Any]:
+    """The plan of what would compute, as plain data."""
+    gpu, _ = find_gpu(device)
+    planned: MemoryPlan | memory_cuda.CudaPlan
+    if gpu is not None:
+        planned, _ = memory_cuda.fit(config, file, CacheConfig(ctx), gpu)
+        rows = planned.table()
+    else:
+        planned = plan(config, file, ctx, threads=threads, fast=uses_kernels(device))
+        rows = planned.rows()
+    return {
+        **dataclasses.asdict(planned),
+        "total": planned.total,
+        "fits": planned.fits(),
+        "rows": [dataclasses.asdict(row) for row in rows],
+    }
 
 
 def _text(file: GGUFFile, key: str) -> str | None:

@@ -209,7 +209,9 @@ class LLM:
             self.memory, problem = memory_cuda.fit(self.config, self.file, cache, gpu, stream=stream)
             try:
                 if problem is None:
-                    return open_cuda(gpu)
+                    backend = open_cuda(gpu)
+                    backend.ops.keeps_unpacked = self.memory.keeps
+                    return backend
                 raise SettingError(problem)
             except SlimrtError as error:
                 if device == "cuda":

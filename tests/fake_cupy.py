@@ -17,6 +17,7 @@ else.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import itertools
 import sys
 import types
@@ -128,6 +129,7 @@ class Array:
     size = property(lambda self: self._a.size)
     nbytes = property(lambda self: self._a.nbytes)
     itemsize = property(lambda self: self._a.itemsize)
+    data = property(lambda self: types.SimpleNamespace(ptr=self._a.ctypes.data))
     strides = property(lambda self: self._a.strides)
     flags = property(lambda self: self._a.flags)
 
@@ -444,6 +446,8 @@ class FakeCupy:
             for name in ("cublas", "nvrtc"):
                 library = types.ModuleType(name) if name != without else None  # None: importing it raises ImportError
                 monkeypatch.setitem(sys.modules, f"cupy_backends.cuda.libs.{name}", library)  # type: ignore[arg-type]
+                if name == "cublas" and library is not None:
+                    library.gemmEx = self.gemm_ex  # type: ignore[attr-defined]
 
     # -- for the classes above ---------------------------------------------------------------------------------------
 
@@ -471,6 +475,35 @@ class FakeCupy:
         memory = Allocation(self, int(np.prod(shape)) * np.dtype(dtype).itemsize)
         return Array(self, memory.bytes.view(dtype).reshape(shape), memory)
 
+    def gemm_ex(
+        self, handle: int, transa: int, transb: int, m: int, n: int, k: int, alpha: int, a: int, a_type: int, lda: int,
+        b: int, b_type: int, ldb: int, beta: int, c: int, c_type: int, ldc: int, compute: int, algo: int,
+    ) -> None:  # fmt: skip
+        """cublasGemmEx for a transposed a and 16-bit operands: column-major c [m, n] = alpha a.T b + beta c.
+
+        Summed in float64: which bits a sum in float32 has depends, in a BLAS, on how many rows it has beside it.
+        """
+        if self.current.queue.recording is not None:
+            raise NotImplementedError("calling cuBLAS API during stream capture is currently unsupported")
+        assert (handle, transa, transb, compute) == (1, 1, 0, 68) and a_type == b_type and c_type in (0, a_type)
+        assert lda >= k and ldb >= k and ldc >= m
+
+        def matrix(address: int, kind: int, rows: int, stride: int, columns: int) -> np.ndarray:
+            dtype = np.dtype({0: np.float32, 2: np.float16}[kind])
+            size = ((rows - 1) * stride + columns) * dtype.itemsize
+            flat = np.frombuffer((ctypes.c_char * size).from_address(address), dtype)
+            return np.lib.stride_tricks.as_strided(flat, (rows, columns), (stride * dtype.itemsize, dtype.itemsize))
+
+        first, second, out = matrix(a, a_type, m, lda, k), matrix(b, b_type, n, ldb, k), matrix(c, c_type, n, ldc, m)
+        scale, keep = (ctypes.c_float.from_address(address).value for address in (alpha, beta))
+
+        def work() -> None:
+            with np.errstate(all="ignore"):
+                product = scale * (second.astype(np.float64) @ first.astype(np.float64).T)
+                out[...] = product + keep * out if keep else product
+
+        self.submit(work)
+
     # -- the package -------------------------------------------------------------------------------------------------
 
     def _module(self) -> types.ModuleType:
@@ -486,22 +519,6 @@ class FakeCupy:
                 raise RuntimeError("the current stream is capturing, so synchronous API cannot be called")
             target = out._a
             self.submit(lambda: np.copyto(target, a))
-            return out
-
-        def matmul(a: Array, b: Array) -> Array:
-            if self.current.queue.recording is not None:
-                raise NotImplementedError("calling cuBLAS API during stream capture is currently unsupported")
-            assert a.ndim == b.ndim == 2 and a.dtype == b.dtype == np.float16, "3-D products are upcast by CuPy"
-            assert a.flags.c_contiguous or a.flags.f_contiguous
-            assert b.flags.c_contiguous or b.flags.f_contiguous
-            out = self.empty((a.shape[0], b.shape[1]), np.float16)
-            x, y, target = a._a, b._a, out._a
-
-            def work() -> None:
-                with np.errstate(all="ignore"):
-                    target[...] = x.astype(np.float32) @ y.astype(np.float32)
-
-            self.submit(work)
             return out
 
         @contextlib.contextmanager
@@ -529,7 +546,7 @@ class FakeCupy:
             return (total if self.room is None else self.room) - self.used, total
 
         module.__version__ = "14.2.0"  # type: ignore[attr-defined]
-        module.ndarray, module.RawModule, module.asarray, module.matmul = Array, RawModule, asarray, matmul  # type: ignore[attr-defined]
+        module.ndarray, module.RawModule, module.asarray = Array, RawModule, asarray  # type: ignore[attr-defined]
         module.empty = lambda shape, dtype=float: self.empty(shape, dtype)  # type: ignore[attr-defined]
         module.ascontiguousarray = lambda a: a if a.flags.c_contiguous else a._elementwise(np.ascontiguousarray)  # type: ignore[attr-defined]
         module.asnumpy = lambda a: a.get()  # type: ignore[attr-defined]
@@ -538,7 +555,8 @@ class FakeCupy:
         Stream.null = self.null  # type: ignore[attr-defined]
         module.cuda = types.SimpleNamespace(  # type: ignore[attr-defined]
             Stream=Stream, Event=Event, PinnedMemory=PinnedMemory, PinnedMemoryPointer=PinnedMemoryPointer,
-            MemoryPool=MemoryPool, using_allocator=using_allocator, get_elapsed_time=lambda a, b: float(b.at - a.at),
+            MemoryPool=MemoryPool, using_allocator=using_allocator,
+            device=types.SimpleNamespace(get_cublas_handle=lambda: 1), get_elapsed_time=lambda a, b: float(b.at - a.at),
             runtime=types.SimpleNamespace(
                 driverGetVersion=lambda: driver, runtimeGetVersion=lambda: runtime, getDeviceCount=count,
                 getDeviceProperties=properties, memGetInfo=memory, CUDARuntimeError=CUDARuntimeError,

@@ -30,7 +30,8 @@ _SLACK = 1.03  # the pool rounds sizes up and splits what it gives out
 class CudaPlan:
     """Bytes that a model takes on one GPU, for a prompt that fills the context of ``ctx`` tokens.
 
-    ``weights``: packed as in the file. ``unpacked``: one layer of them in float16, while a prompt is read. ``kv``: keys
+    ``weights``: packed. ``unpacked``: one layer of them in float16, while a prompt is read, or where memory is
+    plentiful (``keeps``) all that are not float16 anyway, which then stay for the next prompt. ``kv``: keys
     and values on the device, all or (under a budget) the resident ones with the means of units; ``ring``: the staging
     slots of a budget. ``boundary``: the hidden states that a pruned prompt leaves for further questions. ``rows``: what
     a prompt's tokens hold while they pass a layer; ``scratch``: what the rows that pass the feed-forward together take
@@ -41,6 +42,7 @@ class CudaPlan:
     ctx: int
     weights: int
     unpacked: int
+    keeps: bool
     kv: int
     ring: int
     boundary: int
@@ -64,8 +66,12 @@ class CudaPlan:
         """The plan as the lines of a table, the total last."""
         verdict = "fits into" if self.fits() else "exceeds"
         return [
-            MemoryRow("weights", self.weights, "two layers at a time" if self.streamed else "packed as in the file"),
-            MemoryRow("one layer unpacked", self.unpacked, "float16, while a prompt is read"),
+            MemoryRow("weights", self.weights, "two layers at a time" if self.streamed else "packed"),
+            MemoryRow(
+                "layers unpacked" if self.keeps else "one layer unpacked",
+                self.unpacked,
+                "float16, kept from prompt to prompt" if self.keeps else "float16, while a prompt is read",
+            ),
             MemoryRow("KV cache", self.kv, f"{self.ctx} tokens" if not self.host else "what the budget keeps resident"),
             MemoryRow("staging slots", self.ring, "through which the other keys and values pass"),
             MemoryRow("hidden states", self.boundary, "of a pruned prompt, for further questions"),
@@ -95,15 +101,24 @@ class CudaPlan:
         )
 
 
-def plan(config: ModelConfig, weights: Weights, cache: CacheConfig, available: int, chunk: int = ROW_CHUNK) -> CudaPlan:
-    """The plan for a context of ``cache.ctx`` tokens, ``chunk`` of which pass the feed-forward together."""
+def plan(
+    config: ModelConfig,
+    weights: Weights,
+    cache: CacheConfig,
+    available: int,
+    chunk: int = ROW_CHUNK,
+    *,
+    keeps: bool = False,
+) -> CudaPlan:
+    """The plan for a context of ``cache.ctx`` tokens, ``chunk`` of which pass the feed-forward together; ``keeps``:
+    with all layers unpacked."""
     c, tokens = config, cache.ctx
     q, kv = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
     chunk = min(tokens, chunk)
-    # project: x before and after, the attention's result, q, k, v. The next layer's qkv: x, and q, k, v twice.
+    # project: x, the attention's result, q, k, v. The next layer's qkv: x, and q, k, v twice.
     x, qkv = _FLOAT * c.d_model, _HALF * (q + 2 * kv)
-    rows = tokens * (max(2 * x + _HALF * q + qkv, x + 2 * qkv) + _FLOAT * c.rope.dims)
-    feed_forward = _HALF * (c.d_model + 2 * c.d_ff + c.d_ff) + _HALF * c.d_model + x
+    rows = tokens * (x + max(_HALF * q + qkv, 2 * qkv) + _FLOAT * c.rope.dims)
+    feed_forward = _HALF * (c.d_model + 2 * c.d_ff + c.d_ff)
     joint = _HALF * (c.d_model + q + 2 * kv)
     kv_row = 2 * _HALF * kv
     if cache.budget is None:
@@ -121,7 +136,8 @@ def plan(config: ModelConfig, weights: Weights, cache: CacheConfig, available: i
         ctx=tokens,
         weights=weights.device,
         streamed=weights.host,
-        unpacked=_HALF * c.d_model * (2 * q + 2 * kv + 3 * c.d_ff),
+        unpacked=weights.unpacked if keeps else _HALF * c.d_model * (2 * q + 2 * kv + 3 * c.d_ff),
+        keeps=keeps,
         kv=resident,
         ring=ring,
         boundary=tokens * x,
@@ -135,15 +151,17 @@ def plan(config: ModelConfig, weights: Weights, cache: CacheConfig, available: i
 
 @dataclass(frozen=True)
 class Weights:
-    """Bytes of the weights on the device, and in page-locked host memory where the layers are streamed."""
+    """Bytes of the weights on the device, and in page-locked host memory where the layers are streamed. ``unpacked``:
+    what the layers' matrices that are not float16 take in float16."""
 
     device: int
     host: int = 0
+    unpacked: int = 0
 
 
 def place_weights(file: GGUFFile, *, stream: bool = False) -> Weights:
     """What the tensors take: packed, or float16 where there is no kernel for their type."""
-    resident, layers = 0, dict[str, list[int]]()
+    resident, unpacked, layers = 0, 0, dict[str, list[int]]()
     for name, tensor in file.tensors.items():
         matrix = len(tensor.shape) > 1
         if not matrix:
@@ -152,12 +170,15 @@ def place_weights(file: GGUFFile, *, stream: bool = False) -> Weights:
             nbytes = packed_nbytes(tensor.type.name, *tensor.shape)
         else:
             nbytes = _HALF * math.prod(tensor.shape)
-        if stream and matrix and name.startswith("blk."):
+        layer = matrix and name.startswith("blk.")
+        if layer and tensor.type in PACKED_TYPES and tensor.type.name != "F16":
+            unpacked += _HALF * math.prod(tensor.shape)
+        if stream and layer:
             layers.setdefault(name.split(".")[1], []).append(nbytes)
         else:
             resident += nbytes
     sizes = [layer_bytes(parts) for parts in layers.values()]
-    return Weights(resident + SLOTS * max(sizes, default=0), sum(sizes))
+    return Weights(resident + SLOTS * max(sizes, default=0), sum(sizes), unpacked)
 
 
 def largest_context(
@@ -194,6 +215,9 @@ def fit(
     weights = place_weights(file, stream=stream)
     chunk = row_chunk(gpu.total)
     chosen = plan(config, weights, cache, gpu.free, chunk)
+    if weights.unpacked and not stream:
+        plentiful = plan(config, weights, cache, gpu.free, chunk, keeps=True)
+        chosen = plentiful if plentiful.fits() else chosen
     problem = unsupported(config)
     if problem is None and not chosen.fits():
         problem = chosen.refusal(largest_context(config, weights, cache, gpu.free, chunk))

@@ -67,6 +67,57 @@ def test_eager_copies_show_what_is_overwritten_too_early(what: str, seed: int) -
     assert np.abs(right - wrong).max() > 0.01
 
 
+GEMV = "gemv.cuh"
+
+
+def one_token(header: str) -> Array:
+    """What gemv.cu makes of a fixed input with this text for gemv.cuh: five tiles for two blocks, ten cells for eight
+    warps, three stages."""
+    code = (SOURCES / "gemv.cu").read_text().replace('#include "gemv.cuh"', header)
+    weight, x = half(noise((80, 640), 1)), half(noise((640,), 2))
+    out = np.zeros(80, np.float32)
+    kernel = compiled(code, {"TYPE": "F16", "T": "f16", "FROM": "f16", "OUT": "float", "STAGES": 3}).kernel("gemv")
+    shared = 8 * 3 * 2048 + 64 + 2 * 640
+    kernel.max_dynamic_shared_size_bytes = shared
+    null = np.uintp(0)
+    args = (weight, x, null, np.float32(0), null, null, out, np.int32(80), np.int32(640), np.int32(8))
+    kernel((2,), (256,), args, shared_mem=shared)
+    return out
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("cp_async_wait<STAGES - 2>();", "cp_async_wait<STAGES - 1>();"),  # waits for too little
+        ("__syncwarp();  // the other", "// the other"),  # its own copies have landed, those of other lanes have not
+    ],
+)
+def test_a_ring_without_its_waits(before: str, after: str) -> None:
+    right = (SOURCES / GEMV).read_text()
+    with emulation_mode(deferred=True):
+        assert np.isfinite(one_token(right)).all()
+        assert np.isnan(one_token(broken(GEMV, before, after))).any()
+
+
+def test_a_ring_that_is_filled_too_early() -> None:
+    """The next cell goes where the last one was read from: before that, it lands on what is still to be read."""
+    early = broken(GEMV, "cp_async_wait<STAGES - 2>();", "fetch(); cp_async_wait<STAGES - 2>();")
+    early = early.replace("            fetch();\n            Cell::multiply", "            Cell::multiply")
+    ahead = early.replace("for (int i = 0; i < STAGES - 1; i++) fetch();", "for (int i = 0; i < STAGES; i++) fetch();")
+    with emulation_mode(deferred=False):
+        right = one_token((SOURCES / GEMV).read_text())
+        assert np.abs(one_token(ahead) - right).max() > 0.01
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_sums_that_are_joined_without_a_barrier(seed: int) -> None:
+    before = "        __syncthreads();  // the one of the next tile"
+    with emulation_mode(seed=seed):
+        right = one_token((SOURCES / GEMV).read_text())
+        wrong = one_token(broken(GEMV, before, "        // the one of the next tile"))
+    assert not np.array_equal(wrong, right)
+
+
 def test_the_order_of_warps_shows_a_missing_barrier() -> None:
     """Without a barrier between writing and reading shared memory the result depends on who comes first."""
     code = """

@@ -18,11 +18,11 @@ from slimrt.config import ModelConfig
 from slimrt.errors import DeviceError
 from slimrt.ops.cuda.decode import CapturedDecode
 from slimrt.ops.cuda.device import CudaDevice, load_cupy, probe
+from slimrt.ops.cuda.gemm import InPlaceLayer, multiply
 from slimrt.ops.cuda.gemv import FewRows
 from slimrt.ops.cuda.memory import Fence, reported
 from slimrt.ops.cuda.modules import Kernels
 from slimrt.ops.cuda.weights import CudaWeight, Packed, load_weight, unpack
-from slimrt.ops.layer import LayerOps
 from slimrt.prune.reach import Reach
 from slimrt.weights.gguf import TensorInfo
 from slimrt.weights.quants import dequantize
@@ -62,12 +62,13 @@ class Captured(Generic[Result]):
         return self.result
 
 
-class CupyOps(FewRows, LayerOps):
+class CupyOps(FewRows, InPlaceLayer):
     """Compute and memory operations on one GPU. Raises DeviceError, here and everywhere, with the remedy."""
 
     name = "cuda"
     exact_rows = 1  # of a prompt that was read before so many rows run again at least: its last token, for the logits
     unpack_rows = FEW_ROWS  # from so many rows on a layer is unpacked once, into scratch
+    keeps_unpacked = False  # whether it then stays so, for the next prompt (slimrt.memory.cuda plans for it)
 
     def __init__(self, device: CudaDevice | None = None) -> None:
         self.device = device or probe()
@@ -100,10 +101,15 @@ class CupyOps(FewRows, LayerOps):
         return self.upload(np.concatenate(arrays))
 
     def unpacked(self, weight: CudaWeight) -> CudaWeight:
-        """``weight`` ready for many rows: with a float16 copy that the caller drops after use."""
+        """``weight`` ready for many rows: with a float16 copy, which is kept if ``keeps_unpacked``, else the caller
+        drops it after use."""
         if weight.dense is not None:
             return weight
-        return CudaWeight(weight.parts, unpack(weight, self, self.kernels))
+        dense = unpack(weight, self, self.kernels)
+        if self.keeps_unpacked:
+            weight.dense = dense
+            return weight
+        return CudaWeight(weight.parts, dense)
 
     # -- structure --------------------------------------------------------------------------------------------------
 
@@ -167,18 +173,29 @@ class CupyOps(FewRows, LayerOps):
         self._check("linear", x, self.dtype, (None, weight.shape[1]))
         if len(x) < FEW_ROWS:
             return self.few_linear(x, weight, bias, None, self.empty((len(x), weight.shape[0])))
-        out = self._cupy.matmul(x, self._dense(weight).T)
+        out = self.empty((len(x), weight.shape[0]))
+        multiply(self._cupy, x, self._dense(weight), out)
         if bias is not None:
             out += bias
         return out
 
-    def add_linear(self, x: Array, y: Array, weight: CudaWeight, bias: Array | None = None) -> Array:
-        """x float32 [T, out] + y float16 [T, in] @ weight.T (+ bias) -> float32 [T, out]: a residual connection."""
+    def add_linear(
+        self, x: Array, y: Array, weight: CudaWeight, bias: Array | None = None, out: Array | None = None
+    ) -> Array:
+        """x float32 [T, out] + y float16 [T, in] @ weight.T (+ bias) -> float32 [T, out], a new array or ``out``, which
+        may be x: a residual connection. Nothing is rounded to float16 on the way."""
         self._check("add_linear", x, np.float32, (len(y), weight.shape[0]))
+        self._check("add_linear", y, self.dtype, (None, weight.shape[1]))
+        if out is None:
+            out = self.empty(x.shape, np.float32)
         if len(x) < FEW_ROWS:
-            self._check("add_linear", y, self.dtype, (None, weight.shape[1]))
-            return self.few_linear(y, weight, bias, x, self.empty(x.shape, np.float32))
-        return x + self.linear(y, weight, bias)
+            return self.few_linear(y, weight, bias, x, out)
+        if out is not x:
+            out[...] = x
+        multiply(self._cupy, y, self._dense(weight), out, add=True)
+        if bias is not None:
+            out += bias
+        return out
 
     def head(self, x: Array, weight: CudaWeight) -> Array:
         """x float16 [T, D] @ weight.T [D, V] -> logits float32 [T, V]."""

@@ -85,7 +85,7 @@ class CapturedDecode:
             )
             splits = ops.splits(c.n_kv_heads, store.shape[2])
             mixed = ops.attend_one(q, store[0], store[1], length, ops.empty(q.shape), splits)
-            x = model.project(layer, x, mixed)
+            x = ops.add_linear(x, mixed.reshape(1, -1), layer.out, layer.out_bias)
             states.append(x)
             hidden = ops.normed_gated(x, layer.ffn_norm, c.norm_eps, layer.gate_up, layer.gate_up_bias)
             x = ops.add_linear(x, hidden, layer.down, layer.down_bias)

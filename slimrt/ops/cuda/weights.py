@@ -50,9 +50,9 @@ class Packed:
     half: int = 8
 
 
-@dataclass(frozen=True)
+@dataclass
 class CudaWeight:
-    """A matrix [out, in]: ``parts`` stacked along out; ``dense`` is it in float16, where that exists."""
+    """A matrix [out, in]: ``parts`` stacked along out; ``dense`` is it in float16, once that exists."""
 
     parts: tuple[Packed, ...]
     dense: Array | None = None

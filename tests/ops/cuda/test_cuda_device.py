@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import slimrt
@@ -151,8 +152,8 @@ def test_128k_tokens_of_an_8b_model_fit_into_24_gib() -> None:
     # One key of 2 KB for 8 tokens in every layer, and one for a group of blocks of 16; room for twice as many.
     means = 32 * (n // 8 + n // 16 // cache.group) * 2048 * 2
     assert result.kv == 32 * 4096 * 4096 + means
-    x, q, qkv = 4 * 4096, 2 * 4096, 2 * 6144
-    assert result.rows == n * (2 * x + q + qkv + 4 * 128)
+    x, qkv = 4 * 4096, 2 * 6144
+    assert result.rows == n * (x + 2 * qkv + 4 * 128)
     assert result.boundary == n * 4 * 4096
     assert result.host == 32 * n * 4096 == 16 * GIB
     assert result.fits() and result.total < 21 * GIB
@@ -166,6 +167,28 @@ def test_128k_tokens_of_an_8b_model_fit_into_24_gib() -> None:
     assert 0 < room < 131072 and f"a context of {room} fits" in half.refusal(room)
     assert plan(LLAMA_8B, weights_8b(2), CacheConfig(room, 4096), 24 * GIB).fits()
     assert sum(row.nbytes for row in result.table()[:7]) <= result.table()[8].nbytes == result.total
+
+
+def test_unpacked_layers_are_kept_where_memory_is_plentiful(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The plan decides and says so, the backend follows, and what it computes is the same."""
+    path = write_tiny_llama(tmp_path / "m.gguf", head_dim=64, n_layers=3, d_model=128, d_ff=256, type="Q4_0")
+    weights = place_weights(GGUFFile(path))
+    matrices = [t for name, t in GGUFFile(path).tensors.items() if name.startswith("blk.") and len(t.shape) > 1]
+    assert weights.unpacked == sum(2 * t.shape[0] * t.shape[1] for t in matrices)
+    found, room = [], 80 * GIB
+    for keeps in (True, False):
+        fake = FakeCupy(monkeypatch, total=room)
+        llm = slimrt.load(path, device="cuda", ctx=512, prune="off")
+        assert llm.memory.keeps is keeps is llm.backend.ops.keeps_unpacked  # type: ignore[union-attr]
+        assert any("kept from prompt to prompt" in row.note for row in llm.memory.table()) is keeps  # type: ignore[union-attr]
+        launched = []
+        for first in (5, 6):
+            before = fake.launches.count("dequantize")
+            found.append(llm.logits([first] * 40))
+            launched.append(fake.launches.count("dequantize") - before)
+        assert launched == ([12, 0] if keeps else [12, 12])
+        room = llm.memory.total - 1  # the next finds one byte too few for that
+    assert np.array_equal(found[0], found[2]) and np.array_equal(found[1], found[3])
 
 
 def test_the_plan_bounds_what_a_prompt_takes(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:

@@ -14,6 +14,7 @@ from gguf.constants import GGMLQuantizationType as Type
 from slimrt.bench.synthetic import random_tensor
 from slimrt.errors import DeviceError
 from slimrt.ops.cuda.cupy_ops import CupyOps
+from slimrt.ops.cuda.gemv import stages
 from slimrt.ops.cuda.memory import PinnedSlabs
 from slimrt.ops.cuda.modules import Kernels, source_text
 from slimrt.weights.gguf import TensorInfo
@@ -87,6 +88,41 @@ def test_what_a_kernel_would_misread_is_refused(fake: FakeCupy) -> None:
             call()
         assert "\n" not in str(caught.value), name
         assert len(fake.launches) == launched or name.startswith("attend"), name
+
+
+@needs_compiler
+@pytest.mark.parametrize("rows", [1, 3, 20])
+def test_a_residual_beyond_float16(fake: FakeCupy, rows: int) -> None:
+    """What is added to the stream is never rounded to float16, which ends at 65504."""
+    ops, random = CupyOps(), np.random.default_rng(rows)
+    values = random.standard_normal((48, 64)).astype(np.float16)
+    weight = ops.unpacked(ops.weight(TensorInfo("w", (48, 64), Type.F16, values)))
+    x = random.standard_normal((rows, 48), np.float32)
+    y = (1e4 * random.standard_normal((rows, 64))).astype(np.float16)
+    exact = x + y.astype(np.float64) @ values.astype(np.float64).T
+    assert np.abs(exact).max() > 65504
+    held = ops.upload(x)
+    fresh = ops.to_host(ops.add_linear(held, ops.upload(y), weight))
+    assert np.array_equal(ops.to_host(held), x)
+    assert ops.add_linear(held, ops.upload(y), weight, out=held) is held
+    naive = np.abs((x + y.astype(np.float32) @ values.astype(np.float32).T) - exact).max()
+    for found in (fresh, ops.to_host(held)):
+        assert np.abs(found - exact).max() <= 4 * naive + np.abs(exact).max() * 2.0**-22
+
+
+@needs_compiler
+def test_gate_and_up_of_different_types(fake: FakeCupy) -> None:
+    """They do not meet in a tile: two products and the gate, which mean the same."""
+    ops, random = CupyOps(), np.random.default_rng(2)
+    parts = [random_tensor(name, kind, (96, 64), random) for name, kind in (("gate", "Q4_0"), ("up", "Q8_0"))]
+    x, gain = ops.upload(random.standard_normal((1, 64), np.float32)), ops.upload(np.ones(64, np.float32))
+    mixed = ops.weight(*parts, half=96)
+    assert [part.half for part in mixed.parts] == [8, 8]
+    plain = ops.swiglu(ops.linear(ops.rmsnorm(x, gain, 1e-5), mixed))
+    found = ops.normed_gated(x, gain, 1e-5, mixed, None)
+    np.testing.assert_allclose(ops.to_host(found), ops.to_host(plain), rtol=4e-3, atol=1e-3)
+    with pytest.raises(DeviceError, match="rows of 200000; this GPU's shared memory is too small"):
+        stages("F16", 200000, 100 << 10)
 
 
 def test_a_kernel_that_does_not_compile(monkeypatch: pytest.MonkeyPatch, fake: FakeCupy) -> None:
