@@ -8,6 +8,8 @@ ARGS ?=
 TESTS ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Of what pip says, a line for each package; its errors pass by on stderr.
+TOLD := -e 's/^Collecting \([^ ]*\).*/   fetching \1/p' -e 's/^Building wheel.*/   &/p' -e 's/^Installing collected.*/   unpacking all of them/p'
 OURS := slimrt models convert kernels_cu tests scripts click_cli.py
 
 .PHONY: help chat test lint types unit format gpu clean
@@ -60,7 +62,9 @@ format: .venv/installed-dev
 		echo "== creating .venv" && $(PYTHON) -m venv .venv; }
 	@echo "== installing slimrt and its dependencies into .venv (a minute or two)"
 	@$(PIP) install -q --upgrade 'pip>=25.1'
-	@PYTHONWARNINGS=ignore $(PIP) install -q -e '.[all]'
+	@rm -f .venv/failed
+	@{ PYTHONWARNINGS=ignore $(PIP) install --progress-bar off -e '.[all]' || touch .venv/failed; } | sed -n $(TOLD)
+	@test ! -e .venv/failed
 	@touch $@
 
 # --group needs pip 25.1.

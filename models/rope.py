@@ -40,7 +40,9 @@ def _yarn_ramp(config: RopeConfig) -> np.ndarray:
     """How much of each frequency stays unscaled: 1 for fast ones, 0 for slow ones (YaRN, section 3.2)."""
 
     def dimension(turns: float) -> float:
-        return config.dims * math.log(config.original_ctx / (turns * 2 * math.pi)) / (2 * math.log(config.base))
+        # In logarithms: the quotient itself leaves the floating-point numbers where a file states absurd turns.
+        ratio = math.log(config.original_ctx) - math.log(turns) - math.log(2 * math.pi)
+        return config.dims * ratio / (2 * math.log(config.base))
 
     low = max(0, math.floor(dimension(config.beta_fast)))
     high = min(config.dims - 1, math.ceil(dimension(config.beta_slow)))

@@ -14,8 +14,9 @@ import pytest
 from tiny_gguf import write_tiny_llama
 
 import slimrt
-from slimrt.config import SamplingConfig
+from slimrt.config import RopeConfig, SamplingConfig
 from slimrt.errors import SettingError, SlimrtError
+from slimrt.models.rope import RopeTable
 from slimrt.prune.plan import PrunePlan, Stage
 
 
@@ -169,6 +170,13 @@ def test_a_bad_presets_file_beside_a_model_is_named(name: str, model: Path, tmp_
     beside.write_bytes(BAD_PLANS[name] or b"")
     with pytest.raises(SettingError, match=r"m\.slim\.json"):
         slimrt.load(tmp_path / "m.gguf", device="numpy")
+
+
+@pytest.mark.parametrize(("fast", "slow"), [(1e308, 1.0), (1e308, 1e307), (32.0, 5e-324), (1e-300, 1e-305)])
+def test_absurd_turns_of_yarn_are_computed(fast: float, slow: float) -> None:
+    config = RopeConfig(scaling="yarn", factor=4.0, original_ctx=2048, beta_fast=fast, beta_slow=slow)
+    cos, sin = RopeTable(config)(np.arange(100))
+    assert np.isfinite(cos).all() and np.isfinite(sin).all()
 
 
 # -- what a type checker sees ------------------------------------------------------------------------------------------

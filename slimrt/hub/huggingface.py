@@ -6,6 +6,7 @@ an optional dependency: the extra ``slimrt[hf]``.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import io
 import re
@@ -19,6 +20,7 @@ __all__ = ["PREFIX", "cached", "models", "pull"]
 
 PREFIX = "hf:"
 
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _PART = re.compile(r"^(?P<stem>.+)-(?P<no>\d{5})-of-(?P<count>\d{5})\.gguf$")
 
 
@@ -87,7 +89,37 @@ def pull(text: str, progress: Callable[[int, int], None] | None = None, force: b
         ) from error
     except (OSError, ValueError, hf.errors.HTTPError) as error:  # the disk; a name it refuses; network and server
         raise FetchError(f"model {text!r}: {_one_line(error)}; check the network, HF_ENDPOINT and HF_HOME") from error
+    for path, plan in zip(paths, plans, strict=True):
+        _check(text, path, plan.file_size)
     return paths[0]
+
+
+def _check(text: str, path: Path, size: int | None) -> None:
+    """Raises FetchError for a file that is no model, or not the one that the server announced, and drops it from the
+    cache: a proxy's page, an answer that was cut, bytes that changed on the way or on the disk."""
+    blob = path.resolve()
+    try:
+        with blob.open("rb") as file:
+            begin = file.read(4)
+            file.seek(0)
+            # The cache names a large file by the SHA-256 that the server announced.
+            digest = hashlib.file_digest(file, "sha256").hexdigest() if _SHA256.fullmatch(blob.name) else blob.name
+    except OSError as error:
+        raise FetchError(f"{path}: cannot be read ({error.strerror}); check the cache folder (HF_HOME)") from None
+    held = blob.stat().st_size
+    if begin != b"GGUF":
+        problem = f"{held} bytes that begin with {begin!r}; a GGUF file begins with b'GGUF'"
+    elif size is not None and held != size:
+        problem = f"{held} bytes, the server announced {size}"
+    elif digest != blob.name:
+        problem = f"its SHA-256 is {digest}, the server announced {blob.name}"
+    else:
+        return
+    path.unlink(missing_ok=True)
+    blob.unlink(missing_ok=True)
+    raise FetchError(
+        f"model {text!r}: what came is {problem}; it was not kept; check HF_ENDPOINT and the proxy, then pull it again"
+    )
 
 
 def _bar(progress: Callable[[int, int], None] | None, total: int) -> type:

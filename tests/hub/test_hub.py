@@ -252,7 +252,12 @@ HF_FILES = {
     "/owner/repo/resolve/main/two-00001-of-00002.gguf": CONTENT[:1000],
     "/owner/repo/resolve/main/two-00002-of-00002.gguf": CONTENT[:500],
     "/owner/repo/resolve/main/gap-00001-of-00002.gguf": CONTENT[:1000],
+    # What no server should answer: a page in place of the file, nothing, other bytes than those announced.
+    "/owner/repo/resolve/main/page.gguf": b"<!DOCTYPE html><title>Sign in</title>",
+    "/owner/repo/resolve/main/empty.gguf": b"",
+    "/owner/repo/resolve/main/changed.gguf": CONTENT[:2000],
 }
+HF_ANNOUNCED = {"/owner/repo/resolve/main/changed.gguf": CONTENT[:1999] + b"!"}
 
 
 class HubHandler(http.server.BaseHTTPRequestHandler):
@@ -271,7 +276,8 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
             self.end_headers()
             return
         self.send_response(200)
-        self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+        announced = HF_ANNOUNCED.get(self.path, content)
+        self.send_header("ETag", f'"{hashlib.sha256(announced).hexdigest()}"')
         self.send_header("X-Repo-Commit", COMMIT)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
@@ -375,6 +381,80 @@ def test_hf_pull(hf_server: http.server.ThreadingHTTPServer, tmp_path: Path) -> 
     assert cached[0] == two[0]
     assert "refused; check the network, HF_ENDPOINT" in str(refused[0])
     assert HubHandler.requests == []
+
+
+def test_what_is_no_model_is_not_kept(hf_server: http.server.ThreadingHTTPServer, tmp_path: Path) -> None:
+    endpoint = f"http://127.0.0.1:{hf_server.server_address[1]}"
+    names = [f"hf:owner/repo/{name}.gguf" for name in ("page", "empty", "changed")]
+    page, empty, changed, listing = hf_run(endpoint, tmp_path, *(f"pull {name}" for name in names), "list")
+    assert "what came is 37 bytes that begin with b'<!DO'" in str(page[0])
+    assert "what came is 0 bytes that begin with b''" in str(empty[0])
+    assert "its SHA-256 is" in str(changed[0]) and "the server announced" in str(changed[0])
+    assert listing[0] == []
+    for name in names:  # nor taken for one later
+        ((resolved, _),) = hf_run("http://127.0.0.1:9", tmp_path, f"resolve {name}")
+        assert str(resolved).startswith("error: ")
+
+
+def test_a_damaged_file_in_the_cache_is_noticed(hf_server: http.server.ThreadingHTTPServer, tmp_path: Path) -> None:
+    endpoint = f"http://127.0.0.1:{hf_server.server_address[1]}"
+    command = "pull hf:owner/repo/sub/one.gguf"
+    ((path, _),) = hf_run(endpoint, tmp_path, command)
+    blob = Path(str(path)).resolve()
+    raw = bytearray(blob.read_bytes())
+    raw[5000] ^= 1
+    blob.write_bytes(raw)
+    ((damaged, _),) = hf_run(endpoint, tmp_path, command)
+    assert "its SHA-256 is" in str(damaged)
+    ((again, _),) = hf_run(endpoint, tmp_path, command)
+    assert Path(str(again)).read_bytes() == CONTENT
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a child with its parent")
+def test_a_killed_pull_ends_its_pip(index: Path, tmp_path: Path) -> None:
+    """pip's index is a server that never answers; the pull is killed while pip waits for it."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Silent)
+    server.daemon_threads = True
+    server.block_on_close = False
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    environment = {
+        **os.environ, "PIP_NO_INDEX": "0", "PIP_FIND_LINKS": "", "SLIMRT_CACHE": str(tmp_path / "killed"),
+        "PIP_INDEX_URL": f"http://127.0.0.1:{server.server_address[1]}/simple", "no_proxy": "127.0.0.1",
+    }  # fmt: skip
+    script = "from slimrt.hub import store; store.pull(None)"
+    pull = subprocess.Popen([sys.executable, "-c", script], env=environment)
+    try:
+        deadline = time.monotonic() + 60
+        while not (pips := _children(pull.pid)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(1)  # pip has said that it wants to end with its parent
+        (pip,) = pips
+        pull.kill()
+        pull.wait()
+        while Path(f"/proc/{pip}").exists() and time.monotonic() < deadline:
+            state = Path(f"/proc/{pip}/stat").read_text().rpartition(")")[2].split()[0]
+            if state == "Z":
+                break
+            time.sleep(0.05)
+        else:
+            assert not Path(f"/proc/{pip}").exists()
+    finally:
+        pull.kill()
+        server.shutdown()
+        server.server_close()
+
+
+class _Silent(http.server.BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        time.sleep(120)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Nothing to say."""
+
+
+def _children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def test_progress_survives_folders_that_vanish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

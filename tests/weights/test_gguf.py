@@ -255,6 +255,7 @@ BAD = {
     "big-endian": (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "big-endian"),
     "key count": (file([], [], n_keys=HUGE), f"a metadata count of {HUGE} needs"),
     "tensor count": (file([], [], n_tensors=HUGE), f"a tensor count of {HUGE} needs"),
+    "many tensors": (file([], [], 2 << 20, n_tensors=70_000), "70000 tensors; at most 65536 are read"),
     "tensor count, plausible": (file([], [], n_tensors=100), "tensor '' has 0 dimensions"),
     "key length": (file([struct.pack("<Q", HUGE)], []), f"a metadata key needs {HUGE} bytes"),
     "long key": (file([key(b"k" * 70000, 0, b"\1")], []), "70000 bytes; at most 65535"),
