@@ -209,9 +209,7 @@ class LLM:
             self.memory, problem = memory_cuda.fit(self.config, self.file, cache, gpu, stream=stream)
             try:
                 if problem is None:
-                    backend = open_cuda(gpu)
-                    backend.ops.keeps_unpacked = self.memory.keeps
-                    return backend
+                    return open_cuda(gpu, keeps_unpacked=self.memory.keeps)
                 raise SettingError(problem)
             except SlimrtError as error:
                 if device == "cuda":

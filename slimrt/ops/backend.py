@@ -59,11 +59,16 @@ def find_gpu(device: str) -> tuple[CudaDevice | None, str]:
     return gpu, str(gpu)
 
 
-def open_cuda(gpu: CudaDevice) -> Backend:
-    """The backend on ``gpu``. Raises DeviceError if it does not start."""
+def open_cuda(gpu: CudaDevice, *, keeps_unpacked: bool = False) -> Backend:
+    """The backend on ``gpu``; ``keeps_unpacked``: float16 copies of packed weights stay for the next prompt.
+
+    Raises DeviceError if it does not start.
+    """
     from slimrt.ops.cuda.cupy_ops import CupyOps
 
-    return Backend(CupyOps(gpu), str(gpu))
+    ops = CupyOps(gpu)
+    ops.keeps_unpacked = keeps_unpacked
+    return Backend(ops, str(gpu))
 
 
 def fast_features() -> tuple[Any, str]:
