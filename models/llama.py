@@ -1,7 +1,15 @@
 """The LLaMA family on one screen: LLaMA 1-3.2, SmolLM2, TinyLlama, Mistral; Qwen2 (QKV bias, other RoPE layout).
 
-A layer is ``qkv``, attention (the engine's), ``project``, ``feed_forward``. Each treats every row alone, so the engine
-may cut the rows as it likes; positions come in as angles, because after pruning rows are not contiguous.
+One layer, from hidden states x [T, D] to the next layer's:
+
+    q, k, v = heads(linear(rmsnorm(x), W_qkv))       qkv           rope turns q and k by the angles of their positions
+    a = softmax(q K.T / sqrt(Dh)) V                  the engine    K, V: the cache's, with k and v in it
+    x = x + linear(a, W_out)                         project
+    x = x + linear(swiglu(linear(rmsnorm(x), W_gate_up)), W_down)  feed_forward
+
+The lines of ``qkv``, ``project`` and ``feed_forward`` stand in ``slimrt.ops.layer``, where a backend may have something
+quicker in their place. Each treats every row alone, so the engine may cut the rows as it likes; positions come in as
+angles, because after pruning rows are not contiguous.
 """
 
 from __future__ import annotations
