@@ -284,14 +284,14 @@ class Bench:
 
         ops.kernels.launch = counted  # type: ignore[method-assign]
         try:
-            by_graph = engine.decode_step(context, 7)
+            by_graph = engine.decode_one_token(context, 7)
         finally:
             ops.kernels.launch = launch  # type: ignore[method-assign]
         launches = count[0] // 2  # capturing runs it twice
         runs = []
         for token in range(2 if self.dry else 24):
             begun = time.perf_counter()
-            engine.decode_step(context, token)
+            engine.decode_one_token(context, token)
             runs.append(time.perf_counter() - begun)
         step = statistics.median(runs)
         graph = engine._decoder._graph  # type: ignore[union-attr]
@@ -335,7 +335,7 @@ class Bench:
         )  # fmt: skip
         # The same token, layer by layer: the fused kernels keep in float32 what the others round to 16 bits.
         context.truncate(held)
-        plain = Engine(model, ops, whole_tokens=False).decode_step(context, 7)
+        plain = Engine(model, ops, whole_tokens=False).decode_one_token(context, 7)
         error = float(np.linalg.norm(plain - by_graph) / np.linalg.norm(plain))
         self.report.row("token", type=kind, graph_against_layers=error, verdict=error < 1e-2)
         self.report.failures += not error < 1e-2

@@ -106,8 +106,8 @@ class Ops(MemoryOps, RowOps, Protocol):
     def name(self) -> str:
         """numpy, fast or cuda."""
 
-    def weight(self, *parts: TensorInfo) -> Weight:
-        """A handle on ``parts`` [out_i, in] stacked along out."""
+    def weight(self, *parts: TensorInfo, half: int = ...) -> Weight:
+        """A handle on ``parts`` [out_i, in] stacked along out; ``half``: see ``NumpyOps.weight``."""
 
     def vector(self, *parts: TensorInfo | int) -> Array:
         """Small tensors as one float32 [n]; a number stands for so many zeros."""
