@@ -9,7 +9,7 @@ TESTS ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Of what pip says, a line for each package; its errors pass by on stderr.
-TOLD := -e 's/^Collecting \([^ ]*\).*/   fetching \1/p' -e 's/^Building wheel.*/   &/p' -e 's/^Installing collected.*/   unpacking all of them/p'
+TOLD := -e 's/^Collecting \([A-Za-z0-9._-]*\).*/   fetching \1/p' -e 's/^Building wheel.*/   &/p' -e 's/^Installing collected.*/   unpacking all of them/p'
 OURS := slimrt models convert kernels_cu tests scripts click_cli.py
 
 .PHONY: help chat test lint types unit format gpu clean

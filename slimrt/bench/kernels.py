@@ -85,7 +85,10 @@ class KernelResult:
 
         s = self.settings
         title = f"Kernels on {s['backend']}, {s['shape']}, {s['tokens']} tokens"
-        table = Table(title=Text(title), caption=Text(self._caption()), caption_justify="left")
+        table = Table(
+            title=Text(title), title_justify="left", caption=Text(self._caption()), caption_justify="left", box=None,
+            padding=(0, 1, 0, 0), pad_edge=False,
+        )  # fmt: skip
         for heading in ("kernel", "shape", "time us", "rate", "", "% of peak", "roofline us", "bound by"):
             left = heading in ("kernel", "shape", "", "bound by")
             table.add_column(heading, justify="left" if left else "right", no_wrap=True)

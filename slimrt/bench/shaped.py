@@ -93,8 +93,11 @@ class ShapedResult:
             f"medians of {s['repeats']} runs; {env['device']}; slimrt {env['slimrt']}\n{env['date']}, {env['system']}"
         )
         title = f"{s['shape']}, {s['type']}, random weights"
-        table = Table(title=Text(title), caption=Text(caption), caption_justify="left")
-        for heading in ("prompt", "plan", "KV rows", "TTFT s", "vs", "decode tok/s", "copies hidden", "kept"):
+        table = Table(
+            title=Text(title), title_justify="left", caption=Text(caption), caption_justify="left", box=None,
+            padding=(0, 1, 0, 0), pad_edge=False,
+        )  # fmt: skip
+        for heading in ("prompt", "plan", "KV rows", "TTFT s", "vs", "tok/s", "hidden", "kept"):
             table.add_column(heading, justify="left" if heading in ("plan", "kept") else "right", no_wrap=True)
         first: dict[int, float] = {}
         for row in self.rows:

@@ -138,43 +138,53 @@ class BenchResult:
         return json.dumps(self.to_dict(), indent=2)
 
     def table(self) -> Table:
-        """A rich table: medians, ranges, ratios; the environment as its caption."""
+        """A rich table of 80 columns: medians and ratios; ranges and shares of the peaks are in ``to_dict``."""
         from rich.table import Table
         from rich.text import Text
 
         title = f"Time to first token, {Path(self.settings['model']).name}, {self.settings['threads']} threads"
         # Text, not markup: names and versions come from outside.
-        table = Table(title=Text(title), caption=Text(self._caption()), caption_justify="left")
+        table = Table(
+            title=Text(title), title_justify="left", caption=Text(self._caption()), caption_justify="left", box=None,
+            padding=(0, 1, 0, 0), pad_edge=False,
+        )  # fmt: skip
         asked, budget = self.settings["follow_up"], self.settings["kv_budget"]
-        headings = ["prompt", "", "TTFT s", "min..max", "vs", "of peak", "decode tok/s", "min..max", "vs", "of peak"]
-        headings += [*(["again s", "of TTFT"] if asked else []), *(["KV MiB", "on host"] if budget else [])]
-        for heading in (*headings, "peak MiB", "kept"):
-            table.add_column(heading, justify="left" if heading in ("", "kept") else "right", no_wrap=True)
+        memory = ["KV MiB", "on host"] if budget else ["MiB"]
+        for heading in ("prompt", "", "TTFT s", "vs", "tok/s", "vs", *(["again s"] if asked else []), *memory, "kept"):
+            left = heading in ("", "kept")
+            table.add_column(heading, justify="left" if left else "right", no_wrap=heading != "kept", overflow="fold")
         length = 0
         for row in self.rows:
-            if row.length != length:
-                table.add_section()
+            if row.length != length and length:
+                table.add_row()
             reference = self.row(self.reference, row.length)
-            shares = [f"{share:.0%}" for share in self.of_peak(row) or ()] or ["", ""]
             decode = f"{row.decode_tok_s / reference.decode_tok_s:.2f}x" if reference.decode_tok_s else ""
+            taken = (
+                [f"{n / 2**20:.1f}" for n in row.runs[0].kv_bytes or ()] or ["", ""]
+                if budget
+                else [f"{row.peak_bytes / 2**20:.0f}"]
+            )
             table.add_row(
                 str(row.length) if row.length != length else "",
                 Text(row.contender),
                 f"{row.ttft_s:.3f}",
-                "{:.3f}..{:.3f}".format(*row.ttft_range),
                 f"{self.speedup(row):.2f}x",
-                shares[0],
                 f"{row.decode_tok_s:.1f}",
-                "{:.1f}..{:.1f}".format(*row.decode_range),
                 decode,
-                shares[1],
-                *([f"{row.follow_up_s:.3f}", f"{row.follow_up_s / row.ttft_s:.0%}"] if row.follow_up_s else []),
-                *(([f"{n / 2**20:.1f}" for n in row.runs[0].kv_bytes or ()] or ["", ""]) if budget else []),
-                f"{row.peak_bytes / 2**20:.0f}",
+                *([f"{row.follow_up_s:.3f}" if row.follow_up_s else ""] if asked else []),
+                *taken,
                 " ".join(map(str, row.runs[0].kept)),
             )
             length = row.length
         return table
+
+    def _peak_lines(self) -> list[str]:
+        """Of each dense run of slimrt, the share of what the machine can do."""
+        shares = [(row.length, share) for row in self.rows if (share := self.of_peak(row)) is not None]
+        return [
+            f"{length} tokens: {prefill:.0%} of the peak in products, {decode:.0%} of that in decode"
+            for length, (prefill, decode) in shares
+        ]
 
     def _caption(self) -> str:
         env = self.environment
@@ -185,6 +195,7 @@ class BenchResult:
         asked = self.settings["follow_up"]
         lines = [
             f"medians of {self.settings['repeats']} runs, programs in turn; x: times as fast as {self.reference}",
+            *self._peak_lines(),
             *([f"again: the first token of a further answer, after a question of {asked} tokens"] if asked else []),
             f"{env['cpu']}, {env['cores']} cores, {' '.join(env['cpu_features'])}; load average before {env['load']}",
             f"{', '.join(versions)}; {blas or 'BLAS unknown'}",

@@ -77,4 +77,7 @@ def ttft_table(report: EvalReport) -> Table:
 
 
 def _table(title: str) -> Table:
-    return Table(title=title, title_justify="left", title_style="bold", caption_justify="left", box=None)
+    return Table(
+        title=title, title_justify="left", title_style="bold", caption_justify="left", box=None, padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )  # fmt: skip

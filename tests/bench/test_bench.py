@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import io
 import json
@@ -87,8 +88,25 @@ def test_report_forms(result: BenchResult) -> None:
     console = Console(file=io.StringIO(), width=200)
     console.print(result.table())
     shown = console.file.getvalue()  # type: ignore[attr-defined]
-    for text in ("slimrt off", "1.00x", "kernels", "numpy"):
+    for text in ("slimrt off", "1.00x", "kernels", "numpy", "of the peak in products"):
         assert text in shown
+
+
+def test_the_table_fits_a_terminal_of_80_columns(result: BenchResult) -> None:
+    measured = Measurement(1234.5678, 1234.5, 1 << 33, 5, (65536, 32768), 999.123, (1 << 30, 1 << 33))
+    wide = BenchRow("llama_cpp_best", 128000, (measured,))
+    for settings in ({"follow_up": 32, "kv_budget": None}, {"follow_up": 32, "kv_budget": 2048}):
+        rows = tuple(dataclasses.replace(wide, contender=name) for name in ("llama_cpp_best", "slimrt off"))
+        work = {"prefill_operations": {"128000": 1}, "matrix_bytes": 1}
+        all_settings = {**result.settings, **settings, "plans": ["off"], "vs": [], "work": work}
+        shown = BenchResult(rows, all_settings, result.environment)
+        console = Console(file=io.StringIO(), width=80)
+        console.print(shown.table())
+        lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+        assert max(map(len, lines)) <= 80
+        (row,) = (line for line in lines if "llama_cpp_best" in line)
+        for cell in ("128000", "1234.568", "1.00x", "1234.5", "999.123"):
+            assert cell in row
 
 
 def test_a_further_question_and_a_budget(model: Path, plan: str) -> None:
