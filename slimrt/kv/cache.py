@@ -26,8 +26,9 @@ class Positions:
         held = len(self.array)
         length = held + len(positions)
         if length > len(self._buffer):
-            self._buffer = np.empty(length + max(_GROWTH, held // 2), np.int64)
-            self._buffer[:held] = self.array
+            grown = np.empty(length + max(_GROWTH, held // 2), np.int64)
+            grown[:held] = self.array
+            self._buffer = grown
         self._buffer[held:length] = positions
         self.array = self._buffer[:length]
 

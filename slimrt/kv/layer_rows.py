@@ -141,9 +141,12 @@ class LayerRows:
 
     def settle(self) -> None:
         """Compute waits for all copies of this layer; the first exception is raised when all have ended."""
-        fences = self._fetches + self._spills
-        self._fetches, self._spills = [], []
-        wait_all(self._ops, self._transfers, fences)
+        try:
+            wait_all(self._ops, self._transfers, self._fetches + self._spills)
+        except Exception:  # they have ended, one of them badly
+            self._fetches, self._spills = [], []
+            raise
+        self._fetches, self._spills = [], []  # not where an interrupt came: they are still under way
 
     # -- all rows resident --------------------------------------------------------------------------------------------
 
@@ -159,8 +162,9 @@ class LayerRows:
     def _slots_memory(self) -> Array:
         if self.resident is None:
             shape = (2, self._model.n_kv_heads, self.capacity, self._model.head_dim)
-            self.resident = self._ops.empty(shape, self._ops.kv_type)
-            self._views = [self.resident[:, :, _rows(slot, self._config.block)] for slot in range(self._config.slots)]
+            resident = self._ops.empty(shape, self._ops.kv_type)
+            self._views = [resident[:, :, _rows(slot, self._config.block)] for slot in range(self._config.slots)]
+            self.resident = resident
         return self.resident
 
     # -- decode: some rows resident -----------------------------------------------------------------------------------
@@ -170,7 +174,6 @@ class LayerRows:
 
         The tail keeps its rows and gets the last slot. Compute has left this layer's slots since its last attention.
         """
-        self.choice = choice
         if not self.spilled:
             self.begin_spilling()
         self.settle()
@@ -188,29 +191,42 @@ class LayerRows:
         free = np.flatnonzero(~stays[:last])
         slots[free] = np.flatnonzero(missing)
         moves = list(zip(slots[free].tolist(), free.tolist(), strict=True))  # (block, slot) of what changes its place
-        if len(self) > choice.tail * block and where.get(choice.tail) != last:
-            moves.insert(0, (choice.tail, last))
-        self.slots = slots
-        # A block in another slot (the tail after truncation, the block that was the tail) moves on the device at once;
-        # what comes from the host may then overwrite where it lay.
+        # An interrupt may come from here on: until all is in its place, the slots say where the tail is, if the host
+        # lacks it, and nothing else.
+        self.choice = None
+        self.slots = np.where(self.slots == choice.tail, choice.tail, -1)
+        if choice.tail in where and where[choice.tail] != last:
+            self._place(choice.tail, last, self._views[where[choice.tail]])
+            self.slots = np.where(np.arange(len(slots)) == last, choice.tail, -1)
+        elif choice.tail not in where and len(self) > choice.tail * block:  # truncated within a block of the host
+            moves.append((choice.tail, last))
+        # A block in another slot (the one that was the tail) moves on the device at once; what comes from the host may
+        # then overwrite where it lay.
         fetched = []
         for number, slot in moves:
-            if number in where:
-                self._views[slot][...] = self._views[where[number]]
-            else:
+            self._place(number, slot, self._views[where[number]] if number in where else None)
+            if number not in where:
                 fetched.append((slot, self.host.views[number]))
-            positions = self.positions.array[_rows(number, block)]
-            self._slot_positions[slot * block : slot * block + len(positions)] = positions
         if fetched:
             self._transfers.bytes_to_device += len(fetched) * self.host.block_bytes
             self._fetches.append(self._ops.fetch_blocks(self._slots_memory(), fetched, self._ops.mark()))
+        self.slots = slots
+        self.choice = choice
+
+    def _place(self, number: int, slot: int, view: Array | None) -> None:
+        """Block ``number`` is to be in ``slot``; ``view``: where it lies on the device, None: on the host."""
+        if view is not None:
+            self._views[slot][...] = view
+        positions = self.positions.array[_rows(number, self._config.block)]
+        at = slot * self._config.block
+        self._slot_positions[at : at + len(positions)] = positions
 
     def begin_spilling(self) -> None:
         """All slots are full, and one row more comes: from now on the host has the blocks as well."""
         self.slots = np.arange(self._config.slots)
         self._slot_positions[:] = self.positions.array
-        self.spilled = True
         self._spill(self._slots_memory(), 0, self._config.slots)
+        self.spilled = True
 
     def _spill(self, device: Array, first: int, last: int) -> None:
         """Start copying complete blocks to the host, from ``device`` [2, Hkv, rows from ``first`` on, Dh]."""
@@ -353,14 +369,14 @@ class LayerRows:
         if not rows:
             self.reset()
             return
-        self.positions.truncate(rows)
         if self.spilled:
             tail, begun = divmod(rows, self._config.block)
             self.forget_wishes()
             self.on_host = min(self.on_host, tail)
             # What stays resident is the block that rows will be appended to; the next choice brings the others back.
-            self.slots = np.where((self.slots == tail) & (begun > 0), tail, -1)
             self.choice = None
+            self.slots = np.where((self.slots == tail) & (begun > 0), tail, -1)
+        self.positions.truncate(rows)
 
     # -- looking ------------------------------------------------------------------------------------------------------
 

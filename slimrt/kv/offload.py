@@ -9,8 +9,7 @@ only what is not resident, layers ahead (SlimInfer, arXiv 2508.06447).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,6 +23,30 @@ from slimrt.ops.protocol import Array, Ops
 __all__ = ["OffloadedKVCache"]
 
 
+@dataclass(frozen=True)
+class _Open:
+    """The layer in its staging slot: the first block that the host lacks, and what becomes resident (None: all)."""
+
+    layer: int
+    lacking: int
+    choice: Choice | None
+
+
+class _NotingFailure:
+    """Around what waits for copies: an exception means that rows are lost. An interrupt does not: what it breaks off
+    can be mended from what is there."""
+
+    def __init__(self, cache: OffloadedKVCache) -> None:
+        self._cache = cache
+
+    def __enter__(self) -> None:
+        """Nothing to do."""
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, Exception):
+            self._cache._failure = error
+
+
 class OffloadedKVCache:
     """See ``slimrt.ops.protocol.Cache`` for what the methods do. ``transfers`` counts what moved."""
 
@@ -34,7 +57,7 @@ class OffloadedKVCache:
         self._first = list(range(model.n_layers))  # the layer that chooses for each layer
         self._choices: dict[int, Choice] = {}  # by choosing layer
         self._ring: Ring | None = None  # while a pass over many tokens runs
-        self._open: tuple[int, int] | None = None  # layer in its staging slot, first block that the host lacks
+        self._open: _Open | None = None
         self._failure: BaseException | None = None
 
     @property
@@ -54,7 +77,7 @@ class OffloadedKVCache:
             raise ComputeError(
                 f"keys and values were lost when a copy failed ({self._failure!r}); start the conversation anew"
             ) from self._failure
-        with self._noting_failure():
+        with _NotingFailure(self):
             rows = self._layers[layer]
             if not len(rows):
                 self._join_group(layer, positions)
@@ -75,19 +98,10 @@ class OffloadedKVCache:
         """Start copying the layer's new blocks to the host; after the last layer, wait until all are there."""
         if self._ring is None:
             return
-        with self._noting_failure():
+        with _NotingFailure(self):
             self._leave()
             if layer == self._model.n_layers - 1:
                 self._end_pass()
-
-    @contextmanager
-    def _noting_failure(self) -> Iterator[None]:
-        """After an exception (an interrupt too) rows may be lost or half written."""
-        try:
-            yield
-        except BaseException as error:
-            self._failure = error
-            raise
 
     def _join_group(self, layer: int, positions: np.ndarray) -> None:
         """A layer that gets its first rows shares the choice of the layer before it if that holds the same rows.
@@ -175,8 +189,8 @@ class OffloadedKVCache:
                 rows.forget_wishes()  # so that what follows a prompt does not depend on how it was read
                 self._choices[first] = self._choose(rows, (n - 1) // block, None if q is None else q[-1:])
             choice = self._choices[first]
+        self._open = _Open(layer, lacking, choice)  # before the slots change: an interrupt leaves what mends them
         rows.settle_from(slot, choice)
-        self._open = layer, lacking
         for number in range(layer + 1, min(layer + self._config.lookahead + 1, len(self._layers))):
             self._fetch_ahead(ring, number)
         return slot[0, :, :n], slot[1, :, :n], rows.positions.array
@@ -199,7 +213,7 @@ class OffloadedKVCache:
         """The layer in its staging slot is done: what the host lacks of it goes there."""
         if self._open is None or self._ring is None:
             return
-        (layer, lacking), self._open = self._open, None
+        layer, lacking = self._open.layer, self._open.lacking
         rows, block = self._layers[layer], self._config.block
         complete = len(rows) // block if rows.spilled else 0
 
@@ -208,13 +222,18 @@ class OffloadedKVCache:
 
         self._ring.leave(layer, pairs)
         rows.on_host = complete
+        self._open = None
 
     def _end_pass(self) -> None:
         """Wait for the copies of a pass and drop its staging slots, also where the pass was broken off."""
         if self._ring is None:
             return
-        ring, self._ring = self._ring, None
-        ring.close()
+        try:
+            self._ring.close()
+        except Exception:
+            self._ring = None
+            raise
+        self._ring = None  # not where an interrupt came: copies are still under way
 
     # -- forgetting ---------------------------------------------------------------------------------------------------
 
@@ -232,7 +251,13 @@ class OffloadedKVCache:
     def _settle(self) -> None:
         """Wait for all that is under way; what was being computed is as complete as it will get."""
         try:
-            self._leave()
+            if self._open is not None and self._ring is not None:
+                slot = self._ring.taken(self._open.layer)
+                if slot is None:  # left before
+                    self._open = None
+                else:
+                    self._layers[self._open.layer].settle_from(slot, self._open.choice)
+                    self._leave()
         except Exception as error:
             self._failure = self._failure or error
         for task in (self._end_pass, *(rows.settle for rows in self._layers)):
@@ -244,7 +269,7 @@ class OffloadedKVCache:
 
     def clear(self, first_layer: int) -> None:
         """Forget every row of the layers from ``first_layer`` on, also what is on its way for them."""
-        with self._noting_failure():
+        with _NotingFailure(self):
             if self._ring is not None:
                 self._ring.discard(first_layer)
             for rows in self._layers[first_layer:]:
@@ -259,7 +284,7 @@ class OffloadedKVCache:
 
     def rows(self, layer: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """All rows of a layer, gathered in host memory. Not while a pass runs."""
-        with self._noting_failure():
+        with _NotingFailure(self):
             self._layers[layer].settle()
             self._ops.finish()
             return self._layers[layer].rows()

@@ -74,24 +74,29 @@ class Ring:
 
     def take(self, layer: int) -> Array:
         """The layer's slot, for compute to read and write until ``leave``; raises what its copies raised."""
-        if layer in self._coming:
-            slot, ready = self._coming.pop(layer)
-        else:
+        if layer not in self._coming:
             slot = self._free.popleft()
-            ready = self._left[slot]
-        self._taken[layer] = slot
+            self._coming[layer] = slot, self._left[slot]
+        slot, ready = self._coming[layer]
         self._transfers.wait(self._ops, ready)
+        self._taken[layer] = slot
+        self._coming.pop(layer, None)
         return self._buffers[slot]
 
     def leave(self, layer: int, pairs: Callable[[Array], Pairs]) -> None:
         """Compute has read the layer's slot; start copying ``pairs(slot)`` out, the slot is free when they are done."""
-        slot = self._taken.pop(layer)
+        slot = self._taken[layer]
         self._left[slot] = self._ops.mark()
         copies = pairs(self._buffers[slot])
         if copies:
             self._transfers.bytes_to_host += sum(destination.nbytes for destination, _ in copies)
             self._left[slot] = self._ops.copy(copies, after=self._left[slot])
         self._free.append(slot)
+        self._taken.pop(layer)
+
+    def taken(self, layer: int) -> Array | None:
+        """The layer's slot between ``take`` and ``leave``, else None."""
+        return self._buffers[self._taken[layer]] if layer in self._taken else None
 
     def discard(self, first_layer: int) -> None:
         """Give up what is on its way for layers from ``first_layer`` on; the slots are free when it has arrived."""
@@ -102,9 +107,7 @@ class Ring:
 
     def close(self) -> None:
         """Wait for every copy; the first exception is raised when all have ended."""
-        fences = [*(ready for _, ready in self._coming.values()), *self._left]
-        self._coming.clear()
-        wait_all(self._ops, self._transfers, fences)
+        wait_all(self._ops, self._transfers, [*(ready for _, ready in self._coming.values()), *self._left])
 
 
 def wait_all(ops: Ops, transfers: Transfers, fences: Sequence[Fence]) -> None:

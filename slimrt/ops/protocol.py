@@ -177,7 +177,7 @@ class Cache(Protocol):
 
     Layers may hold different rows (pruning), so each has its own length and positions are data, never offsets. A pass
     goes through the layers in order and calls ``update`` and then ``attended`` once for each; a pass that was broken
-    off is followed by ``truncate`` to where it began.
+    off, wherever that was (Ctrl-C), is followed by ``truncate`` to where it began, as often as it takes.
     """
 
     @property
