@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,7 +113,7 @@ class Conversation(Session):
         self.messages: list[dict[str, Any]] = []
         self.system, self.plan, self.overflow = system, plan, overflow
         self._llm = llm
-        self._answer: CompletionStream | None = None
+        self._answer: weakref.ref[CompletionStream] | None = None  # a stream that nobody holds has ended
 
     @overload
     def ask(self, text: str, *, stream: Literal[False] = False, **options: Unpack[AskOptions]) -> Completion: ...
@@ -141,22 +142,27 @@ class Conversation(Session):
         question = {"role": "user", "content": text}
         fitted = fit_messages(self._llm.chat_tokens, [*system, *self.messages, question], self.ctx, request)
 
+        this = weakref.ref(self)  # the stream holds this session, which it is not to keep alive once it was dropped
+
         def keep(answer: str) -> None:
             turn = [*fitted.messages[len(system) :], {"role": "assistant", "content": answer}]
-            self.messages = [dict(message) for message in turn]
+            conversation = this()
+            if conversation is not None:
+                conversation.messages = [dict(message) for message in turn]
 
         answer = self._llm.begin(
             fitted.ids, fitted.request, prune=prune, session=self, progress=progress, note=fitted.note, on_end=keep
         )
         if not stream:
             return answer.finished()
-        self._answer = answer
+        self._answer = weakref.ref(answer)
         return answer
 
     def _end_answer(self) -> None:
-        answer, self._answer = self._answer, None
+        answer = None if self._answer is None else self._answer()
         if answer is not None:
             answer.close()
+        self._answer = None
 
     def save(self, path: str | Path) -> None:
         """Write everything to one file, whole or not at all; ``LLM.restore`` continues from it exactly.
@@ -175,9 +181,7 @@ class Conversation(Session):
     def close(self) -> None:
         """End an open answer and give the memory back; the messages stay, and asking again reads them anew."""
         self._end_answer()
-        self.reset()
-        self.context.cache.close()
-        self.context = self.engine.new_context()
+        self.release()
 
     def __enter__(self) -> Self:
         return self

@@ -5,12 +5,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Concatenate, ParamSpec, Protocol, TypeVar
+from typing import Concatenate, NoReturn, ParamSpec, Protocol, TypeVar
 
 import numpy as np
 
 from slimrt.config import CacheConfig
-from slimrt.errors import ComputeError
+from slimrt.errors import ComputeError, SettingError
 from slimrt.kv.boundary import BoundaryStates
 from slimrt.kv.cache import KVCache
 from slimrt.kv.layer_rows import reserve_host_memory
@@ -69,6 +69,13 @@ class Context:
             self.boundary.truncate(length)
 
 
+class _Closed:
+    """In the place of a model whose memory was given back."""
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise SettingError("this model was closed and its memory given back; load it again")
+
+
 class Engine:
     """One model on one backend. It holds no conversation: the context is an argument."""
 
@@ -78,6 +85,11 @@ class Engine:
         self._whole_tokens = whole_tokens
         if cache is not None and cache.budget is not None and cache.ctx > cache.budget:
             reserve_host_memory(ops, cache, model.config)
+
+    def close(self) -> None:
+        """Let go of the weights; whoever still has the engine gets a SettingError."""
+        self.model = _Closed()  # type: ignore[assignment]
+        self.__dict__.pop("_decoder", None)
 
     @property
     def kv_bytes_per_token(self) -> int:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import difflib
 import logging
+import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, TypedDict, get_args
 
@@ -15,7 +17,7 @@ from slimrt.errors import SettingError
 from slimrt.prune.plan import PrunePlan
 from slimrt.results import Completion, FinishReason, Timings, TokenLogprob, Usage
 from slimrt.sampler import LogitsProcessor, Sampler, top_logprobs
-from slimrt.session import Session
+from slimrt.session import Reading, Session
 from slimrt.text.tokenizer import Tokenizer
 
 __all__ = [
@@ -94,25 +96,44 @@ class Step:
 
 
 def generate_tokens(
-    session: Session, tokenizer: Tokenizer, request: GenerationRequest, plan: PrunePlan | None = None
+    session: Session,
+    tokenizer: Tokenizer,
+    request: GenerationRequest,
+    plan: PrunePlan | None = None,
+    revision: int | None = None,
 ) -> Generator[Step, None, None]:
     """Draw tokens from ``session``, which has read the prompt, until a stop; the last step carries the reason.
 
     A token joins the session when the next one is asked for, so an abandoned generator leaves no half-done work.
-    ``plan`` prunes what is read anew when the context shifts. Raises SettingError if the session is moved on by another
-    call meanwhile.
+    ``plan`` prunes what is read anew when the context shifts. ``revision``: the session's after the prompt (None: its
+    present one). Raises SettingError if the session is moved on by another call meanwhile.
     """
-    if session.logits is None:
-        raise SettingError("nothing was read yet; a generation starts from a prompt; call prefill first")
-    revision, logits = session.revision, session.logits
     sampler = Sampler(request.sampling, session.engine.config.vocab_size, request.processors)
     decoder = tokenizer.stream_decoder()
     held = _StopStrings(request.stop)
     drawn = dropped = 0
-    while True:
-        if request.max_tokens is not None and drawn >= request.max_tokens:
-            break
-        token = sampler(logits, session.tokens)
+    token: int | None = None
+    while request.max_tokens is None or drawn < request.max_tokens:
+        with session.lock:  # between two steps others may have their turn, but not between reading and drawing
+            if revision is not None and session.revision != revision:
+                raise SettingError(
+                    "the session read something else while this text was written; use a session for each"
+                )
+            dropped = 0
+            if token is None:
+                if session.logits is None:
+                    raise SettingError("nothing was read yet; a generation starts from a prompt; call prefill first")
+            elif len(session.tokens) < session.ctx:
+                session.extend([token])
+            elif request.overflow == "shift":
+                kept = _shifted(session.tokens, SINK_TOKENS if request.n_keep is None else request.n_keep)
+                dropped = len(session.tokens) - len(kept)
+                session.prefill([*kept, token], plan)
+            else:
+                break
+            revision, logits = session.revision, session.logits
+            assert logits is not None
+            token = sampler(logits, session.tokens)
         if token in tokenizer.stop_ids and not request.ignore_eos:
             yield Step(None, held.push(decoder.flush()) + held.flush(), None, "stop", dropped)
             return
@@ -123,23 +144,7 @@ def generate_tokens(
             yield Step(token, text, logprob, "stop", dropped)
             return
         yield Step(token, text, logprob, None, dropped)
-        if session.revision != revision:
-            raise SettingError("the session read another prompt while this text was generated; use a session for each")
-        # The last token asked for need not be read: nothing is drawn after it.
-        if request.max_tokens is not None and drawn >= request.max_tokens:
-            break
-        dropped = 0
-        if len(session.tokens) < session.ctx:
-            session.extend([token])
-        elif request.overflow == "shift":
-            kept = _shifted(session.tokens, SINK_TOKENS if request.n_keep is None else request.n_keep)
-            dropped = len(session.tokens) - len(kept)
-            session.prefill([*kept, token], plan)
-            revision = session.revision
-        else:
-            break
-        assert session.logits is not None
-        logits = session.logits
+    # The last token asked for is not read: nothing is drawn after it.
     yield Step(None, held.push(decoder.flush()) + held.flush(), None, "stop" if held.stopped else "length")
 
 
@@ -175,12 +180,131 @@ class _StopStrings:
         return text
 
 
+class _Writing:
+    """What a stream has read and written. The generator that writes holds this and not the stream, so that dropping the
+    stream ends it at once."""
+
+    def __init__(
+        self,
+        session: Session,
+        tokenizer: Tokenizer,
+        ids: Sequence[int],
+        request: GenerationRequest,
+        plan: PrunePlan | None,
+        progress: Progress | None,
+        note: str,
+        on_end: Callable[[str], None] | None,
+    ) -> None:
+        self.note = note
+        self.session, self.tokenizer, self.ids, self.request = session, tokenizer, ids, request
+        self.plan, self.progress, self.on_end = plan, progress, on_end
+        self.reading: Reading | None = None
+        self.revision = 0  # of the session, after the prompt
+        self.begun = self.first = self.last = 0.0
+        self.tokens: list[int] = []
+        self.pieces: list[str] = []
+        self.logprobs: list[TokenLogprob] = []
+        self.reason: FinishReason = "length"
+        self.dropped = 0
+        self.interrupted = False
+
+    def read(self) -> None:
+        """Read the prompt, once."""
+        if self.reading is None:
+            self.begun = time.perf_counter()
+            with self.session.lock:
+                reading = self.session.prefill(self.ids, self.plan, progress=self.progress)
+                self.revision, self.reading = self.session.revision, reading
+
+    def run(self) -> Generator[str, None, None]:
+        """The pieces of text."""
+        try:
+            yield from self._texts()
+        except GeneratorExit:
+            self.end(written=bool(self.pieces))
+            raise
+        except KeyboardInterrupt:  # wherever it struck; the generator is over, ``close`` decides what becomes of it
+            self.interrupted = True
+            raise
+        self.end(written=True)
+
+    def _texts(self) -> Generator[str, None, None]:
+        self.read()
+        for step in generate_tokens(self.session, self.tokenizer, self.request, self.plan, self.revision):
+            self.last = time.perf_counter()
+            self.first = self.first or self.last
+            self.dropped += step.dropped
+            if step.token is not None:
+                self.tokens.append(step.token)
+            if step.logprob is not None:
+                self.logprobs.append(step.logprob)
+            if step.finish_reason is not None:
+                self.reason = step.finish_reason
+            if step.text:
+                self.pieces.append(step.text)
+                yield step.text
+
+    def end(self, *, written: bool) -> None:
+        """Nothing more will be written."""
+        if log.isEnabledFor(logging.INFO):
+            done = self.completion
+            log.info(
+                "prompt %d tokens (%d reused; kept %s), first token %.2f s, answer %d tokens at %.1f tokens/s, %s",
+                done.usage.prompt_tokens,
+                done.timings.reused_tokens,
+                " > ".join(map(str, done.timings.stages)) or "all",
+                done.timings.ttft_s,
+                done.usage.completion_tokens,
+                done.timings.decode_tok_s,
+                done.finish_reason,
+            )
+        on_end, self.on_end = self.on_end, None
+        if on_end is not None and written:
+            on_end("".join(self.pieces))
+
+    @property
+    def completion(self) -> Completion:
+        """The text so far, whole once the iteration has ended."""
+        reading = self.reading or Reading(0, "")
+        written, decoding = len(self.tokens), self.last - self.first
+        return Completion(
+            text="".join(self.pieces),
+            tokens=list(self.tokens),
+            finish_reason=self.reason,
+            usage=Usage(len(self.ids), written),
+            timings=Timings(
+                ttft_s=self.first - self.begun if self.first else 0.0,
+                decode_tok_s=(written - 1) / decoding if written > 1 and decoding > 0 else 0.0,
+                stages=reading.stages,
+                kv_bytes_device=self.session.kv_bytes_device,
+                kv_bytes_host=self.session.kv_bytes_host,
+                reused_tokens=reading.reused,
+                reuse_note="; ".join(part for part in (self.note, reading.note, self._shift_note) if part),
+                windowed_tokens=reading.windowed,
+                dense_note=reading.dense,
+            ),
+            logprobs=None if self.request.logprobs is None else list(self.logprobs),
+        )
+
+    @property
+    def _shift_note(self) -> str:
+        if not self.dropped:
+            return ""
+        return f"the context filled up while the text was written: {self.dropped} tokens of it were dropped"
+
+
 class CompletionStream:
     """Pieces of text as they come; ``completion`` holds the whole once the iteration is over (or was closed).
+
+    The prompt is read when the first piece is asked for, or by ``read_prompt``. ``for piece in stream`` iterates;
+    ``async for piece in stream`` leaves the event loop free meanwhile. Several threads may share a stream:
+    each piece goes to one of them.
 
     Closing it (also by leaving the loop and dropping it) stops the generation. ``note``: what was done to the prompt
     before, for the timings. ``on_end`` is called with the text when it is complete, or when it is closed after some was
     written; not after an exception, but for Ctrl-C where the caller then closes the stream.
+
+    Raises what ``Session.prefill`` raises for a prompt that cannot be read.
     """
 
     def __init__(
@@ -197,113 +321,56 @@ class CompletionStream:
     ) -> None:
         if request.n_keep is not None and request.n_keep >= session.ctx:
             raise SettingError(f"n_keep {request.n_keep}: must be less than the context, {session.ctx}")
-        self._session, self._prompt = session, len(ids)
-        self._note, self._on_end, self._dropped = note, on_end, 0
-        self._tokens: list[int] = []
-        self._pieces: list[str] = []
-        self._logprobs: list[TokenLogprob] = []
-        self._reason: FinishReason = "length"
-        self._interrupted = False
-        self._first = self._last = 0.0
-        self._begun = time.perf_counter()
-        self._reading = session.prefill(ids, plan, progress=progress)
-        self._steps = generate_tokens(session, tokenizer, request, plan)
-        self._wants_logprobs = request.logprobs is not None
-        self._pieces_left = self._run()
+        session.check(ids)
+        self._writing = _Writing(session, tokenizer, list(ids), request, plan, progress, note, on_end)
+        self._pieces_left = self._writing.run()
+        self._lock = threading.RLock()
 
-    def _run(self) -> Generator[str, None, None]:
-        try:
-            yield from self._texts()
-        except GeneratorExit:
-            self._end(written=bool(self._pieces))
-            raise
-        except (
-            KeyboardInterrupt
-        ):  # wherever it struck; the generator is over, ``close`` decides what becomes of the text
-            self._interrupted = True
-            raise
-        self._end(written=True)
-
-    def _end(self, *, written: bool) -> None:
-        if log.isEnabledFor(logging.INFO):
-            done = self.completion
-            log.info(
-                "prompt %d tokens (%d reused; kept %s), first token %.2f s, answer %d tokens at %.1f tokens/s, %s",
-                done.usage.prompt_tokens,
-                done.timings.reused_tokens,
-                " > ".join(map(str, done.timings.stages)) or "all",
-                done.timings.ttft_s,
-                done.usage.completion_tokens,
-                done.timings.decode_tok_s,
-                done.finish_reason,
-            )
-        if self._on_end is not None and written:
-            self._on_end("".join(self._pieces))
-
-    def _texts(self) -> Generator[str, None, None]:
-        for step in self._steps:
-            self._last = time.perf_counter()
-            self._first = self._first or self._last
-            self._dropped += step.dropped
-            if step.token is not None:
-                self._tokens.append(step.token)
-            if step.logprob is not None:
-                self._logprobs.append(step.logprob)
-            if step.finish_reason is not None:
-                self._reason = step.finish_reason
-            if step.text:
-                self._pieces.append(step.text)
-                yield step.text
+    def read_prompt(self) -> None:
+        """Read the prompt now, if it was not read yet; raises as the first piece would."""
+        with self._lock:
+            self._writing.read()
 
     def __iter__(self) -> Iterator[str]:
-        return self._pieces_left
+        return self
 
     def __next__(self) -> str:
-        return next(self._pieces_left)
+        with self._lock:
+            return next(self._pieces_left)
+
+    def __aiter__(self) -> AsyncIterator[str]:
+        return self
+
+    async def __anext__(self) -> str:
+        piece: str | None = await asyncio.to_thread(next, self, None)
+        if piece is None:
+            raise StopAsyncIteration
+        return piece
 
     def close(self) -> None:
-        """Stop generating; ``completion`` then holds the text so far."""
-        self._pieces_left.close()
-        self._steps.close()
-        if self._interrupted:
-            self._interrupted = False
-            self._end(written=bool(self._pieces))
+        """Stop generating; ``completion`` then holds the text so far. A piece that another thread waits for comes
+        first."""
+        with self._lock:
+            self._pieces_left.close()
+            if self._writing.interrupted:
+                self._writing.interrupted = False
+                self._writing.end(written=bool(self._writing.pieces))
+
+    async def aclose(self) -> None:
+        """``close``, without holding up the event loop."""
+        await asyncio.to_thread(self.close)
 
     @property
     def completion(self) -> Completion:
         """The text so far, whole once the iteration has ended."""
-        written = len(self._tokens)
-        decoding = self._last - self._first
-        return Completion(
-            text="".join(self._pieces),
-            tokens=list(self._tokens),
-            finish_reason=self._reason,
-            usage=Usage(self._prompt, written),
-            timings=Timings(
-                ttft_s=self._first - self._begun if self._first else 0.0,
-                decode_tok_s=(written - 1) / decoding if written > 1 and decoding > 0 else 0.0,
-                stages=self._reading.stages,
-                kv_bytes_device=self._session.kv_bytes_device,
-                kv_bytes_host=self._session.kv_bytes_host,
-                reused_tokens=self._reading.reused,
-                reuse_note="; ".join(part for part in (self._note, self._reading.note, self._shift_note) if part),
-                windowed_tokens=self._reading.windowed,
-                dense_note=self._reading.dense,
-            ),
-            logprobs=list(self._logprobs) if self._wants_logprobs else None,
-        )
-
-    @property
-    def _shift_note(self) -> str:
-        if not self._dropped:
-            return ""
-        return f"the context filled up while the text was written: {self._dropped} tokens of it were dropped"
+        return self._writing.completion
 
     def finished(self) -> Completion:
-        """Run to the end; returns the completion."""
-        for _ in self._pieces_left:
-            pass
-        return self.completion
+        """Run to the end; returns the completion. Nobody else moves the session on meanwhile."""
+        with self._lock, self._writing.session.lock:
+            for _ in self._pieces_left:
+                pass
+            return self.completion
 
 
 class GenerateOptions(TypedDict, total=False):

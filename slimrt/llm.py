@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
+from typing import TYPE_CHECKING, Any, Literal, Self, Unpack, overload
 
 import numpy as np
 
@@ -120,8 +119,12 @@ class LLM:
     """A loaded model and one running conversation.
 
     ``config`` (sizes), ``tokenizer``, ``ctx``, ``file`` (metadata), ``backend`` (what computes, and why), ``memory``
-    (its plan), ``notes`` (what was decided at load and is worth saying, such as a stretched context). Calls on one LLM
-    from several threads are serialised, streams excepted: two streams at a time need a ``session()`` each.
+    (its plan), ``notes`` (what was decided at load and is worth saying, such as a stretched context).
+
+    Several threads, and a program's event loop, may use one LLM: ``generate`` and ``chat`` run one after the other;
+    a stream whose conversation was moved on by another call since raises SettingError, for that each needs a
+    ``session()`` of its own. ``with slimrt.load(...) as llm`` or ``close()`` gives the memory back; so does dropping
+    the last reference to the LLM and its sessions.
     """
 
     def __init__(
@@ -165,7 +168,6 @@ class LLM:
         self.plan = choose_plan(prune, file.path, self.config)
         self._chat_template = chat_template
         self._template: ChatTemplate | None = None
-        self._lock = threading.RLock()
         self.memory: MemoryPlan | CudaPlan
         backend = self._gpu(device, cache, stream_weights)
         if backend is None and stream_weights:
@@ -197,7 +199,7 @@ class LLM:
         self._engine = Engine(
             build(self.config, file, backend.ops, progress, stream=stream_weights), backend.ops, cache
         )
-        self._session: Session = self.session()
+        self._session = Session(self._engine, self.ctx)
 
     def _gpu(self, device: str, cache: CacheConfig, stream: bool) -> Backend | None:
         """The GPU, opened, with ``memory`` its plan; None for the CPU, and a note if a GPU is there but not used.
@@ -264,11 +266,10 @@ class LLM:
     def logits(self, ids: Sequence[int], *, prune: Plan | None = None) -> np.ndarray:
         """Next-token logits [V] float32 after ``ids``, by a prefill of its own (the running conversation stays)."""
         plan = self._plan(prune)
-        with self._lock:
-            session = self.session()
-            session.prefill(self.token_ids(ids), plan)
-            assert session.logits is not None
-            return session.logits
+        session = Session(self._engine, self.ctx)
+        session.prefill(self.token_ids(ids), plan)
+        assert session.logits is not None
+        return session.logits
 
     def logprobs(self, ids: Sequence[int], start: int, *, prune: Plan | None = None) -> np.ndarray:
         """log p(ids[i] | ids[:i]) for i >= ``start`` -> float32 [len(ids) - start].
@@ -299,19 +300,18 @@ class LLM:
         plan = self._plan(prune)
         if start == len(ids):
             return
-        with self._lock:
-            session = self.session()
-            session.prefill(ids[:start], plan)
-            assert session.logits is not None
-            yield session.logits[None]
-            rest = ids[start:-1]
-            if self.kv_budget is not None:  # the budget holds in decode only, a token at a time
-                for token in rest:
-                    yield self._engine.decode_one_token(session.context, token)[None]
-            elif rest:
-                hidden = self._engine.extend(session.context, rest, wanted=len(rest))
-                for lo in range(0, len(hidden), _LOGIT_ROWS):
-                    yield self._engine.logits(hidden[lo : lo + _LOGIT_ROWS])
+        session = Session(self._engine, self.ctx)
+        session.prefill(ids[:start], plan)
+        assert session.logits is not None
+        yield session.logits[None]
+        rest = ids[start:-1]
+        if self.kv_budget is not None:  # the budget holds in decode only, a token at a time
+            for token in rest:
+                yield self._engine.decode_one_token(session.context, token)[None]
+        elif rest:
+            hidden = self._engine.extend(session.context, rest, wanted=len(rest))
+            for lo in range(0, len(hidden), _LOGIT_ROWS):
+                yield self._engine.logits(hidden[lo : lo + _LOGIT_ROWS])
 
     # -- generation -------------------------------------------------------------------------------------------------
 
@@ -355,15 +355,13 @@ class LLM:
     ) -> CompletionStream:
         """Read ``ids`` and return the stream of the text after it; ``note``, ``on_end``: see CompletionStream."""
         plan = self._plan(prune)
-        with self._lock:
-            return CompletionStream(
-                session or self._session, self.tokenizer, ids, request, plan, progress, note=note, on_end=on_end
-            )
+        return CompletionStream(
+            session or self._session, self.tokenizer, ids, request, plan, progress, note=note, on_end=on_end
+        )
 
     def generate(self, prompt: Prompt, **options: Unpack[StreamOptions]) -> Completion:
         """Generate after ``prompt`` and return the whole; options as for ``stream``."""
-        with self._lock:
-            return self.stream(prompt, **options).finished()
+        return self.stream(prompt, **options).finished()
 
     @overload
     def chat(
@@ -389,11 +387,10 @@ class LLM:
         for them and an answer.
         """
         fitted = fit_messages(self.chat_tokens, messages, self.ctx, self.request(options))
-        with self._lock:
-            answer = self.begin(
-                fitted.ids, fitted.request, prune=prune, session=session, progress=progress, note=fitted.note
-            )
-            return answer if stream else answer.finished()
+        answer = self.begin(
+            fitted.ids, fitted.request, prune=prune, session=session, progress=progress, note=fitted.note
+        )
+        return answer if stream else answer.finished()
 
     @property
     def chat_template(self) -> ChatTemplate:
@@ -441,6 +438,20 @@ class LLM:
     def reset(self) -> None:
         """Forget the running conversation."""
         self._session.reset()
+
+    def close(self) -> None:
+        """Give the memory of the model and its running conversation back; using it, or a session of it, raises
+        SettingError from then on. Closing twice is closing once."""
+        with self._session.lock:
+            self._session.release()
+            self._engine.close()
+        self.backend.ops.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
 
 
 def _does_not_fit(plan: MemoryPlan, room: int) -> str:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from slimrt.engine import Engine, Progress, Trace
+from slimrt.engine import Context, Engine, Progress, Trace
 from slimrt.errors import ContextError, TokenizerError
+from slimrt.ops.forks import after_fork
 from slimrt.prune.plan import PrunePlan
 from slimrt.prune.schedule import Schedule, schedule
 
@@ -25,11 +27,24 @@ class Reading:
     dense: str = ""
 
 
+@dataclass(frozen=True)
+class _Undo:
+    """What is left of a call that does not end: its first ``length`` tokens; ``cut``: it may have cleared the stages
+    behind the first cut."""
+
+    length: int
+    cut: bool = False
+
+
 class Session:
     """The tokens of one conversation and what the model made of them.
 
-    ``logits`` [V] are those after the last token (None while there is none). ``revision`` counts the prompts read, so
-    that a generation can tell that somebody else moved the session on.
+    ``logits`` [V] are those after the last token (None while there is none). ``revision`` counts the changes, so that a
+    generation can tell that somebody else moved the session on.
+
+    Several threads may use a session: each call is whole. Who needs several to be one holds ``lock`` meanwhile.
+    A call that was interrupted (Ctrl-C, wherever it struck; a fork while another thread computed) leaves the session as
+    it was before, but for the logits. What it had begun is undone at once, or by the next call.
     """
 
     def __init__(self, engine: Engine, ctx: int) -> None:
@@ -38,6 +53,12 @@ class Session:
         self.logits: np.ndarray | None = None
         self.context = engine.new_context()
         self.revision = 0
+        self.lock = threading.RLock()
+        self._undo: _Undo | None = None  # while something is under way
+        after_fork(self, Session._forked)
+
+    def _forked(self) -> None:
+        self.lock = threading.RLock()
 
     def prefill(
         self,
@@ -56,26 +77,46 @@ class Session:
         Raises ContextError if ``ids`` is empty or exceeds the context, TokenizerError for ids outside the vocabulary;
         the conversation is then as it was.
         """
-        self._check(ids, len(ids))
-        self.revision += 1
-        rule = schedule(plan, len(ids))
+        self.check(ids)
+        with self.lock:
+            self._mend()
+            self.revision += 1
+            rule = schedule(plan, len(ids))
+            reused, note = self._reusable(ids, rule)
+            self.truncate(reused)
+            reused = len(self.tokens)  # none where rows were lost
+            stages = self._read(ids[reused:], rule, progress, trace)
+            return Reading(reused, note, stages, rule.windows.rows, rule.why_dense)
+
+    def _reusable(self, ids: Sequence[int], rule: Schedule) -> tuple[int, str]:
+        """How many first tokens of a prompt need not be read again, and why not more; makes room if it is none."""
         # The query window is always computed, so that the choice is made by the queries of the new last tokens.
         fresh = rule.plan.query_window if rule.cuts else self.engine.ops.exact_rows
         same = common_prefix(self.tokens, ids)
         same_rows = self.context.windows.same_rows(rule.windows)
         if rule.boundary != self._boundary_layer or not same_rows or (self._pruned and not rule.cuts):
-            reused, note = 0, "the last conversation was pruned otherwise" if self.tokens else "nothing read before"
+            note = "the last conversation was pruned otherwise" if self.tokens else "nothing read before"
+            self.release(rule.boundary)
+            return 0, note
+        reused, note = max(0, min(same, len(ids) - fresh)), self._reuse_note(same, len(ids))
+        if same_rows < reused:
+            reused = int(same_rows)
+            note += f"; from token {reused} on it runs again, for what saw everything there is under windows now"
+        return reused, note
+
+    def release(self, boundary: int | None = None) -> None:
+        """Forget everything and give its memory back; ``boundary``: where the next prompt keeps hidden states."""
+        with self.lock:
             self.reset()
-            self.context.cache.close()  # before the new one allocates what it stages copies in
-            self.context = self.engine.new_context(rule.boundary)
-        else:
-            reused, note = max(0, min(same, len(ids) - fresh)), self._reuse_note(same, len(ids))
-            if same_rows < reused:
-                reused = int(same_rows)
-                note += f"; from token {reused} on it runs again, for what saw everything there is under windows now"
-        self.truncate(reused)
-        stages = self._read(ids[reused:], rule, progress, trace)
-        return Reading(reused, note, stages, rule.windows.rows, rule.why_dense)
+            old, self.context = self.context, self.engine.new_context(boundary)
+            old.cache.close()  # before the new one allocates what it stages copies in
+
+    def replace(self, context: Context, tokens: list[int], logits: np.ndarray | None) -> None:
+        """Become the conversation of ``tokens`` that ``context`` holds."""
+        with self.lock:
+            self.release()
+            old, self.context, self.tokens, self.logits = self.context, context, tokens, logits
+            old.cache.close()
 
     @property
     def _boundary_layer(self) -> int | None:
@@ -100,8 +141,16 @@ class Session:
 
     def extend(self, ids: Sequence[int], *, progress: Progress | None = None) -> None:
         """Read further tokens through all layers, as decode does. Raises as ``prefill`` does."""
-        self._check(ids, len(self.tokens) + len(ids))
-        self._read(ids, None, progress)
+        with self.lock:
+            self._mend()
+            self.check(ids, len(self.tokens))
+            if self.context.length and not self.context.cache.length(self.engine.config.n_layers - 1):
+                raise ContextError(
+                    "the last prompt was interrupted before its end, and what followed its first cut is not computed; "
+                    "read a prompt before you go on"
+                )
+            self.revision += 1
+            self._read(ids, None, progress)
 
     def _read(
         self,
@@ -111,26 +160,44 @@ class Session:
         trace: Trace | None = None,
     ) -> tuple[int, ...]:
         """Read on by ``rule`` as the end of a prompt, or (None) as decode does."""
-        # Until the work is done the tokens are not part of the conversation: an interrupted call leaves the rest valid.
-        start = len(self.tokens)
+        # Until the work is done the tokens are not part of the conversation.
         stages: tuple[int, ...] = ()
+        self._undo = _Undo(len(self.tokens), bool(rule is not None and rule.cuts))
         try:
             if rule is not None:
                 hidden, stages = self.engine.prefill(self.context, ids, rule, progress=progress, trace=trace)
-                self.logits = self.engine.logits(hidden)[0]
+                logits = self.engine.logits(hidden)[0]
             elif len(ids) == 1:
-                self.logits = self.engine.decode_one_token(self.context, ids[0])
+                logits = self.engine.decode_one_token(self.context, ids[0])
             else:
-                self.logits = self.engine.logits(self.engine.extend(self.context, ids, progress=progress))[0]
+                logits = self.engine.logits(self.engine.extend(self.context, ids, progress=progress))[0]
+            self.tokens.extend(ids)
+            self.logits = logits
+            self._undo = None
         except BaseException:
-            # A cut had dropped the pruned stages of the old tokens, so nothing of them can serve again.
-            cut = rule is not None and rule.cuts
-            self.truncate(0 if cut or not self.context.cache.intact else start)
+            self._mend()
             raise
-        self.tokens.extend(ids)
         return stages
 
-    def _check(self, ids: Sequence[int], length: int) -> None:
+    def _mend(self) -> None:
+        """Undo what a call had begun that did not end."""
+        undo = self._undo
+        if undo is None:
+            return
+        length = undo.length if self.context.cache.intact else 0
+        del self.tokens[length:]
+        self.logits = None
+        self.context.truncate(length)
+        if undo.cut and length:
+            # The stages behind the cut hold rows of two prompts. A prompt with cuts computes them anew in any case.
+            boundary = self._boundary_layer
+            assert boundary is not None
+            self.context.cache.clear(boundary + 1)
+        self._undo = None
+
+    def check(self, ids: Sequence[int], held: int = 0) -> None:
+        """Raise what reading ``ids`` after ``held`` tokens would: see ``prefill``."""
+        length = held + len(ids)
         if not len(ids):
             raise ContextError("the prompt has no tokens; at least one is needed; give some text")
         if length > self.ctx:
@@ -145,14 +212,15 @@ class Session:
 
     def truncate(self, length: int) -> None:
         """Forget all tokens from index ``length`` on."""
-        del self.tokens[length:]
-        self.context.truncate(length)
-        self.logits = None
+        with self.lock:
+            self._mend()
+            self.revision += 1
+            self._undo = _Undo(min(length, len(self.tokens)))
+            self._mend()
 
     def reset(self) -> None:
         """Forget everything."""
         self.truncate(0)
-        self.revision += 1
 
     @property
     def kv_bytes(self) -> int:

@@ -223,10 +223,7 @@ class _Reader:
             context.cache.close()
             raise
         context.length = tokens
-        session.context.cache.close()
-        session.context, session.logits = context, logits
-        session.tokens[:] = ids.tolist()
-        session.revision += 1
+        session.replace(context, ids.tolist(), logits)
         return talk
 
     def _fill(self, engine: Engine, context: Context, header: dict[str, Any]) -> np.ndarray | None:

@@ -346,8 +346,10 @@ class LlamaContext:
         ``reset`` False reads ``tokens`` after what the context holds. Raises ContextError when the context is full.
         """
         check_refused({"mirostat_mode": mirostat_mode, "grammar": grammar}, {"mirostat_mode": 0})
-        self._read([int(token) for token in tokens], reset)
         session = self._current
+        with session.lock:
+            self._read([int(token) for token in tokens], reset)
+            revision = session.revision
         penalties = penalty_processors(
             repeat_penalty, frequency_penalty, presence_penalty, self.last_n_tokens_size, len(session.tokens)
         )
@@ -356,13 +358,22 @@ class LlamaContext:
             session.engine.config.vocab_size,
             (*processor_tuple(logits_processor), *penalties),
         )
+        ids: list[int] = []
         while True:
-            assert session.logits is not None
-            token = sampler(session.logits, session.tokens)
-            if stopping_criteria is not None and stopping_criteria(self._input_ids, session.logits):
-                return
+            with session.lock:
+                if session.revision != revision:
+                    raise SettingError(
+                        "the context read something else while these tokens were drawn; use a Llama for each"
+                    )
+                if ids:
+                    session.extend(ids)
+                revision = session.revision
+                assert session.logits is not None
+                token = sampler(session.logits, session.tokens)
+                if stopping_criteria is not None and stopping_criteria(self._input_ids, session.logits):
+                    return
             sent = yield token
-            session.extend([token, *(sent or ())])
+            ids = [token, *(sent or ())]
 
     def _read(self, ids: list[int], reset: bool = True) -> None:
         if reset:
@@ -375,9 +386,10 @@ class LlamaContext:
     def save_state(self) -> LlamaState:
         """A copy of the context, to be given to ``load_state`` of the same model."""
         session = self._current
-        scores = np.empty((0, self.n_vocab()), np.float32) if self._all_logits is None else self._scores.copy()
-        context = copy.deepcopy(session.context)
-        return LlamaState(self.input_ids, scores, self.n_tokens, context, session.kv_bytes, session.logits)
+        with session.lock:
+            scores = np.empty((0, self.n_vocab()), np.float32) if self._all_logits is None else self._scores.copy()
+            context = copy.deepcopy(session.context)
+            return LlamaState(self.input_ids, scores, self.n_tokens, context, session.kv_bytes, session.logits)
 
     def load_state(self, state: LlamaState) -> None:
         """Return to a saved context. Raises ContextError if it does not fit into this one's."""
@@ -385,16 +397,15 @@ class LlamaContext:
             raise ContextError(
                 f"the state holds {state.n_tokens} tokens, the context {self._ctx}; load with a larger n_ctx"
             )
-        session = self._current
-        session.reset()
-        session.context = copy.deepcopy(state.llama_state)
-        session.tokens[:] = state.input_ids[: state.n_tokens].tolist()
-        session.logits = state.logits
+        context = copy.deepcopy(state.llama_state)
+        self._current.replace(context, state.input_ids[: state.n_tokens].tolist(), state.logits)
         if self._all_logits is not None:
             self._all_logits.scores[: len(state.scores)] = state.scores
 
     def close(self) -> None:
         """Free the model; only tokens and metadata are at hand afterwards."""
+        if self._llm is not None:
+            self._llm.close()
         self._llm = self._all_logits = None
         self.__dict__.pop("_session", None)
 

@@ -247,9 +247,11 @@ class _Run:
     def _steps(self) -> Iterator[Step]:
         llama, shown = self._llama, 0
         tokens: list[int] = []
-        llama._read(self._ids)
         session = llama._current
-        for step in generate_tokens(session, self._tokenizer, self._request):
+        with session.lock:
+            llama._read(self._ids)
+            revision = session.revision
+        for step in generate_tokens(session, self._tokenizer, self._request, revision=revision):
             if step.token is not None and self._criteria is not None and session.logits is not None:
                 # As in llama_cpp: asked before the drawn token counts, which is dropped if the answer is yes.
                 if self._criteria(llama._input_ids, session.logits):
@@ -272,7 +274,8 @@ class _Run:
         yield self._format.chunk("", None, reason)
 
     def whole(self, echo: bool) -> dict[str, Any]:
-        steps = list(self._steps())
+        with self._llama._current.lock:  # nobody moves the context on meanwhile
+            steps = list(self._steps())
         written = [(step.token, step.logprob) for step in steps if step.token is not None]
         text = "".join(step.text for step in steps)
         if echo:

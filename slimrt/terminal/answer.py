@@ -37,6 +37,7 @@ def stream_answer(begin: Begin, tokens: int, settings: AnswerSettings, screen: S
     """
     with progress_bar(f"reading {tokens:,} tokens") as progress:
         stream = begin(progress=progress, **settings.keywords())
+        stream.read_prompt()
     stopped = False
     try:
         for piece in stream:

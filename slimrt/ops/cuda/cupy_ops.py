@@ -7,6 +7,7 @@ The names and meanings are those of ``numpy_ops``, which is the specification of
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -74,6 +75,7 @@ class CupyOps(FewRows, InPlaceLayer):
         self.device = device or probe()
         self.whole_rows = row_chunk(self.device.total)  # up to so many rows pass a layer in one piece
         super().__init__(load_cupy())
+        self._lock = threading.RLock()
         self.kernels = Kernels(self._cupy)
         # As large a tile as leaves room for two blocks on a multiprocessor: Hopper 96 KiB each, A100 64, others 48.
         shared = self.device.shared_per_block
@@ -115,8 +117,9 @@ class CupyOps(FewRows, InPlaceLayer):
 
     @contextmanager
     def computing(self) -> Iterator[None]:
-        """Around every pass: on the compute stream whatever stream the caller works on; errors become one line."""
-        with reported(), self._compute:
+        """Around every pass: on the compute stream whatever stream the caller works on, one thread at a time, for
+        scratch is that of one pass; errors become one line."""
+        with self._lock, reported(), self._compute:
             yield
 
     def rows(self, task: Callable[[slice], object], count: int) -> None:
