@@ -18,6 +18,8 @@ __all__ = ["ARCHITECTURES", "Llama", "build", "read_config", "stretch_rope"]
 # Name in general.architecture -> whether RoPE pairs lie side by side (GGUF's llama layout) or half a head apart.
 ARCHITECTURES: dict[str, bool] = {"llama": True, "qwen2": False}
 
+WIDEST_HEAD = 1024  # models have 64 to 256, few 512
+
 
 def build(
     config: ModelConfig,
@@ -62,6 +64,10 @@ def read_config(file: GGUFFile) -> ModelConfig:
             "missing; the file is corrupt"
         )
     head_dim = size("attention.key_length", max(1, d_model // heads))
+    if head_dim > WIDEST_HEAD:  # kernels are compiled for the width, their code grows with it
+        raise ModelFileError(
+            f"{file.path}: heads are {head_dim} wide; slimrt runs models with heads of at most {WIDEST_HEAD}"
+        )
     if (value_dim := size("attention.value_length", head_dim)) != head_dim:
         raise ModelFileError(
             f"{file.path}: keys are {head_dim} wide and values {value_dim}; slimrt runs models where they are equal"

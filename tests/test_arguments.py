@@ -218,3 +218,11 @@ def test_a_type_checker_sees_misspelt_names(tmp_path: Path) -> None:
     )  # fmt: skip
     found = {int(line.split(":")[1]) for line in run.stdout.splitlines() if "script.py:" in line and "error" in line}
     assert found == {4, 5, 6, 7, 8, 9}, (run.stdout, run.stderr)
+
+
+def test_heads_wider_than_any_models_are_refused_before_kernels_are_compiled(tmp_path: Path) -> None:
+    from slimrt.errors import ModelFileError
+
+    path = write_tiny_llama(tmp_path / "wide.gguf", d_model=32, n_heads=1, n_kv_heads=1, head_dim=65536, n_layers=1)
+    with pytest.raises(ModelFileError, match="heads are 65536 wide; .* at most 1024"):
+        slimrt.load(path)

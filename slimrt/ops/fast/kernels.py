@@ -11,7 +11,10 @@ import contextlib
 import hashlib
 import logging
 import os
+import pickle
 import shutil
+import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -21,6 +24,7 @@ from pathlib import Path
 from types import FunctionType
 from typing import Any
 
+import numba
 import numpy as np
 import platformdirs
 from numba import njit, types
@@ -28,12 +32,18 @@ from numba.core import caching
 from numba.core.ccallback import CFunc
 from numba.core.dispatcher import Dispatcher
 from numba.core.extending import _Intrinsic
+from numba.core.serialize import dumps as numba_dumps
+
+from slimrt.prune import reach
 
 __all__ = ["KERNEL", "Kernel", "compile_kernel", "inline"]
 
 log = logging.getLogger(__name__)
 
+_DIGEST = 32  # bytes
 _UNUSED_S = 60 * 24 * 3600  # after two months
+
+BAKED_IN = (reach,)  # modules outside of this package whose constants are compiled into kernels
 
 KERNEL = types.void(types.int64, types.int64, types.int64)  # (item, thread, args)
 _OPTIONS = {"nopython": True, "error_model": "numpy", "boundscheck": False}
@@ -97,9 +107,10 @@ def compile_kernel(function: Callable[..., Any], key: str, signature: Any = KERN
 
 @cache
 def package_digest() -> str:
-    """SHA-256 (hex) of this package's sources: what decides whether a cached kernel is still the right one."""
+    """SHA-256 (hex) of this package's sources, and of those whose numbers kernels have in them: what decides whether a
+    cached kernel is still the right one."""
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    for path in [*sorted(Path(__file__).parent.glob("*.py")), *(Path(str(module.__file__)) for module in BAKED_IN)]:
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
 
@@ -131,7 +142,7 @@ class _Locator:
     def ensure_cache_path(self) -> None:
         folder = cache_folder()
         if not folder.exists():
-            folder.mkdir(parents=True, exist_ok=True)  # another process may be as far
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # another process may be as far
             _drop_unused(folder.parent)
 
     def get_cache_path(self) -> str:
@@ -152,27 +163,73 @@ class _CacheImpl(caching.CompileResultCacheImpl):
         self._filename_base = self.get_filename_base(name, "")
 
 
+class _KernelFiles:
+    """One file for each kernel: SHA-256 of the rest, and the rest, which Numba pickles.
+
+    Unpickling runs what the file says, and so does the code in it: it has to be ours, and whole.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def path(self, key: Any) -> Path:
+        """Where the kernel of ``key`` is kept."""
+        made_by = numba.__version__, sys.version, key
+        return cache_folder() / f"{self._name}-{hashlib.sha256(repr(made_by).encode()).hexdigest()[:24]}.kernel"
+
+    def load(self, key: Any) -> Any:
+        """What ``save`` kept, or None. Raises OSError for a file that is not ours, ValueError for a damaged one."""
+        path = self.path(key)
+        try:
+            with path.open("rb") as file:
+                for name, status in ((path.parent, path.parent.stat()), (path, os.fstat(file.fileno()))):
+                    _check_owner(name, status)
+                whole = file.read()
+        except FileNotFoundError:
+            return None
+        digest, data = whole[:_DIGEST], whole[_DIGEST:]
+        if hashlib.sha256(data).digest() != digest:
+            raise ValueError(f"{path.name} does not match its checksum")
+        return pickle.loads(data)
+
+    def save(self, key: Any, data: Any) -> None:
+        """Keep ``data``, whole or not at all."""
+        path, pickled = self.path(key), numba_dumps(data)
+        handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(hashlib.sha256(pickled).digest() + pickled)
+            Path(part).replace(path)
+        except BaseException:
+            Path(part).unlink(missing_ok=True)
+            raise
+
+
+def _check_owner(path: Path, status: os.stat_result) -> None:
+    """Raise OSError where somebody else could have written what lies there."""
+    if hasattr(os, "geteuid") and (status.st_uid not in (0, os.geteuid()) or status.st_mode & 0o022):
+        raise PermissionError(f"{path} belongs to another user, or others may write to it")
+
+
 class _KernelCache(caching.FunctionCache):
-    """Numba's cache of compiled functions, in our folder, under our key; a folder that cannot be used is named once."""
+    """Numba's cache of compiled functions, in our files, under our key; a folder that cannot be used is named once."""
 
     def __init__(self, function: Callable[..., Any], key: str) -> None:
-        self._key, self._name = key, function.__qualname__
+        self._key = key
         self._impl_class = lambda function: _CacheImpl(function, key)
         super().__init__(function)
+        self._cache_file = _KernelFiles(self._impl.filename_base)
 
     def _index_key(self, signature: Any, codegen: Any) -> Any:
         return signature, codegen.magic_tuple(), self._key
 
     def load_overload(self, signature: Any, target_context: Any) -> Any:
         try:
-            found = super().load_overload(signature, target_context)
-            if found is None:
-                _tell(self._name)
-            return found
-        except Exception as error:  # whatever unpickling makes of a damaged file
+            return super().load_overload(signature, target_context)
+        except Exception as error:  # whatever unpickling makes of a file of another version
             _complain(error)
-            with contextlib.suppress(OSError):  # the index, which would be read again when the kernel is saved
-                (cache_folder() / self._cache_file._index_name).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                self._cache_file.path(self._index_key(signature, target_context.codegen())).unlink(missing_ok=True)
             return None
 
     def save_overload(self, signature: Any, data: Any) -> None:
@@ -180,18 +237,6 @@ class _KernelCache(caching.FunctionCache):
             super().save_overload(signature, data)
         except OSError as error:
             _complain(error)
-
-
-_told: set[Path] = set()
-
-
-def _tell(name: str) -> None:
-    """One line for each folder, since a person waits; and which kernel, for whoever shows what is being done."""
-    folder = cache_folder()
-    if folder not in _told:
-        _told.add(folder)
-        log.info("compiling kernels for this processor; this happens once, and takes up to a minute in all")
-    log.debug("compiling %s", name)
 
 
 _complained: set[Path] = set()
@@ -203,8 +248,8 @@ def _complain(error: Exception) -> None:
     if folder not in _complained:
         _complained.add(folder)
         warnings.warn(
-            f"{folder}: compiled kernels cannot be kept here, or those here are damaged "
+            f"{folder}: compiled kernels cannot be kept here, or those here are damaged or not yours "
             f"({type(error).__name__}: {error}); they are compiled in memory, which takes some seconds at every start; "
-            "make the folder writable or remove it",
+            "make the folder yours alone and writable (chmod go-w), or remove it",
             stacklevel=2,
         )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import _thread
+import ast
+import importlib
 import os
 import signal
 import subprocess
@@ -62,6 +64,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache folder of this test's own."""
     folder = tmp_path / "kernels"
     monkeypatch.setattr(kernels, "cache_folder", lambda: folder)
+    monkeypatch.setattr(kernels, "_complained", set())
     return folder
 
 
@@ -246,13 +249,39 @@ def test_ctrl_c_between_two_programs(tmp_path: Path) -> None:
 
 def test_a_kernel_is_compiled_once(cache: Path) -> None:
     compile_kernel(_double, "once")
-    files = sorted(cache.iterdir())
-    assert len(files) == 2  # Numba's index, the code
-    stamp = files[0].stat().st_mtime_ns
+    (file,) = cache.iterdir()
+    stamp = file.stat().st_mtime_ns
     compile_kernel(_double, "once")
-    assert sorted(cache.iterdir()) == files and files[0].stat().st_mtime_ns == stamp
+    assert [*cache.iterdir()] == [file] and file.stat().st_mtime_ns == stamp
     compile_kernel(_double, "other-key")
-    assert len(list(cache.iterdir())) == 4
+    assert len(list(cache.iterdir())) == 2
+
+
+def test_numbers_from_other_modules_are_in_the_digest() -> None:
+    """Whatever a kernel's module imports from elsewhere, and is a number, is compiled into kernels."""
+    baked = {module.__name__ for module in kernels.BAKED_IN}
+    for source in Path(kernels.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(source.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("slimrt."):
+                module = importlib.import_module(node.module)
+                numbers = [
+                    name.name for name in node.names if isinstance(getattr(module, name.name, None), (int, float))
+                ]
+                known = node.module in baked or node.module.startswith("slimrt.ops.fast")
+                assert known or not numbers or source.name == "fast_ops.py", (source.name, node.module, numbers)
+
+
+def test_a_changed_number_of_another_module_has_another_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (module,) = kernels.BAKED_IN
+    before = kernels.cache_folder()
+    changed = tmp_path / "reach.py"
+    changed.write_text(Path(str(module.__file__)).read_text().replace("RUN = 128", "RUN = 256"))
+    monkeypatch.setattr(module, "__file__", str(changed))
+    kernels.package_digest.cache_clear()
+    after = kernels.cache_folder()
+    monkeypatch.undo()
+    kernels.package_digest.cache_clear()
+    assert before != after and before == kernels.cache_folder()
 
 
 def test_another_version_of_the_sources_has_another_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -293,17 +322,44 @@ def test_a_folder_that_cannot_be_used_costs_one_line(cache: Path) -> None:
     assert (values == 2).all()
 
 
-@pytest.mark.parametrize("damage", [b"", b"nonsense", None])
-def test_a_damaged_cache_is_compiled_anew(cache: Path, damage: bytes | None) -> None:
+@pytest.mark.parametrize("damage", ["empty", "nonsense", "short", "a bit of the code", "a bit of the checksum"])
+def test_a_damaged_cache_is_compiled_anew(cache: Path, damage: str) -> None:
     compile_kernel(_double, "x")
-    for file in cache.iterdir():
-        file.write_bytes(file.read_bytes()[:-20] if damage is None else damage)
+    (file,) = cache.iterdir()
+    data = bytearray(file.read_bytes())
+    if damage in ("empty", "nonsense"):
+        data = bytearray(b"" if damage == "empty" else b"nonsense")
+    elif damage == "short":
+        del data[-20:]
+    else:
+        data[data.index(b"ELF") + 500 if "code" in damage else 3] ^= 4
+    file.write_bytes(data)
     with pytest.warns(UserWarning, match="cannot be kept here"):
         kernel = compile_kernel(_double, "x")
     values, program = np.ones(3), Program()
     program.add(kernel, 3, address(values), 0.0)
     Team(1).run(program)
     assert (values == 2).all()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        compile_kernel(_double, "x")  # kept again
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="this system's files have no owner")
+@pytest.mark.parametrize("whose", ["file", "folder"])
+def test_what_others_could_have_written_is_not_run(cache: Path, monkeypatch: pytest.MonkeyPatch, whose: str) -> None:
+    compile_kernel(_double, "x")
+    (file,) = cache.iterdir()
+    loaded = []
+    monkeypatch.setattr(kernels.pickle, "loads", lambda data: loaded.append(data))
+    target = file if whose == "file" else cache
+    target.chmod(target.stat().st_mode | 0o020)
+    with pytest.warns(UserWarning, match="belongs to another user, or others may write"):
+        compile_kernel(_double, "x")
+    monkeypatch.setattr("os.geteuid", lambda: target.stat().st_uid + 1)
+    if target.stat().st_uid != 0:
+        compile_kernel(_double, "x")
+    assert not loaded
 
 
 # -- which path is taken -----------------------------------------------------------------------------------------------
