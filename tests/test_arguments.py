@@ -224,5 +224,5 @@ def test_heads_wider_than_any_models_are_refused_before_kernels_are_compiled(tmp
     from slimrt.errors import ModelFileError
 
     path = write_tiny_llama(tmp_path / "wide.gguf", d_model=32, n_heads=1, n_kv_heads=1, head_dim=65536, n_layers=1)
-    with pytest.raises(ModelFileError, match="heads are 65536 wide; .* at most 1024"):
+    with pytest.raises(ModelFileError, match=r"heads are 65536 wide; .* at most 1024"):
         slimrt.load(path)
