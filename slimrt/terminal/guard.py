@@ -14,7 +14,7 @@ from typing import IO, Any, NoReturn
 import click
 
 from slimrt.errors import SlimrtError
-from slimrt.terminal.progress import COMPILER
+from slimrt.terminal.progress import COMPILER, say
 
 __all__ = ["GuardedGroup", "columns", "dim", "fail", "note", "one_line", "print_error", "standard_streams", "wrapped"]
 
@@ -62,7 +62,7 @@ class GuardedGroup(click.Group):
 
 def note(text: str) -> None:
     """Something worth knowing, on stderr."""
-    click.echo(dim(wrapped(f"note: {text}")), err=True)
+    say(dim(wrapped(f"note: {text}")))
 
 
 def print_error(text: str) -> None:

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
+import click
+
 __all__ = ["COMPILER", "progress_bar"]
 
 COMPILER = "slimrt.ops.fast.kernels"  # the logger that tells of kernels being compiled
@@ -32,6 +34,7 @@ def progress_bar(label: str, *, unit: str = "", wanted: bool = True) -> Iterator
         yield None
         return
     bar = _Bar(label, unit)
+    _shown.append(bar)
     compiling = _Compiling(bar)
     logger = logging.getLogger(COMPILER)
     level = logger.level
@@ -42,7 +45,17 @@ def progress_bar(label: str, *, unit: str = "", wanted: bool = True) -> Iterator
     finally:
         logger.removeHandler(compiling)
         logger.setLevel(level)
+        _shown.remove(bar)
         bar.stop()
+
+
+_shown: list[_Bar] = []
+
+
+def say(text: str) -> None:
+    """Write ``text`` to stderr, above a bar that is shown there."""
+    if not (_shown and _shown[-1].say(text)):
+        click.echo(text, err=True)
 
 
 class _Compiling(logging.Handler):
@@ -75,6 +88,16 @@ class _Bar:
     def describe(self, text: str) -> None:
         """Show ``text`` in place of the label until the next report."""
         self._show(description=text)
+
+    def say(self, text: str) -> bool:
+        """Write ``text`` above the bar; False if none is shown."""
+        from rich.text import Text
+
+        with self._lock:
+            if self._bar is None:
+                return False
+            self._bar.console.print(Text.from_ansi(text), soft_wrap=True)
+            return True
 
     def _show(self, **state: Any) -> None:
         with self._lock:

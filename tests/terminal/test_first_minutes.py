@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import time
@@ -323,6 +325,23 @@ def test_the_bar_shows_before_the_first_report_and_tells_of_compiling(monkeypatc
         report(29, 30)
     assert [state.get("description") for state in shown[:3]] == ["reading", "compiling kernels, once", "reading"]
     assert shown[0]["total"] is None and shown[2]["completed"] == 29 and shown[-1] == {"over": True}
+
+
+def test_a_note_goes_above_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    screen.isatty = lambda: True  # type: ignore[method-assign]
+    monkeypatch.setattr(progress, "_PATIENCE_S", 0.01)
+    monkeypatch.setattr(progress.sys, "stderr", screen)
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "80")
+    with progress.progress_bar("reading"):
+        deadline = time.monotonic() + 10
+        while "reading" not in screen.getvalue() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        guard.note("something to know")
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue()).replace("\r", "\n")
+    assert "note: something to know" in [line.rstrip() for line in shown.split("\n")]
 
 
 def test_compiling_is_told_once(tmp_path: Path, tiny: Path) -> None:
