@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from slimrt.errors import SettingError
 
-__all__ = ["CacheConfig", "ModelConfig", "RopeConfig", "SamplingConfig", "is_whole", "parse_size"]
+__all__ = ["CacheConfig", "ModelConfig", "RopeConfig", "SamplingConfig", "context_advice", "is_whole", "parse_size"]
 
 RopeScaling = Literal["none", "linear", "yarn", "llama3"]
 
@@ -177,6 +177,12 @@ def _check_whole(value: int, name: str, low: int) -> None:
 
 def _range(low: float, high: float) -> str:
     return f"from {low:g} to {high:g}" if math.isfinite(high) else f"of at least {low:g}" if math.isfinite(low) else ""
+
+
+def context_advice(ctx: int, trained: int) -> str:
+    """The advice to load a model with room for ``ctx`` tokens; it says where that is more than the ``trained`` ones."""
+    beyond = f", beyond the {trained:,} that the model was trained on" if ctx > trained else ""
+    return f"load the model with ctx={ctx} or more (--ctx){beyond}"
 
 
 def parse_size(text: str | int) -> int:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self, Unpack, overload
 
 import numpy as np
 
-from slimrt.config import CacheConfig, ModelConfig, is_whole
+from slimrt.config import CacheConfig, ModelConfig, context_advice, is_whole
 from slimrt.conversation import Conversation, fit_messages
 from slimrt.engine import Engine, Progress
 from slimrt.errors import ContextError, SettingError, SlimrtError
@@ -295,7 +295,7 @@ class LLM:
             raise SettingError(f"start {start}: must lie in 1..{len(ids)}, the first token has nothing before it")
         if len(ids) > self.ctx:
             raise ContextError(
-                f"{len(ids)} tokens, the context holds {self.ctx}; load the model with ctx={len(ids)} or more (--ctx)"
+                f"{len(ids)} tokens, the context holds {self.ctx}; {context_advice(len(ids), self.config.ctx_train)}"
             )
         plan = self._plan(prune)
         if start == len(ids):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from slimrt.config import context_advice
 from slimrt.engine import Context, Engine, Progress, Trace
 from slimrt.errors import ContextError, TokenizerError
 from slimrt.ops.forks import after_fork
@@ -203,7 +204,7 @@ class Session:
         if length > self.ctx:
             raise ContextError(
                 f"the prompt brings the conversation to {length} tokens, the context holds {self.ctx}; "
-                f"shorten it, or load the model with ctx={length} or more (--ctx)"
+                f"shorten it, or {context_advice(length, self.engine.config.ctx_train)}"
             )
         vocab = self.engine.config.vocab_size
         for token in ids:

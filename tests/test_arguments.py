@@ -121,6 +121,17 @@ def test_loads_that_cannot_be(model: Path, options: dict[str, Any], said: str) -
     assert said in str(caught.value)
 
 
+def test_a_context_beyond_the_trained_one_is_advised_as_such(model: Path) -> None:
+    llm = slimrt.load(model, ctx=64, device="numpy")
+    for count, said in (
+        (100, r"ctx=100 or more \(--ctx\)$"),
+        (600, r"\(--ctx\), beyond the 512 that the model was trained"),
+    ):
+        for ask in (llm.generate, lambda ids: llm.logprobs(ids, 1)):
+            with pytest.raises(SlimrtError, match=said):
+                ask([1] * count)
+
+
 def test_the_users_folder(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "m.gguf").symlink_to(model)
