@@ -33,7 +33,6 @@ METHODS = {
     "ctx": _C_API,
     "model": _C_API,
     "batch": _C_API,
-    "cache": _CACHE,
     "context_params": "slimrt has no llama.cpp parameters; n_ctx() and the constructor's arguments say the same",
     "model_params": "slimrt has no llama.cpp parameters; the constructor's arguments say the same",
     "lora_path": "adapters are not applied; merge the adapter into the model",
