@@ -3,8 +3,8 @@
 Prefill computes a layer in a staging slot of the ring, leaves the chosen blocks resident, and copies the complete ones
 to host memory behind the next layers; a prompt that continues an earlier one finds the layer's old rows brought into a
 slot while the layers before it computed. Decode chooses blocks by the query against the mean keys of units, as Quest
-(arXiv 2406.10774) and InfLLM (arXiv 2402.04617) do, one choice for a group of layers (OmniKV, ICLR 2025), and fetches
-only what is not resident, layers ahead (SlimInfer, arXiv 2508.06447).
+(arXiv 2406.10774) and InfLLM (arXiv 2402.04617) do. A layer that chooses for itself waits for what it fetches; where
+layers share a choice (``select_every``, as in OmniKV, ICLR 2025), it comes up to ``lookahead`` layers ahead.
 """
 
 from __future__ import annotations

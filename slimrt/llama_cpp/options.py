@@ -2,8 +2,8 @@
 
 Accepted without effect, since they only say how llama.cpp computes: ``n_gpu_layers split_mode main_gpu tensor_split
 use_mmap use_mlock n_batch n_ubatch n_threads_batch offload_kqv flash_attn op_offload swa_full no_perf numa lora_scale
-type_k type_v spm_infill verbose`` at load (keys and values are always kept in float32, at least as exact as what
-``type_k`` and ``type_v`` ask for), ``tfs_z mirostat_tau mirostat_eta penalize_nl`` at generation.
+type_k type_v spm_infill verbose`` at load (keys and values are kept in the type that the backend computes with, float16
+or float32), ``tfs_z mirostat_tau mirostat_eta penalize_nl`` at generation.
 """
 
 from __future__ import annotations
