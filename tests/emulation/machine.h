@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
+#include <map>
 #include <utility>
 #include <vector>
 
@@ -91,12 +93,35 @@ struct Copy {
     bool valid;
 };
 
-enum class State { ready, at_warp, at_barrier, done };
+enum class State { ready, at_warp, at_barrier, waiting, done };
+
+struct Warp;
+
+// A wgmma as one warp issued it, and accumulators that wait for one: see hopper.h.
+struct Product {
+    void (*multiply)(Warp&, const Product&);
+    float* accumulator;  // of lane 0
+    const unsigned* rows[WARP];
+    unsigned long long a, b;
+    bool add, columns;
+};
+struct Accumulator {
+    float* of[WARP];
+    std::vector<float> sums;  // [16, N]
+    int products = 0;         // that are not done
+};
+struct Products {
+    std::vector<Product> open;
+    std::deque<std::vector<Product>> groups;  // committed, not waited for
+    std::map<float*, Accumulator> accumulators;
+    bool fenced = false;
+};
 
 struct Warp {
     int lanes = 0, arrived = 0, first = 0;
     Operation operation = nullptr;
     void* operands[WARP];
+    Products products;
 };
 
 struct Fiber {
@@ -106,6 +131,15 @@ struct Fiber {
     int lane;
     Warp* warp;
     std::vector<std::vector<Copy>> groups;  // committed, not waited for; the last one is open
+    std::vector<size_t> landed;             // chunks of shared memory that arrived and were not fenced
+    bool (*condition)(Fiber&) = nullptr;    // what a waiting fiber waits for
+    void* subject = nullptr;
+    unsigned value = 0;
+};
+
+struct NamedBarrier {
+    int threads = 0, arrived = 0;
+    unsigned generation = 0;
 };
 
 struct Body {
@@ -123,6 +157,9 @@ struct Machine {
     size_t stacks_held = 0;
     dim3 block_index, block_size, grid_size;
     char* shared = nullptr;
+    size_t shared_bytes = 0;
+    std::vector<bool> unfenced;  // by 16 bytes of shared memory: written by cp.async, no fence for the other proxy since
+    NamedBarrier named[16];
     bool deferred = false;
     Body body{};
     const char* error = nullptr;
@@ -130,6 +167,15 @@ struct Machine {
 static Machine machine;
 
 inline void yield() { switch_context(machine.current->context, machine.scheduler); }
+
+// Until `condition` holds of the fiber's `subject` and `value`.
+inline void wait_until(bool (*condition)(Fiber&), void* subject, unsigned value) {
+    Fiber& fiber = *machine.current;
+    fiber.condition = condition, fiber.subject = subject, fiber.value = value;
+    if (condition(fiber)) return;
+    fiber.state = State::waiting;
+    yield();
+}
 
 [[noreturn]] inline void fail(const char* message) {
     machine.error = message;
@@ -171,11 +217,14 @@ static void run_block(Random& random, size_t shared_bytes) {
     const int threads = int(m.fibers.size());
     std::memset(m.shared, 0xff, shared_bytes);
     if (__start_kernel_shared) std::memset(__start_kernel_shared, 0xff, __stop_kernel_shared - __start_kernel_shared);
-    for (Warp& warp : m.warps) warp.arrived = 0;
+    m.unfenced.assign((shared_bytes + 15) / 16, false);
+    for (NamedBarrier& barrier : m.named) barrier = {};
+    for (Warp& warp : m.warps) warp.arrived = 0, warp.products = {};
     for (int i = 0; i < threads; i++) {
         Fiber& fiber = m.fibers[i];
         fiber.state = State::ready;
         fiber.groups.assign(1, {});
+        fiber.landed.clear();
         prepare(fiber.context, m.stacks + size_t(i) * STACK, STACK, fiber_main);
     }
     std::vector<int> order(m.warps.size());
@@ -189,6 +238,8 @@ static void run_block(Random& random, size_t shared_bytes) {
                 ran = false;
                 for (int lane = 0; lane < warp.lanes; lane++) {
                     m.current = &m.fibers[warp.first + lane];
+                    if (m.current->state == State::waiting && m.current->condition(*m.current))
+                        m.current->state = State::ready;
                     if (m.current->state != State::ready) continue;
                     ran = true;
                     switch_context(m.scheduler, m.current->context);
@@ -196,8 +247,17 @@ static void run_block(Random& random, size_t shared_bytes) {
                 }
             }
         }
-        for (Fiber& fiber : m.fibers) waiting += fiber.state == State::at_barrier, done += fiber.state == State::done;
-        if (done == threads) return;
+        bool goes_on = false;  // by what a later warp did
+        for (Fiber& fiber : m.fibers) {
+            waiting += fiber.state == State::at_barrier, done += fiber.state == State::done;
+            goes_on |= fiber.state == State::waiting && fiber.condition(fiber);
+        }
+        if (done == threads) {
+            for (NamedBarrier& barrier : m.named)
+                if (barrier.arrived) m.error = "a named barrier is left with arrivals that nobody waited for";
+            return;
+        }
+        if (goes_on) continue;
         if (waiting + done < threads) {
             m.error = "deadlock: a warp operation or barrier that not all threads reach";
             return;
@@ -228,7 +288,7 @@ inline const char* run_grid(dim3 grid, dim3 block, size_t shared_bytes, bool def
         fiber.warp = &warp;
     }
     m.grid_size = grid, m.block_size = block, m.deferred = deferred, m.body = body, m.error = nullptr;
-    m.shared = static_cast<char*>(std::malloc(shared_bytes + !shared_bytes));
+    m.shared = static_cast<char*>(std::malloc(shared_bytes + !shared_bytes)), m.shared_bytes = shared_bytes;
     Random random{seed};
     for (unsigned z = 0; z < grid.z && !m.error; z++)
         for (unsigned y = 0; y < grid.y && !m.error; y++)

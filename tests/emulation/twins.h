@@ -154,27 +154,33 @@ inline void ldmatrix_x4_trans(unsigned (&r)[4], const void* shared_row) {
 inline void release_successor() {}  // launches run one after the other here
 inline void await_predecessor() {}
 
+namespace emulation {
+inline void land(const Copy& copy) {
+    if (machine.deferred) {
+        if (copy.valid) std::memcpy(copy.shared, copy.global, 16);
+        else std::memset(copy.shared, 0, 16);
+    }
+    const size_t chunk = size_t(static_cast<char*>(copy.shared) - machine.shared) / 16;
+    if (chunk >= machine.unfenced.size()) return;  // static shared memory: wgmma does not read it
+    machine.unfenced[chunk] = true;
+    machine.current->landed.push_back(chunk);
+}
+}  // namespace emulation
+
 inline void cp_async16(void* shared, const void* global, bool valid) {
     if ((reinterpret_cast<uintptr_t>(shared) | (valid ? reinterpret_cast<uintptr_t>(global) : 0)) % 16)
         emulation::fail("cp.async: an address is not aligned to 16 bytes");
-    if (emulation::machine.deferred) {
-        std::memset(shared, 0xff, 16);
-        emulation::machine.current->groups.back().push_back({shared, global, valid});
-    } else if (valid) {
-        std::memcpy(shared, global, 16);
-    } else {
-        std::memset(shared, 0, 16);
-    }
+    if (emulation::machine.deferred) std::memset(shared, 0xff, 16);
+    else if (valid) std::memcpy(shared, global, 16);
+    else std::memset(shared, 0, 16);
+    emulation::machine.current->groups.back().push_back({shared, global, valid});
 }
 inline void cp_async_commit() { emulation::machine.current->groups.emplace_back(); }
 template <int PENDING>
 void cp_async_wait() {
     auto& groups = emulation::machine.current->groups;
     while (int(groups.size()) - 1 > PENDING) {
-        for (const emulation::Copy& copy : groups.front()) {
-            if (copy.valid) std::memcpy(copy.shared, copy.global, 16);
-            else std::memset(copy.shared, 0, 16);
-        }
+        for (const emulation::Copy& copy : groups.front()) emulation::land(copy);
         groups.erase(groups.begin());
     }
 }

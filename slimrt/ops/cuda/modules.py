@@ -17,8 +17,11 @@ import numpy as np
 
 from slimrt.errors import DeviceError
 from slimrt.ops.cuda.early import EARLY, EarlyLaunch
+from slimrt.ops.cubin import CubinModule
 
-__all__ = ["Kernels", "source_text"]
+__all__ = ["ARCHITECTURES", "Kernels", "source_text"]
+
+ARCHITECTURES = {"attention_wgmma": "sm_90a"}  # sources that compile for one architecture only
 
 _INCLUDE = re.compile(r'^\s*#\s*include\s+"([\w./]+)"\s*$')
 _PRAGMA_ONCE = re.compile(r"^\s*#\s*pragma\s+once\s*$")
@@ -66,7 +69,11 @@ class Kernels:
         if kernel is None:
             module = self._modules.get((source, options))
             if module is None:
-                module = self._cupy.RawModule(code=source_text(f"{source}.cu"), options=options)
+                code, architecture = source_text(f"{source}.cu"), ARCHITECTURES.get(source)
+                if architecture is None:
+                    module = self._cupy.RawModule(code=code, options=options)
+                else:
+                    module = CubinModule(code, (*options, f"-arch={architecture}"))
                 self._modules[source, options] = module
             try:
                 module.compile()
