@@ -19,6 +19,9 @@
 #ifndef QUERY_REGISTERS  // 1: queries go to the products from registers; 0: from shared memory
 #define QUERY_REGISTERS 0
 #endif
+#ifndef KV_MAJOR  // 1: all tiles of a KV head before the next (its keys and values stay in L2); 0: the heaviest tiles first
+#define KV_MAJOR 0
+#endif
 #ifndef SKIP_RESCALE  // 1: sums are not multiplied where no peak of the warp moved
 #define SKIP_RESCALE 0
 #endif
@@ -54,8 +57,10 @@ attention_wgmma(const T* q, const T* k, const T* v, T* out, const int* reach, in
     unsigned long long *const values_full = barriers + 2 * STAGES, *const values_free = barriers + 3 * STAGES;
 
     const int lane = threadIdx.x % 32, warp = __shfl_sync(FULL_WARP, int(threadIdx.x) / 32, 0);
-    const int head = blockIdx.x, kv_head = head / (heads / kv_heads);
-    const int offset = keys - tokens, first_query = ((keys - 1) / ROWS - int(blockIdx.y)) * ROWS;
+    const int group = heads / kv_heads, number = blockIdx.y * heads + blockIdx.x, share = gridDim.y * group;
+    const int head = KV_MAJOR ? number / share * group + number % group : blockIdx.x, kv_head = head / group;
+    const int turn = KV_MAJOR ? number % share / group : blockIdx.y;
+    const int offset = keys - tokens, first_query = ((keys - 1) / ROWS - turn) * ROWS;
 
     const int first = first_row(reach, kv_head, first_query), last = min(first_query + ROWS, keys) - 1;
     const int tiles = (last - first) / KEYS + 1 + (first > 0);
@@ -113,9 +118,10 @@ attention_wgmma(const T* q, const T* k, const T* v, T* out, const int* reach, in
         more_registers<240>();
         const int member = warp / 4 - 1, thread = threadIdx.x % 128;
         T* const my_queries = queries + member * 64 * LINE;
-        const int my_token = first_query + 64 * member - offset, my_row = first_query + 64 * member + 16 * (warp % 4) + lane / 4;
-        load_lines<64, 16, ROWS, false>(my_queries, q + (long long)head * DH + (long long)my_token * q_stride, q_stride, thread,
-                                        -my_token, tokens - my_token);
+        const int my_first = first_query + 64 * member, my_row = my_first + 16 * (warp % 4) + lane / 4;
+        const int my_token = my_first - offset;
+        load_lines<64, 16, ROWS, false>(my_queries, q + (long long)head * DH + (long long)my_token * q_stride, q_stride,
+                                        thread, -my_token, tokens - my_token);
         cp_async_commit();
         cp_async_wait<0>();
         fence_async_proxy();
@@ -184,7 +190,8 @@ attention_wgmma(const T* q, const T* k, const T* v, T* out, const int* reach, in
             for (int half = 0; half < 2; half++) {
                 float highest = -FLOAT_INFINITY;
 #pragma unroll
-                for (int n = 0; n < KEYS / 8; n++) highest = fmaxf(highest, fmaxf(scores[n][2 * half], scores[n][2 * half + 1]));
+                for (int n = 0; n < KEYS / 8; n++)
+                    highest = fmaxf(highest, fmaxf(scores[n][2 * half], scores[n][2 * half + 1]));
                 const float higher = fmaxf(peak[half], quad_max(highest) * (SCALE * LOG2_E));
                 shrink[half] = exp2_fast(peak[half] - higher);
                 peak[half] = higher;
@@ -242,7 +249,7 @@ attention_wgmma(const T* q, const T* k, const T* v, T* out, const int* reach, in
         pack_weights();
 
         int step = 1;
-        const int my_first = first_query + 64 * member, whole = tiles - (first > 0);  // steps before the sink's
+        const int whole = tiles - (first > 0);  // steps before the sink's
         for (; step < whole && first_key(step) + KEYS - 1 > my_first; step++) advance(step, true);
 #pragma unroll 1
         for (; step < whole; step++) advance(step, false);
@@ -264,7 +271,8 @@ attention_wgmma(const T* q, const T* k, const T* v, T* out, const int* reach, in
             T* row = out + ((long long)token * heads + head) * DH + 2 * (lane % 4);
 #pragma unroll
             for (int d = 0; d < DH / 8; d++)
-                *reinterpret_cast<unsigned*>(row + 8 * d) = pack<T>(mixed[d][2 * half] * factor, mixed[d][2 * half + 1] * factor);
+                *reinterpret_cast<unsigned*>(row + 8 * d) =
+                    pack<T>(mixed[d][2 * half] * factor, mixed[d][2 * half + 1] * factor);
         }
     }
 }

@@ -24,7 +24,7 @@ import types
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -398,6 +398,69 @@ class RawKernel:
         machine.submit(lambda: self._kernel(grid, block, raw, shared_mem=shared_mem))
 
 
+class Nvrtc(types.ModuleType):
+    """``cupy_backends.cuda.libs.nvrtc``: a program is its place in a list, its cubin that number."""
+
+    def __init__(self) -> None:
+        super().__init__("nvrtc")
+        self._programs: list[tuple[str, emulation.Module | None, str]] = []
+
+    def createProgram(self, src: str, name: str, headers: Sequence[str], include_names: Sequence[str]) -> int:
+        assert not headers and not include_names and "#include" not in src
+        self._programs.append((src, None, ""))
+        return len(self._programs) - 1
+
+    def compileProgram(self, program: int, options: Sequence[str]) -> None:
+        assert "-arch=sm_90a" in options, "RawModule is there for plain architectures"
+        code, _, _ = self._programs[program]
+        defines = dict(option[2:].split("=", 1) for option in options if option.startswith("-D"))
+        try:
+            self._programs[program] = code, emulation.compiled(code, defines), ""
+        except emulation.EmulationError as error:
+            self._programs[program] = code, None, str(error)
+            raise CompileException("NVRTC_ERROR_COMPILATION (6)") from error
+
+    def getProgramLog(self, program: int) -> str:
+        return self._programs[program][2]
+
+    def getCUBIN(self, program: int) -> bytes:
+        return str(program).encode()
+
+    def destroyProgram(self, program: int) -> None:
+        assert self._programs[program] is not None
+
+    def module(self, cubin: bytes) -> emulation.Module:
+        module = self._programs[int(cubin)][1]
+        assert module is not None
+        return module
+
+
+class Module:
+    """``cupy.cuda.function.Module``; its functions are numbers to the driver."""
+
+    functions: ClassVar[list[RawKernel]] = []
+
+    def load(self, cubin: bytes) -> None:
+        self._module = sys.modules["cupy_backends.cuda.libs.nvrtc"].module(cubin)
+
+    def get_function(self, name: str) -> Function:
+        Module.functions.append(RawKernel(name, self._module.kernel(name)))
+        return Function(len(Module.functions) - 1)
+
+
+class Function:
+    def __init__(self, ptr: int) -> None:
+        self.ptr = ptr
+
+    def __call__(self, grid: Any, block: Any, args: Sequence[Any], shared_mem: int = 0) -> None:
+        Module.functions[self.ptr](grid, block, args, shared_mem=shared_mem)
+
+
+def set_attribute(ptr: int, attribute: int, value: int) -> None:
+    assert attribute == 8, "only ever used for dynamic shared memory"
+    Module.functions[ptr].max_dynamic_shared_size_bytes = value
+
+
 class MemoryPool:
     def malloc(self, nbytes: int) -> None:
         raise AssertionError("only ever handed to using_allocator")
@@ -444,10 +507,16 @@ class FakeCupy:
         if monkeypatch is not None:
             monkeypatch.setitem(sys.modules, "cupy", self.module)
             for name in ("cublas", "nvrtc"):
-                library = types.ModuleType(name) if name != without else None  # None: importing it raises ImportError
+                made = Nvrtc() if name == "nvrtc" else types.ModuleType(name)
+                library = made if name != without else None  # None: importing it raises ImportError
                 monkeypatch.setitem(sys.modules, f"cupy_backends.cuda.libs.{name}", library)  # type: ignore[arg-type]
                 if name == "cublas" and library is not None:
                     library.gemmEx = self.gemm_ex  # type: ignore[attr-defined]
+            function, driver_api = types.ModuleType("cupy.cuda.function"), types.ModuleType("driver")
+            function.Module = Module  # type: ignore[attr-defined]
+            driver_api.funcSetAttribute = set_attribute  # type: ignore[attr-defined]
+            monkeypatch.setitem(sys.modules, "cupy.cuda.function", function)
+            monkeypatch.setitem(sys.modules, "cupy_backends.cuda.api.driver", driver_api)
 
     # -- for the classes above ---------------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from slimrt.errors import DeviceError, SettingError
 from slimrt.ops.cuda.device import CudaDevice, probe
+from slimrt.ops.cuda.prefill import prefill_kernel
 from slimrt.ops.numpy.numpy_ops import NumpyOps
 from slimrt.ops.protocol import Ops
 
@@ -96,7 +97,7 @@ def describe_backend(device: str) -> dict[str, str]:
     """What ``open_backend`` would open: its name, and why. Raises DeviceError for "cuda" where that does not work."""
     gpu, _ = find_gpu(device)
     if gpu is not None:
-        return {"name": "cuda", "why": str(gpu)}
+        return {"name": "cuda", "why": f"{gpu}; prompts attend by {prefill_kernel(gpu).words}"}
     if device == "numpy":
         return {"name": "numpy", "why": "NumPy: asked for"}
     features, why = fast_features()

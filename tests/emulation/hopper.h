@@ -98,7 +98,8 @@ inline unsigned short element(unsigned long long descriptor, int row, int k, boo
     if (!columns)
         at += row % 8 * line + row / 8 * stride + (mode ? k * 2 : k % 8 * 2 + k / 8 * leading);
     else
-        at += row % (line / 2) * 2 + row / (line / 2) * (mode ? leading : stride) + k % 8 * line + k / 8 * (mode ? stride : leading);
+        at += row % (line / 2) * 2 + row / (line / 2) * (mode ? leading : stride) + k % 8 * line +
+              k / 8 * (mode ? stride : leading);
     at ^= (at >> 7 & (line / 16 - 1)) << 4;
     at = (at & 0x3ffff) - SHARED_BASE;
     if (at + 2 > machine.shared_bytes) fail("wgmma reads outside the shared memory of its block");
@@ -137,7 +138,7 @@ void multiply(Warp& warp, const Product& product) {
 }
 
 template <typename HALF, int FRAGMENTS>
-void issue(float (&d)[FRAGMENTS][4], const unsigned* a, unsigned long long descriptor, unsigned long long b, bool add,
+__attribute__((noinline)) void issue(float (&d)[FRAGMENTS][4], const unsigned* a, unsigned long long descriptor, unsigned long long b, bool add,
            bool columns) {
     struct Operands {
         float* d;

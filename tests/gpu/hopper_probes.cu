@@ -35,9 +35,10 @@ extern "C" __global__ void __launch_bounds__(128) product(const T* a, const T* b
 #pragma unroll
     for (int c = 0; c < K / 16; c++)
 #pragma unroll
-        for (int i = 0; i < 4; i++)
-            rows[c][i] = *reinterpret_cast<const unsigned*>(a + (16 * warp + lane / 4 + i % 2 * 8) * K + 16 * c + lane % 4 * 2 +
-                                                            i / 2 * 8);
+        for (int i = 0; i < 4; i++) {
+            const int row = 16 * warp + lane / 4 + i % 2 * 8, column = 16 * c + lane % 4 * 2 + i / 2 * 8;
+            rows[c][i] = *reinterpret_cast<const unsigned*>(a + row * K + column);
+        }
     float d[N / 8][4];
     const unsigned long long from_a = tile_descriptor(tile_a, 0), keys = tile_descriptor(tile_b, 0);
     const unsigned long long values = tile_descriptor(tile_b, K * LINE * sizeof(T));
@@ -65,7 +66,7 @@ extern "C" __global__ void __launch_bounds__(128) product(const T* a, const T* b
     store(d, out);
 }
 
-// out [64, N] = the sum over `rounds` of a [rounds, 64, 64] times b [N, 64]: one warpgroup loads a by cp.async into two tiles in
+// out [64, N] = the sum over `rounds` of a [rounds, 64, 64] times b [N, 64]: a warpgroup loads a by cp.async into two tiles in
 // turn, the other multiplies. turns [2] counts how often either came to its turn at a named barrier. Dynamic shared memory:
 // 1024 + 2 * (2 * 64 * 64 + 64 * N) bytes.
 extern "C" __global__ void __launch_bounds__(256, 1)
@@ -88,7 +89,7 @@ relay(const T* a, const T* b, float* out, int* turns, int rounds) {
         for (int round = 0; round < rounds; round++) {
             if (round >= 2) mbarrier_wait(free + round % 2, (round / 2 - 1) & 1);
             for (int i = thread; i < 64 * LINE / 8; i += 128)
-                cp_async16(place(tiles + round % 2 * 64 * LINE, i / 8, i % 8 * 8, 64), a + (round * 64 * LINE + i * 8), true);
+                cp_async16(place(tiles + round % 2 * 64 * LINE, i / 8, i % 8 * 8, 64), a + (round * 512 + i) * 8, true);
             cp_async_commit();
             cp_async_wait<0>();
             fence_async_proxy();

@@ -13,8 +13,9 @@ from scripts import gpu_layout
 
 gpu_layout.install()  # here too: pytest's workers are processes of their own
 
+from slimrt.ops.cuda.cubin import CubinModule  # noqa: E402
 from slimrt.ops.cuda.device import load_cupy, probe  # noqa: E402
-from slimrt.ops.cuda.modules import source_text  # noqa: E402
+from slimrt.ops.cuda.modules import ARCHITECTURES, source_text  # noqa: E402
 from tests import emulation  # noqa: E402
 
 if emulation.compiler() is None:
@@ -26,9 +27,13 @@ _INCLUDE = re.compile(r'^#include "([\w.]+)"$', re.MULTILINE)
 class DeviceModule:
     """The kernels of CUDA source text, compiled by NVRTC, called as those of ``tests.emulation`` are."""
 
-    def __init__(self, code: str, defines: Mapping[str, object] | None) -> None:
+    def __init__(self, code: str, defines: Mapping[str, object] | None, architecture: str | None = None) -> None:
         options = ("-std=c++17", *(f"-D{name}={value}" for name, value in (defines or {}).items()))
-        self._module = load_cupy().RawModule(code=code, options=options)
+        self._module: Any
+        if architecture is None:
+            self._module = load_cupy().RawModule(code=code, options=options)
+        else:
+            self._module = CubinModule(code, (*options, f"-arch={architecture}"))
         self._module.compile()
 
     def kernel(self, name: str) -> DeviceKernel:
@@ -68,7 +73,7 @@ class DeviceKernel:
 
 def emulated(source: str, defines: Mapping[str, object] | None = None) -> DeviceModule:
     """``tests.emulation.emulated`` on the device."""
-    return DeviceModule(source_text(source), defines)
+    return DeviceModule(source_text(source), defines, ARCHITECTURES.get(source.removesuffix(".cu")))
 
 
 def compiled(code: str, defines: Mapping[str, object] | None = None) -> DeviceModule:

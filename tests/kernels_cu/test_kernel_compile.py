@@ -1,4 +1,4 @@
-"""Every kernel through NVRTC for sm_80, sm_89 and sm_90: no spills, registers and shared memory within bounds, and the
+"""Every kernel through NVRTC for each architecture: no spills, registers and shared memory within bounds, and the
 instructions that were meant. Needs no GPU and no driver, only NVIDIA's wheels (dependency group ``dev``)."""
 
 from __future__ import annotations
@@ -6,6 +6,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.util
+import itertools
 import os
 import re
 import subprocess
@@ -15,12 +16,16 @@ from pathlib import Path
 import pytest
 
 from slimrt.ops.cuda import gemv
+from slimrt.ops.cuda.device import CudaDevice
+from slimrt.ops.cuda.prefill import prefill_kernel
 from slimrt.ops.cuda.weights import CELLS
 from tests.emulation import EXPORTED, SOURCES
 
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90")
 PREFILL_TILES = {"sm_80": (128, 1), "sm_89": (64, 1), "sm_90": (128, 2)}  # rows, stages: as CupyOps chooses
 SHARED_PER_BLOCK = {"sm_80": 163 << 10, "sm_89": 99 << 10, "sm_90": 227 << 10}  # the most that may be asked for
+SHARED_PER_BLOCK["sm_90a"] = SHARED_PER_BLOCK["sm_90"]
+HOPPER = CudaDevice("", (9, 0), 80 << 30, 80 << 30, 132, SHARED_PER_BLOCK["sm_90"], 13000, 13000, "")
 RESERVED = 1024  # of which the system takes this much for itself, and -res-usage counts it
 
 TYPES = ("F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
@@ -72,7 +77,26 @@ def cases(architecture: str) -> list[Case]:
     return result
 
 
+def hopper_cases() -> list[Case]:
+    """What is compiled for sm_90a alone, as PrefillKernel has it."""
+    result: list[Case] = []
+    for kind, dh in itertools.product(SIXTEEN, (64, 128)):
+        product = "F32.BF16" if kind == "bf16" else "F32"
+        seen = (
+            f"HGMMA.64x128x16.{product} ",
+            f"HGMMA.64x{dh}x16.{product} ",
+            "USETMAXREG.DEALLOC",
+            "USETMAXREG.TRY_ALLOC",
+        )
+        kernel = prefill_kernel(HOPPER, wgmma=True)
+        macros = {"T": kind, "DH": dh, **kernel.macros()}
+        loads = ("LDGSTS.E.BYPASS.128", "MUFU.EX2")
+        result.append((f"{kernel.source}.cu", macros, kernel.threads, kernel.shared(dh), 168, (*seen, *loads)))
+    return result
+
+
 CASES = [(architecture, case) for architecture in ARCHITECTURES for case in cases(architecture)]
+CASES += [("sm_90a", case) for case in hopper_cases()]
 
 
 @functools.cache
@@ -134,7 +158,7 @@ def test_compiles_within_its_resources(architecture: str, case: Case, tmp_path: 
         assert stack == local == 0, f"{name} spills: {stack} bytes of stack, {local} local"
         assert registers <= most_registers, name
         assert -(-registers // 8) * 8 * threads <= 65536, f"{name}: the registers of a block exceed the processor's"
-        reserved = RESERVED if architecture == "sm_90" else 0
+        reserved = RESERVED if architecture.startswith("sm_90") else 0
         assert static + shared - reserved <= SHARED_PER_BLOCK[architecture], name
     if instructions:
         code = dump("-sass")

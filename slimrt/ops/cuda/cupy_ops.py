@@ -23,6 +23,7 @@ from slimrt.ops.cuda.gemv import FewRows
 from slimrt.ops.cuda.graphs import Graphs
 from slimrt.ops.cuda.memory import Fence, reported
 from slimrt.ops.cuda.modules import Kernels
+from slimrt.ops.cuda.prefill import WGMMA_PROVEN, prefill_kernel
 from slimrt.ops.cuda.weights import CudaWeight, Packed, load_weight, unpack
 from slimrt.prune.reach import Reach
 from slimrt.weights.gguf import TensorInfo
@@ -55,15 +56,14 @@ class CupyOps(FewRows, Graphs, InPlaceLayer):
     unpack_rows = FEW_ROWS  # from so many rows on a layer is unpacked once, into scratch
     keeps_unpacked = False  # whether it then stays so, for the next prompt (slimrt.memory.cuda plans for it)
 
-    def __init__(self, device: CudaDevice | None = None) -> None:
+    def __init__(self, device: CudaDevice | None = None, *, wgmma: bool = WGMMA_PROVEN) -> None:
+        """``wgmma``: prompts attend by attention_wgmma where the device has its instructions."""
         self.device = device or probe()
         self.whole_rows = row_chunk(self.device.total)  # up to so many rows pass a layer in one piece
         super().__init__(load_cupy())
         self._lock = threading.RLock()
         self.kernels = Kernels(self._cupy)
-        # As large a tile as leaves room for two blocks on a multiprocessor: Hopper 96 KiB each, A100 64, others 48.
-        shared = self.device.shared_per_block
-        self._tile, self._stages = (128, 2) if shared >= 200 << 10 else (128, 1) if shared >= 160 << 10 else (64, 1)
+        self._prefill = prefill_kernel(self.device, wgmma=wgmma)
         self._counts = self.upload(np.arange(1 << 12, dtype=np.int32))  # a pointer into it is a number in memory
         self._reaches: dict[tuple[int, ...], Array] = {}
 
@@ -213,13 +213,13 @@ class CupyOps(FewRows, Graphs, InPlaceLayer):
         self._check("attend", out, self.dtype, (tokens, heads, width))
         if tokens == 1 and heads // kv_heads <= _MAX_GROUP:
             return self.attend_one(q, k, v, self._count(keys), out, self.splits(kv_heads, keys), self._reach(reach))
-        grid = (heads, (keys - 1) // self._tile - (keys - tokens) // self._tile + 1)
+        kernel = self._prefill
+        grid = (heads, (keys - 1) // kernel.rows - (keys - tokens) // kernel.rows + 1)
         self.kernels.launch(
-            "attention_prefill", "attention_prefill", grid, 128,
+            kernel.source, kernel.source, grid, kernel.threads,
             q, k, v, out, self._reach(reach), tokens, keys, heads, kv_heads,
             self._stride("attend", q), self._stride("attend", k),
-            shared=2 * width * (self._tile + 128 * self._stages),
-            T="f16", DH=width, TILE=self._tile, STAGES=self._stages,
+            shared=kernel.shared(width), T="f16", DH=width, **kernel.macros(),
         )  # fmt: skip
         return out
 

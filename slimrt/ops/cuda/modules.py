@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from slimrt.errors import DeviceError
+from slimrt.ops.cuda.cubin import CubinModule
 from slimrt.ops.cuda.early import EARLY, EarlyLaunch
-from slimrt.ops.cubin import CubinModule
 
 __all__ = ["ARCHITECTURES", "Kernels", "source_text"]
 

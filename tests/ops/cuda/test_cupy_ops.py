@@ -17,8 +17,11 @@ from slimrt.errors import DeviceError
 from slimrt.ops.cuda.cupy_ops import CupyOps
 from slimrt.ops.cuda.early import EARLY, Attribute, Config, EarlyLaunch
 from slimrt.ops.cuda.gemv import stages
+from slimrt.ops.cuda.device import probe
 from slimrt.ops.cuda.memory import PinnedSlabs
-from slimrt.ops.cuda.modules import Kernels, source_text
+from slimrt.ops.cuda.modules import ARCHITECTURES, Kernels, source_text
+from slimrt.ops.cuda.prefill import prefill_kernel
+from slimrt.ops.numpy.numpy_ops import NumpyOps
 from slimrt.weights.gguf import TensorInfo
 from tests import emulation
 from tests.emulation import EXPORTED, SOURCES
@@ -196,9 +199,41 @@ def test_pasted_sources_compile() -> None:
     for _, (source, macros, *_) in CASES:
         first.setdefault(source, macros)
     for source, macros in first.items():
-        options = ["-arch=sm_90", "-std=c++17", *(f"-D{name}={value}" for name, value in macros.items())]
+        architecture = ARCHITECTURES.get(source.removesuffix(".cu"), "sm_90")
+        options = [f"-arch={architecture}", "-std=c++17", *(f"-D{name}={value}" for name, value in macros.items())]
         assert compile_source(tools[0], source_text(source), options)
     compile_source(tools[0], pasted(test_ptx.SOURCE), ["-arch=sm_80", "-std=c++17", "-DT=f16"])
+
+
+@needs_compiler
+def test_prompts_attend_by_wgmma_where_it_is_asked_for(fake: FakeCupy) -> None:
+    """Not by default; the same result as mma.sync, compiled and loaded as a binary for sm_90a."""
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal(shape).astype(np.float16) for shape in ((70, 4, 64), (2, 200, 64), (2, 200, 64)))
+    results = []
+    for ops in (CupyOps(), CupyOps(wgmma=True)):
+        out = ops.attend(ops.upload(q), ops.upload(k), ops.upload(v), reach=[0, 64])
+        results.append(ops.to_host(out).astype(np.float32))
+    assert fake.launches[-2:] == ["attention_prefill", "attention_wgmma"]
+    exact = NumpyOps().attend(*(x.astype(np.float32) for x in (q, k, v)), reach=[0, 64])
+    plain, hopper = (np.abs(result - exact).max() for result in results)
+    assert hopper <= 2 * plain
+
+
+def test_other_generations_keep_mma_sync(monkeypatch: pytest.MonkeyPatch) -> None:
+    for capability in ((8, 0), (8, 9), (10, 0)):
+        FakeCupy(monkeypatch, capability=capability)
+        assert prefill_kernel(probe(), wgmma=True).source == "attention_prefill"
+
+
+@needs_compiler
+def test_a_cubin_that_does_not_compile_is_one_line(fake: FakeCupy, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(code: str, defines: object) -> None:
+        raise emulation.EmulationError("kernel.cu(7): error: no such instruction")
+
+    monkeypatch.setattr(emulation, "compiled", refuse)
+    with pytest.raises(DeviceError, match=r"attention_wgmma\.cu .* does not compile: kernel\.cu\(7\)"):
+        Kernels(fake.module).get("attention_wgmma", "attention_wgmma", T="f16", DH=64, STAGES=2)
 
 
 @needs_compiler

@@ -1,0 +1,51 @@
+"""Which kernel reads a prompt's attention on which GPU, and how it is launched: decided here and nowhere else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from slimrt.ops.cuda.device import CudaDevice
+
+__all__ = ["WGMMA_PROVEN", "PrefillKernel", "prefill_kernel"]
+
+# Whether attention_wgmma has been seen right, and faster than attention_prefill, on a card
+# (scripts/gpu_attention_check.py). Until then it runs where it is asked for.
+WGMMA_PROVEN = False
+
+_HOPPER = (9, 0)  # its instructions exist on no other generation
+
+
+@dataclass(frozen=True)
+class PrefillKernel:
+    """A kernel with the contract of ``attention_prefill`` (kernels_cu/README.md); ``words`` for the user.
+
+    ``rows``: queries of a tile; ``keys``: of the tiles of keys, of which ``stages`` are held; ``spare``: bytes of
+    shared memory beside tiles.
+    """
+
+    source: str
+    rows: int
+    keys: int
+    stages: int
+    threads: int
+    spare: int
+    words: str
+
+    def shared(self, width: int) -> int:
+        """Bytes of dynamic shared memory for heads of ``width``."""
+        return 2 * width * (self.rows + 2 * self.keys * self.stages) + self.spare
+
+    def macros(self) -> dict[str, int]:
+        """What the source is compiled with, beside T and DH."""
+        rows = {"TILE": self.rows} if self.source == "attention_prefill" else {}
+        return {**rows, "STAGES": self.stages}
+
+
+def prefill_kernel(device: CudaDevice, *, wgmma: bool = WGMMA_PROVEN) -> PrefillKernel:
+    """The kernel for ``device``; ``wgmma``: attention_wgmma where the device has its instructions."""
+    if wgmma and device.capability == _HOPPER:
+        return PrefillKernel("attention_wgmma", 128, 128, 2, 384, 1152, "wgmma")
+    # As large a tile as leaves room for two blocks on a multiprocessor: Hopper 96 KiB each, A100 64, others 48.
+    shared = device.shared_per_block
+    rows, stages = (128, 2) if shared >= 200 << 10 else (128, 1) if shared >= 160 << 10 else (64, 1)
+    return PrefillKernel("attention_prefill", rows, 64, stages, 128, 0, "mma.sync")

@@ -1,0 +1,69 @@
+"""attention_wgmma.cu on the CPU: the problems of attention_prefill, and the same limits of error."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tests.kernel_cases import NULL, Array, assert_as_exact, full, half, launch, mode, needs_compiler, noise
+from tests.kernels_cu.test_kernels_attention import PREFILL, attention, inputs
+
+__all__ = ["mode"]
+pytestmark = needs_compiler
+
+VARIANT = {"STAGES": 1, "PING_PONG": 0, "QUERY_REGISTERS": 1, "SKIP_RESCALE": 1, "KV_MAJOR": 1}
+CASES = [
+    *((*sizes, kind, reach, {}) for *sizes, _, _, kind, reach in PREFILL),
+    (200, 520, 4, 2, 64, "f16", None, VARIANT),
+    (300, 700, 4, 2, 64, "f16", (0, 128), VARIANT),
+]
+
+
+def run(
+    q: Array, k: Array, v: Array, keys: int, kind: str, reach: tuple[int, ...] | None = None, **macros: int
+) -> Array:
+    """q [T, H, Dh], which may be a part of wider rows, over the first ``keys`` rows of k and v [Hkv, N, Dh]."""
+    (tokens, heads, dh), macros = q.shape, {"STAGES": 2, **macros}
+    out = half(np.full(q.shape, np.nan, np.float32), kind)
+    launch(
+        "attention_wgmma.cu",
+        {"T": kind, "DH": dh, **macros},
+        "attention_wgmma",
+        (heads, (keys - 1) // 128 - (keys - tokens) // 128 + 1),
+        384,
+        [
+            *(q, k, v, out, NULL if reach is None else np.array(reach, np.int32)),
+            *(tokens, keys, heads, len(k), q.strides[0] // 2, k[0].size),
+        ],
+        shared=2 * dh * (128 + 256 * macros["STAGES"]) + 1152,
+    )
+    return full(out)
+
+
+@pytest.mark.parametrize(("tokens", "keys", "heads", "kv_heads", "dh", "kind", "reach", "macros"), CASES)
+def test_prefill(
+    tokens: int,
+    keys: int,
+    heads: int,
+    kv_heads: int,
+    dh: int,
+    kind: str,
+    reach: tuple[int, ...] | None,
+    macros: dict[str, int],
+) -> None:
+    q, k, v = inputs(tokens, keys, heads, kv_heads, dh, kind, spare=5)
+    joint = np.zeros((tokens, heads + 1, dh), q.dtype)
+    joint[:, :heads] = q
+    out = run(joint[:, :heads], k, v, keys, kind, reach, **macros)
+    arrays = full(q), full(k[:, :keys]), full(v[:, :keys])
+    assert_as_exact(out, attention(*arrays, reach, kind), attention(*arrays, reach))
+
+
+def test_prefill_survives_scores_far_apart() -> None:
+    """Scores of thousands that grow with every key: the running maximum moves all the time, nothing may overflow."""
+    q, k, v = noise((196, 1, 64), 1), noise((1, 196, 64), 2), noise((1, 196, 64), 3)
+    q[..., 0] = 120
+    k[..., 0] = 200 + np.arange(196) / 8
+    q, k, v = half(q), half(k), half(v)
+    arrays = full(q), full(k), full(v)
+    assert_as_exact(run(q, k, v, 196, "f16"), attention(*arrays, None, "f16"), attention(*arrays, None))
