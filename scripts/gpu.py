@@ -1,14 +1,14 @@
 """Everything that needs a GPU: ``python3 scripts/gpu.py``, from a checkout, with no network and nothing installed.
 
-    python3 scripts/gpu.py [--only STEP_OR_GROUP[,...]] [--out FILE] [--dry]
+    python3 scripts/gpu.py [--only STEP_OR_GROUP[,...]] [--out FILE] [--quick] [--dry]
 
 Needs a Python with CuPy, NumPy, Numba, pytest and slimrt's dependencies; what is missing is said in one line. The
 steps come in four groups, ``correctness``, ``operations``, ``prompts`` and ``tokens``, each short enough for a machine
 that is lent for minutes. Each step runs in a process of its own within a time of its own and writes what it finds row
 by row, so a step that hangs, fails or is cut off costs nothing but its own rest. Checks share the card, measurements
 have it alone. Results go to ``--out`` (default: ``docs/results/gpu-<device>-<date>.json``) and are merged into what is
-there, so that ``--only`` adds to an earlier run. ``--dry`` walks through all of it on the CPU's emulation, at tiny
-sizes.
+there, so that ``--only`` adds to an earlier run. ``--quick`` measures one prompt length and one context; ``--dry``
+walks through all of it on the CPU's emulation, at tiny sizes.
 """
 
 from __future__ import annotations
@@ -63,6 +63,7 @@ STEPS: dict[str, Step] = {
     "bench": Step(MEASURES, "bench", "operations", 120),
     "peer_kernels": Step(MEASURES, "peer_kernels", "operations", 60),
     "ttft": Step(MEASURES, "ttft", "prompts", 180),
+    "timeline": Step(MEASURES, "timeline", "prompts", 60),
     "peer_ttft": Step(MEASURES, "peer_ttft", "prompts", 120),
     "ttft_q4": Step(MEASURES, "ttft_q4", "tokens", 150),
     "ring": Step(MEASURES, "ring", "tokens", 90),
@@ -75,7 +76,7 @@ GROUPS = tuple(dict.fromkeys(step.group for step in STEPS.values()))
 # -- a step, in its own process ---------------------------------------------------------------------------------------
 
 
-def run_step(name: str, out: Path | None, *, dry: bool) -> None:
+def run_step(name: str, out: Path | None, *, dry: bool, quick: bool) -> None:
     """Run one step here; what it notes is in ``out`` at once."""
     gpu_layout.install()
     if dry:
@@ -86,7 +87,7 @@ def run_step(name: str, out: Path | None, *, dry: bool) -> None:
         FakeCupy(pytest.MonkeyPatch())
     from importlib import import_module
 
-    from scripts.gpu_sizes import DRY, FULL
+    from scripts.gpu_sizes import DRY, FULL, QUICK
 
     found: dict[str, Any] = {}
 
@@ -99,7 +100,7 @@ def run_step(name: str, out: Path | None, *, dry: bool) -> None:
 
     module, function = (CHECKS, name) if name == "smoke" else (STEPS[name].module, STEPS[name].function)
     step: Callable[..., None] = getattr(import_module(module), function)
-    step(note, DRY if dry else FULL)
+    step(note, DRY if dry else QUICK if quick else FULL)
 
 
 def _plain(value: Any) -> Any:
@@ -152,7 +153,7 @@ class Report:
         return ROOT / "docs" / "results" / f"gpu-{slug}-{self.results['date'][:10]}.json"
 
 
-def run_all(names: Sequence[str], out: Path | None, *, dry: bool) -> int:
+def run_all(names: Sequence[str], out: Path | None, *, dry: bool = False, quick: bool = False) -> int:
     """Run the steps, checks together and measurements alone; returns how many neither passed nor were skipped."""
     report = Report(out, dry=dry)
     waiting, running = list(names), list[Running]()
@@ -160,7 +161,7 @@ def run_all(names: Sequence[str], out: Path | None, *, dry: bool) -> int:
     with tempfile.TemporaryDirectory() as folder:
         while waiting or running:
             while waiting and _may_start(waiting[0], running, dry=dry):
-                running.append(_start(waiting.pop(0), Path(folder), dry=dry))
+                running.append(_start(waiting.pop(0), Path(folder), dry=dry, quick=quick))
             time.sleep(POLL_S)
             for step in list(running):
                 verdict = _look(step, report)
@@ -186,9 +187,10 @@ def _may_start(name: str, running: Sequence[Running], *, dry: bool) -> bool:
     return not STEPS[name].alone and not any(STEPS[step.name].alone for step in running) and len(running) < limit
 
 
-def _start(name: str, folder: Path, *, dry: bool) -> Running:
+def _start(name: str, folder: Path, *, dry: bool, quick: bool) -> Running:
     found, log = folder / f"{name}.json", folder / f"{name}.log"
-    command = [sys.executable, __file__, "--step", name, "--out", str(found), *(["--dry"] if dry else [])]
+    command = [sys.executable, __file__, "--step", name, "--out", str(found)]
+    command += ["--dry"] * dry + ["--quick"] * quick
     with log.open("wb") as stream:
         process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream)
     return Running(name, process, found, log, DRY_SECONDS if dry else STEPS[name].seconds)
@@ -239,19 +241,20 @@ def _named(part: str) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--dry", action="store_true", help="on the CPU emulation, at tiny sizes")
+    parser.add_argument("--quick", action="store_true", help="measure one prompt length and one context only")
     parser.add_argument("--only", metavar="NAME[,NAME]", help=f"these steps or groups ({', '.join(GROUPS)})")
     parser.add_argument("--out", type=Path, help="where the results go, merged into what is there")
     parser.add_argument("--step", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.step:
         os.chdir(ROOT)
-        run_step(options.step, options.out, dry=options.dry)
+        run_step(options.step, options.out, dry=options.dry, quick=options.quick)
         return
     missing = gpu_layout.missing_packages(cupy=not options.dry)
     if missing:
         sys.exit(gpu_layout.remedy(missing))
     out = None if options.out is None else options.out.resolve()
-    sys.exit(1 if run_all(chosen(options.only), out, dry=options.dry) else 0)
+    sys.exit(1 if run_all(chosen(options.only), out, dry=options.dry, quick=options.quick) else 0)
 
 
 if __name__ == "__main__":

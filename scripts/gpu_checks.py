@@ -22,7 +22,7 @@ import numpy as np
 from gguf.quants import dequantize as reference_dequantize
 
 from scripts.gpu_layout import ROOT
-from scripts.gpu_sizes import FULL, Sizes
+from scripts.gpu_sizes import DRY, Sizes
 from slimrt.bench.synthetic import SHAPES, SyntheticModel, random_tensor
 from slimrt.config import CacheConfig
 from slimrt.engine import Engine
@@ -34,6 +34,7 @@ from slimrt.prune.plan import PrunePlan, Stage
 from slimrt.prune.reach import SINK, first_row
 from slimrt.session import Session
 from tests.half_ops import HalfOps
+from tests.half_ops import half as rounded
 
 Note = Callable[..., None]  # note(key=value): part of the step's results, on disk at once
 Array = Any
@@ -87,7 +88,7 @@ def ptx(note: Note, sizes: Sizes) -> None:
 def kernels(note: Note, sizes: Sizes) -> None:
     """Every kernel against NumPy, at the small sizes of the test suite."""
     files = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("test_kernels_*.py"))
-    _pytest(note, files if sizes is FULL else [name for name in files if "rows" in name], sizes)
+    _pytest(note, files if sizes is not DRY else [name for name in files if "rows" in name], sizes)
 
 
 def _pytest(note: Note, files: list[str], sizes: Sizes) -> None:
@@ -107,7 +108,7 @@ def _pytest(note: Note, files: list[str], sizes: Sizes) -> None:
                 self.unexpected.append(report.nodeid)
 
     count = Count()
-    workers = ["-n", "4"] if sizes is FULL and importlib.util.find_spec("xdist") else []
+    workers = ["-n", "4"] if sizes is not DRY and importlib.util.find_spec("xdist") else []
     status = pytest.main(
         ["-q", "--tb=short", "-p", "tests.gpu.on_device", "-p", "no:cacheprovider", *workers, *files], plugins=[count]
     )
@@ -204,7 +205,7 @@ def _attention_rows(q: Array, k: Array, v: Array, positions: Array, reach: Any) 
 
 
 def _weights(ops: Any, kind: str, rows: int, columns: int) -> dict[str, Any]:
-    """One token and three times ``kind``, and unpacking, which must give the bits of the ``gguf`` package."""
+    """One token and three times ``kind``, and unpacking, which must give the numbers of ``gguf`` in float16."""
     tensor = random_tensor("weight", kind, (rows, columns), np.random.default_rng(4))
     x = np.random.default_rng(5).standard_normal((3, columns), np.float32).astype(np.float16)
     picked = np.unique(np.r_[0:128, rows // 2 : rows // 2 + 64, rows - 128 : rows] % rows)
@@ -216,22 +217,22 @@ def _weights(ops: Any, kind: str, rows: int, columns: int) -> dict[str, Any]:
         if kind == "BF16"
         else reference_dequantize(data, tensor.type)
     )
-    rounded = values.astype(np.float16)
+    as_half = values.astype(np.float16)
     with ops.computing():
         weight = ops.weight(tensor)
         dense = ops.to_host(ops.unpacked(weight).dense)[picked]
         products = [ops.to_host(ops.linear(ops.upload(x[:count]), weight)) for count in (1, 3)]
     exact = x.astype(np.float64) @ values.astype(np.float64).T
-    naive = (x.astype(np.float32) @ rounded.astype(np.float32).T).astype(np.float16)
+    naive = (x.astype(np.float32) @ as_half.astype(np.float32).T).astype(np.float16)
     found = judged(products[1][:, picked], naive, exact)
     one = judged(products[0][:, picked], naive[:1], exact[:1])
-    same = bool(np.array_equal(dense.view(np.uint16), rounded.view(np.uint16)))
+    same = bool(np.array_equal(dense, as_half))  # as numbers: a zero may have either sign
     written = all(all_written(product) for product in products)
-    apart = np.abs(dense.astype(np.float32) - rounded.astype(np.float32)).max()
+    apart = np.abs(dense.astype(np.float32) - as_half.astype(np.float32)).max()
     return found | {
         "ok": found["ok"] and one["ok"] and same and written,
         "one_token_error": one["error"],
-        "unpacked_same_bits": same,
+        "unpacked_same": same,
         "unpacked_largest_difference": float(apart),
     }
 
@@ -310,8 +311,11 @@ def _scores(ops: Any, c: Any, kind: str, tokens: int) -> dict[str, Any]:
     k, q = bits((c.n_kv_heads, tokens, c.head_dim), -1, 14), bits((16, c.n_heads, c.head_dim), 1, 15)
     with ops.computing():
         got = ops.score_blocks(kind, ops.upload(q), ops.upload(k), 64, 8)
-    wide = q.astype(np.float32), k.astype(np.float32)
-    exact, naive = (backend.score_blocks(kind, *wide, 64, 8) for backend in (NumpyOps(), HalfOps()))
+    queries, keys, numpy = q.astype(np.float32), k.astype(np.float32), NumpyOps()
+    exact = numpy.score_blocks(kind, queries, keys, 64, 8)
+    naive = exact
+    if kind in ("unit_softmax", "mean_qk"):  # a GPU keeps the units' mean keys in float16
+        naive = numpy.score_blocks(kind, queries, rounded(numpy.unit_means(keys, 8)), 8, 1)
     # A score is a sum of float32 weights: two orders of the sum differ by some units in the last place of its largest.
     unit = float(np.abs(naive - exact).max()) + 64 * float(np.spacing(np.float32(np.abs(exact).max())))
     error = float(np.abs(got - exact).max())
@@ -380,7 +384,7 @@ def engine(note: Note, sizes: Sizes) -> None:
     checks.run("streamed weights", lambda: against_truth(Engine(_model(config, kind, ops, stream=True), ops)))
 
     document = rng.integers(0, config.vocab_size, sizes.long).tolist()
-    block = 64 if sizes is FULL else 16
+    block = 64 if sizes is not DRY else 16
     last = rng.integers(0, config.vocab_size, 40).tolist()
 
     def close(one: Array, other: Array) -> dict[str, Any]:
@@ -430,7 +434,7 @@ def model(note: Note, sizes: Sizes) -> None:
     from slimrt.weights.gguf import GGUFFile
     from tests.tiny_gguf import write_tiny_llama
 
-    if sizes is FULL:
+    if sizes is not DRY:
         path = default_model()
         if path is None:
             note(skipped=f"the default model is not here; where it is: {SPLIT}; then bring .model/part* here")
@@ -488,14 +492,14 @@ def memory(note: Note, sizes: Sizes) -> None:
     engine = Engine(_model(config, sizes.measured_types[1], ops), ops)
     runtime = load_cupy().cuda.runtime
     lengths = [sizes.long, sizes.long // 2, sizes.long // 4]
-    plan = PrunePlan((Stage(0, 0.5), Stage(1, 0.25)), block=64 if sizes is FULL else 16)
+    plan = PrunePlan((Stage(0, 0.5), Stage(1, 0.25)), block=64 if sizes is not DRY else 16)
 
-    def turns() -> dict[str, Any]:
+    def turns(decoded: int) -> dict[str, Any]:
         free = []
         for number in range(sizes.prompts):
             length = lengths[number % len(lengths)]
             ids = np.random.default_rng(number).integers(0, config.vocab_size, length).tolist()
-            talk(engine, ids, plan if number % 2 else None)
+            talk(engine, ids, plan if number % 2 else None, decoded)
             ops.finish()
             free.append(int(runtime.memGetInfo()[0]))
         warm = min(len(lengths) * 2, sizes.prompts - 1)  # each length under each plan was there once
@@ -517,8 +521,9 @@ def memory(note: Note, sizes: Sizes) -> None:
         ok = "\n" not in message and "device='cpu'" in message and bool(np.isfinite(after).all())
         return {"ok": ok, "message": message}
 
-    checks.run(f"{sizes.prompts} prompts in turn", turns)
-    if sizes is FULL:  # the emulation's card has no end; there tests do this
+    checks.run(f"{sizes.prompts} prompts in turn", lambda: turns(0))
+    checks.run(f"{sizes.prompts} prompts in turn, and decode", lambda: turns(3))
+    if sizes is not DRY:  # the emulation's card has no end; there tests do this
         checks.run("a full card", full)
     checks.finish()
 
@@ -529,7 +534,7 @@ def memory(note: Note, sizes: Sizes) -> None:
 def sanitizer(note: Note, sizes: Sizes) -> None:
     """compute-sanitizer's memcheck and racecheck over a short conversation, with the memory pool off."""
     tool = shutil.which("compute-sanitizer")
-    if sizes is not FULL:
+    if sizes is DRY:
         note(skipped="nothing to check in the emulation: AddressSanitizer does that in the tests")
         return
     if tool is None:

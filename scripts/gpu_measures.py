@@ -5,19 +5,20 @@ from __future__ import annotations
 import gc
 import shutil
 import subprocess
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from scripts.gpu_sizes import FULL, Sizes
+from scripts.gpu_sizes import DRY, Sizes
 from slimrt.bench import shaped
 from slimrt.bench.peak import prefill_operations
 from slimrt.bench.timing import Peaks, Timer, measure_peaks
 from slimrt.config import CacheConfig
 from slimrt.engine import Engine
 from slimrt.ops.cuda.cupy_ops import CupyOps
-from slimrt.ops.cuda.device import probe
+from slimrt.ops.cuda.device import load_cupy, probe
 from slimrt.session import Session
 
 Note = Callable[..., None]
@@ -53,7 +54,7 @@ def device(note: Note, sizes: Sizes) -> None:
 
 def peaks(ops: Any, sizes: Sizes) -> Peaks:
     """What this card's cuBLAS and memory reach in a large product and a large copy, measured."""
-    large = sizes is FULL
+    large = sizes is not DRY
     timer = Timer(ops, 5, *(() if large else (1 << 16,)))
     with ops.computing():
         return measure_peaks(ops, timer, 8192 if large else 128, 1 << 30 if large else 1 << 16)
@@ -63,7 +64,7 @@ def bench(note: Note, sizes: Sizes) -> None:
     """``slimrt bench kernels``."""
     from slimrt.bench.kernels import run
 
-    note(**run("cuda", sizes.shape, sizes.kernel_tokens, 7 if sizes is FULL else 1).to_dict(), **clock())
+    note(**run("cuda", sizes.shape, sizes.kernel_tokens, 7 if sizes is not DRY else 1).to_dict(), **clock())
 
 
 def peer_kernels(note: Note, sizes: Sizes) -> None:
@@ -107,6 +108,49 @@ def _ttft(note: Note, sizes: Sizes, kind: str, lengths: Sequence[int]) -> None:
     _failed(rows)
 
 
+class Timeline:
+    """A trace that marks on the GPU's queue when each layer has ended."""
+
+    def __init__(self) -> None:
+        self._cuda, self._marks = load_cupy().cuda, list[Any]()
+
+    def begin(self) -> None:
+        self._mark()
+
+    def layer(self, layer: int) -> None:
+        self._mark()
+
+    def cut(self, layer: int, positions: Any, scores: Any, rows: Any) -> None: ...
+
+    def _mark(self) -> None:
+        event = self._cuda.Event()
+        event.record()
+        self._marks.append(event)
+
+    def milliseconds(self) -> list[float]:
+        """Of each layer, from the end of the one before to its own, whether the GPU computes or waits."""
+        self._marks[-1].synchronize()
+        pairs = zip(self._marks, self._marks[1:], strict=False)
+        return [round(float(self._cuda.get_elapsed_time(a, b)), 3) for a, b in pairs]
+
+
+def timeline(note: Note, sizes: Sizes) -> None:
+    """How long each layer of a prompt takes, dense and under a plan: where a plan's time goes."""
+    engine = shaped.open_engine(CupyOps(), sizes.shape, sizes.measured_types[0])
+    ids = np.random.default_rng(5).integers(0, engine.config.vocab_size, sizes.ring_length).tolist()
+    rows = []
+    for plan in sizes.plans[:2]:
+        for warm in (False, True):
+            session, trace = Session(engine, len(ids) + 8), Timeline()
+            begun = time.perf_counter()
+            session.prefill(ids, shaped.PLANS[plan], trace=trace)
+            took = time.perf_counter() - begun
+            if warm:
+                rows.append({"plan": plan, "ttft_s": took, "layers_ms": trace.milliseconds()})
+            session.context.cache.close()
+    note(length=len(ids), rows=rows)
+
+
 def peer_ttft(note: Note, sizes: Sizes) -> None:
     """Transformers with SDPA, random float16 weights of the same shape."""
     from scripts.gpu_peers import Peer
@@ -118,13 +162,13 @@ def peer_decode(note: Note, sizes: Sizes) -> None:
     """Transformers' tokens a second with its cache, eager, float16."""
     from scripts.gpu_peers import Peer
 
-    few = 32 if sizes is FULL else 2
+    few = 32 if sizes is not DRY else 2
     _peer(note, sizes, lambda peer, length: peer.decode(length, few), sizes.contexts, Peer)
 
 
 def _peer(note: Note, sizes: Sizes, work: Callable[[Any, int], Any], lengths: Any, make: Any) -> None:
     rows: list[dict[str, Any]] = []
-    if sizes is not FULL:
+    if sizes is DRY:
         note(skipped="torch does not run on the emulation")
         return
     peer = make(sizes.shape)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-__all__ = ["DRY", "FULL", "Sizes"]
+__all__ = ["DRY", "FULL", "QUICK", "Sizes"]
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Sizes:
 FULL = Sizes(
     shape="llama-3.1-8b",
     attention=((128, 16384, 16384), (128, 65536, 65536), (128, 131072, 131072), (128, 65536, 5000), (64, 65536, 65536)),
-    sampled_rows=16,
+    sampled_rows=10,
     weights=("F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K"),
     types=("F16", "Q4_0", "Q8_0", "Q4_K"),
     check_layers=2,
@@ -61,13 +61,23 @@ FULL = Sizes(
     packed_lengths=(32768, 65536),
     peer_lengths=(8192, 32768, 65536),
     plans=("off", "8k/4k/2k", "1/2,1/4"),
-    kernel_tokens=16384,
+    kernel_tokens=32768,
     peer_tokens=(16384, 32768, 65536),
     contexts=(4096, 16384, 65536),
     decode_tokens=64,
     budget=4096,
     ring_length=32768,
     copy_bytes=1 << 30,
+)
+QUICK = replace(
+    FULL,
+    repeats=2,
+    lengths=(32768,),
+    packed_lengths=(32768,),
+    peer_lengths=(32768,),
+    plans=("off", "8k/4k/2k"),
+    peer_tokens=(32768,),
+    contexts=(4096,),
 )
 DRY = Sizes(
     shape="tiny",

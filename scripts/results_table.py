@@ -1,11 +1,10 @@
-"""Tables of results, made of the newest files in ``docs/results``; never written by hand.
+"""The README's tables of results, made of the newest files in ``docs/results``; never written by hand.
 
     python scripts/results_table.py [--readme README.md] [--results FILE] [--check]
 
 GPU results are what ``make gpu`` leaves (``gpu-*.json``), CPU results what ``slimrt bench ttft --json`` prints
 (``cpu-*.json``), quality is what ``slimrt eval --output`` writes (``quality-*.json``). Each table stands between two
-marker lines: the summary and the GPU's in the README, all of it in ``docs/results/README.md``. A README without a place
-for the GPU's is refused, the other places may be missing.
+marker lines. A README without those of the GPU is refused, the other places may be missing.
 """
 
 from __future__ import annotations
@@ -22,96 +21,68 @@ from slimrt.eval.report import RULER_MEAN
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- gpu results: begin -->", "<!-- gpu results: end -->"
 CPU_BEGIN, CPU_END = "<!-- cpu results: begin -->", "<!-- cpu results: end -->"
-DETAILS_BEGIN, DETAILS_END = "<!-- cpu details: begin -->", "<!-- cpu details: end -->"
 QUALITY_BEGIN, QUALITY_END = "<!-- quality results: begin -->", "<!-- quality results: end -->"
 NOTHING = "No GPU has been measured yet: `make gpu` measures one and fills this table."
 
 
 def table(results: dict[str, Any] | None) -> str:
-    """Markdown: a line a prompt length, the command and the card below it."""
+    """Markdown: seconds to the first token and tokens a second, a line a prompt length; the card below it."""
     if results is None:
         return NOTHING
     steps = {name: step["results"] for name, step in results["steps"].items()}
-    columns: list[tuple[str, dict[int, float]]] = []
-    for step in ("ttft", "ttft_q4"):
-        found = steps.get(step, {})
-        rows = [row for row in found.get("rows", []) if "error" not in row]
-        for plan in dict.fromkeys(row["plan"] for row in rows):
-            name = "dense" if plan == "off" else plan
-            times = {row["length"]: row["ttft_s"] for row in rows if row["plan"] == plan}
-            columns.append((f"{found['type']} {name}", times))
-    peer = [row for row in steps.get("peer_ttft", {}).get("rows", []) if "ttft_s" in row]
-    if peer:
-        columns.append((peer[0]["program"], {row["length"]: row["ttft_s"] for row in peer}))
-    lengths = sorted({length for _, times in columns for length in times})
-    lines = [
-        f"| prompt tokens | {' | '.join(name for name, _ in columns)} |",
-        f"|---:|{'---:|' * len(columns)}",
-    ]
-    for length in lengths:
-        cells = [f"{times[length]:.2f}" if length in times else "-" for _, times in columns]
-        lines.append(f"| {length} | {' | '.join(cells)} |")
+    blocks = [_first_tokens(steps), _tokens_a_second(steps)]
     about = steps.get("device", {}).get("about", "unknown device")
     shape = steps.get("ttft", {}).get("shape", "unknown shape")
-    lines += [
-        "",
-        f"Seconds to the first token, {shape} with random weights. {about}, {results['date'][:10]}; `make gpu`.",
-    ]
-    unfinished = [name for name, step in results["steps"].items() if step["ended"] != "passed"]
+    lines = ["\n\n".join(block for block in blocks if block), ""]
+    lines.append(f"{shape} with random weights; medians. {about}, {results['date'][:10]}; `make gpu`.")
+    unfinished = [name for name, step in results["steps"].items() if step["ended"] not in ("passed", "skipped")]
     if unfinished:
         lines.append(f"Steps that did not end well: {', '.join(unfinished)}.")
     return "\n".join(lines)
 
 
-_CONTENDERS = {
-    "llama_cpp": "llama.cpp, the same file",
-    "llama_cpp_best": "llama.cpp, its fastest format",
-    "slimrt off": "slimrt, dense",
-    "slimrt auto": "slimrt `auto` (default)",
-    "slimrt fast": "slimrt `fast`",
-}
+def _first_tokens(steps: dict[str, Any]) -> str:
+    """Seconds to the first token: dense, each plan with its gain over dense, and the peer."""
+    columns: list[tuple[str, dict[int, str]]] = []
+    for step in ("ttft", "ttft_q4"):
+        found = steps.get(step, {})
+        rows = [row for row in found.get("rows", []) if "error" not in row]
+        dense = {row["length"]: row["ttft_s"] for row in rows if row["plan"] == "off"}
+        for plan in dict.fromkeys(row["plan"] for row in rows):
+            cells = {}
+            for row in (row for row in rows if row["plan"] == plan):
+                gain = dense.get(row["length"], 0.0) / row["ttft_s"]
+                cells[row["length"]] = f"{row['ttft_s']:.2f}" + ("" if plan == "off" else f" ({gain:.1f}x)")
+            columns.append((f"{found['type']} {'dense' if plan == 'off' else plan}", cells))
+    peer = [row for row in steps.get("peer_ttft", {}).get("rows", []) if "ttft_s" in row]
+    if peer:
+        columns.append((peer[0]["program"], {row["length"]: f"{row['ttft_s']:.2f}" for row in peer}))
+    return _columns("first token, s, of a prompt of", columns)
 
 
-def summary_table(results: dict[str, Any], quality: Sequence[dict[str, Any]]) -> str:
-    """Markdown: a line a contender at the longest prompt, with the recall that was measured nearest to that length."""
-    longest = max(row["length"] for row in results["rows"])
-    rows = {row["contender"]: row for row in results["rows"] if row["length"] == longest}
-    recall: dict[str, str] = {}
-    about = ""
-    for report in quality:
-        found = [row for row in report["summary"] if (row["task"], row["metric"]) == ("recall", "accuracy")]
-        if not found:
-            continue
-        nearest = min((row["length"] for row in found), key=lambda length: abs(length - longest))
-        for row in (row for row in found if row["length"] == nearest):
-            recall["slimrt off"] = f"{row['dense']:.3f}"
-            recall[f"slimrt {row['plan']}"] = f"{row['mean']:.3f} ({row['low']:+.3f} to {row['high']:+.3f})"
-        about = (
-            f" Recall: share of a quoted passage's tokens predicted right, {report['samples']} prompts of {nearest:,} "
-            "tokens, with the 95 % interval of the difference to dense."
-        )
-    lines = [
-        f"| {longest:,}-token prompt | first token | follow-up | tokens/s | recall |",
-        "|---|---:|---:|---:|---:|",
-    ]
-    for name in [name for name in _CONTENDERS if name in rows] + [name for name in rows if name not in _CONTENDERS]:
-        row = rows[name]
-        follow = f"{row['follow_up_s']:.2f} s" if row.get("follow_up_s") else "-"
-        lines.append(
-            f"| {_CONTENDERS.get(name, name)} | {row['ttft_s']:.2f} s | {follow} | {row['decode_tok_s']:.0f} "
-            f"| {recall.get(name, '-')} |"
-        )
-    environment, settings = results["environment"], results["settings"]
-    follow_up = f", follow-up of {settings['follow_up']} tokens" if settings["follow_up"] else ""
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f"{Path(settings['model']).name}, {settings['threads']} threads of {environment['cpu']} "
-            f"({environment.get('backend', {}).get('why', 'unknown backend')}), {environment['date'][:10]}; medians of "
-            f"{settings['repeats']} runs{follow_up}.{about}",
-        ]
-    )
+def _tokens_a_second(steps: dict[str, Any]) -> str:
+    columns: list[tuple[str, dict[int, str]]] = []
+    rows = [row for row in steps.get("decode", {}).get("rows", []) if "error" not in row]
+    for kind, budget in dict.fromkeys((row["type"], row["kv_budget"]) for row in rows):
+        cells = {
+            row["length"]: f"{row['decode_tok_s']:.0f} ({row['over_floor']:.1f}x)"
+            for row in rows
+            if (row["type"], row["kv_budget"]) == (kind, budget)
+        }
+        columns.append((f"{kind}{'' if budget is None else f', KV budget {budget}'} (over floor)", cells))
+    peer = [row for row in steps.get("peer_decode", {}).get("rows", []) if "decode_tok_s" in row]
+    if peer:
+        columns.append((f"F16, {peer[0]['program']}", {row["length"]: f"{row['decode_tok_s']:.0f}" for row in peer}))
+    return _columns("tokens/s behind", columns)
+
+
+def _columns(what: str, columns: list[tuple[str, dict[int, str]]]) -> str:
+    lengths = sorted({length for _, cells in columns for length in cells})
+    if not lengths:
+        return ""
+    lines = [f"| {what} | {' | '.join(name for name, _ in columns)} |", f"|---:|{'---:|' * len(columns)}"]
+    lines += [f"| {length} | {' | '.join(cells.get(length, '-') for _, cells in columns)} |" for length in lengths]
+    return "\n".join(lines)
 
 
 def cpu_table(results: dict[str, Any]) -> str:
@@ -195,18 +166,11 @@ def updated(
     """``readme`` with the tables in their places, or None if it has no place for the GPU's."""
     after = placed(readme, BEGIN, END, table(results))
     if after is not None and cpu is not None:
-        after = placed(after, CPU_BEGIN, CPU_END, summary_table(cpu, quality)) or after
-    return after
-
-
-def detailed(page: str, cpu: dict[str, Any] | None, quality: Sequence[dict[str, Any]]) -> str:
-    """``page`` with every CPU and quality result in the places that it has for them."""
-    if cpu is not None:
-        page = placed(page, DETAILS_BEGIN, DETAILS_END, cpu_table(cpu)) or page
-    if quality:
+        after = placed(after, CPU_BEGIN, CPU_END, cpu_table(cpu)) or after
+    if after is not None and quality:
         tables = "\n\n".join(quality_table(report) for report in quality)
-        page = placed(page, QUALITY_BEGIN, QUALITY_END, tables) or page
-    return page
+        after = placed(after, QUALITY_BEGIN, QUALITY_END, tables) or after
+    return after
 
 
 def newest(folder: Path) -> dict[str, Any] | None:
@@ -235,18 +199,14 @@ def main() -> None:
     folder = ROOT / "docs" / "results"
     results = json.loads(options.results.read_text()) if options.results else newest(folder)
     before = options.readme.read_text()
-    details = folder / "README.md"
-    page = details.read_text()
-    filled = detailed(page, newest_cpu(folder), quality_reports(folder))
     after = updated(before, results, newest_cpu(folder), quality_reports(folder))
     if after is None:
         sys.exit(f"{options.readme}: has no lines {BEGIN!r} and {END!r}; add them where the table is to stand")
     if options.check:
-        newest_ones = (after, filled) == (before, page)
-        sys.exit(0 if newest_ones else f"{options.readme} or {details} has older results; run this script")
+        sys.exit(
+            0 if after == before else f"{options.readme}: its tables of results are not the newest; run this script"
+        )
     options.readme.write_text(after)
-    if filled != page:
-        details.write_text(filled)
 
 
 if __name__ == "__main__":

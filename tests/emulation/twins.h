@@ -155,15 +155,13 @@ inline void release_successor() {}  // launches run one after the other here
 inline void await_predecessor() {}
 
 namespace emulation {
+inline size_t chunk_of(const void* shared) { return size_t(static_cast<const char*>(shared) - machine.shared) / 16; }
 inline void land(const Copy& copy) {
     if (machine.deferred) {
         if (copy.valid) std::memcpy(copy.shared, copy.global, 16);
         else std::memset(copy.shared, 0, 16);
     }
-    const size_t chunk = size_t(static_cast<char*>(copy.shared) - machine.shared) / 16;
-    if (chunk >= machine.unfenced.size()) return;  // static shared memory: wgmma does not read it
-    machine.unfenced[chunk] = true;
-    machine.current->landed.push_back(chunk);
+    if (chunk_of(copy.shared) < machine.unfenced.size()) machine.current->landed.push_back(chunk_of(copy.shared));
 }
 }  // namespace emulation
 
@@ -174,6 +172,8 @@ inline void cp_async16(void* shared, const void* global, bool valid) {
     else if (valid) std::memcpy(shared, global, 16);
     else std::memset(shared, 0, 16);
     emulation::machine.current->groups.back().push_back({shared, global, valid});
+    const size_t chunk = emulation::chunk_of(shared);  // beyond the end in static shared memory, which wgmma does not read
+    if (chunk < emulation::machine.unfenced.size()) emulation::machine.unfenced[chunk] = true;
 }
 inline void cp_async_commit() { emulation::machine.current->groups.emplace_back(); }
 template <int PENDING>

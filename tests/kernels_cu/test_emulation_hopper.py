@@ -75,7 +75,13 @@ def test_relay_is_right_in_every_mode() -> None:
     ],
 )
 def test_a_broken_relay_is_wrong(before: str, after: str, occurrence: int) -> None:
-    assert not all(right_in(without_turns(broken(PROBES, before, after, occurrence))))
+    """Numbers are wrong, or one side gets so far ahead that the other waits for a phase that is over."""
+    try:
+        right = all(right_in(without_turns(broken(PROBES, before, after, occurrence))))
+    except EmulationError as error:
+        assert "deadlock" in str(error)
+    else:
+        assert not right
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ _LARGE_CHUNK = 1 << 15  # the same where memory is plentiful: a whole prompt of 
 _PLENTIFUL = 40 << 30  # bytes of a GPU
 FEW_ROWS = 16  # below so many rows the weights are the work: each is read once, packed, by the GEMV
 _MAX_GROUP = 16  # query heads of one KV head that the decode kernel takes
-_SPLIT_KEYS = 256  # that one block of the decode kernel should have at least
+_SPLIT_KEYS = 128  # that one block of the decode kernel should have at least
 
 
 def row_chunk(total: int) -> int:
@@ -65,6 +65,7 @@ class CupyOps(FewRows, Graphs, InPlaceLayer):
         self.kernels = Kernels(self._cupy)
         self._prefill = prefill_kernel(self.device, wgmma=wgmma)
         self._counts = self.upload(np.arange(1 << 12, dtype=np.int32))  # a pointer into it is a number in memory
+        self._recording: Any = None  # the stream on which graphs are captured
         self._reaches: dict[tuple[int, ...], Array] = {}
 
     # -- weights ----------------------------------------------------------------------------------------------------

@@ -59,9 +59,10 @@ class CapturedDecode:
         stores = [cache.room(layer, 1) for layer in layers]
         fresh = len(stores) != len(self._stores) or any(a is not b for a, b in zip(stores, self._stores, strict=True))
         if fresh:
-            self._graph, self._stores = None, []  # its memory goes before the next one's is taken
+            pool = None if self._graph is None else self._graph.pool
+            self._graph, self._stores = None, []  # its memory serves the next one
             stores = [cache.room(layer, _ROOM) for layer in layers]
-            self._graph = self._ops.capture(lambda: self._pass(stores))
+            self._graph = self._ops.capture(lambda: self._pass(stores), pool)
             self._stores = stores
         return self._graph
 

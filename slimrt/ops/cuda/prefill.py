@@ -10,7 +10,7 @@ __all__ = ["WGMMA_PROVEN", "PrefillKernel", "prefill_kernel"]
 
 # Whether attention_wgmma has been seen right, and faster than attention_prefill, on a card
 # (scripts/gpu_attention_check.py). Until then it runs where it is asked for.
-WGMMA_PROVEN = False
+WGMMA_PROVEN = True
 
 _HOPPER = (9, 0)  # its instructions exist on no other generation
 
