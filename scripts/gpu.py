@@ -54,6 +54,7 @@ STEPS: dict[str, Step] = {
     "device": Step(MEASURES, "device", "correctness", 60),
     "ptx": Step(CHECKS, "ptx", "correctness", 90, alone=False),
     "kernels": Step(CHECKS, "kernels", "correctness", 150, alone=False),
+    "attention": Step(CHECKS, "attention", "correctness", 120, alone=False),
     "sizes": Step(CHECKS, "sizes", "correctness", 120, alone=False),
     "engine": Step(CHECKS, "engine", "correctness", 120, alone=False),
     "shapes": Step(CHECKS, "shapes", "correctness", 150, alone=False),
@@ -64,11 +65,10 @@ STEPS: dict[str, Step] = {
     "peer_kernels": Step(MEASURES, "peer_kernels", "operations", 60),
     "ttft": Step(MEASURES, "ttft", "prompts", 180),
     "timeline": Step(MEASURES, "timeline", "prompts", 60),
-    "peer_ttft": Step(MEASURES, "peer_ttft", "prompts", 120),
+    "peers": Step(MEASURES, "peers", "prompts", 150),
     "ttft_q4": Step(MEASURES, "ttft_q4", "tokens", 150),
     "ring": Step(MEASURES, "ring", "tokens", 90),
     "decode": Step(MEASURES, "decode", "tokens", 120),
-    "peer_decode": Step(MEASURES, "peer_decode", "tokens", 60),
 }
 GROUPS = tuple(dict.fromkeys(step.group for step in STEPS.values()))
 

@@ -123,8 +123,8 @@ def _pytest(note: Note, files: list[str], sizes: Sizes) -> None:
 # -- kernels at their real sizes --------------------------------------------------------------------------------------
 
 
-def sizes(note: Note, sizes: Sizes) -> None:
-    """Every operation at the sizes of a real model, into poisoned outputs, sampled rows against float64."""
+def attention(note: Note, sizes: Sizes) -> None:
+    """Attention of prompts and of single tokens at real lengths, into poisoned outputs, sampled rows against float64."""
     ops, checks, c = CupyOps(), Checks(note), SHAPES[sizes.shape]
     heads, kv_heads = c.n_heads, c.n_kv_heads
     for number, (width, keys, rows) in enumerate(sizes.attention):
@@ -136,6 +136,12 @@ def sizes(note: Note, sizes: Sizes) -> None:
                 ops, heads, kv_heads, w, k, r, sizes.sampled_rows, reach))  # fmt: skip
         checks.run(f"attention_decode x {keys}, Dh {width}", lambda w=width, k=keys: _prefill(
             ops, heads, kv_heads, w, k, 1, 1))  # fmt: skip
+    checks.finish()
+
+
+def sizes(note: Note, sizes: Sizes) -> None:
+    """Every other operation at the sizes of a real model, sampled rows against float64."""
+    ops, checks, c = CupyOps(), Checks(note), SHAPES[sizes.shape]
     for kind in sizes.weights:
         checks.run(f"weights {kind}", lambda kind=kind: _weights(ops, kind, c.d_ff, c.d_model))
     checks.run("head", lambda: _weights(ops, "Q4_0", c.vocab_size, c.d_model))

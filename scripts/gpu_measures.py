@@ -151,33 +151,23 @@ def timeline(note: Note, sizes: Sizes) -> None:
     note(length=len(ids), rows=rows)
 
 
-def peer_ttft(note: Note, sizes: Sizes) -> None:
-    """Transformers with SDPA, random float16 weights of the same shape."""
+def peers(note: Note, sizes: Sizes) -> None:
+    """Transformers with SDPA and its cache, eager, on random float16 weights of the same shape."""
     from scripts.gpu_peers import Peer
 
-    _peer(note, sizes, lambda peer, length: peer.prefill(length, sizes.times(length)), sizes.peer_lengths, Peer)
-
-
-def peer_decode(note: Note, sizes: Sizes) -> None:
-    """Transformers' tokens a second with its cache, eager, float16."""
-    from scripts.gpu_peers import Peer
-
-    few = 32 if sizes is not DRY else 2
-    _peer(note, sizes, lambda peer, length: peer.decode(length, few), sizes.contexts, Peer)
-
-
-def _peer(note: Note, sizes: Sizes, work: Callable[[Any, int], Any], lengths: Any, make: Any) -> None:
-    rows: list[dict[str, Any]] = []
     if sizes is DRY:
         note(skipped="torch does not run on the emulation")
         return
-    peer = make(sizes.shape)
+    peer = Peer(sizes.shape)
     if peer.missing:
         note(skipped=peer.missing)
         return
-    for length in lengths:
+    rows: list[dict[str, Any]] = []
+    context = sizes.contexts[0]
+    tasks = [(length, lambda n=length: peer.prefill(n, sizes.times(n))) for length in sizes.peer_lengths]
+    for length, task in [(context, lambda: peer.decode(context, 32)), *tasks]:
         try:
-            rows.append({"length": length, **work(peer, length), **clock()})
+            rows.append({"length": length, **task(), **clock()})
         except Exception as error:
             rows.append({"length": length, "error": str(error).splitlines()[0]})
         note(rows=rows)

@@ -54,7 +54,7 @@ def _first_tokens(steps: dict[str, Any]) -> str:
                 gain = dense.get(row["length"], 0.0) / row["ttft_s"]
                 cells[row["length"]] = f"{row['ttft_s']:.2f}" + ("" if plan == "off" else f" ({gain:.1f}x)")
             columns.append((f"{found['type']} {'dense' if plan == 'off' else plan}", cells))
-    peer = [row for row in steps.get("peer_ttft", {}).get("rows", []) if "ttft_s" in row]
+    peer = [row for row in steps.get("peers", {}).get("rows", []) if "ttft_s" in row]
     if peer:
         columns.append((peer[0]["program"], {row["length"]: f"{row['ttft_s']:.2f}" for row in peer}))
     return _columns("first token, s, of a prompt of", columns)
@@ -70,7 +70,7 @@ def _tokens_a_second(steps: dict[str, Any]) -> str:
             if (row["type"], row["kv_budget"]) == (kind, budget)
         }
         columns.append((f"{kind}{'' if budget is None else f', KV budget {budget}'} (over floor)", cells))
-    peer = [row for row in steps.get("peer_decode", {}).get("rows", []) if "decode_tok_s" in row]
+    peer = [row for row in steps.get("peers", {}).get("rows", []) if "decode_tok_s" in row]
     if peer:
         columns.append((f"F16, {peer[0]['program']}", {row["length"]: f"{row['decode_tok_s']:.0f}" for row in peer}))
     return _columns("tokens/s behind", columns)

@@ -89,12 +89,12 @@ def test_a_rehearsal_on_a_machine_that_has_never_seen_the_project(tmp_path: Path
     assert results["dry"] and list(results["steps"]) == list(gpu.STEPS)
     ended = {name: step["ended"] for name, step in results["steps"].items()}
     assert {name for name, how in ended.items() if how != "passed"} == {
-        "sanitizer", "peer_kernels", "peer_ttft", "peer_decode",
+        "sanitizer", "peer_kernels", "peers",
     }, ended  # fmt: skip
     found = {name: step["results"] for name, step in results["steps"].items()}
     assert found["ptx"]["passed"] > 5 and found["kernels"]["passed"] > 5
     assert found["device"]["h2d_gb_s"] > 0
-    for step in ("sizes", "engine", "shapes", "memory"):
+    for step in ("attention", "sizes", "engine", "shapes", "memory"):
         assert found[step]["checks"] and all(row["ok"] for row in found[step]["checks"])
     assert 0 < found["model"]["error"] <= found["model"]["allowed"]
     lengths = [(row["length"], row["plan"]) for row in found["ttft"]["rows"]]
@@ -128,7 +128,7 @@ def test_each_group_fits_a_call_of_ten_minutes() -> None:
 
 
 def test_only_names_steps_and_groups() -> None:
-    assert gpu.chosen("prompts,ring") == ["ttft", "timeline", "peer_ttft", "ring"]
+    assert gpu.chosen("prompts,ring") == ["ttft", "timeline", "peers", "ring"]
     with pytest.raises(SystemExit, match=r"--only tff: not a step or group; groups: correctness, operations"):
         gpu.chosen("tff")
 
@@ -188,7 +188,7 @@ def test_the_table() -> None:
                 {"length": 8192, "plan": "1/2,1/4", "ttft_s": 0.5},
                 {"length": 16384, "plan": "off", "error": "memory"},
             ]}, "out of time"),
-            "peer_ttft": step({"rows": [{"length": 8192, "ttft_s": 2.0, "program": "transformers 5"}]}),
+            "peers": step({"rows": [{"length": 8192, "ttft_s": 2.0, "program": "transformers 5"}]}),
         },
     }  # fmt: skip
     made = updated(f"{BEGIN}\n{END}\n", results)

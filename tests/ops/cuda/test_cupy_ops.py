@@ -15,9 +15,9 @@ from gguf.constants import GGMLQuantizationType as Type
 from slimrt.bench.synthetic import random_tensor
 from slimrt.errors import DeviceError
 from slimrt.ops.cuda.cupy_ops import CupyOps
+from slimrt.ops.cuda.device import probe
 from slimrt.ops.cuda.early import EARLY, Attribute, Config, EarlyLaunch
 from slimrt.ops.cuda.gemv import stages
-from slimrt.ops.cuda.device import probe
 from slimrt.ops.cuda.memory import PinnedSlabs
 from slimrt.ops.cuda.modules import ARCHITECTURES, Kernels, source_text
 from slimrt.ops.cuda.prefill import prefill_kernel
