@@ -38,8 +38,6 @@ attention_decode(const T* q, const T* k, const T* v, const int* table, const int
                  int heads, int kv_heads, int kv_stride, int block) {
     DYNAMIC_SHARED(unsigned char, shared);
     __shared__ float peaks[WARPS][ROWS], totals[WARPS][ROWS];
-    release_successor();
-    await_predecessor();
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int kv_head = blockIdx.x, group = heads / kv_heads, splits = gridDim.y;
 
@@ -120,8 +118,6 @@ attention_decode(const T* q, const T* k, const T* v, const int* table, const int
 
 extern "C" __global__ void __launch_bounds__(DH)
 attention_combine(const float* partial, T* out, int splits) {
-    release_successor();
-    await_predecessor();
     partial += (long long)blockIdx.x * splits * (DH + 2);
     float highest = -FLOAT_INFINITY, sum = 0.0f, value = 0.0f;
     for (int s = 0; s < splits; s++) highest = fmaxf(highest, partial[s * (DH + 2)]);

@@ -219,7 +219,6 @@ __device__ __forceinline__ void product(const Matrix& matrix, const FROM* x, con
     DYNAMIC_SHARED(byte, shared);
     __shared__ float partial[2][WARPS][16];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    release_successor();
     const int cells = Cell::count(matrix.width), tiles = (matrix.rows + 15) / 16, padded = cells * Cell::COLUMNS;
     byte* const ring = shared + warp * STAGES * Cell::SIZE;
     uint4* const columns = reinterpret_cast<uint4*>(shared + WARPS * STAGES * Cell::SIZE);
@@ -241,7 +240,6 @@ __device__ __forceinline__ void product(const Matrix& matrix, const FROM* x, con
         cp_async_commit();
     };
     for (int i = 0; i < STAGES - 1; i++) fetch();
-    await_predecessor();  // weights have always been there, x and whatever else has not
     const float factor = take_x(x, gain, eps, matrix.width, padded, columns, sums);
 
     const bool own = lane / 4 == 2 * (lane % 4);  // of the operand with x this lane has a column that counts

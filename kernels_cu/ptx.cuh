@@ -110,20 +110,6 @@ __device__ __forceinline__ void ldmatrix_x4_trans(unsigned (&r)[4], const void* 
                  : "memory");
 }
 
-// For kernels that may be launched before the one ahead has ended (sm_90): `release_successor` lets the next one start once all
-// blocks have come here, `await_predecessor` returns when the one ahead has ended and what it wrote is there. Every block
-// calls both, whatever it does else; in an ordinary launch they do nothing.
-__device__ __forceinline__ void release_successor() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;");
-#endif
-}
-__device__ __forceinline__ void await_predecessor() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
 // 16 bytes from global to shared memory, zeros where not `valid` (then `global` is not read). A thread sees its own copies
 // after wait<n>, all groups but the n youngest that it committed; those of others after a barrier that follows their wait.
 __device__ __forceinline__ void cp_async16(void* shared, const void* global, bool valid) {

@@ -339,33 +339,6 @@ class Bench:
         error = float(np.linalg.norm(plain - by_graph) / np.linalg.norm(plain))
         self.report.row("token", type=kind, graph_against_layers=error, verdict=error < 1e-2)
         self.report.failures += not error < 1e-2
-        if not self.dry and ops.device.capability >= (9, 0):
-            self._overlapped(kind, model, context, held, by_graph, floor)
-
-    def _overlapped(self, kind: str, model: Any, context: Any, held: int, before: Array, floor: float) -> None:
-        """The same token with kernels that begin early: the same bits, and how long the graph takes."""
-        from slimrt.engine import Engine
-
-        ops = self.ops
-        ops.overlaps = True
-        try:
-            engine = Engine(model, ops)
-            runs = []
-            for _ in range(20):
-                context.truncate(held)
-                begun = time.perf_counter()
-                after = engine.decode_one_token(context, 7)
-                runs.append(time.perf_counter() - begun)
-                same = bool(np.array_equal(after, before))
-                if not same:
-                    break
-            graph = engine._decoder._graph  # type: ignore[union-attr]
-            took = statistics.median(ops.elapsed(lambda: [graph.launch() for _ in range(10)]) / 10 for _ in range(5))
-        finally:
-            ops.overlaps = False
-        self.report.row("token", type=kind, overlapped_ms=took * 1e3, over_floor=took / floor,
-                        step_ms=statistics.median(runs) * 1e3, same_bits=same, verdict=same)  # fmt: skip
-        self.report.failures += not same
 
 
 def main() -> int:

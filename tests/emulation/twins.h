@@ -151,9 +151,6 @@ inline void ldmatrix_x4_trans(unsigned (&r)[4], const void* shared_row) {
     emulation::collective(emulation::load_matrices<true>, &mine);
 }
 
-inline void release_successor() {}  // launches run one after the other here
-inline void await_predecessor() {}
-
 namespace emulation {
 inline size_t chunk_of(const void* shared) { return size_t(static_cast<const char*>(shared) - machine.shared) / 16; }
 inline void land(const Copy& copy) {

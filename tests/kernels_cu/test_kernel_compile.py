@@ -63,8 +63,7 @@ def cases(architecture: str) -> list[Case]:
                 macros = {"TYPE": type_, "T": kind, "OUT": out}
                 result.append(("gemm_few.cu", macros, 256, 0, 80, (TENSOR_CORES[kind],)))
             cores = TENSOR_CORES["bf16" if type_ == "BF16" and kind == "bf16" else "f16"]
-            early = ("ACQBULK", "PREEXIT") if architecture == "sm_90" else ()  # waits for the kernel before it
-            seen = (cores, "LDGSTS.E.BYPASS.128", "LDS.128", *early)
+            seen = (cores, "LDGSTS.E.BYPASS.128", "LDS.128")
             for width, source in ((4096, "float"), (14336, kind)):
                 count, blocks = gemv.stages(type_, width, SHARED_PER_BLOCK[architecture])
                 macros = {"TYPE": type_, "T": kind, "FROM": source, "STAGES": count}

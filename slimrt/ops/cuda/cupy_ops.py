@@ -10,7 +10,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
@@ -20,7 +21,6 @@ from slimrt.ops.cuda.decode import CapturedDecode
 from slimrt.ops.cuda.device import CudaDevice, load_cupy, probe
 from slimrt.ops.cuda.gemm import InPlaceLayer, multiply
 from slimrt.ops.cuda.gemv import FewRows
-from slimrt.ops.cuda.graphs import Graphs
 from slimrt.ops.cuda.memory import Fence, reported
 from slimrt.ops.cuda.modules import Kernels
 from slimrt.ops.cuda.prefill import WGMMA_PROVEN, prefill_kernel
@@ -48,7 +48,23 @@ def row_chunk(total: int) -> int:
     return _LARGE_CHUNK if total >= _PLENTIFUL else ROW_CHUNK
 
 
-class CupyOps(FewRows, Graphs, InPlaceLayer):
+@dataclass(frozen=True)
+class Captured(Generic[Result]):
+    """A recorded graph; ``result`` lies in memory of ``pool``, which is the graph's as long as it lives."""
+
+    graph: Any
+    stream: Any
+    pool: Any
+    result: Result
+
+    def launch(self) -> Result:
+        """Queue it; the result is valid until the next launch."""
+        with reported():
+            self.graph.launch(self.stream)
+        return self.result
+
+
+class CupyOps(FewRows, InPlaceLayer):
     """Compute and memory operations on one GPU. Raises DeviceError, here and everywhere, with the remedy."""
 
     name = "cuda"
@@ -113,6 +129,28 @@ class CupyOps(FewRows, Graphs, InPlaceLayer):
         size = max(1, -(-count // chunks))
         for lo in range(0, max(1, count), size):
             task(slice(lo, min(lo + size, count)))
+
+    def capture(self, task: Callable[[], Result], pool: Any = None) -> Captured[Result]:
+        """A graph of what ``task`` queues. It is run twice: once at once, which compiles its kernels and fills a pool
+        of memory that is the graph's own, and once to be recorded. It must not multiply matrices by cuBLAS.
+
+        ``pool``: that of an earlier graph, which is gone, to be used again.
+        """
+        cuda, ready = self._cupy.cuda, self.mark()
+        if pool is None:
+            pool = cuda.MemoryPool()
+        # The default stream, and whoever uses it, must not be drawn in. One serves all: a pool's memory is a stream's.
+        stream = self._recording = self._recording or cuda.Stream(non_blocking=True)
+        with reported(), cuda.using_allocator(pool.malloc), stream:
+            stream.wait_event(ready.event)
+            task()
+            stream.synchronize()
+            stream.begin_capture()
+            try:
+                result = task()
+            finally:
+                graph = stream.end_capture()
+        return Captured(graph, self._compute, pool, result)
 
     def decoder(self, model: Any, *, budget: bool = False) -> CapturedDecode | None:
         """Decode by captured graphs; None where the kernels of a single token do not take the model's heads (many to a

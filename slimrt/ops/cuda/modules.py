@@ -17,7 +17,6 @@ import numpy as np
 
 from slimrt.errors import DeviceError
 from slimrt.ops.cuda.cubin import CubinModule
-from slimrt.ops.cuda.early import EARLY, EarlyLaunch
 
 __all__ = ["ARCHITECTURES", "Kernels", "source_text"]
 
@@ -57,7 +56,6 @@ class Kernels:
         self._modules: dict[tuple[str, tuple[str, ...]], Any] = {}
         self._kernels: dict[tuple[str, str, tuple[str, ...]], Any] = {}
         self._allowed: dict[int, int] = {}  # by kernel: bytes of shared memory that were allowed
-        self.early: EarlyLaunch | None = None  # how kernels that can begin early are launched while this is set
 
     def get(self, source: str, name: str, **macros: object) -> Any:
         """The kernel ``name`` of ``source`` (without ``.cu``) under ``macros``.
@@ -108,12 +106,7 @@ class Kernels:
         if shared > max(_DEFAULT_SHARED, self._allowed.get(id(kernel), 0)):
             kernel.max_dynamic_shared_size_bytes = shared
             self._allowed[id(kernel)] = shared
-        typed = tuple(_typed(arg) for arg in args)
-        if self.early is not None and name in EARLY:
-            stream = self._cupy.cuda.get_current_stream().ptr
-            self.early(kernel.kernel.ptr, grid, block, typed, shared, stream)
-        else:
-            kernel(tuple(grid), (block,), typed, shared_mem=shared)
+        kernel(tuple(grid), (block,), tuple(_typed(arg) for arg in args), shared_mem=shared)
 
 
 def _typed(arg: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import itertools
 import types
@@ -16,7 +15,6 @@ from slimrt.bench.synthetic import random_tensor
 from slimrt.errors import DeviceError
 from slimrt.ops.cuda.cupy_ops import CupyOps
 from slimrt.ops.cuda.device import probe
-from slimrt.ops.cuda.early import EARLY, Attribute, Config, EarlyLaunch
 from slimrt.ops.cuda.gemv import stages
 from slimrt.ops.cuda.memory import PinnedSlabs
 from slimrt.ops.cuda.modules import ARCHITECTURES, Kernels, source_text
@@ -24,7 +22,6 @@ from slimrt.ops.cuda.prefill import prefill_kernel
 from slimrt.ops.numpy.numpy_ops import NumpyOps
 from slimrt.weights.gguf import TensorInfo
 from tests import emulation
-from tests.emulation import EXPORTED, SOURCES
 from tests.fake_cupy import FakeCupy, RawModule
 from tests.gpu import test_ptx
 from tests.gpu.on_device import pasted
@@ -114,46 +111,6 @@ def test_a_residual_beyond_float16(fake: FakeCupy, rows: int) -> None:
     naive = np.abs((x + y.astype(np.float32) @ values.astype(np.float32).T) - exact).max()
     for found in (fresh, ops.to_host(held)):
         assert np.abs(found - exact).max() <= 4 * naive + np.abs(exact).max() * 2.0**-22
-
-
-def test_an_early_launch_is_what_the_driver_reads() -> None:
-    """The structures of cuda.h (CUDA 13): sizes, offsets, and what stands there."""
-    offsets = [getattr(Config, name).offset for name in ("stream", "attributes", "count")]
-    assert ctypes.sizeof(Config) == 56 and offsets == [32, 40, 48]
-    assert (ctypes.sizeof(Attribute), Attribute.value.offset) == (72, 8)
-    seen: dict[str, Any] = {}
-
-    def launch(config: Any, function: Any, args: Any, extra: Any) -> int:
-        held = config._obj
-        attribute = held.attributes[0]
-        pointer, number, real = (
-            kind.from_address(at).value
-            for kind, at in zip((ctypes.c_void_p, ctypes.c_int, ctypes.c_float), args, strict=True)
-        )
-        seen.update(grid=list(held.grid), block=list(held.block), shared=held.shared, stream=held.stream,
-                    attribute=(held.count, attribute.id, attribute.value), function=function.value, extra=extra,
-                    pointer=pointer, number=number, real=real)  # fmt: skip
-        return 0 if function.value == 77 else 719
-
-    early = EarlyLaunch(types.SimpleNamespace(cuLaunchKernelEx=launch))
-    array = types.SimpleNamespace(data=types.SimpleNamespace(ptr=0x7F0000001000))
-    early(77, (5, 2), 256, (array, np.int32(-3), np.float32(0.5)), 4096, 12)
-    assert seen == {"grid": [5, 2, 1], "block": [256, 1, 1], "shared": 4096, "stream": 12, "attribute": (1, 6, 1),
-                    "function": 77, "extra": None, "pointer": 0x7F0000001000, "number": -3, "real": 0.5}  # fmt: skip
-    with pytest.raises(DeviceError, match="CUDA error 719"):
-        early(78, (1,), 32, (array, np.int32(0), np.float32(0)), 0, 12)
-
-
-def test_whoever_may_begin_early_waits() -> None:
-    """Every such kernel lets the next one start and waits for the one before, before it branches off."""
-    for path in SOURCES.glob("*.cu"):
-        code = path.read_text()
-        for name in EXPORTED.findall(code):
-            body = code[code.index(f"{name}(") :].split("extern")[0]
-            waits = "await_predecessor" in body or "product(Matrix" in body
-            assert waits == (name in EARLY), name
-    header = (SOURCES / "gemv.cuh").read_text()
-    assert header.index("await_predecessor") < header.index("= take_x(") < header.index("finish(matrix.row")
 
 
 @needs_compiler
