@@ -124,7 +124,7 @@ def _pytest(note: Note, files: list[str], sizes: Sizes) -> None:
 
 
 def attention(note: Note, sizes: Sizes) -> None:
-    """Attention of prompts and of single tokens at real lengths, into poisoned outputs, sampled rows against float64."""
+    """Attention of prompts and single tokens at real lengths, into poisoned outputs, sampled rows against float64."""
     ops, checks, c = CupyOps(), Checks(note), SHAPES[sizes.shape]
     heads, kv_heads = c.n_heads, c.n_kv_heads
     for number, (width, keys, rows) in enumerate(sizes.attention):

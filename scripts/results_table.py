@@ -1,10 +1,11 @@
-"""The README's tables of results, made of the newest files in ``docs/results``; never written by hand.
+"""Tables of results, made of the newest files in ``docs/results``; never written by hand.
 
     python scripts/results_table.py [--readme README.md] [--results FILE] [--check]
 
 GPU results are what ``make gpu`` leaves (``gpu-*.json``), CPU results what ``slimrt bench ttft --json`` prints
 (``cpu-*.json``), quality is what ``slimrt eval --output`` writes (``quality-*.json``). Each table stands between two
-marker lines. A README without those of the GPU is refused, the other places may be missing.
+marker lines: the summary and the GPU's in the README, all of it in ``docs/results/README.md``. A README without a place
+for the GPU's is refused, the other places may be missing.
 """
 
 from __future__ import annotations
@@ -21,59 +22,75 @@ from slimrt.eval.report import RULER_MEAN
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- gpu results: begin -->", "<!-- gpu results: end -->"
 CPU_BEGIN, CPU_END = "<!-- cpu results: begin -->", "<!-- cpu results: end -->"
+GPU_BEGIN, GPU_END = "<!-- gpu details: begin -->", "<!-- gpu details: end -->"
+DETAILS_BEGIN, DETAILS_END = "<!-- cpu details: begin -->", "<!-- cpu details: end -->"
 QUALITY_BEGIN, QUALITY_END = "<!-- quality results: begin -->", "<!-- quality results: end -->"
 NOTHING = "No GPU has been measured yet: `make gpu` measures one and fills this table."
 
 
-def table(results: dict[str, Any] | None) -> str:
-    """Markdown: seconds to the first token and tokens a second, a line a prompt length; the card below it."""
+_SHOWN = {"8k/4k/2k": "pruned"}  # of the plans that are measured, what the README shows
+
+
+def table(results: dict[str, Any] | None, *, details: bool = False) -> str:
+    """Markdown: seconds to the first token and tokens a second, a line a prompt length; the card below it. ``details``:
+    all plans, weight types and budgets."""
     if results is None:
         return NOTHING
     steps = {name: step["results"] for name, step in results["steps"].items()}
-    blocks = [_first_tokens(steps), _tokens_a_second(steps)]
+    blocks = [_first_tokens(steps, details), _tokens_a_second(steps, details)]
     about = steps.get("device", {}).get("about", "unknown device")
     shape = steps.get("ttft", {}).get("shape", "unknown shape")
+    peer = next((row["program"] for row in steps.get("peers", {}).get("rows", []) if "program" in row), None)
     lines = ["\n\n".join(block for block in blocks if block), ""]
-    lines.append(f"{shape} with random weights; medians. {about}, {results['date'][:10]}; `make gpu`.")
+    lines.append(
+        f"{shape} with random weights, medians; pruned: behind layers 10, 20, 30 go on 8k, 4k, 2k tokens. "
+        f"{about}, {results['date'][:10]}; `make gpu`{f'; {peer}' if peer else ''}."
+    )
     unfinished = [name for name, step in results["steps"].items() if step["ended"] not in ("passed", "skipped")]
     if unfinished:
         lines.append(f"Steps that did not end well: {', '.join(unfinished)}.")
     return "\n".join(lines)
 
 
-def _first_tokens(steps: dict[str, Any]) -> str:
+def _first_tokens(steps: dict[str, Any], details: bool) -> str:
     """Seconds to the first token: dense, each plan with its gain over dense, and the peer."""
     columns: list[tuple[str, dict[int, str]]] = []
-    for step in ("ttft", "ttft_q4"):
+    for step in ("ttft", "ttft_q4") if details else ("ttft",):
         found = steps.get(step, {})
         rows = [row for row in found.get("rows", []) if "error" not in row]
         dense = {row["length"]: row["ttft_s"] for row in rows if row["plan"] == "off"}
         for plan in dict.fromkeys(row["plan"] for row in rows):
+            if not details and plan != "off" and plan not in _SHOWN:
+                continue
             cells = {}
             for row in (row for row in rows if row["plan"] == plan):
                 gain = dense.get(row["length"], 0.0) / row["ttft_s"]
-                cells[row["length"]] = f"{row['ttft_s']:.2f}" + ("" if plan == "off" else f" ({gain:.1f}x)")
-            columns.append((f"{found['type']} {'dense' if plan == 'off' else plan}", cells))
+                cells[row["length"]] = f"{row['ttft_s']:.2f} s" + ("" if plan == "off" else f" ({gain:.1f}x)")
+            name = "dense" if plan == "off" else plan if details else _SHOWN[plan]
+            columns.append((f"{found['type']} {name}", cells))
     peer = [row for row in steps.get("peers", {}).get("rows", []) if "ttft_s" in row]
     if peer:
-        columns.append((peer[0]["program"], {row["length"]: f"{row['ttft_s']:.2f}" for row in peer}))
-    return _columns("first token, s, of a prompt of", columns)
+        columns.append(("Transformers", {row["length"]: f"{row['ttft_s']:.2f} s" for row in peer}))
+    return _columns("prompt, first token", columns)
 
 
-def _tokens_a_second(steps: dict[str, Any]) -> str:
+def _tokens_a_second(steps: dict[str, Any], details: bool) -> str:
+    """Tokens a second behind a context; in brackets the time over that of reading weights and keys once."""
     columns: list[tuple[str, dict[int, str]]] = []
     rows = [row for row in steps.get("decode", {}).get("rows", []) if "error" not in row]
     for kind, budget in dict.fromkeys((row["type"], row["kv_budget"]) for row in rows):
+        if budget is not None and not details:
+            continue
         cells = {
             row["length"]: f"{row['decode_tok_s']:.0f} ({row['over_floor']:.1f}x)"
             for row in rows
             if (row["type"], row["kv_budget"]) == (kind, budget)
         }
-        columns.append((f"{kind}{'' if budget is None else f', KV budget {budget}'} (over floor)", cells))
+        columns.append((f"{kind}{'' if budget is None else f', KV budget {budget}'}", cells))
     peer = [row for row in steps.get("peers", {}).get("rows", []) if "decode_tok_s" in row]
     if peer:
-        columns.append((f"F16, {peer[0]['program']}", {row["length"]: f"{row['decode_tok_s']:.0f}" for row in peer}))
-    return _columns("tokens/s behind", columns)
+        columns.append(("Transformers", {row["length"]: f"{row['decode_tok_s']:.0f}" for row in peer}))
+    return _columns("context, tokens/s (over floor)", columns)
 
 
 def _columns(what: str, columns: list[tuple[str, dict[int, str]]]) -> str:
@@ -81,8 +98,59 @@ def _columns(what: str, columns: list[tuple[str, dict[int, str]]]) -> str:
     if not lengths:
         return ""
     lines = [f"| {what} | {' | '.join(name for name, _ in columns)} |", f"|---:|{'---:|' * len(columns)}"]
-    lines += [f"| {length} | {' | '.join(cells.get(length, '-') for _, cells in columns)} |" for length in lengths]
+    lines += [f"| {length:,} | {' | '.join(cells.get(length, '-') for _, cells in columns)} |" for length in lengths]
     return "\n".join(lines)
+
+
+_CONTENDERS = {
+    "llama_cpp": "llama.cpp, the same file",
+    "llama_cpp_best": "llama.cpp, its fastest format",
+    "slimrt off": "slimrt, dense",
+    "slimrt auto": "slimrt `auto` (default)",
+    "slimrt fast": "slimrt `fast`",
+}
+
+
+def summary_table(results: dict[str, Any], quality: Sequence[dict[str, Any]]) -> str:
+    """Markdown: a line a contender at the longest prompt, with the recall that was measured nearest to that length."""
+    longest = max(row["length"] for row in results["rows"])
+    rows = {row["contender"]: row for row in results["rows"] if row["length"] == longest}
+    recall: dict[str, str] = {}
+    about = ""
+    for report in quality:
+        found = [row for row in report["summary"] if (row["task"], row["metric"]) == ("recall", "accuracy")]
+        if not found:
+            continue
+        nearest = min((row["length"] for row in found), key=lambda length: abs(length - longest))
+        for row in (row for row in found if row["length"] == nearest):
+            recall["slimrt off"] = f"{row['dense']:.3f}"
+            recall[f"slimrt {row['plan']}"] = f"{row['mean']:.3f} ({row['low']:+.3f} to {row['high']:+.3f})"
+        about = (
+            f" Recall: share of a quoted passage's tokens predicted right, {report['samples']} prompts of {nearest:,} "
+            "tokens, with the 95 % interval of the difference to dense."
+        )
+    lines = [
+        f"| {longest:,}-token prompt | first token | follow-up | tokens/s | recall |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for name in [name for name in _CONTENDERS if name in rows] + [name for name in rows if name not in _CONTENDERS]:
+        row = rows[name]
+        follow = f"{row['follow_up_s']:.2f} s" if row.get("follow_up_s") else "-"
+        lines.append(
+            f"| {_CONTENDERS.get(name, name)} | {row['ttft_s']:.2f} s | {follow} | {row['decode_tok_s']:.0f} "
+            f"| {recall.get(name, '-')} |"
+        )
+    environment, settings = results["environment"], results["settings"]
+    follow_up = f", follow-up of {settings['follow_up']} tokens" if settings["follow_up"] else ""
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"{Path(settings['model']).name}, {settings['threads']} threads of {environment['cpu']} "
+            f"({environment.get('backend', {}).get('why', 'unknown backend')}), {environment['date'][:10]}; medians of "
+            f"{settings['repeats']} runs{follow_up}.{about}",
+        ]
+    )
 
 
 def cpu_table(results: dict[str, Any]) -> str:
@@ -166,17 +234,34 @@ def updated(
     """``readme`` with the tables in their places, or None if it has no place for the GPU's."""
     after = placed(readme, BEGIN, END, table(results))
     if after is not None and cpu is not None:
-        after = placed(after, CPU_BEGIN, CPU_END, cpu_table(cpu)) or after
-    if after is not None and quality:
-        tables = "\n\n".join(quality_table(report) for report in quality)
-        after = placed(after, QUALITY_BEGIN, QUALITY_END, tables) or after
+        after = placed(after, CPU_BEGIN, CPU_END, summary_table(cpu, quality)) or after
     return after
+
+
+def detailed(
+    page: str, cpu: dict[str, Any] | None, quality: Sequence[dict[str, Any]], gpus: Sequence[dict[str, Any]] = ()
+) -> str:
+    """``page`` with every result in the places that it has for them."""
+    if gpus:
+        tables = "\n\n".join(table(results, details=True) for results in gpus)
+        page = placed(page, GPU_BEGIN, GPU_END, tables) or page
+    if cpu is not None:
+        page = placed(page, DETAILS_BEGIN, DETAILS_END, cpu_table(cpu)) or page
+    if quality:
+        tables = "\n\n".join(quality_table(report) for report in quality)
+        page = placed(page, QUALITY_BEGIN, QUALITY_END, tables) or page
+    return page
 
 
 def newest(folder: Path) -> dict[str, Any] | None:
     """The latest results of a GPU that are not a dry run's."""
-    found = [json.loads(path.read_text()) for path in folder.glob("gpu-*.json")]
-    return max((results for results in found if not results["dry"]), key=lambda results: results["date"], default=None)
+    return max(gpu_reports(folder), key=lambda results: results["date"], default=None)
+
+
+def gpu_reports(folder: Path) -> list[dict[str, Any]]:
+    """All results of GPUs, dry runs' left out."""
+    found = [json.loads(path.read_text()) for path in sorted(folder.glob("gpu-*.json"))]
+    return [results for results in found if not results["dry"]]
 
 
 def newest_cpu(folder: Path) -> dict[str, Any] | None:
@@ -199,14 +284,18 @@ def main() -> None:
     folder = ROOT / "docs" / "results"
     results = json.loads(options.results.read_text()) if options.results else newest(folder)
     before = options.readme.read_text()
+    details = folder / "README.md"
+    page = details.read_text()
+    filled = detailed(page, newest_cpu(folder), quality_reports(folder), gpu_reports(folder))
     after = updated(before, results, newest_cpu(folder), quality_reports(folder))
     if after is None:
         sys.exit(f"{options.readme}: has no lines {BEGIN!r} and {END!r}; add them where the table is to stand")
     if options.check:
-        sys.exit(
-            0 if after == before else f"{options.readme}: its tables of results are not the newest; run this script"
-        )
+        newest_ones = (after, filled) == (before, page)
+        sys.exit(0 if newest_ones else f"{options.readme} or {details} has older results; run this script")
     options.readme.write_text(after)
+    if filled != page:
+        details.write_text(filled)
 
 
 if __name__ == "__main__":

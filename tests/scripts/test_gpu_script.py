@@ -21,12 +21,18 @@ from scripts.results_table import (
     BEGIN,
     CPU_BEGIN,
     CPU_END,
+    DETAILS_BEGIN,
+    DETAILS_END,
     END,
+    GPU_BEGIN,
+    GPU_END,
     NOTHING,
     QUALITY_BEGIN,
     QUALITY_END,
+    detailed,
     newest,
     quality_table,
+    summary_table,
     updated,
 )
 from tests import emulation
@@ -185,7 +191,7 @@ def test_the_table() -> None:
             "device": step({"about": "A card"}),
             "ttft": step({"type": "F16", "shape": "llama-3.1-8b", "rows": [
                 {"length": 8192, "plan": "off", "ttft_s": 1.234},
-                {"length": 8192, "plan": "1/2,1/4", "ttft_s": 0.5},
+                {"length": 8192, "plan": "8k/4k/2k", "ttft_s": 0.5},
                 {"length": 16384, "plan": "off", "error": "memory"},
             ]}, "out of time"),
             "peers": step({"rows": [{"length": 8192, "ttft_s": 2.0, "program": "transformers 5"}]}),
@@ -193,14 +199,17 @@ def test_the_table() -> None:
     }  # fmt: skip
     made = updated(f"{BEGIN}\n{END}\n", results)
     assert made is not None and made.splitlines()[1:4] == [
-        "| first token, s, of a prompt of | F16 dense | F16 1/2,1/4 | transformers 5 |",
+        "| prompt, first token | F16 dense | F16 pruned | Transformers |",
         "|---:|---:|---:|---:|",
-        "| 8192 | 1.23 | 0.50 (2.5x) | 2.00 |",
+        "| 8,192 | 1.23 s | 0.50 s (2.5x) | 2.00 s |",
     ]
-    decode = {"rows": [{"type": "Q4_0", "length": 4096, "kv_budget": None, "decode_tok_s": 400.0, "over_floor": 1.52}]}
-    results["steps"]["decode"] = step(decode)
+    decode = [{"type": "Q4_0", "length": 4096, "kv_budget": budget, "decode_tok_s": 400.0, "over_floor": 1.52}
+              for budget in (None, 1024)]  # fmt: skip
+    results["steps"]["decode"] = step({"rows": decode})
     lines = (updated(f"{BEGIN}\n{END}\n", results) or "").splitlines()
-    assert lines[5:8] == ["| tokens/s behind | Q4_0 (over floor) |", "|---:|---:|", "| 4096 | 400 (1.5x) |"]
+    assert lines[5:8] == ["| context, tokens/s (over floor) | Q4_0 |", "|---:|---:|", "| 4,096 | 400 (1.5x) |"]
+    every = detailed(f"{GPU_BEGIN}\n{GPU_END}\n", None, [], [results])
+    assert "F16 8k/4k/2k" in every and "Q4_0, KV budget 1024" in every
     assert "did not end well: ttft" in made
     assert NOTHING in (updated(f"{BEGIN}\n{END}\n", None) or "")
     assert updated("no place", results) is None
@@ -226,7 +235,7 @@ def test_the_script_on_a_copy_of_the_readme(tmp_path: Path) -> None:
 def test_the_table_of_cpu_results() -> None:
     def row(contender: str, length: int, seconds: float) -> dict[str, object]:
         return {"contender": contender, "length": length, "ttft_s": seconds, "ttft_range_s": [seconds / 2, seconds * 2],
-                "decode_tok_s": 50.4, "decode_range_tok_s": [40.0, 60.6]}  # fmt: skip
+                "decode_tok_s": 50.4, "decode_range_tok_s": [40.0, 60.6], "follow_up_s": 0.25}  # fmt: skip
 
     contenders = (("slimrt off", 1000.0), ("x", 100.0))
     cpu = {
@@ -240,6 +249,10 @@ def test_the_table_of_cpu_results() -> None:
     readme = f"a\n{CPU_BEGIN}\nold\n{CPU_END}\nb\n{BEGIN}\n{END}\n"
     made = updated(readme, None, cpu)
     assert made is not None and "old" not in made and "/there" not in made
+    assert "| slimrt, dense | 8.00 s | 0.25 s | 50 | - |" in made and "| x | 80.00 s | 0.25 s | 50 | - |" in made
+    assert all(len(line) <= 80 for line in made.splitlines() if line.startswith("|"))
+    made = detailed(f"{DETAILS_BEGIN}\nold\n{DETAILS_END}\n", cpu, [])
+    assert "old" not in made
     assert "| 8000 | 8.00 (4.00..16.00) | 50 (40..61) | 80.00 (40.00..160.00) | 50 (40..61) |" in made
     assert "`slimrt bench ttft --length 512 --length 8000 --prune off --vs x --follow-up 32 --repeats 3`" in made
     assert updated(f"{BEGIN}\n{END}\n", None, cpu) == updated(f"{BEGIN}\n{END}\n", None)
@@ -261,5 +274,27 @@ def test_the_table_of_quality() -> None:
     report["summary"] = [summary("niah_single", "score", 0.5, 0.25), summary("ruler", "score", 0.5, 0.25)]
     assert quality_table(report).splitlines()[0] == "| plan | prompt | RULER, mean score | first token |"
     assert "| `auto` | 4,000 | 0.500 -> 0.250 (-0.260 to -0.240) | 2.00x faster |" in quality_table(report)
-    made = updated(f"{BEGIN}\n{END}\n{QUALITY_BEGIN}\nold\n{QUALITY_END}\n", None, None, [report])
-    assert made is not None and "old" not in made and "`auto`" in made
+    made = detailed(f"{QUALITY_BEGIN}\nold\n{QUALITY_END}\n", None, [report])
+    assert "old" not in made and "`auto`" in made
+
+
+def test_the_summary_has_speed_and_quality() -> None:
+    row = {"contender": "slimrt auto", "length": 8000, "ttft_s": 1.5, "decode_tok_s": 70.0, "follow_up_s": 0.5}
+    cpu = {
+        "rows": [row, {**row, "contender": "llama_cpp", "ttft_s": 40.0, "follow_up_s": None}],
+        "environment": {"cpu": "a CPU", "date": "2026-11-24"},
+        "settings": {"model": "m.gguf", "threads": 2, "repeats": 3, "follow_up": 32},
+    }
+    found = {"plan": "auto", "task": "recall", "metric": "accuracy", "dense": 0.7, "low": -0.02, "high": 0.01}
+    quality = {
+        "samples": 24,
+        "summary": [{**found, "length": 4000, "mean": 0.5}, {**found, "length": 7900, "mean": 0.695}],
+    }
+    made = summary_table(cpu, [quality])
+    assert "| slimrt `auto` (default) | 1.50 s | 0.50 s | 70 | 0.695 (-0.020 to +0.010) |" in made
+    assert "| llama.cpp, the same file | 40.00 s | - | 70 | - |" in made
+    assert "24 prompts of 7,900 tokens" in made and "follow-up of 32 tokens" in made
+
+
+def test_the_committed_tables_are_those_of_the_newest_results() -> None:
+    assert subprocess.run([sys.executable, "scripts/results_table.py", "--check"], cwd=ROOT).returncode == 0
