@@ -23,7 +23,7 @@ from slimrt.ops.cuda.gemm import InPlaceLayer, multiply
 from slimrt.ops.cuda.gemv import FewRows
 from slimrt.ops.cuda.memory import Fence, reported
 from slimrt.ops.cuda.modules import Kernels
-from slimrt.ops.cuda.prefill import WGMMA_PROVEN, prefill_kernel
+from slimrt.ops.cuda.prefill import prefill_kernel
 from slimrt.ops.cuda.weights import CudaWeight, Packed, load_weight, unpack
 from slimrt.prune.reach import Reach
 from slimrt.weights.gguf import TensorInfo
@@ -72,8 +72,8 @@ class CupyOps(FewRows, InPlaceLayer):
     unpack_rows = FEW_ROWS  # from so many rows on a layer is unpacked once, into scratch
     keeps_unpacked = False  # whether it then stays so, for the next prompt (slimrt.memory.cuda plans for it)
 
-    def __init__(self, device: CudaDevice | None = None, *, wgmma: bool = WGMMA_PROVEN) -> None:
-        """``wgmma``: prompts attend by attention_wgmma where the device has its instructions."""
+    def __init__(self, device: CudaDevice | None = None, *, wgmma: bool = True) -> None:
+        """``wgmma``: prompts attend by attention_wgmma where the device has its instructions; False: by mma.sync."""
         self.device = device or probe()
         self.whole_rows = row_chunk(self.device.total)  # up to so many rows pass a layer in one piece
         super().__init__(load_cupy())

@@ -6,11 +6,7 @@ from dataclasses import dataclass
 
 from slimrt.ops.cuda.device import CudaDevice
 
-__all__ = ["WGMMA_PROVEN", "PrefillKernel", "prefill_kernel"]
-
-# Whether attention_wgmma has been seen right, and faster than attention_prefill, on a card
-# (scripts/gpu_attention_check.py). Until then it runs where it is asked for.
-WGMMA_PROVEN = True
+__all__ = ["PrefillKernel", "prefill_kernel"]
 
 _HOPPER = (9, 0)  # its instructions exist on no other generation
 
@@ -41,7 +37,7 @@ class PrefillKernel:
         return {**rows, "STAGES": self.stages}
 
 
-def prefill_kernel(device: CudaDevice, *, wgmma: bool = WGMMA_PROVEN) -> PrefillKernel:
+def prefill_kernel(device: CudaDevice, *, wgmma: bool = True) -> PrefillKernel:
     """The kernel for ``device``; ``wgmma``: attention_wgmma where the device has its instructions."""
     if wgmma and device.capability == _HOPPER:
         return PrefillKernel("attention_wgmma", 128, 128, 2, 384, 1152, "wgmma")

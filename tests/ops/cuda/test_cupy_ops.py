@@ -163,12 +163,12 @@ def test_pasted_sources_compile() -> None:
 
 
 @needs_compiler
-def test_prompts_attend_by_wgmma_where_it_is_asked_for(fake: FakeCupy) -> None:
-    """Not by default; the same result as mma.sync, compiled and loaded as a binary for sm_90a."""
+def test_prompts_attend_by_wgmma_on_hopper(fake: FakeCupy) -> None:
+    """The same result as by mma.sync, compiled and loaded as a binary for sm_90a."""
     rng = np.random.default_rng(0)
     q, k, v = (rng.standard_normal(shape).astype(np.float16) for shape in ((70, 4, 64), (2, 200, 64), (2, 200, 64)))
     results = []
-    for ops in (CupyOps(), CupyOps(wgmma=True)):
+    for ops in (CupyOps(wgmma=False), CupyOps()):
         out = ops.attend(ops.upload(q), ops.upload(k), ops.upload(v), reach=[0, 64])
         results.append(ops.to_host(out).astype(np.float32))
     assert fake.launches[-2:] == ["attention_prefill", "attention_wgmma"]
@@ -180,7 +180,7 @@ def test_prompts_attend_by_wgmma_where_it_is_asked_for(fake: FakeCupy) -> None:
 def test_other_generations_keep_mma_sync(monkeypatch: pytest.MonkeyPatch) -> None:
     for capability in ((8, 0), (8, 9), (10, 0)):
         FakeCupy(monkeypatch, capability=capability)
-        assert prefill_kernel(probe(), wgmma=True).source == "attention_prefill"
+        assert prefill_kernel(probe()).source == "attention_prefill"
 
 
 @needs_compiler
