@@ -461,7 +461,8 @@ def _does_not_fit(plan: MemoryPlan, room: int) -> str:
     return (
         f"the model needs {plan.total / 2**30:.1f} GiB at a context of {plan.ctx} (weights {plan.weights / 2**30:.1f}, "
         f"KV cache {(plan.kv + plan.kv_host) / 2**30:.1f}, hidden states {plan.boundary / 2**30:.1f}, "
-        f"scratch {plan.scratch / 2**30:.1f}), {plan.available / 2**30:.1f} GiB are free; {remedy}"
+        f"scratch {plan.scratch / 2**30:.1f}, interpreter and libraries {plan.runtime / 2**30:.1f}), "
+        f"{plan.available / 2**30:.1f} GiB are free; {remedy}"
     )
 
 

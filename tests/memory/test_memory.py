@@ -71,7 +71,8 @@ def test_plan_in_numbers(model: Path) -> None:
     assert dense.kv_per_token == 3 * 2 * 2 * 32 * 4
     assert dense.kv == 1000 * dense.kv_per_token
     assert dense.fits()
-    assert dense.rows()[-1].nbytes == dense.total == dense.weights + dense.kv + dense.boundary + dense.scratch
+    parts = dense.weights, dense.kv, dense.boundary, dense.scratch, dense.runtime
+    assert dense.rows()[-1].nbytes == dense.total == sum(parts)
     assert "fits into the 1.0 GiB" in dense.rows()[-1].note
     tight = plan(config, file, 1000, available=2 * dense.weights - 1)
     assert tight.packed, "float32 weights would take more than half of what is free"
