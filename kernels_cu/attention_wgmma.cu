@@ -16,15 +16,6 @@
 #ifndef PING_PONG
 #define PING_PONG 1
 #endif
-#ifndef QUERY_REGISTERS  // 1: queries go to the products from registers; 0: from shared memory
-#define QUERY_REGISTERS 0
-#endif
-#ifndef KV_MAJOR  // 1: all tiles of a KV head before the next (its keys and values stay in L2); 0: the heaviest tiles first
-#define KV_MAJOR 0
-#endif
-#ifndef SKIP_RESCALE  // 1: sums are not multiplied where no peak of the warp moved
-#define SKIP_RESCALE 0
-#endif
 
 constexpr int ROWS = 128, KEYS = 128, THREADS = 384, MEMBERS = 2;  // members: warpgroups that compute
 constexpr int LINE = 64, PANELS = DH / LINE, LOADERS = 64;          // LOADERS: threads that fill one tile
@@ -57,10 +48,8 @@ attention_wgmma(const T* q, const T* k, const T* v, T* out, const int* reach, in
     unsigned long long *const values_full = barriers + 2 * STAGES, *const values_free = barriers + 3 * STAGES;
 
     const int lane = threadIdx.x % 32, warp = __shfl_sync(FULL_WARP, int(threadIdx.x) / 32, 0);
-    const int group = heads / kv_heads, number = blockIdx.y * heads + blockIdx.x, share = gridDim.y * group;
-    const int head = KV_MAJOR ? number / share * group + number % group : blockIdx.x, kv_head = head / group;
-    const int turn = KV_MAJOR ? number % share / group : blockIdx.y;
-    const int offset = keys - tokens, first_query = ((keys - 1) / ROWS - turn) * ROWS;
+    const int head = blockIdx.x, kv_head = head / (heads / kv_heads);
+    const int offset = keys - tokens, first_query = ((keys - 1) / ROWS - int(blockIdx.y)) * ROWS;  // the heaviest first
 
     const int first = first_row(reach, kv_head, first_query), last = min(first_query + ROWS, keys) - 1;
     const int tiles = (last - first) / KEYS + 1 + (first > 0);
@@ -128,15 +117,6 @@ attention_wgmma(const T* q, const T* k, const T* v, T* out, const int* reach, in
         barrier_sync(3 + member, 128);
         if (PING_PONG && member == 1) barrier_arrive(1, 256);  // the first turn is member 0's
 
-        unsigned operands[QUERY_REGISTERS ? DH / 16 : 1][4];
-        if (QUERY_REGISTERS) {
-#pragma unroll
-            for (int c = 0; c < DH / 16; c++) {
-                const int row = 16 * (warp % 4) + lane % 16, chunk = 2 * (c % 4) + lane / 16;
-                ldmatrix_x4(operands[QUERY_REGISTERS ? c : 0],
-                            my_queries + c / 4 * ROWS * LINE + row * LINE + (chunk ^ (row & 7)) * 8);
-            }
-        }
         const unsigned long long query_descriptor = tile_descriptor(my_queries, 0);
         const unsigned long long key_descriptor = tile_descriptor(key_tiles, 0);
         const unsigned long long value_descriptor = tile_descriptor(value_tiles, KEYS * LINE * sizeof(T));
@@ -149,12 +129,8 @@ attention_wgmma(const T* q, const T* k, const T* v, T* out, const int* reach, in
 #pragma unroll
             for (int c = 0; c < DH / 16; c++) {
                 const unsigned long long b = advanced(tile, (c / 4 * KEYS * LINE + c % 4 * 16) * int(sizeof(T)));
-                if (QUERY_REGISTERS) {
-                    wgmma_rows<T>(scores, operands[QUERY_REGISTERS ? c : 0], b, c > 0);
-                } else {
-                    const int at = (c / 4 * ROWS * LINE + c % 4 * 16) * int(sizeof(T));
-                    wgmma_tiles<T>(scores, advanced(query_descriptor, at), b, c > 0);
-                }
+                const int at = (c / 4 * ROWS * LINE + c % 4 * 16) * int(sizeof(T));
+                wgmma_tiles<T>(scores, advanced(query_descriptor, at), b, c > 0);
             }
             wgmma_commit();
         };
@@ -228,12 +204,10 @@ attention_wgmma(const T* q, const T* k, const T* v, T* out, const int* reach, in
             settled(mixed);
             settled(weights);
             release(values_free, before);
-            if (!SKIP_RESCALE || __any_sync(FULL_WARP, shrink[0] != 1.0f || shrink[1] != 1.0f)) {
 #pragma unroll
-                for (int d = 0; d < DH / 8; d++)
+            for (int d = 0; d < DH / 8; d++)
 #pragma unroll
-                    for (int i = 0; i < 4; i++) mixed[d][i] *= shrink[i / 2];
-            }
+                for (int i = 0; i < 4; i++) mixed[d][i] *= shrink[i / 2];
             pack_weights();
         };
 

@@ -11,7 +11,7 @@ from tests.kernels_cu.test_kernels_attention import PREFILL, attention, inputs
 __all__ = ["mode"]
 pytestmark = needs_compiler
 
-VARIANT = {"STAGES": 1, "PING_PONG": 0, "QUERY_REGISTERS": 1, "SKIP_RESCALE": 1, "KV_MAJOR": 1}
+VARIANT = {"STAGES": 1, "PING_PONG": 0}
 CASES = [
     *((*sizes, kind, reach, {}) for *sizes, _, _, kind, reach in PREFILL),
     (200, 520, 4, 2, 64, "f16", None, VARIANT),
