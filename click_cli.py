@@ -225,7 +225,7 @@ def quantize(source: Path, target: Path, kind: str, force: bool, as_json: bool) 
     default=("all",),
     show_default=True,
     metavar="NAME",
-    help="A task, or the group text, ruler or all; repeatable.",
+    help="A task, or the group text, shapes, ruler or all; repeatable.",
 )
 @click.option(
     "--length",
@@ -238,7 +238,12 @@ def quantize(source: Path, target: Path, kind: str, force: bool, as_json: bool) 
 )
 @click.option("--samples", type=click.IntRange(1), default=10, show_default=True, help="Prompts a task and length.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Same seed, same prompts.")
-@click.option("--text", type=user_path, metavar="FILE", help="Running text, UTF-8.  [Python's documentation]")
+@click.option(
+    "--text",
+    type=user_path,
+    metavar="FILE",
+    help="Running text, UTF-8, or pypi:networkx, pypi:sqlalchemy.  [Python's documentation]",
+)
 @click.option("--output", "-o", type=user_path, metavar="FILE.json", help="Write the report with every value.")
 @click.option("--png", type=user_path, metavar="FILE.png", help="Draw quality against time to first token.")
 @force_option
@@ -251,7 +256,8 @@ def evaluate(
 ) -> None:  # fmt: skip
     """Measure what pruning costs in quality and saves in time.
 
-    Every plan answers the same prompts as the dense run: RULER's tasks, text quoted and continued. Differences come
+    Every plan answers the same prompts as the dense run: questions in many shapes, RULER's tasks, text
+    quoted and continued. Differences come
     with 95 % intervals (paired bootstrap).
 
     \b
@@ -271,7 +277,12 @@ def evaluate(
 @click.option("--length", type=Size(), default=3000, show_default=True, help="Tokens of a prompt.")
 @click.option("--samples", type=click.IntRange(8), default=48, show_default=True, help="Prompts in all.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Same seed, same prompts.")
-@click.option("--text", type=user_path, metavar="FILE", help="Running text, UTF-8.  [Python's documentation]")
+@click.option(
+    "--text",
+    type=user_path,
+    metavar="FILE",
+    help="Running text, UTF-8, or pypi:networkx, pypi:sqlalchemy.  [Python's documentation]",
+)
 @click.option("--output", "-o", type=user_path, metavar="FILE.slim.json", help="Where presets go.  [beside the model]")
 @force_option
 @threads_option

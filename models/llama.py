@@ -14,6 +14,7 @@ angles, because after pruning rows are not contiguous.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
@@ -86,6 +87,14 @@ class Llama:
     def rope(self, positions: np.ndarray) -> tuple[Array, Array]:
         """positions [T] -> cos and sin [T, dims/2] of their angles, where the model computes."""
         return self.ops.angles(self.rope_table, positions)
+
+    def moved(self, q: Array, by: np.ndarray) -> Array:
+        """Rotated queries q [T, H, Dh], as they would be ``by`` [T] positions later; a copy."""
+        table = copy.copy(self.rope_table)
+        table.gain = 1.0  # YaRN's is in q already
+        moved = np.empty_like(q)
+        moved[...] = q
+        return self.ops.rope(moved, *self.ops.angles(table, by))
 
     def unpacked(self, layer: Layer) -> Layer:
         """``layer`` with its matrices ready for many rows (a scratch copy where they are held packed)."""

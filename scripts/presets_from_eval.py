@@ -55,7 +55,8 @@ def main() -> None:
         presets[preset] = {"plan": plan, **measured(report, name)}
         text = {**report["text"], "name": Path(report["text"]["name"]).name}
         sources[preset] = {"by": "slimrt eval", "version": report["slimrt"], "seed": report["seed"], "text": text}
-    model = fingerprint(read_config(GGUFFile(options.model)))
+    file = GGUFFile(options.model)
+    model = fingerprint(file, read_config(file))
     found = {"model": model, "presets": presets, "calibration": sources}
     options.out.write_text(json.dumps(found, indent=1) + "\n")
 

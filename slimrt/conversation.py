@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol, Self, Unpack, overload
 from slimrt.engine import Engine, Progress
 from slimrt.errors import SettingError
 from slimrt.generation import CompletionStream, GenerateOptions, GenerationRequest, Overflow, request_from_options
+from slimrt.prune.asked import Asked
 from slimrt.prune.plan import PrunePlan
 from slimrt.results import Completion
 from slimrt.session import Session, common_prefix
@@ -79,6 +80,9 @@ class Answering(Protocol):
     ctx: int
     file: GGUFFile
 
+    def asking(self, ids: Sequence[int]) -> Asked:
+        """Which tokens of a prompt ask."""
+
     def chat_tokens(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """``messages`` as the model reads them."""
 
@@ -107,7 +111,7 @@ class Conversation(Session):
         plan: PrunePlan | None = None,
         overflow: Overflow = "error",
     ) -> None:
-        super().__init__(engine, llm.ctx)
+        super().__init__(engine, llm.ctx, llm.asking)
         if system is not None and not isinstance(system, str):
             raise SettingError(f"system message {system!r}: must be a text, or None for none")
         self.messages: list[dict[str, Any]] = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Concatenate, NoReturn, ParamSpec, Protocol, TypeVar
+from typing import Concatenate, NamedTuple, NoReturn, ParamSpec, Protocol, TypeVar
 
 import numpy as np
 
@@ -17,12 +17,20 @@ from slimrt.kv.layer_rows import reserve_host_memory
 from slimrt.kv.offload import OffloadedKVCache
 from slimrt.models import Llama
 from slimrt.ops.protocol import Array, Cache, Decoder, Ops
+from slimrt.prune.asked import wanted
 from slimrt.prune.schedule import DENSE, Schedule, Windows
-from slimrt.prune.select import select_rows
+from slimrt.prune.select import rivals, select_rows
 
 Progress = Callable[[int, int], None]  # (layers done, layers in all)
 P = ParamSpec("P")
 R = TypeVar("R")
+
+
+class Kept(NamedTuple):
+    """How many tokens a cut kept, and in words why more than usual (empty: not more)."""
+
+    tokens: int
+    why: str
 
 
 class Trace(Protocol):
@@ -31,8 +39,11 @@ class Trace(Protocol):
     def begin(self) -> None:
         """The tokens are embedded, the layers begin."""
 
-    def cut(self, layer: int, positions: np.ndarray, scores: np.ndarray, rows: np.ndarray) -> None:
-        """Of the active ``positions`` [N], whose blocks scored ``scores`` [B], those at ``rows`` go on."""
+    def cut(
+        self, layer: int, positions: np.ndarray, scores: np.ndarray, rows: np.ndarray, by: np.ndarray | None
+    ) -> None:
+        """Of the active ``positions`` [N], whose blocks scored ``scores`` [B], those at ``rows`` go on. ``by`` [B]: the
+        position of the token that wants a block most (-1: none does); None where the score does not tell."""
 
     def layer(self, layer: int) -> None:
         """A layer is done."""
@@ -117,11 +128,11 @@ class Engine:
         wanted: int = 1,
         progress: Progress | None = None,
         trace: Trace | None = None,
-    ) -> tuple[np.ndarray, tuple[int, ...]]:
+    ) -> tuple[np.ndarray, tuple[Kept, ...]]:
         """Read the end ``ids`` [T] of a prompt whose beginning ``context`` holds, one layer at a time.
 
         Returns the hidden states [wanted, D] of the last ``wanted`` tokens, for ``logits`` (the last layer computes
-        those rows only), and how many tokens each cut kept.
+        those rows only), and what each cut kept.
 
         ``schedule`` is that of the whole prompt; its first cut does not come before the context's boundary layer. With
         cuts, up to the boundary only ``ids`` are computed; there blocks are chosen among all tokens by the last
@@ -158,8 +169,8 @@ class Engine:
         exact: bool = True,
         progress: Progress | None = None,
         trace: Trace | None = None,
-    ) -> tuple[np.ndarray, tuple[int, ...]]:
-        model, ops, cache, plan = self.model, self.ops, context.cache, schedule.plan
+    ) -> tuple[np.ndarray, tuple[Kept, ...]]:
+        model, ops, cache = self.model, self.ops, context.cache
         positions = np.arange(context.length, context.length + len(ids))
         cut_at = {cut.layer: cut for cut in schedule.cuts}
         kept = []
@@ -175,7 +186,7 @@ class Engine:
                 x, q = x[len(x) - wanted :], q[len(q) - wanted :]
             x = model.project(layer, x, self._attend(schedule.windows, number, q, positions, keys, values))
             if context.boundary is not None and number == context.boundary.layer:
-                context.boundary.append(x)
+                context.boundary.append(x, q)
                 if cut_at:
                     cache.clear(number + 1)
                 if cut_at and context.boundary.length > len(x):
@@ -184,11 +195,11 @@ class Engine:
                     if number not in cut_at:  # a backend may overwrite x; the boundary's rows must stay
                         x = ops.take(x, positions)
             if number in cut_at:
-                scores = ops.score_blocks(plan.score, q[-plan.query_window :], keys, plan.block, plan.unit)
-                rows = select_rows(plan, cut_at[number], scores, len(x))
-                kept.append(len(rows))
+                scores, by = self._scores(context, schedule, number, q, keys, positions)
+                rows, why = select_rows(schedule, cut_at[number], scores, len(x))
+                kept.append(Kept(len(rows), why))
                 if trace:
-                    trace.cut(number, positions, scores, rows)
+                    trace.cut(number, positions, scores, rows, by)
                 x, positions = ops.take(x, rows), positions[rows]
                 cos, sin = model.rope(positions)
             cache.attended(number)
@@ -232,6 +243,36 @@ class Engine:
 
         self.ops.rows(head, len(x))
         return _finite(logits)
+
+    def _scores(
+        self, context: Context, rule: Schedule, layer: int, q: Array, keys: Array, positions: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """How much each block of the active rows is wanted [B], and by the token of which position [B] (-1: none); the
+        published scores do not tell (None).
+
+        ``q`` are the queries of the last rows at least.
+        """
+        ops, plan, asked = self.ops, rule.plan, rule.asked
+        if asked is None:
+            return ops.score_blocks(plan.score, q[-plan.query_window :], keys, plan.block, plan.unit), None
+        rows = keys.shape[1]
+        tail = len(asked.tail)
+        groups: list[tuple[np.ndarray, Sequence[float]]] = [
+            (ops.block_mass(q[len(q) - tail :], keys, plan.block, True), asked.tail)
+        ]
+        places = [positions[rows - tail :]]
+        if any(asked.head):
+            first = positions[: np.searchsorted(positions, len(asked.head))]
+            if len(q) == rows:
+                own = q[: len(first)]
+            else:
+                assert context.boundary is not None and layer == context.boundary.layer
+                own = context.boundary.first_queries()[: len(first)]
+            moved = self.model.moved(own, positions[-1] + 1 - first)
+            groups.append((ops.block_mass(moved, keys, plan.block, False), [asked.head[at] for at in first]))
+            places.append(first)
+        scores, by = wanted(groups, rivals(rule, len(groups[0][0][0, 0]), rows))
+        return scores, np.where(by < 0, -1, np.concatenate(places)[by])
 
     def _attend(
         self, windows: Windows, layer: int, q: Array, positions: np.ndarray, keys: Array, values: Array

@@ -282,6 +282,7 @@ class _Writing:
                 reuse_note="; ".join(part for part in (self.note, reading.note, self._shift_note) if part),
                 windowed_tokens=reading.windowed,
                 dense_note=reading.dense,
+                doubts=reading.doubts,
             ),
             logprobs=None if self.request.logprobs is None else list(self.logprobs),
         )

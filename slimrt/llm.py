@@ -28,10 +28,12 @@ from slimrt.memory.plan import plan as plan_memory
 from slimrt.models import build, read_config, stretch_rope
 from slimrt.ops.backend import Backend, check_device, find_gpu, open_backend, open_cuda, uses_kernels
 from slimrt.ops.cuda.device import wants_gpu
+from slimrt.prune.asked import Asked
 from slimrt.prune.plan import PrunePlan
-from slimrt.prune.presets import choose_plan
+from slimrt.prune.presets import PlanChoice, choose_plan
 from slimrt.results import Completion
 from slimrt.session import Session
+from slimrt.text.asking import asking
 from slimrt.text.tokenizer import Tokenizer
 from slimrt.weights.gguf import GGUFFile
 
@@ -165,7 +167,7 @@ class LLM:
                 f"{self.config.rope.factor:g}x by YaRN (rope_scaling='none' switches that off)"
             )
         self.tokenizer = Tokenizer.from_gguf(file)
-        self.plan = choose_plan(prune, file.path, self.config)
+        self.plan = choose_plan(prune, file, self.config)
         self._chat_template = chat_template
         self._template: ChatTemplate | None = None
         self.memory: MemoryPlan | CudaPlan
@@ -199,7 +201,7 @@ class LLM:
         self._engine = Engine(
             build(self.config, file, backend.ops, progress, stream=stream_weights), backend.ops, cache
         )
-        self._session = Session(self._engine, self.ctx)
+        self._session = Session(self._engine, self.ctx, self.asking)
 
     def _gpu(self, device: str, cache: CacheConfig, stream: bool) -> Backend | None:
         """The GPU, opened, with ``memory`` its plan; None for the CPU, and a note if a GPU is there but not used.
@@ -228,7 +230,10 @@ class LLM:
 
     def _plan(self, prune: Plan | None) -> PrunePlan | None:
         """The plan of one call: its own, or the one chosen at load."""
-        return (self.plan if prune is None else choose_plan(prune, self.file.path, self.config)).plan
+        return self._choice(prune).plan
+
+    def _choice(self, prune: Plan | None) -> PlanChoice:
+        return self.plan if prune is None else choose_plan(prune, self.file, self.config)
 
     # -- tokens -----------------------------------------------------------------------------------------------------
 
@@ -266,30 +271,35 @@ class LLM:
     def logits(self, ids: Sequence[int], *, prune: Plan | None = None) -> np.ndarray:
         """Next-token logits [V] float32 after ``ids``, by a prefill of its own (the running conversation stays)."""
         plan = self._plan(prune)
-        session = Session(self._engine, self.ctx)
+        session = Session(self._engine, self.ctx, self.asking)
         session.prefill(self.token_ids(ids), plan)
         assert session.logits is not None
         return session.logits
 
-    def logprobs(self, ids: Sequence[int], start: int, *, prune: Plan | None = None) -> np.ndarray:
+    def logprobs(
+        self, ids: Sequence[int], start: int, *, prune: Plan | None = None, decode: bool = False
+    ) -> np.ndarray:
         """log p(ids[i] | ids[:i]) for i >= ``start`` -> float32 [len(ids) - start].
 
-        ``ids[:start]`` is the (pruned) prompt, the rest is read as if it had been generated. Raises SettingError unless
+        ``ids[:start]`` is the (pruned) prompt; the rest is read as one piece, which rounds less than decode does, or
+        (``decode``) a token at a time, exactly as if it had been generated. Raises SettingError unless
         1 <= start <= len(ids), ContextError if the ids exceed the context.
         """
         ids = self.token_ids(ids)
         result, at = np.empty(max(0, len(ids) - start), np.float32), 0
-        for block in self._continuation(ids, start, prune):
+        for block in self._continuation(ids, start, prune, decode):
             result[at : at + len(block)] = _logprobs(block, ids[start + at : start + at + len(block)])
             at += len(block)
         return result
 
-    def continuation_logits(self, ids: Sequence[int], start: int, *, prune: Plan | None = None) -> np.ndarray:
+    def continuation_logits(
+        self, ids: Sequence[int], start: int, *, prune: Plan | None = None, decode: bool = False
+    ) -> np.ndarray:
         """The logits behind ``logprobs``: row i [V] predicts ids[start + i] -> float32 [len(ids) - start, V]."""
-        blocks = list(self._continuation(self.token_ids(ids), start, prune))
+        blocks = list(self._continuation(self.token_ids(ids), start, prune, decode))
         return np.concatenate(blocks) if blocks else np.empty((0, self.config.vocab_size), np.float32)
 
-    def _continuation(self, ids: list[int], start: int, prune: Plan | None) -> Iterator[np.ndarray]:
+    def _continuation(self, ids: list[int], start: int, prune: Plan | None, decode: bool) -> Iterator[np.ndarray]:
         """Logits [rows, V] that predict ids[start:], a bounded number of rows at a time."""
         if not 1 <= start <= len(ids):
             raise SettingError(f"start {start}: must lie in 1..{len(ids)}, the first token has nothing before it")
@@ -300,12 +310,12 @@ class LLM:
         plan = self._plan(prune)
         if start == len(ids):
             return
-        session = Session(self._engine, self.ctx)
+        session = Session(self._engine, self.ctx, self.asking)
         session.prefill(ids[:start], plan)
         assert session.logits is not None
         yield session.logits[None]
         rest = ids[start:-1]
-        if self.kv_budget is not None:  # the budget holds in decode only, a token at a time
+        if decode or self.kv_budget is not None:  # the budget holds in decode only, a token at a time
             for token in rest:
                 yield self._engine.decode_one_token(session.context, token)[None]
         elif rest:
@@ -392,6 +402,15 @@ class LLM:
         )
         return answer if stream else answer.finished()
 
+    def asking(self, ids: Sequence[int]) -> Asked:
+        """Which tokens of the prompt ``ids`` ask; see ``slimrt.text.asking``."""
+        return asking(self.tokenizer, ids)
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether ``chat`` works: there is a template in the file, or one was given at load."""
+        return bool(self._chat_template or self.tokenizer.chat_template)
+
     @property
     def chat_template(self) -> ChatTemplate:
         """The model's chat template, or the one given at load. Raises SettingError if there is none."""
@@ -414,10 +433,11 @@ class LLM:
     ) -> Conversation:
         """A conversation of its own on the same weights: ``with llm.session() as s: s.ask("...")``.
 
-        ``system``: the system message. ``prune``, ``overflow``: as chosen at load unless given.
+        ``system``: the system message. ``prune``, ``overflow``: as chosen at load unless given. The preset "auto" cuts
+        nothing in a conversation, so that further questions cost little (``PlanChoice.lasting``).
         """
         return Conversation(
-            self, self._engine, system=system, plan=self._plan(prune), overflow=overflow or self.overflow
+            self, self._engine, system=system, plan=self._choice(prune).lasting, overflow=overflow or self.overflow
         )
 
     def restore(self, path: str | Path, *, overflow: Overflow | None = None) -> Conversation:

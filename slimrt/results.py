@@ -38,7 +38,8 @@ class Timings:
 
     ``ttft_s``: seconds from the call to the first token. ``decode_tok_s``: tokens a second after the first (0 if there
     was none). ``stages``: tokens kept after each cut of the plan, ``windowed_tokens``: how many first tokens of the
-    prompt its windows held for, ``dense_note``: why the prompt ran dense although there is a plan, empty if it did not.
+    prompt its windows held for, ``dense_note``: why the prompt ran dense although there is a plan, empty if it did not,
+    ``doubts``: in words, what was in doubt about a prompt, so that more of it was kept or it was cut later.
     ``kv_bytes_*``: bytes of keys and values at the end. ``reused_tokens``: prompt tokens whose work an earlier call had
     done, ``reuse_note`` says why.
     """
@@ -52,6 +53,7 @@ class Timings:
     reuse_note: str = ""
     windowed_tokens: int = 0
     dense_note: str = ""
+    doubts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from slimrt.config import context_advice
-from slimrt.engine import Context, Engine, Progress, Trace
+from slimrt.engine import Context, Engine, Kept, Progress, Trace
 from slimrt.errors import ContextError, TokenizerError
 from slimrt.ops.forks import after_fork
+from slimrt.prune.asked import ASKED, Asked
 from slimrt.prune.plan import PrunePlan
 from slimrt.prune.schedule import Schedule, schedule
+
+_GROWN = 512  # rows that a conversation grows by, under a plan without cuts, before its windows move on
 
 
 @dataclass(frozen=True)
 class Reading:
     """How a prompt was read: tokens that an earlier call had done already and why not more; tokens each cut kept; first
-    tokens under windows; why it ran dense although there is a plan."""
+    tokens under windows; why it ran dense although there is a plan; what was in doubt, so that more was kept."""
 
     reused: int
     note: str
     stages: tuple[int, ...] = ()
     windowed: int = 0
     dense: str = ""
+    doubts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -41,15 +46,16 @@ class Session:
     """The tokens of one conversation and what the model made of them.
 
     ``logits`` [V] are those after the last token (None while there is none). ``revision`` counts the changes, so that a
-    generation can tell that somebody else moved the session on.
+    generation can tell that somebody else moved the session on. ``asking`` tells which tokens of a prompt ask
+    (``slimrt.text.asking``); None: the last ones.
 
     Several threads may use a session: each call is whole. Who needs several to be one holds ``lock`` meanwhile.
     A call that was interrupted (Ctrl-C, wherever it struck; a fork while another thread computed) leaves the session as
     it was before, but for the logits. What it had begun is undone at once, or by the next call.
     """
 
-    def __init__(self, engine: Engine, ctx: int) -> None:
-        self.engine, self.ctx = engine, ctx
+    def __init__(self, engine: Engine, ctx: int, asking: Callable[[Sequence[int]], Asked] | None = None) -> None:
+        self.engine, self.ctx, self.asking = engine, ctx, asking
         self.tokens: list[int] = []
         self.logits: np.ndarray | None = None
         self.context = engine.new_context()
@@ -82,17 +88,30 @@ class Session:
         with self.lock:
             self._mend()
             self.revision += 1
-            rule = schedule(plan, len(ids))
+            rule = self._rule(ids, plan)
             reused, note = self._reusable(ids, rule)
             self.truncate(reused)
             reused = len(self.tokens)  # none where rows were lost
             stages = self._read(ids[reused:], rule, progress, trace)
-            return Reading(reused, note, stages, rule.windows.rows, rule.why_dense)
+            kept = tuple(one.tokens for one in stages)
+            return Reading(reused, note, kept, rule.windows.rows, rule.why_dense, _doubts(rule, stages))
+
+    def _rule(self, ids: Sequence[int], plan: PrunePlan | None) -> Schedule:
+        """What ``plan`` does to the prompt ``ids``, after what was read before."""
+        asked = None
+        if plan is not None and plan.score == ASKED and self.asking is not None and len(ids) >= plan.min_tokens:
+            asked = self.asking(ids)
+        rule = schedule(plan, len(ids), asked)
+        grown = rule.windows.rows - self.context.windows.rows
+        if not rule.plan.stages and rule.windows.reach == self.context.windows.reach and 0 < grown <= _GROWN:
+            # Rows that saw everything when they were the last ones need not be read again for some tokens more.
+            rule = dataclasses.replace(rule, windows=self.context.windows)
+        return rule
 
     def _reusable(self, ids: Sequence[int], rule: Schedule) -> tuple[int, str]:
         """How many first tokens of a prompt need not be read again, and why not more; makes room if it is none."""
-        # The query window is always computed, so that the choice is made by the queries of the new last tokens.
-        fresh = rule.plan.query_window if rule.cuts else self.engine.ops.exact_rows
+        # These are always computed, so that the choice is made by the queries of the new last tokens.
+        fresh = rule.fresh_rows if rule.cuts else self.engine.ops.exact_rows
         same = common_prefix(self.tokens, ids)
         same_rows = self.context.windows.same_rows(rule.windows)
         if rule.boundary != self._boundary_layer or not same_rows or (self._pruned and not rule.cuts):
@@ -103,6 +122,12 @@ class Session:
         if same_rows < reused:
             reused = int(same_rows)
             note += f"; from token {reused} on it runs again, for what saw everything there is under windows now"
+        boundary = self.context.boundary
+        head = len(rule.asked.head) if rule.cuts and rule.asked is not None else 0
+        if boundary is not None and boundary.first_length < min(head, reused):
+            # Of what asks before a document the queries must be there; tokens that were decoded left none.
+            reused = boundary.first_length
+            note += f"; from token {reused} on it runs again, for nothing tells what was asked there"
         return reused, note
 
     def release(self, boundary: int | None = None) -> None:
@@ -159,10 +184,10 @@ class Session:
         rule: Schedule | None,
         progress: Progress | None,
         trace: Trace | None = None,
-    ) -> tuple[int, ...]:
+    ) -> tuple[Kept, ...]:
         """Read on by ``rule`` as the end of a prompt, or (None) as decode does."""
         # Until the work is done the tokens are not part of the conversation.
-        stages: tuple[int, ...] = ()
+        stages: tuple[Kept, ...] = ()
         self._undo = _Undo(len(self.tokens), bool(rule is not None and rule.cuts))
         try:
             if rule is not None:
@@ -244,3 +269,9 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     length = min(len(a), len(b))
     differs = np.flatnonzero(np.asarray(a[:length]) != np.asarray(b[:length]))
     return int(differs[0]) if len(differs) else length
+
+
+def _doubts(rule: Schedule, stages: Sequence[Kept]) -> tuple[str, ...]:
+    """In words, why more of a prompt was kept than usual, or why it was cut later."""
+    late = () if not rule.left_out else ("a question stands before the document: no cut in early layers",)
+    return late + tuple(f"layer {cut.layer}: {one.why}" for cut, one in zip(rule.cuts, stages, strict=True) if one.why)

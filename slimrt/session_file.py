@@ -3,15 +3,17 @@
 Layout, all numbers little-endian:
 
     magic      8 bytes  "SLIMRTS\\n"
-    version    u32      1
+    version    u32      2
     length     u32      bytes of the header
     header     UTF-8 JSON: "model" (fingerprint), "ctx", "rope", "plan", "system", "messages", "tokens" (how many),
                "rows" (how many each layer holds), "boundary" (the layer of the hidden states, or null),
+               "first" (of how many first tokens that layer's queries are kept),
                "windows" (in force, as in a plan), "windowed" (how many first rows they hold for), "logits" (bool)
     digest     32 bytes, SHA-256 of all of the above
     arrays     each its raw elements, then their SHA-256 (32 bytes):
                tokens int32 [N]; of every layer keys, values float32 [Hkv, n, Dh] and positions int64 [n];
-               boundary states float32 [N, D] if there are any; logits float32 [V] if there are any
+               boundary states float32 [N, D] and queries float32 [first, H, Dh] if there is a boundary;
+               logits float32 [V] if there are any
 
 The header and the model give the size of every array, so the file's size is known before anything of it is allocated;
 it must be exactly that. A digest guards against damage, not against forgery: what is read is checked as input besides.
@@ -37,6 +39,7 @@ from slimrt.engine import Context, Engine
 from slimrt.errors import SessionFileError, SettingError
 from slimrt.output import whole_or_nothing
 from slimrt.paths import user_path
+from slimrt.prune.asked import HEAD
 from slimrt.prune.plan import PrunePlan, check_plan
 from slimrt.prune.schedule import Windows
 from slimrt.session import Session
@@ -45,7 +48,7 @@ from slimrt.weights.gguf import GGUFFile
 __all__ = ["MAGIC", "SavedTalk", "model_fingerprint", "read_session", "write_session"]
 
 MAGIC = b"SLIMRTS\n"
-VERSION = 1
+VERSION = 2
 _PREFIX = struct.Struct("<8sII")
 _DIGEST = 32
 _MAX_HEADER = 1 << 26  # bytes; the messages of a million tokens take about 5 MB
@@ -60,6 +63,7 @@ _KEYS = {
     "tokens",
     "rows",
     "boundary",
+    "first",
     "windows",
     "windowed",
     "logits",
@@ -113,6 +117,7 @@ def write_session(path: str | Path, session: Session, file: GGUFFile, talk: Save
         "tokens": len(session.tokens),
         "rows": rows,
         "boundary": None if context.boundary is None else context.boundary.layer,
+        "first": 0 if context.boundary is None else context.boundary.first_length,
         "windows": [{"layer": layer, "reach": reach} for layer, reach in sorted(context.windows.reach.items())],
         "windowed": context.windows.rows,
         "logits": session.logits is not None,
@@ -160,6 +165,8 @@ def _arrays(session: Session) -> Iterator[np.ndarray]:
         yield np.ascontiguousarray(positions, "<i8")
     if context.boundary is not None:
         yield np.ascontiguousarray(session.engine.ops.to_host(context.boundary.rows()), "<f4")
+        if context.boundary.first_length:
+            yield np.ascontiguousarray(session.engine.ops.to_host(context.boundary.first_queries()), "<f4")
     if session.logits is not None:
         yield np.ascontiguousarray(session.logits, "<f4")
 
@@ -238,7 +245,12 @@ class _Reader:
                 raise self._broken(f"the positions of layer {layer} do not ascend within 0..{tokens - 1}")
             _put(engine, context, layer, keys, values, positions)
         if context.boundary is not None:
-            context.boundary.append(_placed(engine, self._array("<f4", (tokens, c.d_model), "the boundary states")))
+            states = self._array("<f4", (tokens, c.d_model), "the boundary states")
+            queries = None
+            if header["first"]:
+                shape = (header["first"], c.n_heads, c.head_dim)
+                queries = _placed(engine, self._array("<f4", shape, "the first queries"), engine.ops.empty((0,)).dtype)
+            context.boundary.append(_placed(engine, states), queries)
         return self._array("<f4", (c.vocab_size,), "the logits") if header["logits"] else None
 
     def _broken(self, what: str) -> SessionFileError:
@@ -294,6 +306,9 @@ class _Reader:
         boundary = header["boundary"]
         if boundary is not None and (type(boundary) is not int or not 0 <= boundary < c.n_layers):
             raise self._broken(f"the boundary is layer {str(boundary)[:40]} of {c.n_layers}")
+        first = header["first"]
+        if type(first) is not int or not 0 <= first <= min(tokens, HEAD) or (first and boundary is None):
+            raise self._broken(f"claims the queries of {str(first)[:40]} first tokens")
         # Layers up to the first cut hold every token, all do where nothing is cut.
         dense = c.n_layers if boundary is None else boundary + 1
         if any(rows != tokens for rows in header["rows"][:dense]):
@@ -327,6 +342,8 @@ class _Reader:
             expected += rows * (2 * 4 * c.n_kv_heads * c.head_dim + 8) + 3 * _DIGEST
         if header["boundary"] is not None:
             expected += 4 * tokens * c.d_model + _DIGEST
+        if header["first"]:
+            expected += 4 * header["first"] * c.n_heads * c.head_dim + _DIGEST
         if header["logits"]:
             expected += 4 * c.vocab_size + _DIGEST
         if expected != self._size:
@@ -344,10 +361,10 @@ class _Reader:
         return array
 
 
-def _placed(engine: Engine, rows: np.ndarray) -> Any:
-    """``rows`` where the model computes."""
+def _placed(engine: Engine, rows: np.ndarray, dtype: Any = np.float32) -> Any:
+    """``rows`` where the model computes, as ``dtype``."""
     ops = engine.ops
-    placed = ops.empty(rows.shape, rows.dtype)
+    placed = ops.empty(rows.shape, dtype)
     ops.wait(ops.copy([(placed, rows)], after=ops.mark()))
     return placed
 

@@ -15,7 +15,7 @@ from slimrt.engine import Engine
 from slimrt.eval.metrics import accuracy
 from slimrt.eval.sample import Sample
 from slimrt.prune.plan import PrunePlan, Stage
-from slimrt.prune.schedule import schedule
+from slimrt.prune.schedule import Schedule, schedule
 from slimrt.prune.select import ranking
 
 __all__ = ["Findings", "observe"]
@@ -27,16 +27,19 @@ class _Observer:
     """Follows a prefill that keeps everything (``slimrt.engine.Trace``): the share of the blocks, by layer, that must
     go on for the blocks of the rows ``wanted`` to be among them."""
 
-    def __init__(self, plan: PrunePlan, wanted: range) -> None:
+    def __init__(self, rule: Schedule, wanted: range) -> None:
         self.shares: dict[int, float] = {}
-        self._plan, self._blocks = plan, range(wanted[0] // plan.block, wanted[-1] // plan.block + 1)
+        block = rule.plan.block
+        self._rule, self._blocks = rule, range(wanted[0] // block, wanted[-1] // block + 1)
 
     def begin(self) -> None:
         """Nothing to see."""
 
-    def cut(self, layer: int, positions: np.ndarray, scores: np.ndarray, rows: np.ndarray) -> None:
+    def cut(
+        self, layer: int, positions: np.ndarray, scores: np.ndarray, rows: np.ndarray, by: np.ndarray | None
+    ) -> None:
         """The ranks of the wanted blocks under these scores."""
-        ranked = ranking(self._plan, scores, len(positions))
+        ranked = ranking(self._rule, scores, len(positions))
         last = np.flatnonzero(np.isin(ranked, self._blocks))[-1]
         self.shares[layer] = (int(last) + 1) / len(ranked)
 
@@ -51,10 +54,11 @@ def observe(engine: Engine, sample: Sample, plan: PrunePlan) -> dict[str, float]
     the quotation.
     """
     assert plan.keeps_all and sample.quoted is not None
-    observer = _Observer(plan, range(sample.quoted, sample.quoted + len(sample.continuation)))
+    rule = schedule(plan, len(sample.prompt))
+    observer = _Observer(rule, range(sample.quoted, sample.quoted + len(sample.continuation)))
     context = engine.new_context()
     try:
-        hidden, _ = engine.prefill(context, sample.prompt, schedule(plan, len(sample.prompt)), trace=observer)
+        hidden, _ = engine.prefill(context, sample.prompt, rule, trace=observer)
         following = sample.continuation[:-1]
         rest = engine.extend(context, following, wanted=len(following))
         logits = engine.logits(np.concatenate([hidden, rest]))

@@ -35,11 +35,11 @@ class Probe:
 
         "kl" (nats a token), "accuracy" (top-1, a share) and "nll" (nats a token). Raises ComputeError if not finite.
         """
-        prompt, window = self._sample.prompt, plan.query_window
+        prompt = self._sample.prompt
         rule = schedule(plan, len(prompt))
         # Without a cut the layers behind the boundary are read on from, so nothing of another plan's may be in them.
         shared = rule.cuts and self._early(rule.windows) == self._early(self._context.windows)
-        self._context.truncate(len(prompt) - window if shared else 0)
+        self._context.truncate(len(prompt) - rule.fresh_rows if shared else 0)
         rest = prompt[self._context.length :]
         hidden, _ = self._engine.prefill(self._context, rest, rule)
         found = judge(self._sample, self._dense, self._read_on(hidden))

@@ -181,7 +181,7 @@ def calibrate(
     drawn = _drawn(source, length, samples, seed)
     header = {
         "version": __version__,
-        "model": fingerprint(config),
+        "model": fingerprint(llm.file, config),
         "bytes": llm.file.path.stat().st_size,
         "text": source.corpus.sha256,
         "lengths": [length, longest],
@@ -246,7 +246,7 @@ def calibrate(
     measured = tuple(sorted(tried.values(), key=lambda one: (one.samples, -one.work), reverse=True))
     corpus = {"name": Path(source.corpus.name).name, "sha256": source.corpus.sha256}
     lengths = length, longest
-    return Calibration(fingerprint(config), bounds, presets, measured, ttft, lengths, seed, corpus), journal
+    return Calibration(fingerprint(llm.file, config), bounds, presets, measured, ttft, lengths, seed, corpus), journal
 
 
 def _drawn(source: Source, length: int, samples: int, seed: int) -> list[Sample]:

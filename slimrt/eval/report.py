@@ -29,12 +29,15 @@ __all__ = [
 
 DENSE = "dense"
 RULER_MEAN = "ruler"  # the summary over all of RULER's tasks
-HIGHER_IS_BETTER = {"score": True, "accuracy": True, "nll": False, "kl": False}
+HIGHER_IS_BETTER = {"score": True, "accuracy": True, "nats": False, "nll": False, "kl": False}
+# What a plan may lose and still count as no worse than dense: the bounds of the preset ``auto``.
+MARGINS = {"score": 0.05, "accuracy": 0.01, "nats": 0.3, "nll": 0.02, "kl": 0.05}
 
 
 @dataclass(frozen=True)
 class Result:
-    """One sample under one plan. ``metrics``: means over the continuation, or the score of the drawn ``answer``."""
+    """One sample under one plan. ``metrics``: means over the continuation, or the score of the drawn ``answer``.
+    ``cluster``: samples of a task with the same number share text."""
 
     length: int
     task: str
@@ -43,6 +46,7 @@ class Result:
     metrics: Mapping[str, float]
     answer: str | None = None
     references: tuple[str, ...] = ()
+    cluster: int = 0
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,10 @@ class Timing:
 class Summary:
     """One metric of one task: the plan's mean, the dense run's, and the mean of the paired differences (plan - dense).
 
-    ``low`` and ``high`` bound the mean difference (95 %, percentile bootstrap over the ``n`` samples).
+    ``low`` and ``high`` bound the mean difference (95 %, percentile bootstrap over the ``clusters`` of the ``n``
+    samples). A loss is a difference to the worse: ``at_most`` is the one-sided 95 % bound of its mean, ``margin`` what
+    would still count as none, ``worst_tenth`` the mean over the worst tenth of the samples (at least one), ``worst``
+    the greatest.
     """
 
     length: int
@@ -80,6 +87,16 @@ class Summary:
     difference: float
     low: float
     high: float
+    clusters: int
+    at_most: float
+    margin: float
+    worst_tenth: float
+    worst: float
+
+    @property
+    def no_worse(self) -> bool:
+        """Whether the plan is shown to be no worse than dense by more than the margin (one-sided 95 %)."""
+        return self.clusters > 1 and self.at_most <= self.margin
 
     @property
     def verdict(self) -> str:
@@ -110,13 +127,15 @@ class EvalReport:
     def summaries(self) -> tuple[Summary, ...]:
         """Every metric of every task at every length, plan by plan; RULER's tasks also taken together."""
         groups: dict[tuple[int, str, str, str], dict[tuple[str, int], float]] = {}
+        clusters: dict[tuple[str, int], tuple[str, int]] = {}
         for result in self.results:
             for task in (result.task, *([RULER_MEAN] if result.task in self.ruler_tasks else [])):
                 for metric, value in result.metrics.items():
                     values = groups.setdefault((result.length, task, metric, result.plan), {})
                     values[result.task, result.index] = value
+                    clusters[result.task, result.index] = (result.task, result.cluster)
         summaries = [
-            _summary(length, task, metric, plan, values, groups[length, task, metric, DENSE])
+            _summary(length, task, metric, plan, values, groups[length, task, metric, DENSE], clusters)
             for (length, task, metric, plan), values in groups.items()
             if plan != DENSE
         ]
@@ -146,7 +165,9 @@ class EvalReport:
             "samples": self.samples,
             "interval": f"{CONFIDENCE:.0%} percentile bootstrap of the mean paired difference, {RESAMPLES} resamples",
             "plans": {name: dict(plan) for name, plan in self.plans.items()},
-            "summary": [dataclasses.asdict(row) | {"verdict": row.verdict} for row in self.summaries],
+            "summary": [
+                dataclasses.asdict(row) | {"verdict": row.verdict, "no_worse": row.no_worse} for row in self.summaries
+            ],
             "ttft": [
                 dataclasses.asdict(timing) | {"median_s": timing.median_s, "speedup": self.speedup(timing)}
                 for timing in self.timings
@@ -166,14 +187,24 @@ def _summary(
     plan: str,
     values: Mapping[tuple[str, int], float],
     dense: Mapping[tuple[str, int], float],
+    clusters: Mapping[tuple[str, int], tuple[str, int]],
 ) -> Summary:
     pairs = np.array([(value, dense[sample]) for sample, value in values.items()])
     differences = pairs[:, 0] - pairs[:, 1]
-    low, high = bootstrap_interval(differences)
+    of = [clusters[sample] for sample in values]
+    low, high = bootstrap_interval(differences, clusters=of)
+    losses = np.sort(-differences if HIGHER_IS_BETTER[metric] else differences)
+    one_sided = 1 - 2 * (1 - CONFIDENCE)
+    bounds = bootstrap_interval(differences, clusters=of, confidence=one_sided)
     mean, mean_dense = pairs.mean(axis=0)
     return Summary(
-        length, task, metric, plan, len(pairs), float(mean), float(mean_dense), float(differences.mean()), low, high
-    )
+        length, task, metric, plan, len(pairs), float(mean), float(mean_dense), float(differences.mean()), low, high,
+        clusters=len(set(of)),
+        at_most=-bounds[0] if HIGHER_IS_BETTER[metric] else bounds[1],
+        margin=MARGINS[metric],
+        worst_tenth=float(losses[-max(1, len(losses) // 10) :].mean()),
+        worst=float(losses[-1]),
+    )  # fmt: skip
 
 
 def front(costs: Sequence[tuple[float, float]]) -> list[bool]:

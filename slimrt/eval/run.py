@@ -49,22 +49,26 @@ def respond(llm: LLM, sample: Sample, plan: Plan) -> Response:
             list(sample.prompt), prune=plan, session=llm.session(), temperature=0.0, max_tokens=sample.max_tokens
         )
         return Response(answer=completion.text)
-    ids = [*sample.prompt, *sample.continuation]
-    return Response(logits=llm.continuation_logits(ids, len(sample.prompt), prune=plan))
+    ids = [*sample.prompt, *sample.forced, *sample.continuation]
+    logits = llm.continuation_logits(ids, len(sample.prompt), prune=plan, decode=True)
+    return Response(logits=logits[len(sample.forced) :])
 
 
 def judge(sample: Sample, dense: Response, response: Response) -> dict[str, float]:
     """The metrics of a response; ``dense`` is the dense run's to the same sample.
 
     "score" for generation; for continuation the means of "accuracy" (top-1), "nll" (nats a token) and "kl" (dense to
-    this one, nats a token). Raises ComputeError where one is not finite.
+    this one, nats a token); behind a forced opening "nats" (of the whole answer) in place of "nll". Raises ComputeError
+    where one is not finite.
     """
     if response.answer is not None:
         return {"score": substring_score(response.answer, sample.references)}
     assert response.logits is not None and dense.logits is not None
+    loss = nll(response.logits, sample.continuation)
     metrics = {
         "accuracy": float(accuracy(response.logits, sample.continuation).mean()),
-        "nll": float(nll(response.logits, sample.continuation).mean()),
+        # Of an answer all its tokens together: whoever loses its first one has lost it.
+        **({"nats": float(loss.sum())} if sample.forced else {"nll": float(loss.mean())}),
         "kl": float(kl(dense.logits, response.logits).mean()),
     }
     for name, value in metrics.items():
@@ -123,7 +127,8 @@ def evaluate(
             f"prompts of {max(lengths)} tokens and their answers take {needed}, the context holds {llm.ctx}; "
             f"load the model with ctx={needed} or more (--ctx), or take shorter prompts"
         )
-    source = Source(llm.tokenizer, text if isinstance(text, Corpus) else load_corpus(llm.tokenizer, text))
+    corpus = text if isinstance(text, Corpus) else load_corpus(llm.tokenizer, text)
+    source = Source(llm.tokenizer, corpus, llm.chat_tokens if llm.has_chat_template else None)
     # All samples before any is run, so that settings that cannot work fail at once.
     sizes = sorted(set(lengths))
     drawn = {size: [s for task in chosen for s in task_samples(task, source, size, samples, seed)] for size in sizes}
@@ -174,7 +179,7 @@ def _checked_plans(llm: LLM, plans: Mapping[str, Plan]) -> dict[str, dict[str, o
             raise SettingError(
                 f"plan name '{name}': stands for the dense run, which is always there; take another name"
             )
-        choice = choose_plan(plan, llm.file.path, llm.config)
+        choice = choose_plan(plan, llm.file, llm.config)
         found[name] = {
             "plan": None if choice.plan is None else dataclasses.asdict(choice.plan),
             "source": choice.source,
@@ -199,7 +204,10 @@ def _run_sample(llm: LLM, sample: Sample, plans: Mapping[str, Plan], steps: _Ste
         response = respond(llm, sample, plan)
         dense = dense or response
         metrics = judge(sample, dense, response)
-        yield Result(len(sample.prompt), sample.task, sample.index, name, metrics, response.answer, sample.references)
+        yield Result(
+            len(sample.prompt), sample.task, sample.index, name, metrics, response.answer, sample.references,
+            sample.index if sample.cluster is None else sample.cluster,
+        )  # fmt: skip
 
 
 def _time(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -23,6 +23,8 @@ class Sample:
     "generation": up to ``max_tokens`` tokens are drawn greedily, the answer should contain every one of ``references``.
     "continuation": the tokens ``continuation`` are read after the prompt, and the logits that predict them are judged.
     ``quoted``: the first row of the prompt that holds the continuation already, None where none does.
+    ``forced``: tokens read between the prompt and the continuation, as if the model had written them, and not judged.
+    ``cluster``: samples of a task with the same number share text; None: this one shares none.
     """
 
     task: str
@@ -33,14 +35,18 @@ class Sample:
     continuation: tuple[int, ...] = ()
     max_tokens: int = 0
     quoted: int | None = None
+    forced: tuple[int, ...] = ()
+    cluster: int | None = None
 
 
 @dataclass(frozen=True)
 class Source:
-    """What tasks draw from: the model's tokenizer, and running text (``corpus``) for those that need it."""
+    """What tasks draw from: the model's tokenizer, running text (``corpus``) for those that need it, and how messages
+    become a prompt (``chat``; None where the model has no chat template)."""
 
     tokenizer: Tokenizer
     corpus: Corpus
+    chat: Callable[[Sequence[Mapping[str, Any]]], list[int]] | None = None
 
 
 @dataclass(frozen=True)

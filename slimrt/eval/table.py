@@ -11,7 +11,7 @@ __all__ = ["quality_tables", "ttft_table"]
 
 FEW_SAMPLES = 10
 HEADLINE = {"recall": ("accuracy", "kl"), "continuation": ("nll", "kl")}  # of the others "score"
-UNITS = {"score": "", "accuracy": ", top-1", "nll": ", nats", "kl": ", KL nats"}
+UNITS = {"score": "", "accuracy": ", top-1", "nats": "", "nll": ", nats", "kl": ", KL nats"}
 STYLES = {"worse": "red", "better": "green", "": ""}
 
 
@@ -29,14 +29,14 @@ def _quality_table(report: EvalReport, length: int) -> Table:
     table = _table(f"Quality against the dense run, {length:,} tokens, {report.samples} samples a task")
     table.add_column("task, measure", no_wrap=True)
     table.add_column("plan", overflow="fold")
-    for heading in ("dense", "pruned", "change", "95 % interval"):
+    for heading in ("dense", "pruned", "change", "95 % interval", "worst"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("")
     rows = [row for row in report.summaries if row.length == length]
     one_ruler_task = len({row.task for row in rows} & set(report.ruler_tasks)) == 1
     before = ""
     for row in rows:
-        if row.metric not in HEADLINE.get(row.task, ("score",)) or (row.task == RULER_MEAN and one_ruler_task):
+        if row.metric not in HEADLINE.get(row.task, ("score", "nats")) or (row.task == RULER_MEAN and one_ruler_task):
             continue
         label = "ruler, mean" if row.task == RULER_MEAN else row.task + UNITS[row.metric]
         # What repeats from the line above is left out, so that the plans of one measure read as a group.
@@ -44,7 +44,8 @@ def _quality_table(report: EvalReport, length: int) -> Table:
             "" if label == before else label,
             Text(row.plan),
             *_figures(row),
-            Text(row.verdict, style=STYLES[row.verdict]),
+            f"{row.worst:+.2f}",
+            Text(row.verdict or ("no worse" if row.no_worse else ""), style=STYLES[row.verdict]),
         )
         before = label
     return table

@@ -10,6 +10,7 @@ import numpy as np
 from slimrt.errors import SettingError
 from slimrt.eval.ruler import RULER
 from slimrt.eval.sample import Sample, Source, Task
+from slimrt.eval.shapes import SHAPES
 from slimrt.eval.text import windows
 
 __all__ = ["CONTINUATION_TOKENS", "RECALL_TOKENS", "TASKS", "resolve", "samples"]
@@ -32,12 +33,14 @@ def _recall(source: Source, length: int, count: int, rng: np.random.Generator) -
         raise SettingError(
             f"task recall: a prompt of {length} tokens; its shortest has {len(begin) + 3 * RECALL_TOKENS}, ask for more"
         )
-    for index, window in enumerate(windows(source.corpus, size, 2 * RECALL_TOKENS, count, rng)):
+    for index, (window, cluster) in enumerate(windows(source.corpus, size, 2 * RECALL_TOKENS, count, rng)):
         place = rng.integers(0, size - 2 * RECALL_TOKENS + 1)
         cue, answer = np.split(window[place : place + 2 * RECALL_TOKENS], 2)
         prompt = (*begin, *window.tolist(), *cue.tolist())
         quoted = len(begin) + int(place) + RECALL_TOKENS
-        yield Sample("recall", index, "continuation", prompt, continuation=tuple(answer.tolist()), quoted=quoted)
+        yield Sample(
+            "recall", index, "continuation", prompt, continuation=tuple(answer.tolist()), quoted=quoted, cluster=cluster
+        )
 
 
 def _continuation(source: Source, length: int, count: int, rng: np.random.Generator) -> Iterator[Sample]:
@@ -46,9 +49,10 @@ def _continuation(source: Source, length: int, count: int, rng: np.random.Genera
     size = length - len(begin)
     if size < 1:
         raise SettingError(f"task continuation: a prompt of {length} tokens; ask for at least {len(begin) + 1}")
-    for index, window in enumerate(windows(source.corpus, size + CONTINUATION_TOKENS, CONTINUATION_TOKENS, count, rng)):
-        prompt = (*begin, *window[:size].tolist())
-        yield Sample("continuation", index, "continuation", prompt, continuation=tuple(window[size:].tolist()))
+    drawn = windows(source.corpus, size + CONTINUATION_TOKENS, CONTINUATION_TOKENS, count, rng)
+    for index, (window, cluster) in enumerate(drawn):
+        prompt, rest = (*begin, *window[:size].tolist()), tuple(window[size:].tolist())
+        yield Sample("continuation", index, "continuation", prompt, continuation=rest, cluster=cluster)
 
 
 _TEXT = (
@@ -56,16 +60,17 @@ _TEXT = (
     Task("continuation", "the next 64 tokens of the text", "continuation", CONTINUATION_TOKENS, _continuation),
 )
 
-TASKS: dict[str, Task] = {task.name: task for task in (*_TEXT, *RULER)}
+TASKS: dict[str, Task] = {task.name: task for task in (*_TEXT, *SHAPES, *RULER)}
 _GROUPS: dict[str, tuple[str, ...]] = {
     "all": tuple(TASKS),
     "text": tuple(task.name for task in _TEXT),
+    "shapes": tuple(task.name for task in SHAPES),
     "ruler": tuple(task.name for task in RULER),
 }
 
 
 def resolve(names: Sequence[str]) -> tuple[Task, ...]:
-    """Tasks and groups ("all", "text", "ruler") by name, each once, in the order of ``TASKS``.
+    """Tasks and groups ("all", "text", "shapes", "ruler") by name, each once, in the order of ``TASKS``.
 
     Raises SettingError for a name that is neither, and if there is none.
     """

@@ -5,14 +5,17 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from slimrt.errors import SettingError
+from slimrt.eval.packages import PACKAGES, package_text
 from slimrt.text.tokenizer import Tokenizer
 
-__all__ = ["Corpus", "corpus_from_text", "load_corpus", "windows"]
+__all__ = ["Corpus", "Window", "corpus_from_text", "load_corpus", "windows"]
 
+PACKAGE = "pypi:"
 DEFAULT_NAME = "pydoc_data.topics"
 
 
@@ -26,12 +29,21 @@ class Corpus:
 
 
 def load_corpus(tokenizer: Tokenizer, path: str | Path | None = None) -> Corpus:
-    """The text of the UTF-8 file ``path``, or by default the language topics that Python ships (English, 460 kB).
+    """The text of the UTF-8 file ``path`` or ("pypi:NAME") of one of ``slimrt.eval.packages``, or by default the
+    language topics that Python ships (English, 460 kB).
 
-    Raises SettingError if the file cannot be read, is no UTF-8 or is empty, or if this Python has no such topics.
+    Raises FetchError for a package that cannot be fetched, SettingError if the file cannot be read, is no UTF-8 or is
+    empty, or if this Python has no such topics.
     """
     if path is None:
         return corpus_from_text(tokenizer, _shipped_text(), DEFAULT_NAME)
+    if str(path).startswith(PACKAGE):
+        name = str(path).removeprefix(PACKAGE)
+        if name not in PACKAGES:
+            raise SettingError(
+                f"text '{path}': known are {', '.join(PACKAGE + known for known in PACKAGES)}, or a file"
+            )
+        return corpus_from_text(tokenizer, package_text(name), f"{PACKAGES[name].requirement}, docstrings")
     path = Path(path)
     try:
         text = path.read_bytes().decode("utf-8-sig")
@@ -58,7 +70,15 @@ def _shipped_text() -> str:
     return "\n\n".join(topics[name] for name in sorted(topics))
 
 
-def windows(corpus: Corpus, size: int, fresh: int, count: int, rng: np.random.Generator) -> list[np.ndarray]:
+class Window(NamedTuple):
+    """A run of a corpus's tokens. ``cluster``: windows that share text, or are linked by such, have the same number:
+    what is measured on them is not independent."""
+
+    tokens: np.ndarray
+    cluster: int
+
+
+def windows(corpus: Corpus, size: int, fresh: int, count: int, rng: np.random.Generator) -> list[Window]:
     """``count`` windows of ``size`` tokens spread over the corpus; the last ``fresh`` tokens of each are in no other's.
 
     So the samples' targets are distinct text, while the prompts before them may overlap. Raises SettingError if the
@@ -74,4 +94,5 @@ def windows(corpus: Corpus, size: int, fresh: int, count: int, rng: np.random.Ge
     # One window in each of `count` equal stretches, anywhere that keeps `fresh` tokens clear of the next stretch.
     stride = (room + fresh) // count
     starts = np.arange(count) * stride + rng.integers(0, stride - fresh + 1, count)
-    return [corpus.tokens[start : start + size] for start in starts]
+    clusters = np.cumsum(np.diff(starts, prepend=-size) >= size)
+    return [Window(corpus.tokens[at : at + size], int(number)) for at, number in zip(starts, clusters, strict=True)]

@@ -13,7 +13,7 @@ from slimrt.explain.blocks import Block, prompt_blocks
 from slimrt.explain.trace import CutTrace, PrefillTrace
 from slimrt.llm import LLM
 from slimrt.prune.plan import PrunePlan
-from slimrt.prune.schedule import local_blocks
+from slimrt.prune.schedule import schedule
 from slimrt.session import Session
 
 __all__ = ["CutReport", "Explanation", "LayerReport", "Span", "explain"]
@@ -71,7 +71,7 @@ class Explanation:
     ids to the first logits; ``outside_s``: the part of it that is not spent in layers. ``states_host``: bytes of hidden
     states kept in host memory, from which another question can be answered. ``kv_kept``: bytes of all rows of keys and
     values, each counted once; ``kv_dense``: what a dense run of the prompt leaves. ``windowed_rows``: how many first
-    tokens the windows of the plan hold for.
+    tokens the windows of the plan hold for. ``doubts``: in words, why more was kept than usual, or later cut.
     """
 
     model: str
@@ -94,6 +94,7 @@ class Explanation:
     cuts: tuple[CutReport, ...]
     layers: tuple[LayerReport, ...]
     blocks: tuple[Block, ...]
+    doubts: tuple[str, ...] = ()
 
     @property
     def kv_resident(self) -> int:
@@ -148,7 +149,8 @@ def explain(llm: LLM, ids: Sequence[int], *, question: str = "", progress: Progr
     reading = session.prefill(ids, plan, progress=progress, trace=trace)
     ttft = time.perf_counter() - begun
     block = _DENSE_BLOCK if plan is None else plan.block
-    sink, local = (0, 0) if plan is None else (plan.sink_blocks, local_blocks(plan, len(ids)))
+    rule = schedule(plan, len(ids), None if plan is None else llm.asking(ids))
+    sink, local = (rule.first_blocks, rule.last_blocks(len(ids))) if rule.cuts else (0, 0)
     cuts = tuple(_cut(cut, block) for cut in trace.cuts)
     boundary, layers = session.context.boundary, _layers(session, trace)
     token = llm.engine.kv_bytes_per_token
@@ -172,7 +174,8 @@ def explain(llm: LLM, ids: Sequence[int], *, question: str = "", progress: Progr
         kv_dense=len(ids) * token,
         cuts=cuts,
         layers=layers,
-        blocks=prompt_blocks(llm.tokenizer, ids, block, trace.cuts, sink=sink, local=local),
+        blocks=prompt_blocks(llm.tokenizer, ids, block, trace.cuts, sink=sink, local=local, follow=rule.plan.follow),
+        doubts=reading.doubts,
     )
 
 

@@ -41,6 +41,8 @@ def summary(seen: Explanation) -> Iterator[Text | Table]:
     yield Text(f"{marks[-1]}  kept to the end: {len(seen.blocks) - sum(counts):,} blocks")
     yield Text()
     yield _stages(seen)
+    for doubt in seen.doubts:
+        yield Text(f"In doubt: {doubt}.", style="yellow")
     yield Text()
     yield Text(
         f"TTFT {readable_seconds(seen.ttft_s)} · KV {human_bytes(seen.kv_kept)}, "

@@ -15,13 +15,15 @@ class CutTrace:
     """One cut, after the attention of ``layer``.
 
     ``positions`` [N]: the tokens that were active, by their place in the prompt. ``scores`` [B]: those of their blocks.
-    ``kept`` [K]: the places in the prompt of those that went on.
+    ``kept`` [K]: the places in the prompt of those that went on. ``by`` [B]: the places of the tokens that wanted the
+    blocks most (-1: none did); None where the score does not tell.
     """
 
     layer: int
     positions: np.ndarray
     scores: np.ndarray
     kept: np.ndarray
+    by: np.ndarray | None = None
 
 
 @dataclass
@@ -36,9 +38,12 @@ class PrefillTrace:
         """The layers begin."""
         self._last = time.perf_counter()
 
-    def cut(self, layer: int, positions: np.ndarray, scores: np.ndarray, rows: np.ndarray) -> None:
+    def cut(
+        self, layer: int, positions: np.ndarray, scores: np.ndarray, rows: np.ndarray, by: np.ndarray | None
+    ) -> None:
         """Of the active ``positions`` [N], whose blocks scored ``scores`` [B], those at ``rows`` go on."""
-        self.cuts.append(CutTrace(layer, positions.copy(), np.array(scores, np.float64), positions[rows]))
+        scored = np.array(scores, np.float64)
+        self.cuts.append(CutTrace(layer, positions.copy(), scored, positions[rows], None if by is None else by.copy()))
 
     def layer(self, layer: int) -> None:
         """A layer is done."""

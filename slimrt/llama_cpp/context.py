@@ -173,7 +173,7 @@ class LlamaContext:
         self._session = self._llm.current
         if logits_all:
             self._all_logits = AllLogits(self._session.engine, self._ctx)
-            self._session = Session(self._all_logits, self._ctx)
+            self._session = Session(self._all_logits, self._ctx, self._llm.asking)
 
     # -- tokens -----------------------------------------------------------------------------------------------------
 

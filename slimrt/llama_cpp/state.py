@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from slimrt.engine import Context, Engine
+from slimrt.engine import Context, Engine, Kept
 from slimrt.errors import SettingError
 from slimrt.memory.plan import available_memory
 from slimrt.prune.schedule import Schedule
@@ -32,7 +32,7 @@ class AllLogits(Engine):
 
     def _through_layers(
         self, context: Context, ids: Sequence[int] | np.ndarray, schedule: Schedule, *, wanted: int, **options: Any
-    ) -> tuple[np.ndarray, tuple[int, ...]]:
+    ) -> tuple[np.ndarray, tuple[Kept, ...]]:
         start = context.length
         hidden, kept = super()._through_layers(context, ids, schedule, wanted=len(ids), **options)
         for at in range(0, len(ids), _LOGIT_ROWS):

@@ -151,6 +151,10 @@ class Ops(MemoryOps, RowOps, Protocol):
     def score_blocks(self, kind: str, q: Array, k: Array, block: int, unit: int) -> np.ndarray:
         """How much q [W, H, Dh] of the last rows want each block of k [Hkv, N, Dh] -> [B] on the host."""
 
+    def block_mass(self, q: Array, k: Array, block: int, causal: bool) -> np.ndarray:
+        """The attention of q [W, H, Dh] by block of k [Hkv, N, Dh] -> [W, H, B] on the host; ``causal``: q are those of
+        the last W rows, and see no later keys; else they see all."""
+
     def unit_means(self, k: Array, unit: int) -> Array:
         """Mean key of each run of ``unit`` rows: k [Hkv, N, Dh] -> [Hkv, ceil(N / unit), Dh]."""
 

@@ -12,6 +12,7 @@ from typing import Any
 from slimrt.config import ModelConfig, is_whole
 from slimrt.errors import SettingError
 from slimrt.paths import user_path
+from slimrt.prune.asked import ASKED
 from slimrt.prune.reach import SINK
 from slimrt.prune.scores import BLOCK_SCORES
 
@@ -88,6 +89,12 @@ class PrunePlan:
     finds where a passage begins, and what is read or quoted is what comes next. Prompts of fewer than ``min_tokens``
     run dense, and no fraction leaves fewer than ``min_keep`` tokens: short prompts lose more by the same one.
 
+    With the score "asked" (``slimrt.prune.asked``) the queries are those of all tokens that ask, wherever they stand,
+    and three more numbers say what a prompt in doubt gets: a block that scores ``sure`` (0 to 1; 0: no such rule) stays
+    whatever its rank, as long as no more than ``most`` (a fraction) of the prompt's tokens stay at a cut; where not one
+    block scores that high, nobody knows what is wanted, and ``most`` stay. Stages before layer ``late`` are left out
+    where a question stands before the document: in early layers the last tokens do not know it yet.
+
     ``windows`` limit how far back heads of the layers before the first cut look: those layers compute every token, and
     most of the time of a long prompt is their attention. The last ``full_rows`` tokens of the prompt, the question most
     likely, look at everything all the same, and so does what is generated.
@@ -105,6 +112,9 @@ class PrunePlan:
     min_keep: int = 0
     windows: tuple[Window, ...] = ()
     full_rows: int = 256
+    sure: float = 0.0
+    most: float = 1.0
+    late: int = 0
 
     @property
     def does_nothing(self) -> bool:
@@ -121,7 +131,7 @@ class PrunePlan:
         object.__setattr__(self, "windows", _windows(self.windows))
         if not isinstance(self.score, str):
             raise SettingError(f"prune plan: score {self.score!r} must be a name")
-        not_negative = ("sink_blocks", "min_tokens", "min_keep", "full_rows")
+        not_negative = ("sink_blocks", "min_tokens", "min_keep", "full_rows", "late")
         for name in ("block", "unit", "query_window", "local_blocks", *not_negative):
             if not is_whole(getattr(self, name)):
                 raise SettingError(f"prune plan: {name} {getattr(self, name)!r} must be a whole number")
@@ -133,8 +143,10 @@ class PrunePlan:
         for name in not_negative:
             if getattr(self, name) < 0:
                 raise SettingError(f"prune plan: {name} {getattr(self, name)} must be at least 0")
-        if isinstance(self.follow, bool) or not isinstance(self.follow, int | float) or not 0 <= self.follow <= 1:
-            raise SettingError(f"prune plan: follow {self.follow!r} must lie in [0, 1]")
+        for name in ("follow", "sure", "most"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+                raise SettingError(f"prune plan: {name} {value!r} must lie in [0, 1]")
         if self.block % self.unit:
             raise SettingError(f"prune plan: block {self.block} must be a multiple of unit {self.unit}")
         for entries in (self.stages, self.windows):
@@ -147,10 +159,10 @@ class PrunePlan:
                     f"prune plan: layer {window.layer} reaches {list(window.reach)} rows; each must be a multiple of "
                     f"{SINK}, or 0 for no limit"
                 )
-            if self.stages and window.layer > self.stages[0].layer:
+            if self.stages and window.layer > max(self.stages[0].layer, self.late):
                 raise SettingError(
                     f"prune plan: the window of layer {window.layer} lies behind the first cut, at layer "
-                    f"{self.stages[0].layer}; windows belong to the layers up to it"
+                    f"{max(self.stages[0].layer, self.late)}; windows belong to the layers up to it"
                 )
         for stage in self.stages:
             if isinstance(stage.keep, float):
@@ -205,8 +217,8 @@ def read_plan_file(path: Path) -> dict[str, Any]:
 
 def check_plan(plan: PrunePlan, config: ModelConfig) -> None:
     """Raise SettingError if ``plan`` cannot be run on a model of these sizes."""
-    if plan.score not in BLOCK_SCORES:
-        raise SettingError(f"prune plan: score '{plan.score}'; known are {', '.join(BLOCK_SCORES)}")
+    if plan.score not in (*BLOCK_SCORES, ASKED):
+        raise SettingError(f"prune plan: score '{plan.score}'; known are {', '.join([*BLOCK_SCORES, ASKED])}")
     for stage in plan.stages:
         # The last layer computes the wanted rows only, so a cut there would cut nothing.
         if stage.layer >= config.n_layers - 1:

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from slimrt.config import ModelConfig
 from slimrt.errors import SettingError
 from slimrt.paths import user_path
+from slimrt.prune.asked import ASKED
 from slimrt.prune.plan import PrunePlan, Stage, check_plan, read_plan_file
+from slimrt.weights.gguf import GGUFFile
+from slimrt.weights.quants import dequantize
 
 __all__ = ["PRESETS", "PlanChoice", "choose_plan", "fingerprint", "preset_path"]
 
@@ -20,14 +27,39 @@ PRESETS = ("auto", "fast")
 
 @dataclass(frozen=True)
 class PlanChoice:
-    """A plan (None: dense) and where it comes from, in words for the user."""
+    """A plan (None: dense) and where it comes from, in words for the user. ``preset``: its name, if it is one."""
 
     plan: PrunePlan | None
     source: str
+    preset: str = ""
+
+    @property
+    def lasting(self) -> PrunePlan | None:
+        """The plan for a conversation, of which further questions are to be expected.
+
+        After a cut each of them computes the pruned stages again, which from the fourth or so costs more than the cut
+        had saved. So "auto" keeps its windows there and cuts nothing; "fast" and plans of one's own stay as they are.
+        """
+        if self.preset != "auto" or self.plan is None:
+            return self.plan
+        plan = dataclasses.replace(self.plan, stages=(), late=0)
+        return None if plan.does_nothing else plan
 
 
-def fingerprint(config: ModelConfig) -> dict[str, Any]:
-    """What a plan must share with the model that it was calibrated on."""
+def fingerprint(file: GGUFFile, config: ModelConfig) -> dict[str, Any]:
+    """What a plan must share with the model that it was calibrated on: the sizes, and the training that made it.
+
+    "norms" is the SHA-256 of the weights of all norms, by name, in float32. Files of every type of quantisation keep
+    them as they were trained, so a model has one in all its files; models of the same sizes have others.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(file.tensors):
+        if name.endswith("norm.weight"):
+            digest.update(name.encode() + np.ascontiguousarray(dequantize(file.tensors[name]), "<f4").tobytes())
+    return _sizes(config) | {"norms": digest.hexdigest()}
+
+
+def _sizes(config: ModelConfig) -> dict[str, Any]:
     return {
         "arch": config.arch,
         "n_layers": config.n_layers,
@@ -43,7 +75,7 @@ def preset_path(model: Path) -> Path:
     return model.with_name(model.name.removesuffix(".gguf") + ".slim.json")
 
 
-def choose_plan(spec: PrunePlan | str | Path, model: Path, config: ModelConfig) -> PlanChoice:
+def choose_plan(spec: PrunePlan | str | Path, file: GGUFFile, config: ModelConfig) -> PlanChoice:
     """``spec``: "off", a preset ("auto", "fast"), a plan, or a path to one (a plan, or a presets file: its "auto").
 
     Raises SettingError for a plan that does not fit the model, or a file that is not a plan.
@@ -62,25 +94,27 @@ def choose_plan(spec: PrunePlan | str | Path, model: Path, config: ModelConfig) 
                 f"prune '{spec}': must be off, {', '.join(PRESETS)} or a plan's file; there is no such file"
             )
         data = read_plan_file(path)
-        plan = _preset(data, "auto", path, config) if "presets" in data else PrunePlan.from_dict(data)
+        plan = _preset(data, "auto", path, file, config) if "presets" in data else PrunePlan.from_dict(data)
         check_plan(plan, config)
         return PlanChoice(None if plan.does_nothing else plan, str(path))
-    beside = preset_path(model)
+    beside = preset_path(file.path)
     if beside.exists():
-        return PlanChoice(_preset(read_plan_file(beside), spec, beside, config), f"'{spec}' of {beside.name}")
+        return PlanChoice(
+            _preset(read_plan_file(beside), spec, beside, file, config), f"'{spec}' of {beside.name}", spec
+        )
+    like = ""
     for shipped in sorted(resources.files("slimrt.plans").iterdir(), key=lambda entry: entry.name):
         if shipped.name.endswith(".slim.json"):
             data = json.loads(shipped.read_text())
-            if data["model"] == fingerprint(config):
-                return PlanChoice(_preset(data, spec, Path(shipped.name), config), f"'{spec}' shipped for this model")
+            if data["model"] == fingerprint(file, config):
+                plan = _preset(data, spec, Path(shipped.name), file, config)
+                return PlanChoice(plan, f"'{spec}' shipped for this model", spec)
+            if {**data["model"], "norms": ""} == {**_sizes(config), "norms": ""}:
+                like = f" (it has the sizes of {shipped.name.removesuffix('.slim.json')}, but not its weights)"
+    none = f"'{spec}': no plan is calibrated for this model{like}"
     if spec == "auto":
-        return PlanChoice(
-            None, "'auto': no plan is calibrated for this model, prompts run dense (slimrt calibrate finds one)"
-        )
-    return PlanChoice(
-        _cautious(config),
-        f"'{spec}': no plan is calibrated for this model, cautious default (slimrt calibrate finds a faster one)",
-    )
+        return PlanChoice(None, f"{none}, prompts run dense (slimrt calibrate finds one)")
+    return PlanChoice(_cautious(config), f"{none}, cautious default (slimrt calibrate finds a faster one)")
 
 
 def _cautious(config: ModelConfig) -> PrunePlan | None:
@@ -88,13 +122,13 @@ def _cautious(config: ModelConfig) -> PrunePlan | None:
     layer = round(0.75 * config.n_layers)
     if layer >= config.n_layers - 1:
         return None
-    return PrunePlan(stages=(Stage(layer, 0.5),), min_tokens=1024)
+    return PrunePlan(stages=(Stage(layer, 0.5),), score=ASKED, min_tokens=1024)
 
 
-def _preset(data: dict[str, Any], name: str, path: Path, config: ModelConfig) -> PrunePlan:
-    if data.get("model") != fingerprint(config):
+def _preset(data: dict[str, Any], name: str, path: Path, file: GGUFFile, config: ModelConfig) -> PrunePlan:
+    if data.get("model") != fingerprint(file, config):
         raise SettingError(
-            f"{path}: calibrated on another model ({data.get('model')}); this one is {fingerprint(config)}; "
+            f"{path}: calibrated on another model ({data.get('model')}); this one is {fingerprint(file, config)}; "
             "run slimrt calibrate again or remove the file"
         )
     try:

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from slimrt.prune.plan import PrunePlan
+from slimrt.prune.asked import ASKED, Asked, asked_by_place
+from slimrt.prune.plan import PrunePlan, Stage
 from slimrt.prune.reach import RUN
 
-__all__ = ["DENSE", "Cut", "Schedule", "Windows", "local_blocks", "schedule"]
+__all__ = ["DENSE", "Cut", "Schedule", "Windows", "schedule"]
 
 
 @dataclass(frozen=True)
 class Cut:
-    """A stage of a plan for a prompt of known length: after ``layer``'s attention ``blocks`` blocks go on."""
+    """A stage of a plan for a prompt of known length: after ``layer``'s attention ``blocks`` blocks go on, and as many
+    as ``most`` where it is in doubt which (0: never more)."""
 
     layer: int
     blocks: int
+    most: int = 0
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,7 @@ class Schedule:
     passes every layer. ``windows``: how far back attention looks before the first cut. ``boundary``: the layer whose
     hidden states are kept for another question; that of the first stage also while a prompt is too short for a cut, as
     it may grow. ``why_dense``: in words, why a plan that could cut or limit something leaves this prompt whole.
+    ``asked``: which tokens choose under the score of that name; None under the published ones.
     """
 
     plan: PrunePlan = field(default_factory=PrunePlan)
@@ -50,52 +54,86 @@ class Schedule:
     windows: Windows = field(default_factory=Windows)
     boundary: int | None = None
     why_dense: str = ""
+    asked: Asked | None = None
 
+    @property
+    def left_out(self) -> bool:
+        """Whether stages are left out because a question stands before the document."""
+        before = self.asked is not None and self.asked.before
+        return before and any(stage.layer < self.plan.late for stage in self.plan.stages)
+
+    @property
+    def fresh_rows(self) -> int:
+        """The last rows of a prompt that are always computed, so that its blocks are chosen by their queries."""
+        return self.plan.query_window if self.asked is None else len(self.asked.tail)
+
+    @property
+    def first_blocks(self) -> int:
+        """The first blocks that always stay: the sink, and what asks before the document."""
+        asking = () if self.asked is None else self.asked.asking_blocks(self.plan.block)
+        return max(self.plan.sink_blocks, *(block + 1 for block in asking), 0)
+
+    def last_blocks(self, rows: int) -> int:
+        """The last blocks of ``rows`` active rows that always stay: ``local_blocks`` whole ones, a ragged last one, all
+        of the rows whose queries choose."""
+        plan = self.plan
+        ragged = 1 if rows % plan.block else 0
+        window = -(-rows // plan.block) - max(0, rows - self.fresh_rows) // plan.block
+        return max(plan.local_blocks + ragged, window)
+
+
+_LEAST = 1 / 8  # of the active blocks: a cut that drops fewer is not made under the score "asked"
 
 DENSE = Schedule()
 
 
-def schedule(plan: PrunePlan | None, tokens: int) -> Schedule:
-    """What ``plan`` (None: dense) does to a prompt of ``tokens``."""
+def schedule(plan: PrunePlan | None, tokens: int, asked: Asked | None = None) -> Schedule:
+    """What ``plan`` (None: dense) does to a prompt of ``tokens``, of which ``asked`` ask (None: the last ones)."""
     if plan is None or plan.does_nothing:
         return DENSE
-    boundary = plan.stages[0].layer if plan.stages else None
+    if plan.score != ASKED:
+        asked = None
+    elif asked is None:
+        asked = asked_by_place(tokens)
+    stages = [stage for stage in plan.stages if asked is None or not asked.before or stage.layer >= plan.late]
+    boundary = stages[0].layer if stages else None
     if tokens < plan.min_tokens:
         why = f"the prompt has {tokens:,} tokens, and this plan leaves prompts under {plan.min_tokens:,} whole"
-        return Schedule(plan, boundary=boundary, why_dense=why)
-    cuts, windows = _cuts(plan, tokens), _windows(plan, tokens)
+        return Schedule(plan, boundary=boundary, why_dense=why, asked=asked)
+    rule = Schedule(plan, boundary=boundary, asked=asked)
+    cuts = _cuts(rule, stages, tokens)
     if cuts:
         boundary = cuts[0].layer
+    windows = _windows(plan, tokens, boundary)
     why = "" if cuts or windows.rows else f"every stage of the plan would keep all of these {tokens:,} tokens"
-    return Schedule(plan, cuts, windows, boundary, why)
+    return Schedule(plan, cuts, windows, boundary, why, asked)
 
 
-def _windows(plan: PrunePlan, tokens: int) -> Windows:
-    """Whole runs of rows, so that no tile is in two minds."""
-    reach = {window.layer: window.reach for window in plan.windows if any(window.reach)}
+def _windows(plan: PrunePlan, tokens: int, boundary: int | None) -> Windows:
+    """Those of the layers up to the first cut, for whole runs of rows, so that no tile is in two minds."""
+    reach = {
+        window.layer: window.reach
+        for window in plan.windows
+        if any(window.reach) and (boundary is None or window.layer <= boundary)
+    }
     rows = max(0, tokens - plan.full_rows) // RUN * RUN
     return Windows(reach, rows) if reach and rows else Windows()
 
 
-def _cuts(plan: PrunePlan, tokens: int) -> tuple[Cut, ...]:
+def _cuts(rule: Schedule, stages: Sequence[Stage], tokens: int) -> tuple[Cut, ...]:
     """The stages that leave something out of a prompt of ``tokens``."""
-    total = -(-tokens // plan.block)
-    always = plan.sink_blocks + local_blocks(plan, tokens)
+    plan, total = rule.plan, -(-tokens // rule.plan.block)
+    always = min(total, rule.first_blocks + rule.last_blocks(tokens))
     cuts: list[Cut] = []
-    for stage in plan.stages:
+    for stage in stages:
         keep = max(plan.min_keep, math.ceil(stage.keep * tokens)) if isinstance(stage.keep, float) else stage.keep
         blocks = max(always, -(-keep // plan.block))
         before = cuts[-1].blocks if cuts else total
-        if blocks < before:
-            cuts.append(Cut(stage.layer, blocks))
+        # What a cut costs (scores, and its stages again at each further question) it must save: an eighth at least.
+        if blocks < before and (rule.asked is None or blocks <= before * (1 - _LEAST)):
+            most = max(blocks, int(plan.most * total)) if rule.asked is not None and plan.sure else 0
+            cuts.append(Cut(stage.layer, blocks, most))
     if not cuts and plan.keeps_all:
         # A plan that keeps everything runs through the same code, to be compared with dense.
         cuts = [Cut(stage.layer, total) for stage in plan.stages]
     return tuple(cuts)
-
-
-def local_blocks(plan: PrunePlan, rows: int) -> int:
-    """The last blocks that always stay: ``local_blocks`` whole ones, a ragged last one, all of the query window."""
-    ragged = 1 if rows % plan.block else 0
-    window = -(-rows // plan.block) - max(0, rows - plan.query_window) // plan.block
-    return max(plan.local_blocks + ragged, window)

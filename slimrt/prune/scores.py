@@ -11,9 +11,11 @@ from collections.abc import Callable
 
 import numpy as np
 
-__all__ = ["BLOCK_SCORES", "WEIGHT_SCORES", "unit_means"]
+__all__ = ["BLOCK_SCORES", "WEIGHT_SCORES", "block_mass", "unit_means"]
 
 Array = np.ndarray
+
+_ROWS = 16  # queries whose products with all keys lie in memory at a time
 
 
 def unit_means(k: Array, unit: int) -> Array:
@@ -53,6 +55,31 @@ def _attention(q: Array, k: Array) -> Array:
 def _per_block(values: Array, size: int, reduce: np.ufunc) -> Array:
     """Reduce the last axis in runs of ``size``."""
     return reduce.reduceat(values, np.arange(0, values.shape[-1], size), axis=-1)
+
+
+def block_mass(q: Array, k: Array, block: int, causal: bool) -> Array:
+    """The attention that each query in each head pays to each block: q [W, H, Dh], k [Hkv, N, Dh] -> [W, H, B].
+
+    ``causal``: the queries are those of the last W rows, and see keys up to their own; else they see all.
+    """
+    window, heads, _ = q.shape
+    kv_heads, keys, _ = k.shape
+    group = heads // kv_heads
+    result = np.empty((window, heads, -(-keys // block)), np.result_type(q, k))
+    later = np.arange(window)[None, :] > np.arange(window)[:, None]  # which of the last W keys a query does not see
+    # Some rows of one KV head at a time, so that their products with all keys stay in the cache.
+    for head in range(kv_heads):
+        mine = slice(head * group, (head + 1) * group)
+        for first in range(0, window, _ROWS):
+            rows = slice(first, first + _ROWS)
+            scores = _products(q[rows, mine], k[head : head + 1])
+            if causal:
+                np.copyto(scores[:, :, keys - window :], -np.inf, where=later[rows])
+            scores -= scores.max(axis=-1, keepdims=True)
+            np.exp(scores, out=scores)
+            result[rows, mine] = _per_block(scores, block, np.add).transpose(1, 0, 2)
+    result /= result.sum(axis=-1, keepdims=True)
+    return result
 
 
 def mean_qk(q: Array, k: Array, block: int, unit: int) -> Array:

@@ -314,7 +314,7 @@ def test_the_command_writes_presets_that_loading_takes(model: Path, llm: LLM) ->
         data = json.loads(beside.read_text())
         assert json.loads(result.stdout) == data
         for name in ("auto", "fast"):
-            choice = choose_plan(name, model, llm.config)
+            choice = choose_plan(name, llm.file, llm.config)
             assert choice.source == f"'{name}' of {beside.name}"
             assert choice.plan == PrunePlan.from_dict(data["presets"][name]["plan"])
             assert (
@@ -354,7 +354,7 @@ def test_no_plan_within_the_bounds_means_dense(model: Path, tmp_path: Path, llm:
     options = ["--length", str(LENGTH), "--samples", "8", "--max-kl", "0", "-o", str(target)]
     result = CliRunner().invoke(cli, ["calibrate", str(model), *options])
     assert result.exit_code == 0 and "no plan stays within the bounds" in result.output
-    assert choose_plan(target, model, llm.config).plan is None
+    assert choose_plan(target, llm.file, llm.config).plan is None
 
 
 def test_an_output_that_cannot_be_written_is_refused_first(model: Path, tmp_path: Path) -> None:

@@ -157,7 +157,7 @@ def test_windows_use_up_a_text_that_is_just_long_enough(source: Source) -> None:
     rng = np.random.default_rng(0)
     for fresh, count in ((10, 5), (64, 1), (7, 30)):
         size = length - (count - 1) * fresh
-        assert [len(window) for window in windows(corpus, size, fresh, count, rng)] == [size] * count
+        assert [len(window.tokens) for window in windows(corpus, size, fresh, count, rng)] == [size] * count
         with pytest.raises(SettingError, match=f"has {length} tokens, {count} samples of {size + 1} need at least"):
             windows(corpus, size + 1, fresh, count, rng)
 

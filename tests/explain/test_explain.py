@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -102,6 +103,23 @@ def test_numbers_agree_with_one_another(llm: slimrt.LLM, seen: Explanation) -> N
     assert all(layer.seconds > 0 for layer in seen.layers) and seen.outside_s > 0
     assert seen.kv_dense == seen.tokens * llm.engine.kv_bytes_per_token
     assert seen.kv_host == 0 and seen.kv_resident == seen.kv_kept < seen.kv_dense
+
+
+def test_what_a_block_was_wanted_for_and_what_was_in_doubt(model: Path) -> None:
+    plan = PrunePlan((Stage(1, 0.7), Stage(3, 0.65)), block=16, score="asked", sure=1.0, most=0.9)
+    llm = slimrt.load(model, prune=plan, threads=1)
+    seen = explain(llm, llm.tokenize("Which world is it?\n\n" + DOCUMENT * 3 + "\n\nIs it hello?"))
+    told = [why for block in seen.blocks for why in block.wanted if why]
+    assert told and all(re.match(r"by token \d+, the end of |as the successor of block \d+$", why) for why in told)
+    assert any("successor" in why for why in told) and any("by token" in why for why in told)
+    assert all(len(block.wanted) == len(block.scores) for block in seen.blocks)
+    # No block reaches a score of 1: that is a doubt, at each cut.
+    assert len(seen.doubts) == 2 and all("no block is wanted for sure" in doubt for doubt in seen.doubts)
+    page = html_page(seen)
+    assert "no block is wanted for sure" in page and "wanted by token" in page
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(*summary(seen), sep="\n")
+    assert "In doubt: layer 1" in console.export_text()
 
 
 def test_the_best_scored_go_on(seen: Explanation) -> None:

@@ -16,13 +16,15 @@ from hypothesis import strategies as st
 import slimrt
 from slimrt import PrunePlan, Stage, Window
 from slimrt.errors import SettingError
+from slimrt.prune.asked import ASKED
 from slimrt.prune.presets import choose_plan, fingerprint, preset_path
-from slimrt.prune.schedule import Cut, schedule
+from slimrt.prune.schedule import Cut, Schedule, schedule
 from slimrt.prune.select import select_rows
 from tests.tiny_gguf import write_tiny_llama
 
 HALVES = PrunePlan(stages=(Stage(14, 0.5), Stage(22, 0.25)), block=32)
 WINDOWED = dataclasses.replace(HALVES, windows=(Window(0, (128, 0, 64)), Window(9, (64, 64, 192))), full_rows=60)
+ASKING = dataclasses.replace(HALVES, score=ASKED, stages=(Stage(14, 0.6), Stage(22, 0.55)), sure=0.9, most=0.7)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +67,7 @@ def test_rope_positions_stay(llm: slimrt.LLM, document: list[int]) -> None:
     assert np.array_equal(cache.rows(14)[2], np.arange(len(document)))
 
 
-@pytest.mark.parametrize("plan", [HALVES, WINDOWED], ids=["cuts", "windows and cuts"])
+@pytest.mark.parametrize("plan", [HALVES, WINDOWED, ASKING], ids=["cuts", "windows and cuts", "what is asked"])
 def test_another_question_equals_a_fresh_prefill(default_model: Path, document: list[int], plan: PrunePlan) -> None:
     # On NumPy: elsewhere decode, whose rows the session goes on with, computes in another precision than prefill.
     llm = slimrt.load(default_model, ctx=4096, prune="off", device="numpy")
@@ -80,7 +82,8 @@ def test_another_question_equals_a_fresh_prefill(default_model: Path, document: 
         conversation = session.tokens + llm.tokenize(question)
         limited = session.context.windows.rows
         reading = session.prefill(conversation, plan)
-        reused = len(conversation) - max(plan.query_window, len(llm.tokenize(question)))
+        fresh_rows = len(llm.asking(conversation).tail) if plan.score == ASKED else plan.query_window
+        reused = len(conversation) - max(fresh_rows, len(llm.tokenize(question)))
         # What saw everything when it was the last of the prompt runs again where it is under windows now.
         moved = plan.windows and session.context.windows.rows > limited
         assert reading.reused == (limited if moved else reused)
@@ -164,7 +167,7 @@ def test_what_always_stays(
     for cut in schedule(plan, tokens).cuts:
         blocks = -(-len(active) // block)
         scores = rng.random(blocks).astype(np.float32)
-        rows = select_rows(plan, cut, scores, len(active))
+        rows, _ = select_rows(schedule(plan, tokens), cut, scores, len(active))
         assert (np.diff(rows) > 0).all()
         assert len(set(rows // block)) == cut.blocks
         assert set(range(min(len(active), sink * block))) <= set(rows)
@@ -192,7 +195,7 @@ def test_best_blocks_stay() -> None:
         (0.5, 5, [0, 1, 3, 5, 7]),  # 5 beats half of 9
     ):
         plan = PrunePlan(stages=(Stage(0, 256),), query_window=1, follow=follow)
-        rows = select_rows(plan, Cut(0, blocks), scores, 512)
+        rows, _ = select_rows(Schedule(plan), Cut(0, blocks), scores, 512)
         assert sorted(set(rows // 64)) == kept
 
 
@@ -279,7 +282,7 @@ def test_the_default_model_comes_with_presets(llm: slimrt.LLM, default_model: Pa
     bounds = {"auto": (0.05, 0.01, 0.02), "fast": (0.2, 0.02, 0.08)}  # KL, recall, nats: what the README promises
     shipped = json.loads(resources.files("slimrt.plans").joinpath("smollm2-135m.slim.json").read_text())
     for name, limits in bounds.items():
-        choice = choose_plan(name, default_model, llm.config)
+        choice = choose_plan(name, llm.file, llm.config)
         assert choice.plan is not None and choice.source == f"'{name}' shipped for this model"
         assert choice.plan == PrunePlan.from_dict(shipped["presets"][name]["plan"])
         measured = shipped["presets"][name]["measured"]
@@ -288,22 +291,36 @@ def test_the_default_model_comes_with_presets(llm: slimrt.LLM, default_model: Pa
     assert slimrt.load(default_model, ctx=512).plan.source == "'auto' shipped for this model"
 
 
+def test_other_weights_of_the_default_sizes_run_dense(monkeypatch: pytest.MonkeyPatch, llm: slimrt.LLM) -> None:
+    own = fingerprint(llm.file, llm.config)
+    monkeypatch.setattr("slimrt.prune.presets.fingerprint", lambda file, config: {**own, "norms": "0" * 64})
+    choice = choose_plan("auto", llm.file, llm.config)
+    assert choice.plan is None and "sizes of smollm2-135m, but not its weights" in choice.source
+
+
 def test_presets(tmp_path: Path) -> None:
     model = tmp_path / "tiny.gguf"
     write_tiny_llama(model, n_layers=8)
     loaded = slimrt.load(model)
     assert loaded.plan.plan is None and "run dense" in loaded.plan.source
-    assert choose_plan("fast", model, loaded.config).plan == PrunePlan(stages=(Stage(6, 0.5),), min_tokens=1024)
+    cautious = PrunePlan(stages=(Stage(6, 0.5),), score=ASKED, min_tokens=1024)
+    assert choose_plan("fast", loaded.file, loaded.config).plan == cautious
     data = {
-        "model": fingerprint(loaded.config),
+        "model": fingerprint(loaded.file, loaded.config),
         "presets": {
             "auto": {"plan": {"stages": [{"layer": 2, "keep": 0.5}]}},
             "fast": {"plan": {"stages": [{"layer": 1, "keep": 0.25}]}},
         },
     }
     preset_path(model).write_text(json.dumps(data))
-    assert choose_plan("fast", model, loaded.config).plan == PrunePlan(stages=(Stage(1, 0.25),))
+    assert choose_plan("fast", loaded.file, loaded.config).plan == PrunePlan(stages=(Stage(1, 0.25),))
     assert slimrt.load(model).plan.plan == PrunePlan(stages=(Stage(2, 0.5),))
+    # Another model of the same sizes is told that the plan is not its own; another file of the same model has it.
+    other = tmp_path / "other.gguf"
+    write_tiny_llama(other, n_layers=8, seed=8)
+    preset_path(other).write_text(json.dumps(data))
+    with pytest.raises(SettingError, match="calibrated on another model"):
+        slimrt.load(other)
     data["model"]["n_layers"] = 7
     preset_path(model).write_text(json.dumps(data))
     with pytest.raises(SettingError, match="calibrated on another model"):

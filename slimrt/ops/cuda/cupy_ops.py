@@ -339,6 +339,25 @@ class CupyOps(FewRows, InPlaceLayer):
                int(kind != "token_max"), T="f16", DH=width)  # fmt: skip
         return self.to_host(scores)
 
+    def block_mass(self, q: Array, k: Array, block: int, causal: bool) -> np.ndarray:
+        """Attention of q [W, H, Dh] by block of k [Hkv, N, Dh] -> [W, H, B] on the host; see ``scores.block_mass``."""
+        window, heads, width = q.shape
+        kv_heads, rows, _ = k.shape
+        self._check_heads("block_mass", q, k)
+        blocks = -(-rows // block)
+        stats = self.empty((heads * window, blocks, 2), np.float32)
+        norms = self.empty((heads * window, 2), np.float32)
+        grid = (-(-blocks // max(1, 64 // block)), kv_heads)
+        launch = self.kernels.launch
+        launch("block_scores", "score_stats", grid, 128, q, k, stats, window, rows, heads, kv_heads,
+               self._stride("block_mass", q), self._stride("block_mass", k), block, int(causal),
+               shared=128 * width + 16640, T="f16", DH=width)  # fmt: skip
+        launch("block_scores", "score_norms", (heads * window,), 128, stats, norms, blocks, T="f16", DH=width)
+        # By block the greatest score m and the sum l of 2^(score - m); by row the same over all blocks.
+        found, norm = self.to_host(stats), self.to_host(norms)[:, None]
+        mass = found[:, :, 1] * np.exp2(found[:, :, 0] - norm[:, :, 0]) / norm[:, :, 1]
+        return np.ascontiguousarray(mass.reshape(heads, window, blocks).transpose(1, 0, 2))
+
     def unit_means(self, k: Array, unit: int) -> Array:
         """Mean key of each run of ``unit`` rows: k [Hkv, N, Dh] -> [Hkv, ceil(N / unit), Dh]."""
         kv_heads, rows, width = k.shape

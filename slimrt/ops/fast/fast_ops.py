@@ -271,6 +271,10 @@ class FastOps(NumpyOps):
             return WEIGHT_SCORES[kind](weights[:, None], block)
         return super().score_blocks(kind, q, k.astype(np.float32), block, unit)
 
+    def block_mass(self, q: Array, k: Array, block: int, causal: bool) -> np.ndarray:
+        """See ``NumpyOps``; k float16."""
+        return super().block_mass(q, k.astype(np.float32), block, causal)
+
     def _one_query(self, *shape: int) -> OneQuery:
         if shape not in self._one_queries:
             self._one_queries[shape] = OneQuery(self, *shape)

@@ -18,7 +18,7 @@ from slimrt.ops.layer import LayerOps
 from slimrt.ops.numpy.memory import NumpyMemory
 from slimrt.ops.numpy.workers import Workers, available_cores, single_threaded_blas
 from slimrt.prune.reach import RUN, SINK, Reach, first_row
-from slimrt.prune.scores import BLOCK_SCORES, unit_means
+from slimrt.prune.scores import BLOCK_SCORES, block_mass, unit_means
 from slimrt.weights.gguf import TensorInfo
 from slimrt.weights.quants import dequantize
 
@@ -221,6 +221,10 @@ class NumpyOps(NumpyMemory, LayerOps):
     def score_blocks(self, kind: str, q: Array, k: Array, block: int, unit: int) -> np.ndarray:
         """How much the queries q [W, H, Dh] of the last rows want each block of k [Hkv, N, Dh] -> [B] on the host."""
         return BLOCK_SCORES[kind](q, k, block, unit)
+
+    def block_mass(self, q: Array, k: Array, block: int, causal: bool) -> np.ndarray:
+        """Attention of q [W, H, Dh] by block of k [Hkv, N, Dh] -> [W, H, B] on the host; see ``scores.block_mass``."""
+        return block_mass(q, k, block, causal)
 
     def unit_means(self, k: Array, unit: int) -> Array:
         """Mean key of each run of ``unit`` rows: k [Hkv, N, Dh] -> [Hkv, ceil(N / unit), Dh]."""

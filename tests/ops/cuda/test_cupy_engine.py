@@ -21,6 +21,7 @@ from slimrt.errors import ComputeError, DeviceError
 from slimrt.models import build, read_config
 from slimrt.ops.cuda.cupy_ops import CupyOps
 from slimrt.ops.numpy.numpy_ops import NumpyOps
+from slimrt.prune.asked import Asked
 from slimrt.prune.plan import PrunePlan, Stage
 from slimrt.prune.schedule import schedule
 from slimrt.session import Session
@@ -60,6 +61,11 @@ def ids(file: GGUFFile, count: int, seed: int = 1) -> list[int]:
     return np.random.default_rng(seed).integers(0, read_config(file).vocab_size, count).tolist()
 
 
+def asking(ids: list[int]) -> Asked:
+    """The last eight tokens ask, and two before the document."""
+    return Asked(head=(0.5,) * 5 + (1.0,) * 2 + (0.0,) * 40, tail=(0.5,) * 4 + (1.0,) * 4)
+
+
 class Chosen:
     """A trace that notes the rows of every cut."""
 
@@ -70,7 +76,9 @@ class Chosen:
 
     def layer(self, layer: int) -> None: ...
 
-    def cut(self, layer: int, positions: np.ndarray, scores: np.ndarray, rows: np.ndarray) -> None:
+    def cut(
+        self, layer: int, positions: np.ndarray, scores: np.ndarray, rows: np.ndarray, by: np.ndarray | None
+    ) -> None:
         self.rows.append(rows.tolist())
 
 
@@ -94,7 +102,7 @@ def test_prefill_and_decode_against_float64(monkeypatch: pytest.MonkeyPatch, tmp
         assert 0 < errors["cuda"] <= SLACK * errors["numpy"], (length, errors)
 
 
-@pytest.mark.parametrize("score", ["token_mass", "token_max", "unit_softmax", "mean_qk"])
+@pytest.mark.parametrize("score", ["token_mass", "token_max", "unit_softmax", "mean_qk", "asked"])
 def test_pruned_prefill_and_a_second_question(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, score: str) -> None:
     FakeCupy(monkeypatch)
     file = tiny(tmp_path, n_layers=5, type="Q8_0")
@@ -103,7 +111,7 @@ def test_pruned_prefill_and_a_second_question(monkeypatch: pytest.MonkeyPatch, t
     found: dict[str, list[np.ndarray]] = {}
     rows: dict[str, list] = {}
     for kind, ops in (("true", NumpyOps(1)), ("half", HalfOps()), ("cuda", CupyOps())):
-        session, chosen = Session(engine(file, ops), 512), Chosen()
+        session, chosen = Session(engine(file, ops), 512, asking), Chosen()
         found[kind] = []
         for question in questions:
             reading = session.prefill(document + question, plan, trace=chosen)
