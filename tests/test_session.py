@@ -17,7 +17,7 @@ import pytest
 import slimrt
 from slimrt.conversation import Conversation
 from slimrt.errors import ContextError, SessionFileError, SettingError, SlimrtError
-from slimrt.session_file import MAGIC, model_fingerprint
+from slimrt.session_file import MAGIC, VERSION, model_fingerprint
 from tests.tiny_gguf import write_tiny_llama
 
 PLAN = slimrt.PrunePlan(
@@ -249,7 +249,7 @@ def test_a_forged_header_is_refused_before_anything_is_allocated(
 
 def test_files_that_cannot_be_sessions(llm: slimrt.LLM, saved: Path, tmp_path: Path) -> None:
     newer = tmp_path / "newer"
-    newer.write_bytes(saved.read_bytes()[:8] + struct.pack("<I", 2) + saved.read_bytes()[12:])
+    newer.write_bytes(saved.read_bytes()[:8] + struct.pack("<I", VERSION + 1) + saved.read_bytes()[12:])
     os.mkfifo(tmp_path / "pipe")
     for path in (newer, tmp_path, tmp_path / "none", llm.file.path, tmp_path / "pipe", "a\0b"):
         with pytest.raises(SessionFileError):

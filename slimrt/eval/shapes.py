@@ -47,7 +47,7 @@ EXAMPLES = (
 )
 _TRIES = 60  # document lengths tried to meet a prompt's length
 _PADDING, _PADDED = " more", 12  # a word of one token, and how many of it may end a document
-_QUOTED = 24
+_QUOTED, _LEAST_QUOTED = 24, 200
 _LONGEST_TAIL = 40  # tokens of the longest opening with its answer
 
 Messages = Sequence[dict[str, str]]
@@ -206,6 +206,8 @@ def _make(name: str, source: Source, length: int, count: int, rng: Rng) -> Itera
 def _quote(source: Source, length: int, count: int, rng: Rng) -> Iterator[Sample]:
     """A passage to be continued, its first words in the middle of the question."""
     name = "quote"
+    if length < _LEAST_QUOTED:
+        raise SettingError(f"task {name}: a prompt of {length} tokens; its shortest has {_LEAST_QUOTED}, ask for more")
     for index, (text, cluster) in enumerate(windows(source.corpus, length, 1, count, rng)):
         place = int(rng.integers(_QUOTED, max(_QUOTED + 1, int(0.8 * length) - 4 * _QUOTED)))
         cue, answer = text[place : place + _QUOTED], text[place + _QUOTED : place + 2 * _QUOTED]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import io
 import json
@@ -16,7 +17,7 @@ from slimrt.errors import ComputeError, ContextError, SettingError, SlimrtError
 from slimrt.eval import plot
 from slimrt.eval.metrics import bootstrap_interval
 from slimrt.eval.plot import save_png
-from slimrt.eval.report import EvalReport, Summary, Timing
+from slimrt.eval.report import MARGINS, EvalReport, Result, Summary, Timing
 from slimrt.eval.run import Response, context_needed, evaluate, judge
 from slimrt.eval.sample import Sample, Source
 from slimrt.eval.table import quality_tables, ttft_table
@@ -104,9 +105,38 @@ def test_the_summary_is_that_of_the_samples(report: EvalReport) -> None:
     assert (one.low, one.high) == bootstrap_interval(differences)
 
 
+def _summary(metric: str, low: float, high: float, at_most: float = 0.0, clusters: int = 9) -> Summary:
+    middle = (low + high) / 2
+    return Summary(1, "task", metric, "plan", 9, 0, 0, middle, low, high, clusters, at_most, MARGINS[metric], 0, 0)
+
+
+def test_no_worse_is_shown_by_the_one_sided_bound() -> None:
+    assert _summary("nats", -0.1, 0.4, at_most=0.3).no_worse
+    assert not _summary("nats", -0.1, 0.4, at_most=0.31).no_worse
+    assert not _summary("nats", 0.0, 0.0, clusters=1).no_worse  # one text has no spread, and shows nothing
+
+
+def test_losses_and_the_worst_samples() -> None:
+    losses = {"accuracy": [0.0] * 18 + [-0.5, -0.25], "nats": [0.0] * 18 + [3.0, 1.0]}
+    for metric, differences in losses.items():
+        results = [
+            Result(100, "ask", index, plan, {metric: value}, cluster=index // 2)
+            for index, difference in enumerate(differences)
+            for plan, value in (("dense", 1.0), ("plan", 1.0 + difference))
+        ]
+        (row,) = EvalReport("m", "0", {}, 0, 20, {}, (), tuple(results), ()).summaries
+        worst = 0.5 if metric == "accuracy" else 3.0
+        assert row.clusters == 10 and row.worst == worst
+        assert row.worst_tenth == pytest.approx(np.mean(np.abs(differences[-2:])))
+        # One cluster of ten holds all the loss: the bound is above the mean loss, by more than independent samples say.
+        alone = [dataclasses.replace(result, cluster=result.index) for result in results]
+        (free,) = EvalReport("m", "0", {}, 0, 20, {}, (), tuple(alone), ()).summaries
+        assert np.mean(np.abs(differences)) < free.at_most < row.at_most
+
+
 def test_verdicts_know_which_side_is_better() -> None:
     def verdict(metric: str, low: float, high: float) -> str:
-        return Summary(1, "task", metric, "plan", 9, 0, 0, (low + high) / 2, low, high).verdict
+        return _summary(metric, low, high).verdict
 
     assert [verdict("accuracy", *bounds) for bounds in ((0.1, 0.2), (-0.2, -0.1), (-0.1, 0.1))] == [
         "better",

@@ -106,7 +106,7 @@ def test_numbers_agree_with_one_another(llm: slimrt.LLM, seen: Explanation) -> N
 
 
 def test_what_a_block_was_wanted_for_and_what_was_in_doubt(model: Path) -> None:
-    plan = PrunePlan((Stage(1, 0.7), Stage(3, 0.65)), block=16, score="asked", sure=1.0, most=0.9)
+    plan = PrunePlan((Stage(1, 0.8), Stage(3, 0.65)), block=16, score="asked", sure=1.0, most=0.9)
     llm = slimrt.load(model, prune=plan, threads=1)
     seen = explain(llm, llm.tokenize("Which world is it?\n\n" + DOCUMENT * 3 + "\n\nIs it hello?"))
     told = [why for block in seen.blocks for why in block.wanted if why]
