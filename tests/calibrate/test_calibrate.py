@@ -359,4 +359,8 @@ def test_no_plan_within_the_bounds_means_dense(model: Path, tmp_path: Path, llm:
 
 def test_an_output_that_cannot_be_written_is_refused_first(model: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(cli, ["calibrate", str(model), "-o", str(tmp_path / "none" / "x.slim.json")])
-    assert result.exit_code != 0 and "cannot be written" in result.output and len(result.output.splitlines()) == 1
+    assert (
+        result.exit_code != 0
+        and "does not exist; create it first" in result.output
+        and len(result.output.splitlines()) == 1
+    )

@@ -86,25 +86,48 @@ def _compiled(code: str, defines: tuple[tuple[str, str], ...]) -> Module:
     if gxx is None:
         raise EmulationError("emulation needs g++ on Linux; install it")
     names = EXPORTED.findall(code)
-    code = f"{code}\n" + "".join(f"EXPORT_KERNEL({name})\n" for name in names)
-    flags = ["-std=c++17", "-O2", "-g1", "-fPIC", "-shared", "-w", "-fno-strict-aliasing", "-ffp-contract=off"]
+    macros = "".join(f"#define {name} {value}\n" for name, value in defines)
+    code = f"{macros}#line 1\n{code}\n" + "".join(f"EXPORT_KERNEL({name})\n" for name in names)
+    # -O1: most sources run for milliseconds and are compiled for seconds.
+    flags = ["-std=c++17", "-O1", "-g1", "-fPIC", "-w", "-fno-strict-aliasing", "-ffp-contract=off"]
     if os.environ.get("SLIMRT_EMULATION_ASAN"):  # the process must have been started with libasan preloaded
         flags.append("-fsanitize=address")
-    flags += [f"-D{name}={value}" for name, value in defines]
+    flags.append(f"-I{SOURCES}")
     headers = [*sorted(HEADER.parent.glob("*.h")), *sorted(SOURCES.glob("*.cuh"))]
-    parts = [code, *flags, platform.machine(), *(path.read_text() for path in headers)]
-    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
-    library = CACHE / f"{key}.so"
+    around = "\0".join([*flags, platform.machine(), *(path.read_text() for path in headers)])
+    library = CACHE / f"{_digest(code, around)}.so"
     if not library.exists():
-        CACHE.mkdir(parents=True, exist_ok=True)
-        fresh = CACHE / f"{key}.{os.getpid()}.so"  # renamed when complete: tests run in several processes
-        command = [gxx, *flags, "-include", str(HEADER), f"-I{SOURCES}", "-x", "c++", "-", "-o", str(fresh)]
-        plain = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}  # not into the compiler
-        done = subprocess.run(command, input=code, capture_output=True, text=True, env=plain)
-        if done.returncode:
-            raise EmulationError(f"g++ refused the source ({' '.join(flags)}):\n{done.stderr}")
-        fresh.replace(library)
+        header = _precompiled(gxx, flags, _digest(around))
+        _run_compiler([gxx, *flags, "-shared", "-include", str(header), "-x", "c++", "-"], library, code)
     return Module(ctypes.CDLL(str(library)), names)
+
+
+def _precompiled(gxx: str, flags: list[str], key: str) -> Path:
+    """The emulation's headers, read once for all sources: their text takes g++ a second, as long as a small kernel."""
+    header = CACHE / f"{key}.h"
+    if not header.with_suffix(".h.gch").exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        part = header.with_suffix(f".{os.getpid()}")
+        part.write_text(f'#include "{HEADER}"\n')
+        part.replace(header)
+        _run_compiler([gxx, *flags, "-x", "c++-header", str(header)], header.with_suffix(".h.gch"), "")
+    return header
+
+
+def _run_compiler(command: list[str], target: Path, code: str) -> None:
+    CACHE.mkdir(parents=True, exist_ok=True)
+    fresh = target.with_suffix(
+        f".{os.getpid()}{target.suffix}"
+    )  # renamed when complete: tests run in several processes
+    plain = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}  # not into the compiler
+    done = subprocess.run([*command, "-o", str(fresh)], input=code, capture_output=True, text=True, env=plain)
+    if done.returncode:
+        raise EmulationError(f"g++ refused the source ({' '.join(command[1:])}):\n{done.stderr}")
+    fresh.replace(target)
+
+
+def _digest(*texts: str) -> str:
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:24]
 
 
 class Module:
