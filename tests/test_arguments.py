@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny_gguf import write_tiny_llama
 
 import slimrt
 from slimrt.config import RopeConfig, SamplingConfig
 from slimrt.errors import SettingError, SlimrtError
 from slimrt.models.rope import RopeTable
 from slimrt.prune.plan import PrunePlan, Stage
+from tests.tiny_gguf import write_tiny_llama
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from tiny_gguf import write_tiny_llama
 
 import slimrt
 from slimrt.bench.contenders import Measurement, Setup, check_installed
@@ -20,6 +19,7 @@ from slimrt.bench.plot import save_png
 from slimrt.bench.process import ContenderProcess
 from slimrt.bench.ttft import BenchResult, BenchRow, run
 from slimrt.errors import ComputeError, ModelFileError, SettingError
+from tests.tiny_gguf import write_tiny_llama
 
 IDS = list(range(3, 67))
 

@@ -12,12 +12,12 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-from convert_cases import ALL_FOLDERS, GOLDENS, HF_FOLDERS, checkpoint, edit_json
 from gguf import GGMLQuantizationType, quants
 
 from slimrt.convert import OUTPUT_TYPES, convert_checkpoint
 from slimrt.convert.safetensors_reader import read_safetensors
 from slimrt.weights.gguf import GGUFFile
+from tests.convert_cases import ALL_FOLDERS, GOLDENS, HF_FOLDERS, checkpoint, edit_json
 
 REFERENCE = json.loads((GOLDENS / "reference.json").read_text())
 

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from convert_cases import checkpoint, edit_json, read_header, write_safetensors
 from gguf import GGUFWriter
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,6 +18,7 @@ from hypothesis import strategies as st
 from slimrt.convert import convert_checkpoint, quantize_file
 from slimrt.convert.safetensors_reader import read_safetensors
 from slimrt.errors import ModelFileError, OutputError, SettingError, SlimrtError
+from tests.convert_cases import checkpoint, edit_json, read_header, write_safetensors
 
 WEIGHTS = "model.safetensors"
 NORM = "model.norm.weight"

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from convert_cases import ALL_FOLDERS, GOLDENS, checkpoint
 
 import slimrt
 from slimrt.convert import convert_checkpoint
+from tests.convert_cases import ALL_FOLDERS, GOLDENS, checkpoint
 
 # float32 rounding differs with the order of sums. Transformers' own float32 error against float64 is the yardstick; the
 # largest ratio seen over these 30 cases is 2.1.

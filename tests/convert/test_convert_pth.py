@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from convert_cases import checkpoint, edit_json
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -23,6 +22,7 @@ from slimrt.convert import convert_checkpoint
 from slimrt.convert.pth_reader import read_pth
 from slimrt.errors import ModelFileError, SlimrtError
 from slimrt.weights.gguf import GGUFFile
+from tests.convert_cases import checkpoint, edit_json
 
 
 class _Global:

@@ -9,13 +9,13 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-from convert_cases import checkpoint
 from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter, quants
-from tiny_gguf import write_tiny_llama
 
 from slimrt.convert import OUTPUT_TYPES, convert_checkpoint, quantize_file
 from slimrt.errors import ModelFileError, SettingError
 from slimrt.weights.gguf import GGUFFile
+from tests.convert_cases import checkpoint
+from tests.tiny_gguf import write_tiny_llama
 
 
 def _fields(path: Path) -> dict[str, tuple[Any, list[GGUFValueType]]]:

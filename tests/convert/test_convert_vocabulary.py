@@ -9,9 +9,7 @@ from typing import Any
 
 import gguf
 import pytest
-from convert_cases import checkpoint, edit_json
 from gguf import TokenType
-from vocabularies import LLAMA3_PATTERN, llama3_metadata, sentencepiece_metadata, vocabulary_bytes
 
 from slimrt.convert import convert_checkpoint
 from slimrt.convert.pretokenizer import name_pre_tokenizer
@@ -19,6 +17,8 @@ from slimrt.convert.vocabulary import Vocabulary, from_sentencepiece, from_tikto
 from slimrt.errors import TokenizerError
 from slimrt.text.tokenizer import Tokenizer
 from slimrt.weights.gguf import GGUFFile
+from tests.convert_cases import checkpoint, edit_json
+from tests.vocabularies import LLAMA3_PATTERN, llama3_metadata, sentencepiece_metadata, vocabulary_bytes
 
 
 def test_llama3_ranks_give_the_tokens_and_merges_of_converters(tmp_path: Path) -> None:

@@ -11,11 +11,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from convert_cases import checkpoint
 
 from slimrt.convert import convert_checkpoint
 from slimrt.errors import OutputError
 from slimrt.weights.gguf import GGUFFile
+from tests.convert_cases import checkpoint
 
 
 def test_an_existing_file_is_replaced_only_by_a_complete_one(tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_gguf import write_tiny_llama
 
 import slimrt
 from slimrt.errors import SettingError
@@ -16,6 +15,7 @@ from slimrt.inspect import describe
 from slimrt.memory.plan import available_memory, largest_context, plan
 from slimrt.models import read_config
 from slimrt.weights.gguf import GGUFFile
+from tests.tiny_gguf import write_tiny_llama
 
 CTX = 3072
 

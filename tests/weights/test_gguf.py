@@ -14,11 +14,11 @@ import gguf
 import numpy as np
 import pytest
 from gguf.constants import GGMLQuantizationType, GGUFEndian, GGUFValueType
-from tiny_gguf import random_blocks, random_tensor, write_tiny_llama
 
 from slimrt.errors import ComputeError, ModelFileError
 from slimrt.weights.gguf import GGUFFile, TensorInfo
 from slimrt.weights.quants import dequantize, is_readable
+from tests.tiny_gguf import random_blocks, random_tensor, write_tiny_llama
 
 DEQUANTISED = sorted(
     (kind for kind in GGMLQuantizationType if is_readable(kind) and kind != GGMLQuantizationType.F64),

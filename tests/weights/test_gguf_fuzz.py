@@ -12,12 +12,12 @@ import pytest
 from gguf.constants import GGUFValueType
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny_gguf import write_tiny_llama
 
 import slimrt
 from slimrt.errors import SlimrtError
 from slimrt.inspect import describe
 from slimrt.weights.gguf import GGUFFile
+from tests.tiny_gguf import write_tiny_llama
 
 HEADER_EXAMPLES, LOAD_EXAMPLES = 2000, 3000
 SECONDS = 5  # a refusal takes milliseconds; the machines are shared
