@@ -210,6 +210,14 @@ __device__ __forceinline__ float take_x(const FROM* x, const float* gain, float 
     return back / Cell::POWER;
 }
 
+typedef float Partial[2][WARPS][16];  // of two tiles in turn: each warp's sums
+
+// Shared memory of its own function: declared within a template the emulation would not know it (tests/emulation).
+__device__ __forceinline__ Partial& partial_sums() {
+    __shared__ Partial sums;
+    return sums;
+}
+
 // For each tile that this block has, `finish(row, y, partner)` in lanes of one warp: y is the product of `row`, `partner`
 // that of the row `half` further on, or before. All lanes call it, r = lane % 16 is the row's place in its tile; lanes from
 // 16 on repeat the others. Dynamic shared memory: 64 + 8 STAGES SIZE + 2 padded + (packed: 4 padded / GROUP) bytes, with
@@ -217,7 +225,7 @@ __device__ __forceinline__ float take_x(const FROM* x, const float* gain, float 
 template <typename Finish>
 __device__ __forceinline__ void product(const Matrix& matrix, const FROM* x, const float* gain, float eps, Finish finish) {
     DYNAMIC_SHARED(byte, shared);
-    __shared__ float partial[2][WARPS][16];
+    Partial& partial = partial_sums();
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int cells = Cell::count(matrix.width), tiles = (matrix.rows + 15) / 16, padded = cells * Cell::COLUMNS;
     byte* const ring = shared + warp * STAGES * Cell::SIZE;

@@ -31,8 +31,6 @@ import pytest
 
 from tests import emulation
 
-SHARED_LIMIT = 48 << 10
-
 
 def _as_cupys(name: str, base: type[Exception]) -> type[Exception]:
     return type(name, (base,), {"__module__": "cupy_backends.cuda.api.runtime"})
@@ -384,7 +382,7 @@ class RawModule:
 class RawKernel:
     def __init__(self, name: str, kernel: emulation.Kernel) -> None:
         self.name, self._kernel = name, kernel
-        self.max_dynamic_shared_size_bytes = SHARED_LIMIT
+        self.max_dynamic_shared_size_bytes = kernel.max_dynamic_shared_size_bytes
 
     def __call__(self, grid: Any, block: Any, args: Sequence[Any], *, shared_mem: int = 0) -> None:
         machine = FakeCupy.running

@@ -35,7 +35,7 @@ SOURCES = ROOT / "kernels_cu"
 HEADER = Path(__file__).with_name("emulation.h")
 CACHE = ROOT / "build" / "emulation"  # `make clean` empties it
 EXPORTED = re.compile(r'extern "C" __global__ void (?:__launch_bounds__\([^)]*\)\s+)?(\w+)\(')
-SHARED_LIMIT = 48 << 10  # what a kernel may use without asking
+SHARED_LIMIT = 48 << 10  # shared memory that a kernel may have without asking
 
 
 class EmulationError(RuntimeError):
@@ -148,7 +148,9 @@ class Kernel:
     """``kernel(grid, block, args, shared_mem=0)`` runs it and returns when it is done."""
 
     def __init__(self, library: ctypes.CDLL, name: str) -> None:
-        self.name, self.max_dynamic_shared_size_bytes = name, SHARED_LIMIT
+        # What its source declares (all of its kernels together) counts as well.
+        self.name = name
+        self.max_dynamic_shared_size_bytes = SHARED_LIMIT - int(getattr(library, f"static_shared_{name}")())
         self._launch = getattr(library, f"launch_{name}")
         self._launch.restype = ctypes.c_char_p
         signature = getattr(library, f"signature_{name}")

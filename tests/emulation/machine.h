@@ -328,6 +328,7 @@ const int* signature(void (*)(Args...)) {
 
 #define EXPORT_KERNEL(NAME)                                                                                             \
     extern "C" const int* signature_##NAME() { return emulation::signature(NAME); }                                     \
+    extern "C" int static_shared_##NAME() { return int(__stop_kernel_shared - __start_kernel_shared); }                  \
     extern "C" const char* launch_##NAME(const unsigned* grid, const unsigned* block, size_t shared, int deferred,       \
                                          unsigned seed, void** args) {                                                  \
         return emulation::launch(NAME, {grid[0], grid[1], grid[2]}, {block[0], block[1], block[2]}, shared, deferred,    \

@@ -49,7 +49,7 @@ class DeviceKernel:
 
     def __call__(self, grid: Sequence[int], block: Sequence[int], args: Sequence[Any], *, shared_mem: int = 0) -> None:
         cupy = load_cupy()
-        if shared_mem > 48 << 10:
+        if shared_mem:
             self._kernel.max_dynamic_shared_size_bytes = shared_mem
         buffers: dict[int, tuple[np.ndarray, Any]] = {}
         passed = []

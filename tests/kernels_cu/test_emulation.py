@@ -68,6 +68,27 @@ def test_eager_copies_show_what_is_overwritten_too_early(what: str, seed: int) -
     assert np.abs(right - wrong).max() > 0.01
 
 
+def test_shared_memory_that_a_kernel_declares_is_known() -> None:
+    """It is poisoned before each block, and counts towards what may be had without asking. g++ leaves variables of
+    templates out of the section that holds it, so kernels must not declare any there."""
+    defines = {"TYPE": "Q4_0", "T": "f16", "FROM": "float", "OUT": "float", "STAGES": 3}
+    kernel = emulated("gemv.cu", defines).kernel("gemv")
+    assert kernel.max_dynamic_shared_size_bytes == (48 << 10) - 4 * (2 * 8 * 16 + 2 * 8)
+    code = """
+    #include "ptx.cuh"
+    extern "C" __global__ void poisoned(int* out) {
+        __shared__ int held[32];
+        out[threadIdx.x] = held[threadIdx.x];
+        __syncwarp();
+        held[threadIdx.x] = 7;
+    }
+    """
+    out = np.zeros(32, np.int32)
+    for _ in range(2):
+        compiled(code).kernel("poisoned")((1,), (32,), (out,))
+        assert (out == -1).all()
+
+
 GEMV = "gemv.cuh"
 
 

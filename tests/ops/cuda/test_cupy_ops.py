@@ -15,12 +15,13 @@ from slimrt.bench.synthetic import random_tensor
 from slimrt.errors import DeviceError
 from slimrt.ops.cuda.cupy_ops import CupyOps
 from slimrt.ops.cuda.device import probe
-from slimrt.ops.cuda.gemv import stages
+from slimrt.ops.cuda.gemv import shared_bytes, stages
 from slimrt.ops.cuda.memory import PinnedSlabs
 from slimrt.ops.cuda.modules import ARCHITECTURES, Kernels, source_text
 from slimrt.ops.cuda.prefill import prefill_kernel
 from slimrt.ops.numpy.numpy_ops import NumpyOps
 from slimrt.weights.gguf import TensorInfo
+from slimrt.weights.quants import dequantize
 from tests import emulation
 from tests.fake_cupy import FakeCupy, RawModule
 from tests.gpu import test_ptx
@@ -111,6 +112,18 @@ def test_a_residual_beyond_float16(fake: FakeCupy, rows: int) -> None:
     naive = np.abs((x + y.astype(np.float32) @ values.astype(np.float32).T) - exact).max()
     for found in (fresh, ops.to_host(held)):
         assert np.abs(found - exact).max() <= 4 * naive + np.abs(exact).max() * 2.0**-22
+
+
+@needs_compiler
+def test_shared_memory_that_only_just_needs_permission(fake: FakeCupy) -> None:
+    """48 KiB are for what a kernel declares and what it is given, together: rows of 5632 lie between the two."""
+    ops, random = CupyOps(), np.random.default_rng(3)
+    assert (48 << 10) - 1088 < shared_bytes("Q4_0", 5632, stages("Q4_0", 5632, 227 << 10)[0]) < 48 << 10
+    tensor = random_tensor("down", "Q4_0", (16, 5632), random)
+    x = random.standard_normal((1, 5632)).astype(np.float16)
+    found = ops.to_host(ops.linear(ops.upload(x), ops.weight(tensor)))
+    exact = x.astype(np.float64) @ dequantize(tensor).T.astype(np.float64)
+    np.testing.assert_allclose(found, exact, rtol=2e-3, atol=1e-3 * np.abs(exact).max())
 
 
 @needs_compiler
