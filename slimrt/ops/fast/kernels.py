@@ -215,7 +215,7 @@ class _KernelCache(caching.FunctionCache):
     """Numba's cache of compiled functions, in our files, under our key; a folder that cannot be used is named once."""
 
     def __init__(self, function: Callable[..., Any], key: str) -> None:
-        self._key = key
+        self._key, self._name = key, function.__qualname__
         self._impl_class = lambda function: _CacheImpl(function, key)
         super().__init__(function)
         self._cache_file = _KernelFiles(self._impl.filename_base)
@@ -225,7 +225,10 @@ class _KernelCache(caching.FunctionCache):
 
     def load_overload(self, signature: Any, target_context: Any) -> Any:
         try:
-            return super().load_overload(signature, target_context)
+            found = super().load_overload(signature, target_context)
+            if found is None:
+                _tell(self._name)
+            return found
         except Exception as error:  # whatever unpickling makes of a file of another version
             _complain(error)
             with contextlib.suppress(OSError):
@@ -237,6 +240,18 @@ class _KernelCache(caching.FunctionCache):
             super().save_overload(signature, data)
         except OSError as error:
             _complain(error)
+
+
+_told: set[Path] = set()
+
+
+def _tell(name: str) -> None:
+    """One line for each folder, since a person waits; and which kernel, for whoever shows what is being done."""
+    folder = cache_folder()
+    if folder not in _told:
+        _told.add(folder)
+        log.info("compiling kernels for this processor; this happens once, and takes up to a minute in all")
+    log.debug("compiling %s", name)
 
 
 _complained: set[Path] = set()
