@@ -80,7 +80,8 @@ class Answering(Protocol):
     ctx: int
     file: GGUFFile
 
-    def asking(self, ids: Sequence[int]) -> Asked:
+    @property
+    def asking(self) -> Callable[[Sequence[int]], Asked]:
         """Which tokens of a prompt ask."""
 
     def chat_tokens(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:

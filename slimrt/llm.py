@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, Unpack, overload
 
@@ -201,6 +202,8 @@ class LLM:
         self._engine = Engine(
             build(self.config, file, backend.ops, progress, stream=stream_weights), backend.ops, cache
         )
+        # Which tokens of a prompt ask (slimrt.text.asking). Sessions hold it: it must not hold the model.
+        self.asking: Callable[[Sequence[int]], Asked] = partial(asking, self.tokenizer)
         self._session = Session(self._engine, self.ctx, self.asking)
 
     def _gpu(self, device: str, cache: CacheConfig, stream: bool) -> Backend | None:
@@ -401,10 +404,6 @@ class LLM:
             fitted.ids, fitted.request, prune=prune, session=session, progress=progress, note=fitted.note
         )
         return answer if stream else answer.finished()
-
-    def asking(self, ids: Sequence[int]) -> Asked:
-        """Which tokens of the prompt ``ids`` ask; see ``slimrt.text.asking``."""
-        return asking(self.tokenizer, ids)
 
     @property
     def has_chat_template(self) -> bool:
