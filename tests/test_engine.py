@@ -178,7 +178,7 @@ def test_two_streams_need_two_sessions(llm: slimrt.LLM) -> None:
     first = llm.stream("Once upon a time", max_tokens=8)
     next(first)
     llm.generate("Another prompt", max_tokens=1)
-    with pytest.raises(SettingError, match="read something else .*; use a session for each"):
+    with pytest.raises(SettingError, match=r"read something else .*; use a session for each"):
         first.finished()
     one = llm.stream("Once upon a time", max_tokens=8, session=llm.session())
     two = llm.stream("Another prompt", max_tokens=8, session=llm.session())
