@@ -17,6 +17,8 @@ pytestmark = pytest.mark.skipif(emulation.compiler() is None, reason="running CU
 
 def rows(monkeypatch: pytest.MonkeyPatch, path: Path, *options: str) -> tuple[int, list[dict[str, Any]]]:
     out = path / "rows.json"
+    # The script's own patch is for its own process: here the stand-in for CuPy must go when the test ends.
+    monkeypatch.setattr(pytest, "MonkeyPatch", lambda: monkeypatch)
     monkeypatch.setattr("sys.argv", ["gpu_decode_check.py", "--dry", "--types", "Q4_0", "--out", str(out), *options])
     return gpu_decode_check.main(), json.loads(out.read_text())
 
