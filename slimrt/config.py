@@ -14,9 +14,18 @@ from typing import Any, Literal
 
 from slimrt.errors import SettingError
 
-__all__ = ["CacheConfig", "ModelConfig", "RopeConfig", "SamplingConfig", "context_advice", "is_whole", "parse_size"]
+__all__ = [
+    "CacheConfig",
+    "ExpertConfig",
+    "ModelConfig",
+    "RopeConfig",
+    "SamplingConfig",
+    "context_advice",
+    "is_whole",
+    "parse_size",
+]
 
-RopeScaling = Literal["none", "linear", "yarn", "llama3"]
+RopeScaling = Literal["none", "linear", "yarn", "llama3", "longrope"]
 
 
 def is_whole(value: object) -> bool:
@@ -30,7 +39,9 @@ class RopeConfig:
 
     ``interleaved``: pairs are (0, 1), (2, 3), ... (GGUF's llama layout), else (0, Dh/2), (1, Dh/2+1), ... (qwen2's).
     ``factor`` divides positions (linear) or the slow frequencies (YaRN, arXiv 2309.00071; ``original_ctx`` is the
-    context before stretching). ``llama3`` takes its per-frequency divisors from the file's ``rope_freqs`` tensor.
+    context before stretching). ``llama3`` takes its per-frequency divisors from the file's ``rope_freqs`` tensor,
+    ``longrope`` (LongRoPE, arXiv 2402.13753) from ``rope_factors_long`` where the context passes the original one
+    (``long``), else from ``rope_factors_short``.
     """
 
     base: float = 10000.0
@@ -43,11 +54,31 @@ class RopeConfig:
     ext_factor: float = 1.0
     beta_fast: float = 32.0
     beta_slow: float = 1.0
+    long: bool = False
+
+
+@dataclass(frozen=True)
+class ExpertConfig:
+    """A feed-forward of ``count`` experts of width ``d_ff`` each, of which a token passes the ``used`` likeliest.
+
+    The router's softmax weighs them; ``normalised``: so that the chosen ones' weights sum to 1.
+    """
+
+    count: int
+    used: int
+    d_ff: int
+    normalised: bool = True
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The sizes of one model. ``n_params`` counts the weights in the file."""
+    """The sizes of one model, and what its layers do (``slimrt.models.architecture`` has the words).
+
+    ``n_params`` counts the weights in the file. ``d_ff`` is that of one expert where there are ``experts``. Layer i
+    sees the last ``windows[i]`` positions, its own among them (0, or no entry: all before it); it is turned by ``rope``
+    (``turns[i]`` 0, or no entry), by ``local_rope`` (1) or not at all (-1). A scale of 1 and a cap of 0 do nothing;
+    ``query_scale`` is what queries are multiplied with besides 1 / sqrt(Dh).
+    """
 
     arch: str
     name: str
@@ -62,6 +93,29 @@ class ModelConfig:
     norm_eps: float
     rope: RopeConfig
     n_params: int = 0
+    norms: Literal["before", "after", "both"] = "before"
+    centred: bool = False
+    parallel: bool = False
+    qk_norm: Literal["none", "head", "full"] = "none"
+    activation: Literal["silu", "gelu"] = "silu"
+    query_scale: float = 1.0
+    attention_cap: float = 0.0
+    logit_cap: float = 0.0
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
+    windows: tuple[int, ...] = ()
+    turns: tuple[int, ...] = ()
+    local_rope: RopeConfig | None = None
+    experts: ExpertConfig | None = None
+
+    def window(self, layer: int) -> int:
+        """How many of the last positions ``layer`` sees, 0: all."""
+        return self.windows[layer] if self.windows else 0
+
+    def sees_all(self) -> list[int]:
+        """The layers without a window of their own: only these can tell which blocks of a prompt are wanted."""
+        return [layer for layer in range(self.n_layers) if not self.window(layer)]
 
     @property
     def kv_bytes_per_token(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Concatenate, NamedTuple, NoReturn, ParamSpec, Protocol, TypeVar
+from typing import Any, Concatenate, NamedTuple, NoReturn, ParamSpec, Protocol, TypeVar
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from slimrt.kv.boundary import BoundaryStates
 from slimrt.kv.cache import KVCache
 from slimrt.kv.layer_rows import reserve_host_memory
 from slimrt.kv.offload import OffloadedKVCache
+from slimrt.kv.windowed import WindowedKVCache
 from slimrt.models import Llama
 from slimrt.ops.protocol import Array, Cache, Decoder, Ops
 from slimrt.prune.asked import wanted
@@ -116,6 +117,10 @@ class Engine:
     def _new_cache(self) -> Cache:
         if self.cache_config is None or self.cache_config.budget is None:
             return KVCache(self.config, self.ops)
+        if self.config.windows:
+            if not self.config.sees_all():  # nothing to choose anywhere
+                return KVCache(self.config, self.ops)
+            return WindowedKVCache(self.config, self.ops, self.cache_config)
         return OffloadedKVCache(self.config, self.ops, self.cache_config)
 
     @_computing
@@ -175,23 +180,24 @@ class Engine:
         cut_at = {cut.layer: cut for cut in schedule.cuts}
         kept = []
         x = model.embed(np.asarray(ids))
-        cos, sin = model.rope(positions)
+        turns = model.rope(positions)
         if trace:
             trace.begin()
         for number, packed in enumerate(model.layers):
             layer = model.unpacked(packed) if len(x) >= ops.unpack_rows else packed
-            q, k, v = model.qkv(layer, x, cos, sin)
-            keys, values, _ = cache.update(number, k, v, positions, q, exact=exact)
+            q, k, v = model.qkv(layer, x, turns)
+            keys, values, held = cache.update(number, k, v, positions, q, exact=exact)
             if number == len(model.layers) - 1:
                 x, q = x[len(x) - wanted :], q[len(q) - wanted :]
-            x = model.project(layer, x, self._attend(schedule.windows, number, q, positions, keys, values))
+            attention = self._attend(schedule.windows, number, q, positions, keys, values, held)
+            x = model.project(layer, x, attention)
             if context.boundary is not None and number == context.boundary.layer:
                 context.boundary.append(x, q)
                 if cut_at:
                     cache.clear(number + 1)
                 if cut_at and context.boundary.length > len(x):
                     x, positions = context.boundary.rows(), np.arange(context.boundary.length)
-                    cos, sin = model.rope(positions)
+                    turns = model.rope(positions)
                     if number not in cut_at:  # a backend may overwrite x; the boundary's rows must stay
                         x = ops.take(x, positions)
             if number in cut_at:
@@ -201,7 +207,7 @@ class Engine:
                 if trace:
                     trace.cut(number, positions, scores, rows, by)
                 x, positions = ops.take(x, rows), positions[rows]
-                cos, sin = model.rope(positions)
+                turns = model.rope(positions)
             cache.attended(number)
             x = model.feed_forward(layer, x)
             del layer  # a scratch copy of its weights goes before the next layer's is made
@@ -224,7 +230,7 @@ class Engine:
         if context.boundary is not None and hidden is not None:
             context.boundary.append(hidden)
         context.length += 1
-        return _finite(logits)
+        return _finite(self.model.finished(logits[None])[0])
 
     @functools.cached_property
     def _decoder(self) -> Decoder | None:
@@ -242,7 +248,7 @@ class Engine:
             logits[rows] = self.ops.to_host(self.model.logits(x[rows]))
 
         self.ops.rows(head, len(x))
-        return _finite(logits)
+        return _finite(self.model.finished(logits))
 
     def _scores(
         self, context: Context, rule: Schedule, layer: int, q: Array, keys: Array, positions: np.ndarray
@@ -256,9 +262,9 @@ class Engine:
         if asked is None:
             return ops.score_blocks(plan.score, q[-plan.query_window :], keys, plan.block, plan.unit), None
         rows = keys.shape[1]
-        tail = len(asked.tail)
+        tail, cap = len(asked.tail), self._cap
         groups: list[tuple[np.ndarray, Sequence[float]]] = [
-            (ops.block_mass(q[len(q) - tail :], keys, plan.block, True), asked.tail)
+            (ops.block_mass(q[len(q) - tail :], keys, plan.block, True, *cap), asked.tail)
         ]
         places = [positions[rows - tail :]]
         if any(asked.head):
@@ -268,30 +274,41 @@ class Engine:
             else:
                 assert context.boundary is not None and layer == context.boundary.layer
                 own = context.boundary.first_queries()[: len(first)]
-            moved = self.model.moved(own, positions[-1] + 1 - first)
-            groups.append((ops.block_mass(moved, keys, plan.block, False), [asked.head[at] for at in first]))
+            moved = self.model.moved(own, positions[-1] + 1 - first, layer)
+            groups.append((ops.block_mass(moved, keys, plan.block, False, *cap), [asked.head[at] for at in first]))
             places.append(first)
         scores, by = wanted(groups, rivals(rule, len(groups[0][0][0, 0]), rows))
         return scores, np.where(by < 0, -1, np.concatenate(places)[by])
 
+    @property
+    def _cap(self) -> tuple[float, ...]:
+        """The soft cap of the scores of attention, if the model has one."""
+        return (self.config.attention_cap,) if self.config.attention_cap else ()
+
     def _attend(
-        self, windows: Windows, layer: int, q: Array, positions: np.ndarray, keys: Array, values: Array
+        self, windows: Windows, layer: int, q: Array, positions: np.ndarray, keys: Array, values: Array, held: np.ndarray
     ) -> Array:
-        """Attention of the last rows of a layer, those under its windows apart from those that see everything.
+        """Attention of the last rows of a layer, those under a plan's windows apart from those that see everything; in
+        a layer with a window of its own each row sees the keys at the last positions up to its own.
 
         A row's place is its position, not its number among the keys: decode under a budget is given some of them only.
         """
+        how: dict[str, Any] = {}
+        if window := self.config.window(layer):
+            how["first"] = np.searchsorted(held, positions[len(positions) - len(q) :] - window + 1)
+        if self._cap:
+            how["cap"] = self.config.attention_cap
         limited = 0  # of the rows in q
         if layer in windows.reach:
             limited = int(np.searchsorted(positions[len(positions) - len(q) :], windows.rows))
         if limited == 0:
-            return self.ops.attend(q, keys, values)
+            return self.ops.attend(q, keys, values, **how)
         before = keys.shape[1] - len(q)  # under windows all rows of the layer are there
         result = self.ops.empty(q.shape)
         read = slice(0, before + limited)
-        self.ops.attend(q[:limited], keys[:, read], values[:, read], result[:limited], reach=windows.reach[layer])
+        self.ops.attend(q[:limited], keys[:, read], values[:, read], result[:limited], reach=windows.reach[layer], **how)
         if limited < len(q):
-            self.ops.attend(q[limited:], keys, values, result[limited:])
+            self.ops.attend(q[limited:], keys, values, result[limited:], **how)
         return result
 
 

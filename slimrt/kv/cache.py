@@ -103,6 +103,10 @@ class KVCache:
         """How many rows a layer holds."""
         return len(self._positions[layer])
 
+    def positions(self, layer: int) -> np.ndarray:
+        """The positions [N] of a layer's rows."""
+        return self._positions[layer].array
+
     def rows(self, layer: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Views of all rows."""
         return self._views(layer)

@@ -282,6 +282,10 @@ class OffloadedKVCache:
         """How many rows a layer holds, resident or not."""
         return len(self._layers[layer])
 
+    def positions(self, layer: int) -> np.ndarray:
+        """The positions [N] of a layer's rows, in order."""
+        return self._layers[layer].positions.array
+
     def rows(self, layer: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """All rows of a layer, gathered in host memory. Not while a pass runs."""
         with _NotingFailure(self):

@@ -84,19 +84,27 @@ class RowOps(Protocol):
         """Call ``task(slice)`` for slices that cover ``count`` rows once."""
 
     def qkv(
-        self, x: Array, gain: Array, eps: float, weight: Any, bias: Array | None, cos: Array, sin: Array,
-        heads: tuple[int, int, int],
+        self, x: Array, gain: Array | None, eps: float, weight: Any, bias: Array | None, cos: Array, sin: Array,
+        heads: tuple[int, int, int], norms: Any = ...,
     ) -> tuple[Array, Array, Array]:  # fmt: skip
-        """Norm, projection, rotation: x [T, D] -> q [T, H, Dh], k and v [T, Hkv, Dh]. heads: H, Hkv, Dh."""
+        """Norm, projection, rotation: x [T, D] -> q [T, H, Dh], k and v [T, Hkv, Dh]. heads: H, Hkv, Dh.
+        norms: a ``layer.HeadNorms`` or None."""
 
-    def project(self, x: Array, attention: Array, weight: Any, bias: Array | None) -> Array:
-        """x [T, D] and attention [T, H, Dh] -> x + attention @ weight.T (+ bias) [T, D]."""
+    def project(self, x: Array, attention: Array, weight: Any, bias: Array | None, merge: Any = ...) -> Array:
+        """x [T, D] and attention [T, H, Dh] -> x + attention @ weight.T (+ bias) [T, D]; merge: a ``layer.Merge`` or
+        None."""
 
     def feed_forward(
-        self, x: Array, gain: Array, eps: float, gate_up: Any, gate_up_bias: Array | None, down: Any,
-        down_bias: Array | None,
+        self, x: Array, gain: Array | None, eps: float, gate_up: Any, gate_up_bias: Array | None, down: Any,
+        down_bias: Array | None, activation: Any = ..., merge: Any = ..., residual: Array | None = ...,
     ) -> Array:  # fmt: skip
-        """x [T, D] -> x + down(silu(gate) * up) of the normed x [T, D]."""
+        """x [T, D] -> x (or residual) + down(act(gate) * up) of the normed x [T, D]."""
+
+    def experts(self, x: Array, gain: Array, eps: float, experts: Any, activation: Any, merge: Any) -> Array:
+        """The same with the experts that a router chooses for each row; experts: a ``layer.Experts``."""
+
+    def centred(self, x: Array) -> Array:
+        """x [T, D] less each row's mean."""
 
 
 class Ops(MemoryOps, RowOps, Protocol):
@@ -145,13 +153,20 @@ class Ops(MemoryOps, RowOps, Protocol):
     def swiglu(self, gate_up: Array) -> Array:
         """silu(gate) * up; gate_up [T, 2F] -> [T, F]."""
 
-    def attend(self, q: Array, k: Array, v: Array, out: Array | None = ..., reach: Reach = ...) -> Array:
-        """Causal attention by index: q [T, H, Dh], k and v [Hkv, N, Dh] -> [T, H, Dh]."""
+    def geglu(self, gate_up: Array) -> Array:
+        """gelu(gate) * up, by tanh; gate_up [T, 2F] -> [T, F]."""
+
+    def attend(
+        self, q: Array, k: Array, v: Array, out: Array | None = ..., reach: Reach = ...,
+        *, first: np.ndarray | None = ..., cap: float = ...,
+    ) -> Array:  # fmt: skip
+        """Causal attention by index: q [T, H, Dh], k and v [Hkv, N, Dh] -> [T, H, Dh]. Row t sees no key before
+        ``first[t]``, scores are capped softly at ``cap`` (0: not)."""
 
     def score_blocks(self, kind: str, q: Array, k: Array, block: int, unit: int) -> np.ndarray:
         """How much q [W, H, Dh] of the last rows want each block of k [Hkv, N, Dh] -> [B] on the host."""
 
-    def block_mass(self, q: Array, k: Array, block: int, causal: bool) -> np.ndarray:
+    def block_mass(self, q: Array, k: Array, block: int, causal: bool, cap: float = ...) -> np.ndarray:
         """The attention of q [W, H, Dh] by block of k [Hkv, N, Dh] -> [W, H, B] on the host; ``causal``: q are those of
         the last W rows, and see no later keys; else they see all."""
 
@@ -217,6 +232,9 @@ class Cache(Protocol):
 
     def length(self, layer: int) -> int:
         """How many rows a layer holds."""
+
+    def positions(self, layer: int) -> np.ndarray:
+        """The positions [N] of a layer's rows, ascending."""
 
     def rows(self, layer: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """All K, V [Hkv, N, Dh] and positions [N] of a layer, in order; valid until the next call.

@@ -57,10 +57,11 @@ def _per_block(values: Array, size: int, reduce: np.ufunc) -> Array:
     return reduce.reduceat(values, np.arange(0, values.shape[-1], size), axis=-1)
 
 
-def block_mass(q: Array, k: Array, block: int, causal: bool) -> Array:
+def block_mass(q: Array, k: Array, block: int, causal: bool, cap: float = 0.0) -> Array:
     """The attention that each query in each head pays to each block: q [W, H, Dh], k [Hkv, N, Dh] -> [W, H, B].
 
-    ``causal``: the queries are those of the last W rows, and see keys up to their own; else they see all.
+    ``causal``: the queries are those of the last W rows, and see keys up to their own; else they see all. ``cap``: a
+    score s becomes cap * tanh(s / cap), where the model's attention does the same.
     """
     window, heads, _ = q.shape
     kv_heads, keys, _ = k.shape
@@ -73,6 +74,8 @@ def block_mass(q: Array, k: Array, block: int, causal: bool) -> Array:
         for first in range(0, window, _ROWS):
             rows = slice(first, first + _ROWS)
             scores = _products(q[rows, mine], k[head : head + 1])
+            if cap:
+                scores = np.tanh(scores / np.float32(cap)) * np.float32(cap)
             if causal:
                 np.copyto(scores[:, :, keys - window :], -np.inf, where=later[rows])
             scores -= scores.max(axis=-1, keepdims=True)

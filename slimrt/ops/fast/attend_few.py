@@ -35,6 +35,7 @@ from slimrt.ops.fast.vectors import (
     load_scalar,
     max_lanes,
     maximum,
+    minimum,
     splat,
     store,
     store_scalar,
@@ -182,8 +183,22 @@ def _mix_key(heads: int, pieces: int, step: int) -> tuple[Any, Any, Any]:
 
 
 @cache
-def attend_kernel(features: Features, head_dim: int, group: int) -> Kernel:
-    """Item: (query row, KV head, span), the span running fastest. ``group`` = H / Hkv.
+def capped_score(cap: float) -> Any:
+    """The word ``cap * np.tanh(score / cap)`` for F32X16."""
+    inverse = 2.0 / cap if cap else 0.0
+
+    @inline
+    def squash(score):
+        # tanh(y) = 1 - 2 / (1 + exp(2 y)); beyond 30 it is 1, and exp stays finite.
+        twice = maximum(splat(F32X16, -60.0), minimum(splat(F32X16, 60.0), score * splat(F32X16, inverse)))
+        return (splat(F32X16, 1.0) - splat(F32X16, 2.0) / (splat(F32X16, 1.0) + exp(twice))) * splat(F32X16, cap)
+
+    return squash
+
+
+@cache
+def attend_kernel(features: Features, head_dim: int, group: int, cap: float = 0.0) -> Kernel:
+    """Item: (query row, KV head, span), the span running fastest. ``group`` = H / Hkv; ``cap``: of the scores, softly.
 
     Args: 0 queries f32 [T, H, Dh], 1 keys, 2 values (float16 [Hkv, N, Dh]), 3 bytes from head to head of keys, 4 N,
     5 T, 6 Hkv, 7 rows a span, 8 spans, 9 partial results [T, H, spans], 10 reach int64 [Hkv] or 0, 11 scratch, 12 bytes
@@ -198,6 +213,7 @@ def attend_kernel(features: Features, head_dim: int, group: int) -> Kernel:
     # As many pieces of 16 columns at once as their sums fit into half of the 32 registers, for each of the heads.
     wide = max(n for n in range(1, pieces + 1) if pieces % n == 0 and (n == 1 or n * heads <= 16))
     score = score_key(head_dim, heads)
+    squash, capped = capped_score(cap), cap != 0
     begin, add, end = _mix_key(heads, wide, partial)
 
     @inline
@@ -210,7 +226,10 @@ def attend_kernel(features: Features, head_dim: int, group: int) -> Kernel:
                     prefetch(key + _AHEAD + line * 64)
                 score(key, q, sums + i * 64)
             for head in range(heads):
-                store(scores + head * TILE * 4 + some * 4, sum_each(sums + head * 16 * 64))
+                value = sum_each(sums + head * 16 * 64)
+                if capped:
+                    value = squash(value)
+                store(scores + head * TILE * 4 + some * 4, value)
         for head in range(heads):
             for i in range(count, TILE):
                 store_scalar(scores + head * TILE * 4 + i * 4, np.float32(_LOWEST))
@@ -288,7 +307,7 @@ def attend_kernel(features: Features, head_dim: int, group: int) -> Kernel:
             for i in range(partial // 64):
                 store(to + i * 64, load(F32X16, results + slot * partial + i * 64))
 
-    return compile_kernel(attend, f"{features.key}-{head_dim}-{group}")
+    return compile_kernel(attend, f"{features.key}-{head_dim}-{group}-{cap:g}")
 
 
 @cache
@@ -329,7 +348,9 @@ def join_kernel(features: Features, head_dim: int) -> Kernel:
     return compile_kernel(join, f"{features.key}-{head_dim}")
 
 
-def attend(ops: Any, q: np.ndarray, k: np.ndarray, v: np.ndarray, reach: Reach = None) -> np.ndarray:
+def attend(
+    ops: Any, q: np.ndarray, k: np.ndarray, v: np.ndarray, reach: Reach = None, cap: float = 0.0
+) -> np.ndarray:
     """Causal grouped-query attention by index, as ``NumpyOps.attend``, for few rows: q f32 [T, H, Dh] -> [T, H, Dh].
 
     k and v [Hkv, N, Dh] are float16 and their heads may lie any distance apart; Dh a multiple of 16.
@@ -347,7 +368,7 @@ def attend(ops: Any, q: np.ndarray, k: np.ndarray, v: np.ndarray, reach: Reach =
     out = np.empty(q.shape, np.float32)
     program = Program()
     program.add(
-        attend_kernel(ops.features, head_dim, group), tokens * kv_heads * spans,
+        attend_kernel(ops.features, head_dim, group, cap), tokens * kv_heads * spans,
         address(q), address(k), address(v), k.strides[0], rows, tokens, kv_heads, size, spans, address(partial),
         0 if windows is None else address(windows), address(scratch), scratch.strides[0], v.strides[0],
     )  # fmt: skip

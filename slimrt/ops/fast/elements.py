@@ -16,7 +16,9 @@ from slimrt.ops.fast.lanes import exp
 from slimrt.ops.fast.products import shape_of
 from slimrt.ops.fast.vectors import F32X16, fma, load, load_scalar, splat, store, store_scalar, sum_lanes
 
-__all__ = ["Elements", "elements"]
+__all__ = ["Elements", "activation_argument", "elements"]
+
+_GELU = 1.5957691216057308  # 2 sqrt(2 / pi)
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,8 @@ class Elements:
     put(out, i, v): ``out[i : i + 16] = v``
     cast(x, n, out, padded): ``out[:n] = x``, zeros up to ``padded``
     norm(x, gain, n, eps, out, padded): ``out[:n] = x / np.sqrt(np.mean(x * x) + eps) * gain``, zeros up to ``padded``
-    gate(g, u, out, i): ``out[i : i + 16] = g / (1 + np.exp(-g)) * u`` for 16 numbers at the addresses g and u
+    gate(g, u, out, i): ``out[i : i + 16] = g / (1 + np.exp(-g)) * u`` for 16 numbers at the addresses g and u; with the
+    activation gelu the exponential is that of -2 sqrt(2 / pi) (g + 0.044715 g^3)
     """
 
     put: Any
@@ -36,8 +39,28 @@ class Elements:
 
 
 @cache
-def elements(features: Features) -> Elements:
+def activation_argument(activation: str) -> Any:
+    """The word t for F32X16 in which ``activation`` is g / (1 + exp(-t(g))): g itself, or gelu's in its tanh form."""
+    if activation == "silu":
+
+        @inline
+        def argument_of(value):
+            return value
+
+    else:
+
+        @inline
+        def argument_of(value):
+            cubed = value * value * value
+            return fma(cubed, splat(F32X16, 0.044715), value) * splat(F32X16, _GELU)
+
+    return argument_of
+
+
+@cache
+def elements(features: Features, activation: str = "silu") -> Elements:
     """Those of the element that ``features`` multiply."""
+    argument_of = activation_argument(activation)
     if shape_of(features).bf16:
         narrow = narrower(features)
 
@@ -92,6 +115,6 @@ def elements(features: Features) -> Elements:
     def gate(g, u, out, i):
         value = load(F32X16, g)
         one = splat(F32X16, 1.0)
-        put(out, i, value / (one + exp(splat(F32X16, 0.0) - value)) * load(F32X16, u))
+        put(out, i, value / (one + exp(splat(F32X16, 0.0) - argument_of(value))) * load(F32X16, u))
 
     return Elements(put, cast, norm, gate)

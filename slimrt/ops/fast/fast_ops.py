@@ -20,11 +20,19 @@ from slimrt.ops.fast.decode import Decoder
 from slimrt.ops.fast.dots import FORMATS
 from slimrt.ops.fast.features import Features, detect
 from slimrt.ops.fast.flash import KEY_BLOCK, flash_kernel, pack_kernel, tile_scratch
-from slimrt.ops.fast.layer_kernels import RESULT_PANELS, ROW_GAP, feed_forward_kernel, linear_kernel, qkv_kernel
+from slimrt.ops.fast.layer_kernels import (
+    RESULT_PANELS,
+    ROW_GAP,
+    feed_forward_kernel,
+    head_norm_words,
+    linear_kernel,
+    qkv_kernel,
+)
 from slimrt.ops.fast.one_query import OneQuery
 from slimrt.ops.fast.panels import PanelMaker, Panels
 from slimrt.ops.fast.products import PANEL, shape_of
 from slimrt.ops.fast.team import Program, Team, address
+from slimrt.ops.layer import Activation, Experts, HeadNorms, Merge, by_expert
 from slimrt.ops.numpy.memory import Fence
 from slimrt.ops.numpy.numpy_ops import ROW_CHUNK, NumpyOps
 from slimrt.prune.reach import RUN, Reach, first_row
@@ -184,19 +192,20 @@ class FastOps(NumpyOps):
     def qkv(
         self,
         x: Array,
-        gain: Array,
+        gain: Array | None,
         eps: float,
         weight: FastWeight,
         bias: Array | None,
         cos: Array,
         sin: Array,
         heads: tuple[int, int, int],
+        norms: HeadNorms | None = None,
     ) -> tuple[Array, Array, Array]:
         """See ``LayerOps``; k and v float16."""
         count, kv_count, width = heads
         tokens, d = x.shape
         if _by_packed(x, weight):
-            q, k, v = super().qkv(x, gain, eps, weight, bias, cos, sin, heads)
+            q, k, v = super().qkv(x, gain, eps, weight, bias, cos, sin, heads, norms)
             halves = k.astype(np.float16), v.astype(np.float16)
             if not (np.isfinite(q).all() and np.isfinite(halves[0]).all()):
                 q[...] = np.nan  # as the kernel does
@@ -210,35 +219,65 @@ class FastOps(NumpyOps):
         nbytes = size * (self._row_bytes(panels.inner) + panels.count * PANEL * 4)
         scratch, stride = self._thread_scratch(program, nbytes)
         cos, sin = _plain(cos), _plain(sin)
+        q_gain, k_gain, whole = head_norm_words(norms, width)
         program.add(
-            qkv_kernel(self.features), items,
-            address(x), tokens, size, d, panels.inner, address(gain), float(eps), panels.address, panels.count,
+            qkv_kernel(self.features, norms is not None), items,
+            address(x), tokens, size, d, panels.inner, _at(gain), float(eps), panels.address, panels.count,
             _at(wide), panels.columns(1), panels.columns(2), address(cos), address(sin), cos.shape[-1],
             count, kv_count, width, address(q), address(k), address(v), scratch, stride,
+            q_gain, k_gain, whole, 0.0 if norms is None else float(norms.eps), 1.0 if norms is None else norms.scale,
         )  # fmt: skip
         self.team.run(program)
         return q, k, v
 
-    def project(self, x: Array, attention: Array, weight: FastWeight, bias: Array | None) -> Array:
+    def project(
+        self, x: Array, attention: Array, weight: FastWeight, bias: Array | None, merge: Merge | None = None
+    ) -> Array:
         """See ``LayerOps``."""
         if _by_packed(x, weight):
-            return super().project(x, attention, weight, bias)
-        return self._linear(attention.reshape(len(x), -1), weight, bias, _plain(x))
+            return super().project(x, attention, weight, bias, merge)
+        attention = attention.reshape(len(x), -1)
+        if merge is not None:
+            return self.merged(x, self._linear(attention, weight, bias, None), merge)
+        return self._linear(attention, weight, bias, _plain(x))
 
     def feed_forward(
         self,
         x: Array,
-        gain: Array,
+        gain: Array | None,
         eps: float,
         gate_up: FastWeight,
         gate_up_bias: Array | None,
         down: FastWeight,
         down_bias: Array | None,
+        activation: Activation = "silu",
+        merge: Merge | None = None,
+        residual: Array | None = None,
     ) -> Array:
         """See ``LayerOps``."""
-        tokens, d = x.shape
         if _by_packed(x, gate_up):
-            return super().feed_forward(x, gain, eps, gate_up, gate_up_bias, down, down_bias)
+            return super().feed_forward(
+                x, gain, eps, gate_up, gate_up_bias, down, down_bias, activation, merge, residual
+            )
+        residual = _plain(x if residual is None else residual)
+        to = None if merge is not None else residual
+        result = self._feed_forward(x, gain, eps, gate_up, gate_up_bias, down, down_bias, activation, to)
+        return result if merge is None else self.merged(residual, result, merge)
+
+    def _feed_forward(
+        self,
+        x: Array,
+        gain: Array | None,
+        eps: float,
+        gate_up: FastWeight,
+        gate_up_bias: Array | None,
+        down: FastWeight,
+        down_bias: Array | None,
+        activation: Activation,
+        residual: Array | None,
+    ) -> Array:
+        """``feed_forward`` on panels, added to ``residual`` or (None) to nothing."""
+        tokens, d = x.shape
         first, second, x = self._ready(gate_up), self._ready(down), _plain(x)
         out = np.empty((tokens, d), np.float32)
         size, items = self._slices(tokens)
@@ -257,9 +296,9 @@ class FastOps(NumpyOps):
             ),
         )
         program.add(
-            feed_forward_kernel(self.features), items,
-            address(x), tokens, size, d, first.inner, address(gain), float(eps), first.address, half, _at(wide),
-            second.address, second.count, _at(down_wide), address(out), scratch, stride,
+            feed_forward_kernel(self.features, activation), items,
+            address(x), tokens, size, d, first.inner, _at(gain), float(eps), first.address, half, _at(wide),
+            second.address, second.count, _at(down_wide), address(out), scratch, stride, _at(residual),
         )  # fmt: skip
         self.team.run(program)
         return out
@@ -271,9 +310,9 @@ class FastOps(NumpyOps):
             return WEIGHT_SCORES[kind](weights[:, None], block)
         return super().score_blocks(kind, q, k.astype(np.float32), block, unit)
 
-    def block_mass(self, q: Array, k: Array, block: int, causal: bool) -> np.ndarray:
+    def block_mass(self, q: Array, k: Array, block: int, causal: bool, cap: float = 0.0) -> np.ndarray:
         """See ``NumpyOps``; k float16."""
-        return super().block_mass(q, k.astype(np.float32), block, causal)
+        return super().block_mass(q, k.astype(np.float32), block, causal, cap)
 
     def _one_query(self, *shape: int) -> OneQuery:
         if shape not in self._one_queries:
@@ -284,18 +323,43 @@ class FastOps(NumpyOps):
         """See ``NumpyOps``; means of float16 rows, in float32."""
         return super().unit_means(k.astype(np.float32), unit)
 
-    def attend(self, q: Array, k: Array, v: Array, out: Array | None = None, reach: Reach = None) -> Array:
+    def experts(
+        self, x: Array, gain: Array, eps: float, experts: Experts, activation: Activation, merge: Merge | None
+    ) -> Array:
+        """See ``LayerOps``; each expert is unpacked into panels, and its rows pass it in one piece."""
+        if len(x) == 1:
+            return super().experts(x, gain, eps, experts, activation, merge)
+        x, mixed = _plain(x), np.zeros(x.shape, np.float32)
+        _, chosen, weights = self.routed(x, gain, eps, experts)
+        for expert, rows, share in by_expert(chosen, weights):
+            gate_up, down = (self.unpacked(part[expert]) for part in (experts.gate_up, experts.down))
+            result = self._feed_forward(x[rows], gain, eps, gate_up, None, down, None, activation, None)
+            result *= share[:, None]
+            mixed[rows] += result
+        return x + mixed if merge is None else self.merged(x, mixed, merge)
+
+    def attend(
+        self, q: Array, k: Array, v: Array, out: Array | None = None, reach: Reach = None,
+        *, first: np.ndarray | None = None, cap: float = 0.0,
+    ) -> Array:  # fmt: skip
         """See ``NumpyOps``; k and v float16, the rows of a head follow each other."""
         if len(q) == 1 and q.shape[2] % 16 == 0:
-            result = attend_few.attend(self, q, k, v, reach)
+            if first is not None:  # one query sees a run of keys
+                assert reach is None
+                k, v = (x[:, max(0, int(first[0])) :] for x in (k, v))
+            result = attend_few.attend(self, q, k, v, reach, cap)
         else:
-            result = self._attend_tiles(_plain(q), _rows_together(k), _rows_together(v), reach or [0] * len(k))
+            result = self._attend_tiles(
+                _plain(q), _rows_together(k), _rows_together(v), reach or [0] * len(k), first, cap
+            )
         if out is None:
             return result
         out[...] = result
         return out
 
-    def _attend_tiles(self, q: Array, k: Array, v: Array, reach: Sequence[int]) -> Array:  # type: ignore[override]
+    def _attend_tiles(  # type: ignore[override]
+        self, q: Array, k: Array, v: Array, reach: Sequence[int], first: np.ndarray | None = None, cap: float = 0.0
+    ) -> Array:
         tokens, heads, width = q.shape
         kv_heads, keys, _ = k.shape
         offset, blocks, padded = keys - tokens, -(-keys // KEY_BLOCK), self._shape.padded(width)
@@ -321,10 +385,11 @@ class FastOps(NumpyOps):
             address(k), address(v), k.strides[0], v.strides[0], keys, blocks, width, padded, key_panels, value_panels,
             scratch, stride,
         )  # fmt: skip
+        lowest = None if first is None else np.maximum(first, 0).astype(np.int64)
         program.add(
-            flash_kernel(self.features), len(tiles),
+            flash_kernel(self.features, first is not None, cap), len(tiles),
             address(tiles), address(q), heads, kv_heads, width, padded, keys, tokens, key_panels, value_panels, blocks,
-            _LOG2_E / math.sqrt(width), address(out), scratch, stride,
+            _LOG2_E / math.sqrt(width), address(out), scratch, stride, _at(lowest),
         )  # fmt: skip
         self.team.run(program)
         return out

@@ -10,6 +10,7 @@ place in the context alone, and so do its bits.
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from typing import Any
 
@@ -20,7 +21,7 @@ from slimrt.ops.fast.bfloat import load_half, narrow_one
 from slimrt.ops.fast.elements import elements
 from slimrt.ops.fast.features import Features
 from slimrt.ops.fast.kernels import Kernel, compile_kernel, inline
-from slimrt.ops.fast.lanes import constant, joiner
+from slimrt.ops.fast.lanes import constant, exp, joiner
 from slimrt.ops.fast.products import panel_product, shape_of, tile_settings
 from slimrt.ops.fast.vectors import (
     F16X16,
@@ -35,6 +36,7 @@ from slimrt.ops.fast.vectors import (
     load_scalar,
     max_lanes,
     maximum,
+    minimum,
     reinterpret,
     splat,
     store,
@@ -101,6 +103,23 @@ def _exp2(short: bool) -> Any:
         return p * reinterpret(F32X16, reinterpret(I32X16, shifted) << splat(I32X16, 23))
 
     return exp2
+
+
+def _capped(cap: float) -> Any:
+    """The word ``squash(score, scale)`` for F32X16: of a score that the softmax multiplies with ``scale`` (that with a
+    binary logarithm in it), cap * tanh(s / cap) in its place, s being the score over sqrt(Dh)."""
+    inverse = 2.0 * math.log(2) / cap if cap else 0.0
+    limit = cap / math.log(2) if cap else 0.0
+
+    @inline
+    def squash(score, scale):
+        # tanh(y) = 1 - 2 / (1 + exp(2 y)); beyond 30 it is 1, and exp stays finite.
+        twice = score * splat(F32X16, float32(scale * float32(inverse)))
+        twice = maximum(splat(F32X16, -60.0), minimum(splat(F32X16, 60.0), twice))
+        bent = splat(F32X16, 1.0) - splat(F32X16, 2.0) / (splat(F32X16, 1.0) + exp(twice))
+        return bent * splat(F32X16, float32(float32(limit) / scale))
+
+    return squash
 
 
 @cache
@@ -176,25 +195,39 @@ def tile_scratch(features: Features, group: int, head_dim: int) -> int:
 
 
 @cache
-def flash_kernel(features: Features) -> Kernel:
-    """One tile of queries of one KV head.
+def flash_kernel(features: Features, lowest: bool = False, cap: float = 0.0) -> Kernel:
+    """One tile of queries of one KV head. ``cap``: scores are capped softly; ``lowest``: each row has a first key of its
+    own (15), and no other is read before it.
 
     0 tiles: int64 [items, 4] of (first token, tokens, KV head, first row it reads besides the sink or 0),
     1 q float32 [T, H, Dh], 2 H, 3 Hkv, 4 Dh, 5 Dh padded, 6 N, 7 T, 8 panels of keys, 9 of values, 10 blocks of keys,
-    11 log2(e) / sqrt(Dh), 12 out float32 [T, H, Dh], 13 scratch, 14 bytes of it for each thread
+    11 log2(e) / sqrt(Dh), 12 out float32 [T, H, Dh], 13 scratch, 14 bytes of it for each thread, 15 the first key that
+    each row sees int64 [T], or 0
     """
     shape, words = shape_of(features), elements(features)
     cast, put = words.cast, words.put
     score, mix = panel_product(features), panel_product(features, True)
     begin, end = tile_settings(features)
     exp2 = _exp2(shape.bf16)
+    squash = _capped(cap)
+    capped = cap != 0
     height, columns, width = shape.rows, shape.columns, shape.element_bytes
 
     @inline
     def softmax(scores, weights, keys, position, first_key, skipped_to, masked, scale, peaks, totals, r, mixed, padded):
         """One row of scores [keys] -> weights; raises the row's reference where the block calls for it."""
         at = scores + r * KEY_BLOCK * 4
-        if masked:
+        if capped:
+            for i in range(0, keys, 16):
+                store(at + 4 * i, squash(load(F32X16, at + 4 * i), float32(scale)))
+        if lowest:
+            low, high = splat(I32X16, position), splat(I32X16, skipped_to)
+            nothing = splat(F32X16, _LOWEST)
+            for i in range(0, keys, 16):
+                number = splat(I32X16, first_key + i) + _lane_numbers()
+                value = _where_within(number, low, load(F32X16, at + 4 * i), nothing)
+                store(at + 4 * i, _where_within(high, number, value, nothing))
+        elif masked:
             low, high = splat(I32X16, position), splat(I32X16, skipped_to - 1)
             nothing = splat(F32X16, _LOWEST)
             for i in range(0, keys, 16):
@@ -263,7 +296,10 @@ def flash_kernel(features: Features) -> Kernel:
         for block in range(last // KEY_BLOCK + 1):
             start = block * KEY_BLOCK
             stop = start + KEY_BLOCK
-            if start >= SINK and stop <= first:
+            if lowest:
+                if stop <= argument(argument(args, 15), token):
+                    continue
+            elif start >= SINK and stop <= first:
                 continue
             # Of the block where the sink lies the sink only, of the one where the window begins what lies within: whole
             # columns both. Where that is the same block the gap between them is masked.
@@ -285,8 +321,11 @@ def flash_kernel(features: Features) -> Kernel:
                 masked = skips or start + count > low + 1
                 for i in range(height):
                     position = min(offset + token + (r + i) // group, last)
+                    lower = first if skips else 0
+                    if lowest:
+                        lower = argument(argument(args, 15), position - offset)
                     softmax(
-                        scores, weights, count, position, start, first if skips else 0, masked, scale,
+                        scores, weights, count, position, start, lower, masked, scale,
                         peaks + 4 * r, totals + 4 * r, i, mixed + (r + i) * padded * 4, padded,
                     )  # fmt: skip
                 mix(
@@ -307,4 +346,4 @@ def flash_kernel(features: Features) -> Kernel:
                 store_scalar(place + 4 * d, float32(load_scalar(float32, at + 4 * d) * share))
                 d += 1
 
-    return compile_kernel(flash, features.key)
+    return compile_kernel(flash, f"{features.key}-{lowest}-{cap:g}")

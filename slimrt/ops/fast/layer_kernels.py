@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from functools import cache
 
+import numpy as np
 from numba import float32
 
 from slimrt.ops.fast.bfloat import store_half
@@ -17,19 +18,32 @@ from slimrt.ops.fast.features import Features
 from slimrt.ops.fast.kernels import Kernel, compile_kernel, inline
 from slimrt.ops.fast.lanes import spoil
 from slimrt.ops.fast.products import panel_product, shape_of, tile_settings
+from slimrt.ops.fast.team import address
 from slimrt.ops.fast.vectors import (
     F16X16,
     F32X16,
     argument,
     argument_float,
     convert,
+    fma,
     load,
     load_scalar,
+    splat,
     store,
     store_scalar,
+    sum_lanes,
 )
+from slimrt.ops.layer import HeadNorms
 
-__all__ = ["RESULT_PANELS", "ROW_GAP", "feed_forward_kernel", "linear_kernel", "qkv_kernel"]
+__all__ = [
+    "RESULT_PANELS",
+    "ROW_GAP",
+    "feed_forward_kernel",
+    "head_norm_words",
+    "linear_kernel",
+    "norm_in_place",
+    "qkv_kernel",
+]
 
 ROW_GAP = 64  # bytes behind each row of factors: rows a power of two apart would share a few sets of the cache
 _FLOAT_MAX, _HALF_MAX = 3e38, 65520.0  # what rounds to infinity in float16 begins there
@@ -82,15 +96,61 @@ def _turn(head, cos, sin, half):
         store_scalar(head + 4 * (half + i), float32(y * d + x * t))
 
 
+@inline
+def norm_in_place(x, gain, n, eps, scale):
+    """``x[:n] = x / np.sqrt(np.mean(x * x) + eps) * gain * scale``, float32; without a gain (0) ``x * scale``."""
+    whole = n // 16 * 16
+    factor = float32(scale)
+    if gain != 0:
+        squares = splat(F32X16, 0.0)
+        for i in range(0, whole, 16):
+            value = load(F32X16, x + 4 * i)
+            squares = fma(value, value, squares)
+        total = sum_lanes(squares)
+        for i in range(whole, n):
+            one = load_scalar(float32, x + 4 * i)
+            total += one * one
+        factor = float32(scale / np.sqrt(float32(total / float32(n) + eps)))
+    for i in range(0, whole, 16):
+        value = load(F32X16, x + 4 * i) * splat(F32X16, factor)
+        if gain != 0:
+            value = value * load(F32X16, gain + 4 * i)
+        store(x + 4 * i, value)
+    for i in range(whole, n):
+        other = float32(load_scalar(float32, x + 4 * i) * factor)
+        if gain != 0:
+            other = float32(other * load_scalar(float32, gain + 4 * i))
+        store_scalar(x + 4 * i, other)
+
+
+@inline
+def norm_heads(x, gain, heads, head_dim, whole, eps, scale):
+    """``norm_in_place`` of each of the heads [heads, Dh], or (``whole``) of all as one row."""
+    if whole != 0:
+        norm_in_place(x, gain, heads * head_dim, eps, scale)
+    else:
+        for head in range(heads):
+            norm_in_place(x + head * head_dim * 4, gain, head_dim, eps, scale)
+
+
+def head_norm_words(norms: HeadNorms | None, width: int) -> tuple[int, int, int]:
+    """Addresses of the gains of queries and keys (0: none), and whether they are those of whole rows."""
+    if norms is None or norms.q_gain is None or norms.k_gain is None:
+        return 0, 0, 0
+    return address(norms.q_gain), address(norms.k_gain), int(len(norms.q_gain) != width)
+
+
 @cache
-def qkv_kernel(features: Features) -> Kernel:
+def qkv_kernel(features: Features, norms: bool = False) -> Kernel:
     """Norm, the stacked projection, bias, rotation: x [T, D] -> q float32 [T, H Dh], k and v float16 [T, Hkv Dh].
 
     0 x, 1 T, 2 rows of a slice, 3 D, 4 D padded, 5 gain, 6 eps, 7 panels, 8 how many, 9 bias or 0,
     10 first column of k, 11 of v, 12 cos, 13 sin [T, half], 14 half, 15 H, 16 Hkv, 17 Dh, 18 q, 19 k, 20 v,
-    21 scratch, 22 bytes of it for each thread: rows [slice, D padded] elements, then [slice, columns] float32
+    21 scratch, 22 bytes of it for each thread: rows [slice, D padded] elements, then [slice, columns] float32;
+    with ``norms`` 23 gain of q, 24 of k (or 0), 25 whether of whole rows, 26 eps, 27 factor of q. A gain (5) of 0 is
+    none, and x is taken as it is.
     """
-    shape, norm = shape_of(features), elements(features).norm
+    shape, norm, cast = shape_of(features), elements(features).norm, elements(features).cast
     multiply = panel_product(features)
     begin, end = tile_settings(features)
     height, width = shape.rows, shape.element_bytes
@@ -108,7 +168,10 @@ def qkv_kernel(features: Features) -> Kernel:
         first = item * size
         rows = min(size, tokens - first)
         for r in range(rows):
-            norm(x + (first + r) * d * 4, gain, d, eps, left + r * pitch, padded)
+            if gain != 0:
+                norm(x + (first + r) * d * 4, gain, d, eps, left + r * pitch, padded)
+            else:
+                cast(x + (first + r) * d * 4, d, left + r * pitch, padded)
         begin()
         whole = (rows + height - 1) // height * height
         multiply(left, pitch, whole, panels, count, padded * 16 * width, padded, joint, stride)
@@ -118,6 +181,10 @@ def qkv_kernel(features: Features) -> Kernel:
             at = joint + r * stride
             if bias != 0:
                 _add(at, bias, count * 16, at)
+            if norms:
+                norm_eps, q_scale = argument_float(args, 26), argument_float(args, 27)
+                norm_heads(at, argument(args, 23), heads, head_dim, argument(args, 25), norm_eps, q_scale)
+                norm_heads(at + k_columns, argument(args, 24), kv_heads, head_dim, argument(args, 25), norm_eps, 1.0)
             cos, sin = argument(args, 12) + (first + r) * half * 4, argument(args, 13) + (first + r) * half * 4
             for head in range(heads):
                 _turn(at + head * head_dim * 4, cos, sin, half)
@@ -131,7 +198,7 @@ def qkv_kernel(features: Features) -> Kernel:
             _halve(at + k_columns, kv, argument(args, 19) + (first + r) * kv * 2)
             _halve(at + v_columns, kv, argument(args, 20) + (first + r) * kv * 2)
 
-    return compile_kernel(qkv, features.key)
+    return compile_kernel(qkv, f"{features.key}-{norms}")
 
 
 @cache
@@ -182,16 +249,16 @@ def linear_kernel(features: Features) -> Kernel:
 
 
 @cache
-def feed_forward_kernel(features: Features) -> Kernel:
-    """Norm, gate and up, silu(gate) * up, down, residual: x [T, D] -> out float32 [T, D].
+def feed_forward_kernel(features: Features, activation: str = "silu") -> Kernel:
+    """Norm, gate and up, act(gate) * up, down, residual: x [T, D] -> out float32 [T, D].
 
     0 x, 1 T, 2 rows of a slice, 3 D, 4 D padded, 5 gain, 6 eps, 7 panels of gate and up, 8 how many of each, 9 their
     bias or 0, 10 panels of down, 11 how many, 12 its bias or 0, 13 out, 14 scratch, 15 bytes of it for each thread:
     [slice, D padded] elements, [slice, F padded] elements, [slice, two groups] float32, [slice, columns of down]
-    float32
+    float32; 16 what the result is added to [T, D] or 0. A gain (5) of 0 is none.
     """
-    shape, words = shape_of(features), elements(features)
-    norm, gate = words.norm, words.gate
+    shape, words = shape_of(features), elements(features, activation)
+    norm, gate, cast = words.norm, words.gate, words.cast
     multiply = panel_product(features)
     begin, end = tile_settings(features)
     height, group, width = shape.rows, shape.panels, shape.element_bytes
@@ -217,7 +284,10 @@ def feed_forward_kernel(features: Features) -> Kernel:
         first = item * size
         rows = min(size, tokens - first)
         for r in range(rows):
-            norm(x + (first + r) * d * 4, gain, d, eps, left + r * pitch, padded)
+            if gain != 0:
+                norm(x + (first + r) * d * 4, gain, d, eps, left + r * pitch, padded)
+            else:
+                cast(x + (first + r) * d * 4, d, left + r * pitch, padded)
         begin()
         whole = (rows + height - 1) // height * height
         panel_bytes, pair = padded * 16 * width, group * 128
@@ -239,6 +309,9 @@ def feed_forward_kernel(features: Features) -> Kernel:
             at = result + r * stride
             if down_bias != 0:
                 _add(at, down_bias, d, at)
-            _add(at, x + (first + r) * d * 4, d, out + (first + r) * d * 4)
+            if argument(args, 16) != 0:
+                _add(at, argument(args, 16) + (first + r) * d * 4, d, out + (first + r) * d * 4)
+            else:
+                _copy(at, d, out + (first + r) * d * 4)
 
-    return compile_kernel(feed_forward, features.key)
+    return compile_kernel(feed_forward, f"{features.key}-{activation}")

@@ -32,6 +32,8 @@ KEY_TILE = 512
 ROW_CHUNK = 256  # tokens that go through the row-wise part of a layer together
 _FEW_ROWS = 16  # up to so many rows (decode) a product is cut by its outputs and attention by its keys
 _SPLIT_BYTES = 16 << 20  # of a matrix: below this a second thread costs more than it saves
+_MASKED_SCORES = 1 << 20  # that a thread holds where each row has a mask of its own
+GELU = 2 * math.sqrt(2 / math.pi)
 _SPLIT_KEYS = 2048  # that one thread attends to at a time in decode
 
 
@@ -218,13 +220,24 @@ class NumpyOps(NumpyMemory, LayerOps):
         result *= up
         return result
 
+    def geglu(self, gate_up: Array) -> Array:
+        """gelu(gate) * up, gelu in its tanh form (arXiv 1606.08415): gate * sigmoid(2 sqrt(2 / pi) (gate + 0.044715
+        gate^3)); gate_up [T, 2F] with gate first -> [T, F]."""
+        gate, up = np.split(gate_up, 2, axis=-1)
+        with np.errstate(over="ignore"):
+            denominator = np.exp(-(gate + gate * gate * gate * np.float32(0.044715)) * np.float32(GELU))
+        denominator += 1
+        result = gate / denominator
+        result *= up
+        return result
+
     def score_blocks(self, kind: str, q: Array, k: Array, block: int, unit: int) -> np.ndarray:
         """How much the queries q [W, H, Dh] of the last rows want each block of k [Hkv, N, Dh] -> [B] on the host."""
         return BLOCK_SCORES[kind](q, k, block, unit)
 
-    def block_mass(self, q: Array, k: Array, block: int, causal: bool) -> np.ndarray:
+    def block_mass(self, q: Array, k: Array, block: int, causal: bool, cap: float = 0.0) -> np.ndarray:
         """Attention of q [W, H, Dh] by block of k [Hkv, N, Dh] -> [W, H, B] on the host; see ``scores.block_mass``."""
-        return block_mass(q, k, block, causal)
+        return block_mass(q, k, block, causal, cap)
 
     def unit_means(self, k: Array, unit: int) -> Array:
         """Mean key of each run of ``unit`` rows: k [Hkv, N, Dh] -> [Hkv, ceil(N / unit), Dh]."""
@@ -238,15 +251,22 @@ class NumpyOps(NumpyMemory, LayerOps):
         """x[rows]: the rows that go on; rows ascending."""
         return x[rows]
 
-    def attend(self, q: Array, k: Array, v: Array, out: Array | None = None, reach: Reach = None) -> Array:
+    def attend(
+        self, q: Array, k: Array, v: Array, out: Array | None = None, reach: Reach = None,
+        *, first: np.ndarray | None = None, cap: float = 0.0,
+    ) -> Array:  # fmt: skip
         """Causal grouped-query attention by index: query row t sees key rows 0 .. N-T+t.
 
         q [T, H, Dh], k and v [Hkv, N, Dh], query head h reads KV head h // (H/Hkv) -> [T, H, Dh]. After pruning rows
         are not contiguous in position, but they keep their order, so an index-causal mask is right. ``reach``: how far
-        back each KV head looks, see ``slimrt.prune.reach``.
+        back each KV head looks, see ``slimrt.prune.reach``. ``first`` [T]: row t sees no key before this one. ``cap``:
+        scores become cap * tanh(score / cap) (Gemma 2, arXiv 2408.00118).
         """
         if out is None:
             out = np.empty(q.shape, np.float32)
+        if first is not None or cap:
+            self._attend_masked(q, k, v, out, reach or [0] * len(k), first, cap)
+            return out
         if q.shape[0] > _FEW_ROWS:
             self._attend_tiles(q, k, v, out, reach or [0] * len(k))
         elif reach and any(reach):
@@ -294,6 +314,38 @@ class NumpyOps(NumpyMemory, LayerOps):
         share = np.exp(peak - peak.max(axis=0))
         result = (mixed * share).sum(axis=0) / (total * share).sum(axis=0)
         out[...] = result.reshape(kv_heads, tokens, group, width).transpose(1, 0, 2, 3).reshape(tokens, heads, width)
+
+    def _attend_masked(
+        self, q: Array, k: Array, v: Array, out: Array, reach: Sequence[int], first: np.ndarray | None, cap: float
+    ) -> None:
+        """The rule in plain lines, a KV head and some rows at a time: mask, cap, softmax."""
+        tokens, heads, width = q.shape
+        kv_heads, keys, _ = k.shape
+        group = heads // kv_heads
+        lowest = np.zeros(tokens, np.int64) if first is None else np.maximum(first, 0)
+        step = max(1, min(QUERY_TILE, _MASKED_SCORES // (group * keys)))
+
+        def some(job: tuple[int, int]) -> None:
+            lo, head = job
+            at = slice(lo, min(lo + step, tokens))
+            places = np.arange(keys - tokens + at.start, keys - tokens + at.stop)
+            start, stop = int(lowest[at].min()), int(places[-1]) + 1
+            key = np.arange(start, stop)[None, :]
+            begins = np.array([first_row(reach[head], int(place)) for place in places])[:, None]
+            seen = (key <= places[:, None]) & (key >= lowest[at, None]) & ((key < SINK) | (key >= begins))
+            queries = q[at, head * group : (head + 1) * group].transpose(1, 0, 2) * np.float32(1 / math.sqrt(width))
+            scores = np.matmul(queries, k[head, start:stop].T)
+            if cap:
+                scores /= np.float32(cap)
+                np.tanh(scores, out=scores)
+                scores *= np.float32(cap)
+            scores[:, ~seen] = -np.inf
+            scores -= scores.max(axis=-1, keepdims=True)
+            np.exp(scores, out=scores)
+            mixed = np.matmul(scores, v[head, start:stop]) / scores.sum(axis=-1, keepdims=True)
+            out[at, head * group : (head + 1) * group] = mixed.transpose(1, 0, 2)
+
+        self._workers.map(some, [(lo, head) for lo in range(0, tokens, step) for head in range(kv_heads)])
 
     def _attend_tiles(self, q: Array, k: Array, v: Array, out: Array, reach: Sequence[int]) -> None:
         """Prefill: tiles of QUERY_TILE tokens x KEY_TILE keys, all tiles of one query tile on one thread.

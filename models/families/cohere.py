@@ -1,0 +1,33 @@
+"""Cohere's Command R and R7B, Aya: attention and feed-forward side by side behind one LayerNorm, scaled logits. R7B
+(cohere2) turns only the layers with windows, three of four."""
+
+from slimrt.models.architecture import Architecture
+
+COMMAND_R = Architecture(
+    "command-r",
+    checkpoints=("CohereForCausalLM",),
+    interleaved=True,
+    centred=True,
+    parallel=True,
+    reads=frozenset({"logit scale"}),
+    always_tied=True,
+    half_split=False,
+    config_keys={"rms_norm_eps": "layer_norm_eps"},
+    copied={"logit_scale": "logit_scale"},
+    eps=1e-5,
+)
+COHERE2 = Architecture(
+    "cohere2",
+    checkpoints=("Cohere2ForCausalLM",),
+    interleaved=True,
+    centred=True,
+    parallel=True,
+    see_all_every=4,
+    turned="windowed",
+    reads=frozenset({"logit scale"}),
+    always_tied=True,
+    half_split=False,
+    config_keys={"rms_norm_eps": "layer_norm_eps"},
+    copied={"logit_scale": "logit_scale"},
+    eps=1e-5,
+)
