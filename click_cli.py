@@ -308,11 +308,12 @@ def calibrate(model: str | None, threads: int | None, as_json: bool, **settings:
 @click.option("--question", "-q", required=True, metavar="TEXT", help="What is asked about it.")
 @click.option("--output", "-o", type=user_path, default="explain.html", show_default=True, help="The page.")
 @click.option("--plain", is_flag=True, help="Do not put the text through the chat template.")
+@click.option("--compare", is_flag=True, help="Read it without cuts as well, and show what that run attended to.")
 @force_option
 @load_options
 @json_option
 def explain(
-    file: Path, question: str, output: Path, plain: bool, force: bool, load: LoadSettings, as_json: bool
+    file: Path, question: str, output: Path, plain: bool, compare: bool, force: bool, load: LoadSettings, as_json: bool
 ) -> None:
     """Show which parts of a document pruning kept for a question.
 
@@ -324,7 +325,7 @@ def explain(
     """
     from slimrt.terminal import explaining
 
-    explaining.explain_prompt(file, question, output, load, plain=plain, force=force, as_json=as_json)
+    explaining.explain_prompt(file, question, output, load, plain=plain, compare=compare, force=force, as_json=as_json)
 
 
 @cli.group()

@@ -32,8 +32,8 @@ ORDER = (
     ("session_file", "generation"),
     ("conversation",),
     ("llm",),
-    ("llama_cpp", "eval", "explain"),
-    ("bench", "calibrate"),
+    ("llama_cpp", "eval"),
+    ("explain", "bench", "calibrate"),
     ("terminal",),
     ("click_cli",),
 )

@@ -14,6 +14,7 @@ import numpy as np
 from slimrt.engine import Engine
 from slimrt.eval.metrics import accuracy
 from slimrt.eval.sample import Sample
+from slimrt.ops.protocol import Array
 from slimrt.prune.plan import PrunePlan, Stage
 from slimrt.prune.schedule import Schedule, schedule
 from slimrt.prune.select import ranking
@@ -33,6 +34,9 @@ class _Observer:
         self._rule, self._blocks = rule, range(wanted[0] // block, wanted[-1] // block + 1)
 
     def begin(self) -> None:
+        """Nothing to see."""
+
+    def attention(self, layer: int, q: Array, keys: Array) -> None:
         """Nothing to see."""
 
     def cut(
