@@ -246,6 +246,14 @@ def quantize(source: Path, target: Path, kind: str, force: bool, as_json: bool) 
 )
 @click.option("--output", "-o", type=user_path, metavar="FILE.json", help="Write the report with every value.")
 @click.option("--png", type=user_path, metavar="FILE.png", help="Draw quality against time to first token.")
+@click.option(
+    "--report",
+    "reports",
+    type=user_path,
+    multiple=True,
+    metavar="FILE.json",
+    help="Measure nothing, show what -o wrote; several: together; repeatable.",
+)
 @force_option
 @ctx_option
 @device_option
@@ -256,9 +264,9 @@ def evaluate(
 ) -> None:  # fmt: skip
     """Measure what pruning costs in quality and saves in time.
 
-    Every plan answers the same prompts as the dense run: questions in many shapes, RULER's tasks, text
-    quoted and continued. Differences come
-    with 95 % intervals (paired bootstrap).
+    Every plan answers the same prompts as the dense run: questions in many shapes, RULER's tasks, text quoted and
+    continued. Differences come with 95 % intervals (paired bootstrap). Long evaluations are best run in parts, each
+    with a seed of its own and -o, and shown together with --report.
 
     \b
     slimrt eval --task text --length 4000 --prune fast --prune mine.json --png front.png
