@@ -47,7 +47,7 @@ class Tokenizer:
 
     ``bos_id``, ``eos_id``: None where the model has none. ``add_bos``, ``add_eos``: what the model's metadata wants
     around a text. ``space_prefix``: whether each text gets a space in front of it. ``stop_ids``: every token that ends
-    a generation. ``chat_template``: jinja2 source, or None.
+    a generation. ``chat_template``: jinja2 source, or None; ``named_chat_templates``: further ones by name.
     """
 
     def __init__(self, vocab: Vocabulary, coder: _Coder, *, space_prefix: bool, phi3: bool) -> None:
@@ -67,7 +67,7 @@ class Tokenizer:
         self.vocab_size = len(vocab.tokens)
         self.bos_id, self.eos_id = vocab.bos_id, vocab.eos_id
         self.stop_ids = vocab.stop_ids
-        self.chat_template = vocab.chat_template
+        self.chat_template, self.named_chat_templates = vocab.chat_template, vocab.named_chat_templates
         self.add_bos = vocab.flag("add_bos_token", coder.add_bos and self.bos_id is not None)
         self.add_eos = vocab.flag("add_eos_token", False)
         for wanted, id, name in ((self.add_bos, self.bos_id, "bos"), (self.add_eos, self.eos_id, "eos")):

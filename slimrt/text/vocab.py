@@ -57,7 +57,8 @@ class Vocabulary:
 
     ``tokens``: text per id; ``types``: token type per id; ``ids``: id per text; ``byte_values``: the byte that each
     entry of type byte stands for. ``bos_id``, ``eos_id``: None where there is none. ``stop_ids``: tokens that end a
-    generation. ``pre``: name of the pre-tokenizer, None where the file has none.
+    generation. ``chat_template``: the file's own; ``named_chat_templates``: those for special uses. ``pre``: name of
+    the pre-tokenizer, None where the file has none.
 
     Raises ModelFileError where entries are missing or duplicate, arrays too short, or special ids outside.
     """
@@ -84,6 +85,10 @@ class Vocabulary:
         self.byte_values = {id: self._byte_value(id) for id, kind in enumerate(self.types) if kind == BYTE}
         self.pre = self.text("tokenizer.ggml.pre")
         self.chat_template = self.text("tokenizer.chat_template")
+        begin = "tokenizer.chat_template."
+        self.named_chat_templates = {
+            key.removeprefix(begin): file.get(key, str) for key in file.metadata if key.startswith(begin)
+        }
         # The SentencePiece defaults are LLaMA's; byte-level vocabularies have none.
         spm = file.get("tokenizer.ggml.model", str) == "llama"
         self.bos_id = self.special_id("bos", 1 if spm else None)
