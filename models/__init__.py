@@ -10,6 +10,7 @@ from typing import cast
 from slimrt.config import ModelConfig, RopeConfig, RopeScaling
 from slimrt.errors import ModelFileError, SettingError
 from slimrt.models.llama import Llama
+from slimrt.models.unsupported import check_architecture_name
 from slimrt.ops.protocol import Ops
 from slimrt.weights.gguf import GGUFFile
 
@@ -38,11 +39,9 @@ def build(
 
 def read_config(file: GGUFFile) -> ModelConfig:
     """The sizes that the metadata states; raises ModelFileError where they are absent, absurd or unsupported."""
+    if (problem := check_architecture_name(file, ARCHITECTURES)) is not None:
+        raise ModelFileError(problem)
     arch = file.get("general.architecture", str)
-    if arch not in ARCHITECTURES:
-        raise ModelFileError(
-            f"{file.path}: architecture '{arch}'; slimrt runs {', '.join(ARCHITECTURES)}; use a model of one of these"
-        )
 
     def size(key: str, default: int | None = None) -> int:
         value = file.get(f"{arch}.{key}", int, default)

@@ -21,7 +21,7 @@ from slimrt.text.spm import SentencePieceBPE
 from slimrt.text.vocab import CONTROL, UNKNOWN, USER_DEFINED, Vocabulary
 from slimrt.weights.gguf import GGUFFile
 
-__all__ = ["NORMALIZER_KEY", "STRIP_KEYS", "StreamDecoder", "Tokenizer"]
+__all__ = ["NORMALIZER_KEY", "STRIP_KEYS", "StreamDecoder", "Tokenizer", "check_kind"]
 
 NORMALIZER_KEY = "slimrt.tokenizer.normalizer"
 """Metadata key of ours, because GGUF has none: the Unicode normal form that text gets before it is cut."""
@@ -83,12 +83,7 @@ class Tokenizer:
 
         Raises ModelFileError where the vocabulary is of an unknown kind, incomplete or inconsistent.
         """
-        kind = file.get("tokenizer.ggml.model", str)
-        if kind not in ("llama", "gpt2", "gemma4"):
-            raise ModelFileError(
-                f"{file.path}: tokenizer.ggml.model is {kind[:80]!r}; known are llama (SentencePiece, byte-pair type), "
-                "gpt2 (byte-level BPE) and gemma4 (BPE of characters); use a model with one of these"
-            )
+        kind = check_kind(file)
         vocab = Vocabulary(file)
         if kind == "gemma4":
             vocab.pre = kind  # the kind says it, whatever the key
@@ -199,6 +194,17 @@ class Tokenizer:
     def stream_decoder(self, *, special: bool = False) -> StreamDecoder:
         """A decoder that takes one token at a time and gives out whole characters only."""
         return StreamDecoder(self, special=special)
+
+
+def check_kind(file: GGUFFile) -> str:
+    """The kind of ``file``'s vocabulary; raises ModelFileError for one that is not known."""
+    kind = file.get("tokenizer.ggml.model", str)
+    if kind not in ("llama", "gpt2", "gemma4"):
+        raise ModelFileError(
+            f"{file.path}: tokenizer.ggml.model is {kind[:80]!r}; known are llama (SentencePiece, byte-pair type), "
+            "gpt2 (byte-level BPE) and gemma4 (BPE of characters); use a model with one of these"
+        )
+    return kind
 
 
 def _normal_form(vocab: Vocabulary) -> _Form | None:
