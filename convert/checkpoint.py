@@ -37,7 +37,10 @@ FLOAT_TYPES: dict[str, np.dtype[Any]] = {
 }
 """Element types that weights may have, by their safetensors names, and how NumPy reads their bytes."""
 
-_MAX_JSON_BYTES = {"tokenizer.json": 64 << 20}  # Gemma's, the largest known one, has 34 million bytes
+_MAX_JSON_BYTES = {
+    "tokenizer.json": 64 << 20,
+    "tekken.json": 64 << 20,
+}  # Gemma's, the largest known one, has 34 million bytes
 _MAX_SMALL_JSON_BYTES = 16 << 20  # indexes name every tensor, configurations hold less
 _MAX_CONTAINERS = 2_000_000  # merges are the most: under a million in the largest known vocabularies
 

@@ -9,10 +9,12 @@ from typing import Any, Literal
 
 from slimrt.convert.checkpoint import Rows, StoredTensor, permute_heads, read_json
 from slimrt.convert.hyperparameters import Hyperparameters, RopeScaling, flag, number, whole
+from slimrt.convert.ranks import from_tiktoken, is_tiktoken
 from slimrt.convert.safetensors_reader import read_safetensors_folder
 from slimrt.convert.source import Source, SourceTensor, check_complete, check_layers, gguf_names
 from slimrt.convert.special_tokens import read_special_tokens
-from slimrt.convert.vocabulary import Vocabulary, from_sentencepiece, from_tiktoken, from_tokenizer_json, is_tiktoken
+from slimrt.convert.tekken import from_tekken
+from slimrt.convert.vocabulary import Vocabulary, from_sentencepiece, from_tokenizer_json
 from slimrt.errors import ModelFileError
 
 __all__ = ["open_huggingface"]
@@ -171,10 +173,12 @@ def _read_vocabulary(folder: Path, size: int) -> Vocabulary:
         path, vocabulary = json_path, from_tokenizer_json(json_path)
     elif model_path.exists():
         path, vocabulary = model_path, from_tiktoken(model_path, size)
+    elif (tekken_path := folder / "tekken.json").exists():
+        path, vocabulary = tekken_path, from_tekken(tekken_path)
     else:
         raise ModelFileError(
-            f"{folder}: neither tokenizer.model nor tokenizer.json; a GGUF file carries its vocabulary; fetch one "
-            "of them"
+            f"{folder}: none of tokenizer.model, tokenizer.json and tekken.json; a GGUF file carries its vocabulary; "
+            "fetch one of them"
         )
     vocabulary.resize(size, path)
     read_special_tokens(folder, vocabulary)

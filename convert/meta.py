@@ -13,8 +13,9 @@ from pathlib import Path
 from slimrt.convert.checkpoint import StoredTensor, concatenate, read_json
 from slimrt.convert.hyperparameters import Hyperparameters, RopeScaling, flag, number, whole
 from slimrt.convert.pth_reader import read_pth
+from slimrt.convert.ranks import from_tiktoken, is_tiktoken
 from slimrt.convert.source import Source, SourceTensor, check_complete, check_layers, gguf_names
-from slimrt.convert.vocabulary import Vocabulary, from_sentencepiece, from_tiktoken, is_tiktoken
+from slimrt.convert.vocabulary import Vocabulary, from_sentencepiece
 from slimrt.errors import ModelFileError
 
 __all__ = ["open_meta"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from slimrt.errors import ModelFileError
 __all__ = ["read_special_tokens"]
 
 _MAX_TEMPLATE_BYTES = 1 << 20
+_MAX_TEMPLATES = 32
 _ROLES = ("bos", "eos", "unk", "sep", "pad", "mask")  # those that GGUF has keys for
 
 
@@ -69,19 +71,50 @@ def _frame(path: Path) -> tuple[str | None, str | None]:
 
 
 def _chat_template(folder: Path, tokenizer_config: dict[str, Any]) -> str | list[dict[str, str]] | None:
+    """The folder's templates: files go before tokenizer_config.json, as in Transformers."""
+    path = folder / "tokenizer_config.json"
     template = tokenizer_config.get("chat_template")
-    if template is None and (path := folder / "chat_template.jinja").exists():
-        try:
-            return read_bounded(path, _MAX_TEMPLATE_BYTES).decode()
-        except UnicodeDecodeError as error:
-            raise ModelFileError(f"{path}: cannot be read as text ({error}); fetch the file anew") from None
+    if template is None and (older := folder / "chat_template.json").exists():
+        path, template = older, read_json(older).get("chat_template")
     named = isinstance(template, list) and all(
         isinstance(entry, dict) and isinstance(entry.get("name"), str) and isinstance(entry.get("template"), str)
         for entry in template
     )
     if not (template is None or isinstance(template, str) or named):
         raise ModelFileError(
-            f"{folder / 'tokenizer_config.json'}: chat_template is a {type(template).__name__}; "
+            f"{path}: chat_template is a {type(template).__name__}; "
             "a text or a list of named texts is expected; fetch the file anew"
         )
-    return template
+    if isinstance(template, list):
+        templates = {entry["name"]: entry["template"] for entry in template}
+    else:
+        templates = {} if template is None else {"default": template}
+    files = {"default": folder / "chat_template.jinja"}
+    files |= {found.stem: found for found in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
+    templates |= {name: _template_file(file) for name, file in files.items() if file.exists()}
+    return _writable(templates, folder)
+
+
+def _template_file(path: Path) -> str:
+    try:
+        return read_bounded(path, _MAX_TEMPLATE_BYTES).decode()
+    except UnicodeDecodeError as error:
+        raise ModelFileError(f"{path}: cannot be read as text ({error}); fetch the file anew") from None
+
+
+def _writable(templates: dict[str, str], folder: Path) -> str | list[dict[str, str]] | None:
+    """Names as keys of GGUF have them: letters, digits and low lines."""
+    if len(templates) > _MAX_TEMPLATES:
+        raise ModelFileError(
+            f"{folder}: {len(templates)} chat templates; at most {_MAX_TEMPLATES} are kept; remove those that are not "
+            "needed"
+        )
+    if not templates.keys() - {"default"}:
+        return templates.get("default")
+    named = {re.sub("[^A-Za-z0-9]", "_", name): template for name, template in templates.items()}
+    if len(named) < len(templates) or "" in named:
+        raise ModelFileError(
+            f"{folder}: the chat templates {', '.join(sorted(templates))[:80]!r} have no names or the same one as GGUF "
+            "writes them, with a low line for what is neither letter nor digit; rename them"
+        )
+    return [{"name": name, "template": template} for name, template in named.items()]

@@ -1,12 +1,10 @@
-"""Vocabularies in the form that GGUF stores: from tokenizer.json, a SentencePiece model, or tiktoken ranks.
+"""Vocabularies in the form that GGUF stores: from tokenizer.json or a SentencePiece model; ``ranks`` has a third way.
 
 Keys and token types follow llama.cpp's convert_hf_to_gguf.py, so that every reader of its files reads these.
 """
 
 from __future__ import annotations
 
-import base64
-import binascii
 import logging
 import re
 from collections.abc import Mapping
@@ -14,36 +12,30 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from gguf import GGUFWriter, TokenType
 from sentencepiece import SentencePieceProcessor
 
 from slimrt.convert.checkpoint import read_bounded, read_json
-from slimrt.convert.pretokenizer import name_pre_tokenizer
-from slimrt.errors import ModelFileError, TokenizerError
+from slimrt.convert.pretokenizer import name_normalizer, name_pre_tokenizer
+from slimrt.convert.sentencepiece_proto import read_model
+from slimrt.errors import TokenizerError
+from slimrt.text.bpe import BYTE_ALPHABET, ListMerger
+from slimrt.text.merges import MergesList, rank_order
+from slimrt.text.tokenizer import NORMALIZER_KEY, STRIP_KEYS
 
-__all__ = ["Vocabulary", "from_sentencepiece", "from_tiktoken", "from_tokenizer_json", "is_tiktoken"]
+__all__ = [
+    "MAX_MODEL_BYTES",
+    "Vocabulary",
+    "from_sentencepiece",
+    "from_tokenizer_json",
+]
 
 logger = logging.getLogger(__name__)
 
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
-_MAX_MODEL_BYTES = 64 << 20  # of tokenizer.model; the largest known ones have 4 million
+MAX_MODEL_BYTES = 64 << 20  # of tokenizer.model; the largest known ones have 4 million
 _ADDED_SCORE, _PADDING_SCORE = -1000.0, -10000.0
-
-# The control tokens of LLaMA 3, after the merged ones, as llama-models' tokenizer numbers them; the rest is reserved.
-_LLAMA3_SPECIAL = (
-    "<|begin_of_text|>",
-    "<|end_of_text|>",
-    "<|reserved_special_token_0|>",
-    "<|reserved_special_token_1|>",
-    "<|finetune_right_pad_id|>",
-    "<|step_id|>",
-    "<|start_header_id|>",
-    "<|end_header_id|>",
-    "<|eom_id|>",
-    "<|eot_id|>",
-    "<|python_tag|>",
-    "<|image|>",
-)
 
 
 @dataclass
@@ -51,7 +43,8 @@ class Vocabulary:
     """``tokens[id]`` with its type (and score, for SentencePiece), merges, the ids of special tokens by role.
 
     ``model`` is GGUF's name of the algorithm (``llama``: SentencePiece, ``gpt2``: byte-level BPE), ``pre`` of the
-    pre-tokenizer. ``add`` says for ``bos``, ``eos`` whether they are put around a text.
+    pre-tokenizer. ``add`` says for ``bos``, ``eos`` whether they are put around a text. ``normalizer``: the Unicode
+    normal form that text gets. ``strip``: ids of tokens before (``left``) or behind which blanks are dropped.
     """
 
     model: str
@@ -63,6 +56,9 @@ class Vocabulary:
     special: dict[str, int] = field(default_factory=dict)
     add: dict[str, bool] = field(default_factory=dict)
     add_space_prefix: bool | None = None
+    remove_extra_spaces: bool = False
+    normalizer: str | None = None
+    strip: dict[str, list[int]] = field(default_factory=dict)
     chat_template: str | list[dict[str, str]] | None = None
 
     def resize(self, size: int, path: Path) -> None:
@@ -89,6 +85,7 @@ class Vocabulary:
         if self.scores is not None:
             del self.scores[size:]
         self.special = {role: token for role, token in self.special.items() if token < size}
+        self.strip = {side: [token for token in ids if token < size] for side, ids in self.strip.items()}
 
     def find_turn_ends(self) -> None:
         """Name the end-of-turn and end-of-message tokens by their texts, as llama.cpp does when it loads a file."""
@@ -117,6 +114,13 @@ class Vocabulary:
             getattr(writer, f"add_add_{role}_token")(value)
         if self.add_space_prefix is not None:
             writer.add_add_space_prefix(self.add_space_prefix)
+        if self.remove_extra_spaces:
+            writer.add_remove_extra_whitespaces(True)
+        if self.normalizer is not None:
+            writer.add_string(NORMALIZER_KEY, self.normalizer)
+        for side, ids in self.strip.items():
+            if ids:
+                writer.add_array(STRIP_KEYS[side], ids)
         if self.chat_template is not None:
             writer.add_chat_template(self.chat_template)
 
@@ -134,9 +138,12 @@ def from_tokenizer_json(path: Path) -> Vocabulary:
             f"{path}: the tokenizer model is {kind}; BPE can be converted; use a model of the LLaMA family"
         )
     merges = _read_merges(model.get("merges"), path)
+    for part in ("continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(part):
+            raise TokenizerError(
+                f"{path}: {part} is {str(model[part])[:20]!r}; GGUF has no place for one; choose another model"
+            )
     byte_fallback = bool(model.get("byte_fallback"))
-    pre = "default" if byte_fallback else name_pre_tokenizer(data, path)
-
     added = data.get("added_tokens") or []
     if not isinstance(added, list) or not all(
         isinstance(token, dict) and isinstance(token.get("content"), str) and "id" in token for token in added
@@ -157,6 +164,13 @@ def from_tokenizer_json(path: Path) -> Vocabulary:
             f"{path}: {len(by_id)} tokens and ids up to {size - 1}; ids must be dense; the file is corrupt"
         )
 
+    known = model["vocab"].keys()
+    for left, right in merges:
+        if not {left, right, left + right} <= known:
+            raise TokenizerError(
+                f"{path}: merge {f'{left} {right}'[:60]!r} is of tokens that the vocabulary lacks; the file is "
+                "corrupt; fetch it anew"
+            )
     tokens = [by_id.get(i, f"[PAD{i}]") for i in range(size)]
     types = [TokenType.NORMAL if i in by_id else TokenType.UNUSED for i in range(size)]
     if byte_fallback:
@@ -169,7 +183,16 @@ def from_tokenizer_json(path: Path) -> Vocabulary:
         if types[token["id"]] != TokenType.UNKNOWN:
             _mark_added(token["id"], token["content"], bool(token.get("special")), tokens, types)
 
+    def merges_whole() -> bool:
+        apart = {token["content"] for token in added}  # found in text before merging
+        entries = {text: id for text, id in model["vocab"].items() if text not in apart}
+        return _merges_whole(entries, merges, tokens)
+
+    pre = "default" if byte_fallback else name_pre_tokenizer(data, path, merges_whole=merges_whole)
     vocabulary = Vocabulary("llama" if byte_fallback else "gpt2", pre, tokens, types)
+    vocabulary.strip = {
+        side: [token["id"] for token in added if token.get(f"{side[0]}strip") is True] for side in STRIP_KEYS
+    }
     if byte_fallback:
         vocabulary.scores = _scores_from_merges(tokens, merges)
         vocabulary.add_space_prefix = _has_space_prefix(data, path)
@@ -177,7 +200,28 @@ def from_tokenizer_json(path: Path) -> Vocabulary:
             vocabulary.special["unk"] = ids[unknown]
     else:
         vocabulary.merges = [f"{left} {right}" for left, right in merges]
+        vocabulary.normalizer = name_normalizer(data, path)
     return vocabulary
+
+
+def _merges_whole(ids: Mapping[str, int], merges: list[tuple[str, str]], tokens: list[str]) -> bool:
+    """Whether merging yields every entry from its own text."""
+    bytes_ = [ids[letter] for letter in BYTE_ALPHABET if letter in ids]
+    place = {text: id for id, text in enumerate(tokens)}
+    left, right, result = (
+        np.fromiter((place[text] for text in texts), np.int64, len(merges))
+        for texts in ((a for a, _ in merges), (b for _, b in merges), (a + b for a, b in merges))
+    )
+    listed = MergesList(left, right, result, tokens, np.array(bytes_, np.int64))
+    order = rank_order(listed, whole_pieces=False)
+    if order is not None:
+        return set(ids.values()) <= {*bytes_, *order.tolist()}
+    merger = ListMerger(listed)
+    return all(
+        set(text) <= ids.keys() and merger.merge([ids[char] for char in text]) == [id]
+        for text, id in ids.items()
+        if len(text) > 1
+    )
 
 
 def _read_merges(merges: Any, path: Path) -> list[tuple[str, str]]:
@@ -239,17 +283,27 @@ def _mark_added(token: int, text: str, special: bool, tokens: list[str], types: 
 
 
 def from_sentencepiece(path: Path, added: Mapping[int, tuple[str, bool]] | None = None) -> Vocabulary:
-    """A SentencePiece BPE model, with ``added`` tokens (id -> text, whether it is a control token) on top."""
+    """A SentencePiece BPE model, with ``added`` tokens (id -> text, whether it is a control token) on top.
+
+    Raises TokenizerError for another type of model, and for one that normalises more than spaces.
+    """
     processor = SentencePieceProcessor()
+    raw = read_bounded(path, MAX_MODEL_BYTES)
     try:
-        processor.LoadFromSerializedProto(read_bounded(path, _MAX_MODEL_BYTES))
+        processor.LoadFromSerializedProto(raw)
     except RuntimeError as error:
         raise TokenizerError(f"{path}: not a SentencePiece model ({str(error)[:80]}); fetch the file anew") from None
+    model = read_model(raw, path)
     count = processor.vocab_size()
     size = max([count, *(number + 1 for number in added or () if number < count + 65536)])
     tokens = [processor.IdToPiece(i) if i < count else f"[PAD{i}]" for i in range(size)]
     scores = [processor.GetScore(i) if i < count else _PADDING_SCORE for i in range(size)]
     types = [_piece_type(processor, i) if i < count else TokenType.UNUSED for i in range(size)]
+    for number in model.user_defined:
+        tokens[number], types[number] = tokens[number].replace("▁", " "), TokenType.USER_DEFINED
+    for number, text in enumerate(tokens):
+        if text.startswith("[UNUSED"):  # InternLM2's reserve
+            types[number] = TokenType.UNUSED
     for number, (text, special) in (added or {}).items():
         if 0 <= number < size and types[number] != TokenType.UNKNOWN:
             _mark_added(number, text, special, tokens, types)
@@ -263,7 +317,8 @@ def from_sentencepiece(path: Path, added: Mapping[int, tuple[str, bool]] | None 
         scores,
         special={role: token for role, token in roles.items() if token >= 0},
         add={"bos": True, "eos": False},
-        add_space_prefix=processor.Normalize("a").startswith("▁"),
+        add_space_prefix=model.add_space_prefix,
+        remove_extra_spaces=model.remove_extra_spaces,
     )
 
 
@@ -277,67 +332,3 @@ def _piece_type(processor: SentencePieceProcessor, token: int) -> TokenType:
     if processor.IsByte(token):
         return TokenType.BYTE
     return TokenType.NORMAL
-
-
-def is_tiktoken(path: Path) -> bool:
-    """Whether a ``tokenizer.model`` is a list of tiktoken ranks (text) rather than a SentencePiece model."""
-    return re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", read_bounded(path, _MAX_MODEL_BYTES)[:1024]) is not None
-
-
-def from_tiktoken(path: Path, size: int) -> Vocabulary:
-    """LLaMA 3's ranks (base64 token, rank), ``size`` entries with its control tokens after the merged ones.
-
-    tiktoken merges the adjacent pair whose concatenation has the lowest rank. The merges list that says the same
-    holds every split of every token into two others, ordered by the token's rank.
-    """
-    ranks: dict[bytes, int] = {}
-    try:
-        for line in read_bounded(path, _MAX_MODEL_BYTES).splitlines():
-            encoded, _, rank = line.partition(b" ")
-            ranks[base64.b64decode(encoded, validate=True)] = int(rank)
-    except ModelFileError:
-        raise
-    except (binascii.Error, ValueError):
-        raise TokenizerError(
-            f"{path}: line {len(ranks) + 1} is not a base64 token and a rank; fetch the file anew"
-        ) from None
-    if sorted(ranks.values()) != list(range(len(ranks))) or not all(bytes([byte]) in ranks for byte in range(256)):
-        raise TokenizerError(
-            f"{path}: ranks must be 0 to n-1 and cover all single bytes; the file is corrupt; fetch it anew"
-        )
-    if len(ranks) > size:
-        raise TokenizerError(
-            f"{path}: {len(ranks)} tokens and an embedding of {size} rows; take the tokenizer of these weights"
-        )
-
-    letters = _byte_letters()
-    text_of = {token: "".join(letters[byte] for byte in token) for token in ranks}
-    by_rank = sorted(ranks, key=ranks.__getitem__)
-    merges = []
-    for token in by_rank:
-        splits = [(token[:i], token[i:]) for i in range(1, len(token)) if token[:i] in ranks and token[i:] in ranks]
-        splits.sort(key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
-        merges += [f"{text_of[left]} {text_of[right]}" for left, right in splits]
-
-    n_special = size - len(ranks)
-    reserved = (f"<|reserved_special_token_{i}|>" for i in range(2, n_special))
-    special = [*_LLAMA3_SPECIAL, *reserved][:n_special]
-    vocabulary = Vocabulary(
-        "gpt2",
-        "llama-bpe",
-        [text_of[token] for token in by_rank] + special,
-        [TokenType.NORMAL] * len(ranks) + [TokenType.CONTROL] * n_special,
-        merges=merges,
-        add={"bos": True, "eos": False},
-    )
-    for role, text in (("bos", "<|begin_of_text|>"), ("eos", "<|end_of_text|>"), ("pad", "<|finetune_right_pad_id|>")):
-        if text in special:
-            vocabulary.special[role] = len(ranks) + special.index(text)
-    return vocabulary
-
-
-def _byte_letters() -> list[str]:
-    """GPT-2's visible letter for every byte: printable Latin-1 stands for itself, the others follow from U+0100 on."""
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    hidden = iter(range(0x100, 0x200))
-    return [chr(byte) if byte in printable else chr(next(hidden)) for byte in range(256)]

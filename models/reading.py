@@ -12,6 +12,7 @@ from slimrt.config import ExpertConfig, ModelConfig, RopeConfig, RopeScaling
 from slimrt.errors import ModelFileError, SettingError
 from slimrt.models.architecture import Architecture, Stated
 from slimrt.models.families import ARCHITECTURES
+from slimrt.models.unsupported import check_architecture_name
 from slimrt.weights.gguf import GGUFFile
 
 __all__ = ["read_config", "stretch_rope"]
@@ -47,11 +48,9 @@ _UNKNOWN = {
 
 def read_config(file: GGUFFile) -> ModelConfig:
     """The sizes that the metadata states; raises ModelFileError where they are absent, absurd or unsupported."""
+    if (problem := check_architecture_name(file, ARCHITECTURES)) is not None:
+        raise ModelFileError(problem)
     name = file.get("general.architecture", str)
-    if name not in ARCHITECTURES:
-        raise ModelFileError(
-            f"{file.path}: architecture '{name}'; slimrt runs {', '.join(ARCHITECTURES)}; use a model of one of these"
-        )
     arch = ARCHITECTURES[name]
     _check_known(file, arch)
 

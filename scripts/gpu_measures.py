@@ -120,6 +120,8 @@ class Timeline:
     def layer(self, layer: int) -> None:
         self._mark()
 
+    def attention(self, *_: Any) -> None: ...
+
     def cut(self, *_: Any) -> None: ...
 
     def _mark(self) -> None:

@@ -40,6 +40,9 @@ class Trace(Protocol):
     def begin(self) -> None:
         """The tokens are embedded, the layers begin."""
 
+    def attention(self, layer: int, q: Array, keys: Array) -> None:
+        """Queries q [T, H, Dh] of the last active rows will be held against ``keys`` [Hkv, N, Dh]."""
+
     def cut(
         self, layer: int, positions: np.ndarray, scores: np.ndarray, rows: np.ndarray, by: np.ndarray | None
     ) -> None:
@@ -142,7 +145,8 @@ class Engine:
         ``schedule`` is that of the whole prompt; its first cut does not come before the context's boundary layer. With
         cuts, up to the boundary only ``ids`` are computed; there blocks are chosen among all tokens by the last
         queries, and the stages behind it are computed again over the choice. Keys and values of a layer are those of
-        the tokens that were active there. Without cuts ``ids`` pass all layers.
+        the tokens that were active there. Without cuts ``ids`` pass all layers; under a ``whole`` schedule those behind
+        the boundary read what came before ``ids`` as well.
         """
         context.windows = schedule.windows
         return self._through_layers(context, ids, schedule, wanted=wanted, progress=progress, trace=trace)
@@ -189,13 +193,15 @@ class Engine:
             keys, values, held = cache.update(number, k, v, positions, q, exact=exact)
             if number == len(model.layers) - 1:
                 x, q = x[len(x) - wanted :], q[len(q) - wanted :]
+            if trace:
+                trace.attention(number, q, keys)
             attention = self._attend(schedule.windows, number, q, positions, keys, values, held)
             x = model.project(layer, x, attention)
             if context.boundary is not None and number == context.boundary.layer:
                 context.boundary.append(x, q)
-                if cut_at:
+                if schedule.anew:
                     cache.clear(number + 1)
-                if cut_at and context.boundary.length > len(x):
+                if schedule.anew and context.boundary.length > len(x):
                     x, positions = context.boundary.rows(), np.arange(context.boundary.length)
                     turns = model.rope(positions)
                     if number not in cut_at:  # a backend may overwrite x; the boundary's rows must stay

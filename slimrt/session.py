@@ -62,6 +62,7 @@ class Session:
         self.revision = 0
         self.lock = threading.RLock()
         self._undo: _Undo | None = None  # while something is under way
+        self._questions = 0  # prompts in a row that were cut, on the same document
         after_fork(self, Session._forked)
 
     def _forked(self) -> None:
@@ -93,6 +94,9 @@ class Session:
             self.truncate(reused)
             reused = len(self.tokens)  # none where rows were lost
             stages = self._read(ids[reused:], rule, progress, trace)
+            if rule.whole:
+                self.context.boundary = None
+            self._questions = (self._questions if _most(reused, ids) else 0) + 1 if rule.cuts else 0
             kept = tuple(one.tokens for one in stages)
             return Reading(reused, note, kept, rule.windows.rows, rule.why_dense, _doubts(rule, stages))
 
@@ -101,11 +105,29 @@ class Session:
         asked = None
         if plan is not None and plan.score == ASKED and self.asking is not None and len(ids) >= plan.min_tokens:
             asked = self.asking(ids)
-        rule = schedule(plan, len(ids), asked)
+        rule = self._worth_its_cuts(schedule(plan, len(ids), asked), ids)
         grown = rule.windows.rows - self.context.windows.rows
         if not rule.plan.stages and rule.windows.reach == self.context.windows.reach and 0 < grown <= _GROWN:
             # Rows that saw everything when they were the last ones need not be read again for some tokens more.
             rule = dataclasses.replace(rule, windows=self.context.windows)
+        return rule
+
+    def _worth_its_cuts(self, rule: Schedule, ids: Sequence[int]) -> Schedule:
+        """``rule``, or in its place one that reads the document whole, where its plan has an end of ``questions``.
+
+        A cut saves much once and costs something at each further question. Who has asked so often will ask again.
+        """
+        plan, held = rule.plan, self.context
+        if not (rule.cuts and plan.questions and _most(common_prefix(self.tokens, ids), ids)):
+            return rule
+        if held.windows.reach != rule.windows.reach:
+            return rule
+        if self._boundary_layer is None and not self._pruned:
+            why = "the document was read whole before, and a further question costs little"
+            return dataclasses.replace(rule, plan=plan.without_cuts, cuts=(), boundary=None, why_dense=why)
+        if self._boundary_layer == rule.boundary and self._questions >= plan.questions:
+            why = f"after {plan.questions} questions the document is read whole, so that further ones cost little"
+            return dataclasses.replace(rule, cuts=(), whole=True, why_dense=why)
         return rule
 
     def _reusable(self, ids: Sequence[int], rule: Schedule) -> tuple[int, str]:
@@ -114,7 +136,7 @@ class Session:
         fresh = rule.fresh_rows if rule.cuts else self.engine.ops.exact_rows
         same = common_prefix(self.tokens, ids)
         same_rows = self.context.windows.same_rows(rule.windows)
-        if rule.boundary != self._boundary_layer or not same_rows or (self._pruned and not rule.cuts):
+        if rule.boundary != self._boundary_layer or not same_rows or (self._pruned and not rule.anew):
             note = "the last conversation was pruned otherwise" if self.tokens else "nothing read before"
             self.release(rule.boundary)
             return 0, note
@@ -188,7 +210,7 @@ class Session:
         """Read on by ``rule`` as the end of a prompt, or (None) as decode does."""
         # Until the work is done the tokens are not part of the conversation.
         stages: tuple[Kept, ...] = ()
-        self._undo = _Undo(len(self.tokens), bool(rule is not None and rule.cuts))
+        self._undo = _Undo(len(self.tokens), rule is not None and rule.anew)
         try:
             if rule is not None:
                 hidden, stages = self.engine.prefill(self.context, ids, rule, progress=progress, trace=trace)
@@ -269,6 +291,11 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     length = min(len(a), len(b))
     differs = np.flatnonzero(np.asarray(a[:length]) != np.asarray(b[:length]))
     return int(differs[0]) if len(differs) else length
+
+
+def _most(tokens: int, ids: Sequence[int]) -> bool:
+    """Whether so many first tokens are most of a prompt, so that it asks about the same document."""
+    return 2 * tokens > len(ids)
 
 
 def _doubts(rule: Schedule, stages: Sequence[Kept]) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -174,6 +175,33 @@ def test_a_prompt_that_grows_long_enough_for_cuts_is_read_on_from(llm: slimrt.LL
     fresh.reset()
     fresh.prefill(ids[:31], PLAN)
     assert np.array_equal(s.logits, fresh.logits)
+
+
+def test_who_asks_again_and_again_gets_the_document_read_whole(llm: slimrt.LLM) -> None:
+    """After as many cut prompts as the plan says, the layers behind the cut read everything, once."""
+    windows = (slimrt.Window(0, (64,) * llm.config.n_kv_heads), slimrt.Window(1, (64,) * llm.config.n_kv_heads))
+    plan = dataclasses.replace(PLAN, questions=2, windows=windows, full_rows=16)
+    document = np.random.default_rng(4).integers(3, 200, 300).tolist()
+    s, layers = llm.session(), llm.config.n_layers
+    readings = []
+    for question in range(5):
+        ids = [*document, *range(20 + question, 30 + question)]
+        readings.append(s.prefill(ids, plan))
+        s.extend([7, 8])
+        if question >= 2:
+            assert [s.context.cache.length(layer) for layer in range(layers)] == [len(ids) + 2] * layers
+            fresh = llm.session()
+            fresh.prefill(ids, plan.without_cuts)
+            fresh.extend([7, 8])
+            assert s.logits is not None and fresh.logits is not None
+            # As in the test before this one.
+            rounding = 0 if s.engine.ops.name == "fast" else 64 * np.finfo(np.float32).eps * np.abs(fresh.logits).max()
+            np.testing.assert_allclose(s.logits, fresh.logits, rtol=0, atol=rounding)
+    assert [len(reading.stages) for reading in readings] == [2, 2, 0, 0, 0]
+    assert all(reading.reused > 250 for reading in readings[1:])
+    assert "after 2 questions" in readings[2].dense and "read whole before" in readings[4].dense
+    other = np.random.default_rng(5).integers(3, 200, 300).tolist()
+    assert len(s.prefill(other, plan).stages) == 2  # another document is cut again
 
 
 def test_an_empty_session_and_a_truncated_one_are_saved(llm: slimrt.LLM, tmp_path: Path) -> None:

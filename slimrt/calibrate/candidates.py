@@ -11,11 +11,12 @@ from functools import cache
 from slimrt.calibrate.finding import Findings
 from slimrt.config import ModelConfig
 from slimrt.errors import SettingError
+from slimrt.prune.asked import ASKED
 from slimrt.prune.plan import PrunePlan, Stage
 from slimrt.prune.reach import keys_read
 from slimrt.prune.schedule import schedule
 
-__all__ = ["LONG", "MIN_TOKENS", "RECOMPUTED", "candidates", "first_layer", "recomputed", "scorings", "work"]
+__all__ = ["LONG", "MIN_TOKENS", "RECOMPUTED", "candidates", "first_layer", "recomputed", "scoring", "work"]
 
 MIN_TOKENS = 1024  # shorter prompts are read in little time anyway, and were not measured
 LONG = 8192  # tokens of the prompts that plans are compared by
@@ -25,14 +26,10 @@ _EARLIEST, _LATEST = 0.2, 0.8
 _STAGE_LAYERS = 9  # of those, the ones that find best
 _KEEPS = (0.75, 0.67, 0.5, 0.4, 0.33, 0.25, 0.17, 0.125)
 _STAGES = 3  # at most
-_SCORES = (
-    ("token_mass", 16),
-    ("token_mass", 32),
-    ("token_max", 16),
-    ("token_max", 32),
-    ("unit_softmax", 32),
-    ("mean_qk", 32),
-)
+_KEPT_BEHIND = 0.5  # what a cut keeps by which layers are judged that know a question before the document
+# What a prompt in doubt gets (see PrunePlan). A block that answers a question scored .85 to .99 at the layers that find
+# it; of SmolLM2's presets one has .85 and .7, the other .75 and .5 (docs/experiments.md).
+_SURE, _MOST = 0.8, 0.6
 _LEAST_SAVED = 0.9  # of the dense run's arithmetic: plans that do more are not worth a loss
 # A further question computes what lies behind the first cut anew: a plan whose later layers do more than this share of
 # its work would be quick once, and slow ever after.
@@ -48,12 +45,15 @@ def first_layer(config: ModelConfig) -> int:
     return max(1, round(_EARLIEST * config.n_layers))
 
 
-def scorings(config: ModelConfig) -> list[PrunePlan]:
-    """Every score, with short and long query windows, at every layer that may be cut at; all of these plans keep
-    everything."""
+def scoring(config: ModelConfig) -> PrunePlan:
+    """The score ``asked`` at every layer that may be cut at; the plan keeps everything.
+
+    The published scores take the last queries, whatever these ask: no plan that is found by quotations at a prompt's
+    very end holds for prompts as people write them. They remain for plans of one's own.
+    """
     last = max(first_layer(config), min(round(_LATEST * config.n_layers), config.n_layers - 2))
     stages = tuple(Stage(layer, 1.0) for layer in range(first_layer(config), last + 1))
-    return [PrunePlan(stages, score=score, query_window=rows, min_tokens=MIN_TOKENS) for score, rows in _SCORES]
+    return PrunePlan(stages, score=ASKED, min_tokens=MIN_TOKENS)
 
 
 def candidates(
@@ -65,9 +65,11 @@ def candidates(
 ) -> list[PrunePlan]:
     """Cuts that can be expected to lose little, from the cheapest kind to the dearest.
 
-    ``scoring``: whose score and query window they take, ``findings``: what it found, ``shortest``: tokens of the
-    shortest prompts that they will be measured on, ``limited``: gives a plan windows.
+    ``scoring``: whose score they take, ``findings``: what it found, ``shortest``: tokens of the shortest prompts that
+    they will be measured on, ``limited``: gives a plan windows.
     """
+    late = findings.late(_KEPT_BEHIND)
+    doubt = dataclasses.replace(scoring, sure=_SURE, most=_MOST)
     layers = findings.layers(min(_KEEPS[:-2]), _STAGE_LAYERS)
     choices = [
         tuple(map(Stage, at, keeps))
@@ -76,7 +78,15 @@ def candidates(
         for keeps in itertools.combinations(_KEEPS, count)
     ]
     plans = [
-        limited(dataclasses.replace(scoring, stages=stages, min_keep=_least(stages, shortest))) for stages in choices
+        limited(
+            dataclasses.replace(
+                doubt,
+                stages=stages,
+                min_keep=_least(stages, shortest),
+                late=late if stages[0].layer < late else 0,
+            )
+        )
+        for stages in choices
     ]
     costs = [(work(config, plan, LONG), plan) for plan in plans if recomputed(config, plan, LONG) <= RECOMPUTED]
     costs = [(cost, plan) for cost, plan in costs if cost <= _LEAST_SAVED]
@@ -97,7 +107,7 @@ def _least(stages: Sequence[Stage], shortest: int) -> int:
 def _best(plans: Iterable[PrunePlan], findings: Findings) -> list[PrunePlan]:
     """The best of ``plans`` of each of ``_KINDS`` kinds."""
     found: dict[tuple[int, int], PrunePlan] = {}
-    for plan in sorted(plans, key=lambda plan: (findings.loss(plan.stages), len(plan.stages))):
+    for plan in sorted(plans, key=lambda plan: (findings.loss(plan.stages, plan.late), len(plan.stages))):
         found.setdefault((plan.stages[0].layer, len(plan.stages)), plan)
     return list(found.values())[:_KINDS]
 

@@ -13,25 +13,32 @@ from typing import Any
 
 import numpy as np
 
+from slimrt.errors import SettingError
 from slimrt.eval.metrics import CONFIDENCE, RESAMPLES, bootstrap_interval
 from slimrt.output import write_atomically
 
 __all__ = [
     "DENSE",
     "HIGHER_IS_BETTER",
+    "QUESTIONS",
     "RULER_MEAN",
     "EvalReport",
     "Result",
     "Summary",
     "Timing",
     "front",
+    "merged",
+    "read_report",
 ]
 
 DENSE = "dense"
 RULER_MEAN = "ruler"  # the summary over all of RULER's tasks
+QUESTIONS = "questions"  # that over all tasks with an answer behind a forced opening
 HIGHER_IS_BETTER = {"score": True, "accuracy": True, "nats": False, "nll": False, "kl": False}
 # What a plan may lose and still count as no worse than dense: the bounds of the preset ``auto``.
 MARGINS = {"score": 0.05, "accuracy": 0.01, "nats": 0.3, "nll": 0.02, "kl": 0.05}
+
+_RUNS_APART = 1_000_000  # numbers of samples and clusters between those of merged runs
 
 
 @dataclass(frozen=True)
@@ -128,8 +135,12 @@ class EvalReport:
         """Every metric of every task at every length, plan by plan; RULER's tasks also taken together."""
         groups: dict[tuple[int, str, str, str], dict[tuple[str, int], float]] = {}
         clusters: dict[tuple[str, int], tuple[str, int]] = {}
+        asking = {result.task for result in self.results if "nats" in result.metrics}
         for result in self.results:
-            for task in (result.task, *([RULER_MEAN] if result.task in self.ruler_tasks else [])):
+            pools = [RULER_MEAN] if result.task in self.ruler_tasks else []
+            if result.task in asking and len(asking) > 1:
+                pools.append(QUESTIONS)
+            for task in (result.task, *pools):
                 for metric, value in result.metrics.items():
                     values = groups.setdefault((result.length, task, metric, result.plan), {})
                     values[result.task, result.index] = value
@@ -140,7 +151,7 @@ class EvalReport:
             if plan != DENSE
         ]
         # Groups appear as the work went; tasks read better together, the mean behind its parts.
-        tasks = [*dict.fromkeys(result.task for result in self.results), RULER_MEAN]
+        tasks = [*dict.fromkeys(result.task for result in self.results), QUESTIONS, RULER_MEAN]
         measures = [*HIGHER_IS_BETTER]
         return tuple(sorted(summaries, key=lambda row: (row.length, tasks.index(row.task), measures.index(row.metric))))
 
@@ -178,6 +189,76 @@ class EvalReport:
     def save_json(self, path: str | Path) -> None:
         """Write ``to_dict``, whole or not at all. Raises OSError."""
         write_atomically(path, json.dumps(self.to_dict(), indent=1, ensure_ascii=False, allow_nan=False).encode())
+
+
+def read_report(path: str | Path) -> EvalReport:
+    """A report that ``save_json`` wrote. Raises SettingError for a file that cannot be read or is none."""
+    try:
+        data = json.loads(Path(path).read_bytes())
+        return EvalReport(
+            model=data["model"],
+            version=data["slimrt"],
+            text=data["text"],
+            seed=data["seed"],
+            samples=data["samples"],
+            plans=data["plans"],
+            ruler_tasks=tuple(dict.fromkeys(one["task"] for one in data["results"] if "score" in one["metrics"])),
+            results=tuple(Result(**{**one, "references": tuple(one["references"])}) for one in data["results"]),
+            timings=tuple(
+                Timing(one["length"], one["plan"], tuple(one["ttft_s"]), tuple(one["stages"]), one["kv_bytes"])
+                for one in data["ttft"]
+            ),
+        )
+    except OSError as error:
+        raise SettingError(f"report '{path}': {error.strerror}; name a file that slimrt eval -o wrote") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise SettingError(
+            f"report '{path}': not a report of slimrt eval ({error}); name a file that it wrote"
+        ) from None
+
+
+def merged(reports: Sequence[EvalReport]) -> EvalReport:
+    """Several runs of the same model and plans as one, such as those of other texts or seeds.
+
+    Samples of different runs count as sharing no text: windows of one long text that other seeds drew overlap by
+    chance only. Raises SettingError where a run has another model, or other plans, or the samples of an earlier one.
+    """
+    first = reports[0]
+    results: list[Result] = []
+    timings: dict[tuple[int, str], Timing] = {}
+    seen: set[tuple[Any, ...]] = set()
+    for number, report in enumerate(reports):
+        if (report.model, dict(report.plans)) != (first.model, dict(first.plans)):
+            raise SettingError(
+                f"reports: number {number + 1} is of model {report.model} with plans {', '.join(report.plans)}, "
+                f"the first of {first.model} with {', '.join(first.plans)}; take runs of the same model and plans"
+            )
+        for one in report.results:
+            key = (report.text["sha256"], report.seed, one.length, one.task, one.index, one.plan)
+            if key in seen:
+                raise SettingError(
+                    f"reports: number {number + 1} repeats the samples of an earlier one (text {report.text['name']}, "
+                    f"seed {report.seed}); give each run a seed or a text of its own"
+                )
+            seen.add(key)
+            apart = number * _RUNS_APART
+            results.append(dataclasses.replace(one, index=one.index + apart, cluster=one.cluster + apart))
+        for timing in report.timings:
+            place = timing.length, timing.plan
+            before = timings.get(place)
+            ttft = (before.ttft_s if before else ()) + timing.ttft_s
+            timings[place] = dataclasses.replace(timing, ttft_s=ttft)
+    return dataclasses.replace(
+        first,
+        text={
+            "name": ", ".join(dict.fromkeys(report.text["name"] for report in reports)),
+            "sha256": ", ".join(dict.fromkeys(report.text["sha256"] for report in reports)),
+        },
+        samples=sum(report.samples for report in reports),
+        ruler_tasks=tuple(dict.fromkeys(task for report in reports for task in report.ruler_tasks)),
+        results=tuple(results),
+        timings=tuple(timings.values()),
+    )
 
 
 def _summary(

@@ -22,7 +22,7 @@ class Sample:
 
     "generation": up to ``max_tokens`` tokens are drawn greedily, the answer should contain every one of ``references``.
     "continuation": the tokens ``continuation`` are read after the prompt, and the logits that predict them are judged.
-    ``quoted``: the first row of the prompt that holds the continuation already, None where none does.
+    ``evidence``: the rows of the prompt that hold what the continuation is taken from; none where nothing does.
     ``forced``: tokens read between the prompt and the continuation, as if the model had written them, and not judged.
     ``cluster``: samples of a task with the same number share text; None: this one shares none.
     """
@@ -34,7 +34,7 @@ class Sample:
     references: tuple[str, ...] = ()
     continuation: tuple[int, ...] = ()
     max_tokens: int = 0
-    quoted: int | None = None
+    evidence: tuple[int, ...] = ()
     forced: tuple[int, ...] = ()
     cluster: int | None = None
 

@@ -186,6 +186,20 @@ def _fitted(
     raise SettingError(f"task {name}: length {length}; no prompt of just so many tokens was found, ask for a few more")
 
 
+def _rows_of(source: Source, ids: Sequence[int], passages: Sequence[str]) -> tuple[int, ...]:
+    """The rows of ``ids`` that hold the ``passages`` where they first occur; none if the prompt does not have one."""
+    ends = np.cumsum([len(source.tokenizer.decode_bytes([id], special=True)) for id in ids])
+    whole = source.tokenizer.decode_bytes(ids, special=True)
+    rows: list[int] = []
+    for passage in passages:
+        wanted = passage.strip().encode()
+        at = whole.find(wanted)
+        if at < 0 or ends[-1] != len(whole):
+            return ()
+        rows += range(int(np.searchsorted(ends, at, "right")), int(np.searchsorted(ends, at + len(wanted))) + 1)
+    return tuple(rows)
+
+
 def _make(name: str, source: Source, length: int, count: int, rng: Rng) -> Iterator[Sample]:
     shape, encode = _SHAPES[name], functools.partial(source.tokenizer.encode, add_bos=False)
     for index, (text, cluster) in enumerate(windows(source.corpus, length, 1, count, rng)):
@@ -199,8 +213,9 @@ def _make(name: str, source: Source, length: int, count: int, rng: Rng) -> Itera
         ids = _fitted(source, length, document, prompt, name)
         forced, answer = encode(shape.lead + facts[0].opening), encode(facts[0].answer)
         yield Sample(
-            name, index, "continuation", ids, continuation=tuple(answer), forced=tuple(forced), cluster=cluster
-        )
+            name, index, "continuation", ids, continuation=tuple(answer), forced=tuple(forced), cluster=cluster,
+            evidence=_rows_of(source, ids, facts[0].sentences),
+        )  # fmt: skip
 
 
 def _quote(source: Source, length: int, count: int, rng: Rng) -> Iterator[Sample]:
@@ -218,7 +233,10 @@ def _quote(source: Source, length: int, count: int, rng: Rng) -> Iterator[Sample
 
         ids = _fitted(source, length, text.tolist(), prompt, name)
         forced, following = tuple(cue.tolist()), tuple(answer.tolist())
-        yield Sample(name, index, "continuation", ids, continuation=following, forced=forced, cluster=cluster)
+        yield Sample(
+            name, index, "continuation", ids, continuation=following, forced=forced, cluster=cluster,
+            evidence=_rows_of(source, ids, [source.tokenizer.decode(answer.tolist())]),
+        )  # fmt: skip
 
 
 SHAPES = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.table import Table
 from rich.text import Text
 
-from slimrt.eval.report import RULER_MEAN, EvalReport, Summary
+from slimrt.eval.report import QUESTIONS, RULER_MEAN, EvalReport, Summary
 
 __all__ = ["quality_tables", "ttft_table"]
 
@@ -38,7 +38,7 @@ def _quality_table(report: EvalReport, length: int) -> Table:
     for row in rows:
         if row.metric not in HEADLINE.get(row.task, ("score", "nats")) or (row.task == RULER_MEAN and one_ruler_task):
             continue
-        label = "ruler, mean" if row.task == RULER_MEAN else row.task + UNITS[row.metric]
+        label = f"{row.task}, mean" if row.task in (RULER_MEAN, QUESTIONS) else row.task + UNITS[row.metric]
         # What repeats from the line above is left out, so that the plans of one measure read as a group.
         table.add_row(
             "" if label == before else label,

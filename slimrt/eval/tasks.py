@@ -38,8 +38,9 @@ def _recall(source: Source, length: int, count: int, rng: np.random.Generator) -
         cue, answer = np.split(window[place : place + 2 * RECALL_TOKENS], 2)
         prompt = (*begin, *window.tolist(), *cue.tolist())
         quoted = len(begin) + int(place) + RECALL_TOKENS
+        rows = tuple(range(quoted, quoted + RECALL_TOKENS))
         yield Sample(
-            "recall", index, "continuation", prompt, continuation=tuple(answer.tolist()), quoted=quoted, cluster=cluster
+            "recall", index, "continuation", prompt, continuation=tuple(answer.tolist()), evidence=rows, cluster=cluster
         )
 
 

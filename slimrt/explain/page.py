@@ -34,7 +34,21 @@ def html_page(explanation: Explanation) -> str:
         e=explanation,
         time_scale=100 / slowest if slowest else 0,
         kv_scale=100 / fullest if fullest else 0,
+        attended=_levels(explanation),
     )
+
+
+def _levels(explanation: Explanation) -> list[float]:
+    """How dark each block is that a dense answer attended to, 0 to 1.
+
+    The first block and the last ones take most of all attention whatever is asked, so the others set the scale; roots,
+    for attention differs by orders of magnitude.
+    """
+    if explanation.compared is None:
+        return []
+    attended = explanation.compared.attended
+    most = max((attended[block.number] for block in explanation.blocks[1:] if not block.always), default=0.0)
+    return [min(1.0, math.sqrt(share / most)) if most > 0 else 0.0 for share in attended]
 
 
 def visible(text: str) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 from slimrt.engine import Progress
 from slimrt.explain.blocks import Block, prompt_blocks
+from slimrt.explain.compare import ANSWER, Comparison, compare
 from slimrt.explain.trace import CutTrace, PrefillTrace
 from slimrt.llm import LLM
 from slimrt.prune.plan import PrunePlan
@@ -72,6 +73,7 @@ class Explanation:
     states kept in host memory, from which another question can be answered. ``kv_kept``: bytes of all rows of keys and
     values, each counted once; ``kv_dense``: what a dense run of the prompt leaves. ``windowed_rows``: how many first
     tokens the windows of the plan hold for. ``doubts``: in words, why more was kept than usual, or later cut.
+    ``compared``: what a dense run shows beside it, if one was asked for.
     """
 
     model: str
@@ -95,6 +97,7 @@ class Explanation:
     layers: tuple[LayerReport, ...]
     blocks: tuple[Block, ...]
     doubts: tuple[str, ...] = ()
+    compared: Comparison | None = None
 
     @property
     def kv_resident(self) -> int:
@@ -139,12 +142,22 @@ class Explanation:
         return {**data, "kv_resident": self.kv_resident, "kv_host": self.kv_host}
 
 
-def explain(llm: LLM, ids: Sequence[int], *, question: str = "", progress: Progress | None = None) -> Explanation:
+def explain(
+    llm: LLM,
+    ids: Sequence[int],
+    *,
+    question: str = "",
+    progress: Progress | None = None,
+    against_dense: bool = False,
+) -> Explanation:
     """Read ``ids`` in a conversation of its own, with the plan that ``llm`` was loaded with, and tell what was kept.
 
-    Raises ContextError if ``ids`` is empty or exceeds the context.
+    ``against_dense``: read them without cuts as well, and compare. Raises ContextError if ``ids`` is empty or exceeds
+    the context (with the answer that is compared).
     """
     plan, trace, session = llm.plan.plan, PrefillTrace(), llm.session()
+    if against_dense:
+        session.check(ids, ANSWER)
     begun = time.perf_counter()
     reading = session.prefill(ids, plan, progress=progress, trace=trace)
     ttft = time.perf_counter() - begun
@@ -153,7 +166,10 @@ def explain(llm: LLM, ids: Sequence[int], *, question: str = "", progress: Progr
     sink, local = (rule.first_blocks, rule.last_blocks(len(ids))) if rule.cuts else (0, 0)
     cuts = tuple(_cut(cut, block) for cut in trace.cuts)
     boundary, layers = session.context.boundary, _layers(session, trace)
+    states = 0 if boundary is None else boundary.nbytes
     token = llm.engine.kv_bytes_per_token
+    # Last, for it reads on.
+    compared = compare(llm, session, ids, trace.cuts, block, progress) if against_dense else None
     return Explanation(
         model=llm.config.name,
         file=llm.file.path.name,
@@ -167,7 +183,7 @@ def explain(llm: LLM, ids: Sequence[int], *, question: str = "", progress: Progr
         block=block,
         ttft_s=ttft,
         outside_s=ttft - sum(trace.seconds),
-        states_host=0 if boundary is None else boundary.nbytes,
+        states_host=states,
         kv_heads=llm.config.n_kv_heads,
         windowed_rows=reading.windowed,
         kv_kept=sum(layer.kv_rows for layer in layers) * token // len(layers),
@@ -176,6 +192,7 @@ def explain(llm: LLM, ids: Sequence[int], *, question: str = "", progress: Progr
         layers=layers,
         blocks=prompt_blocks(llm.tokenizer, ids, block, trace.cuts, sink=sink, local=local, follow=rule.plan.follow),
         doubts=reading.doubts,
+        compared=compared,
     )
 
 

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from rich.table import Table
 from rich.text import Text
 
-from slimrt.explain.page import readable_seconds
+from slimrt.explain.compare import Comparison
+from slimrt.explain.page import readable_seconds, visible
 from slimrt.explain.report import Explanation
 from slimrt.output import human_bytes
 
@@ -43,12 +44,31 @@ def summary(seen: Explanation) -> Iterator[Text | Table]:
     yield _stages(seen)
     for doubt in seen.doubts:
         yield Text(f"In doubt: {doubt}.", style="yellow")
+    if seen.compared is not None:
+        yield Text()
+        yield _comparison(seen, seen.compared)
     yield Text()
     yield Text(
         f"TTFT {readable_seconds(seen.ttft_s)} · KV {human_bytes(seen.kv_kept)}, "
         f"{100 * seen.kv_kept / seen.kv_dense:.0f} % of a dense run's · plan {seen.plan_source}",
         style="dim",
     )
+
+
+def _comparison(seen: Explanation, found: Comparison) -> Text:
+    lost = found.nats_plan - found.nats_dense
+    text = Text("Beside a dense run\n", style="bold")
+    text.append(f"Its answer begins: {visible(found.answer)!r}\n", style="not bold")
+    text.append(
+        f"After the pruned prompt these {found.tokens} tokens are {abs(lost):.2f} nats "
+        f"{'less' if lost >= 0 else 'more'} likely (KL of the first {found.kl:.3f}).\n"
+        f"Of their attention {100 * sum(found.missed):.1f} % fell to blocks that had been dropped",
+        style="not bold",
+    )
+    for number in found.most_missed[:3]:
+        words = " ".join(visible(seen.blocks[number].text).split())
+        text.append(f"\n  block {number}, {100 * found.missed[number]:.2f} %: {words[:60]}", style="not bold")
+    return text
 
 
 def _strip(seen: Explanation, marks: str) -> Text:

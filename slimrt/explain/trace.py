@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -37,6 +38,9 @@ class PrefillTrace:
     def begin(self) -> None:
         """The layers begin."""
         self._last = time.perf_counter()
+
+    def attention(self, layer: int, q: Any, keys: Any) -> None:
+        """Nothing of it is kept."""
 
     def cut(
         self, layer: int, positions: np.ndarray, scores: np.ndarray, rows: np.ndarray, by: np.ndarray | None

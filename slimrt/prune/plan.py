@@ -95,6 +95,10 @@ class PrunePlan:
     block scores that high, nobody knows what is wanted, and ``most`` stay. Stages before layer ``late`` are left out
     where a question stands before the document: in early layers the last tokens do not know it yet.
 
+    ``questions`` (0: no end): so many prompts in a row on the same document are cut. With the next one the layers
+    behind the first cut read the whole of it, and from then on a further question costs little: each cut again would
+    cost more than it saves.
+
     ``windows`` limit how far back heads of the layers before the first cut look: those layers compute every token, and
     most of the time of a long prompt is their attention. The last ``full_rows`` tokens of the prompt, the question most
     likely, look at everything all the same, and so does what is generated.
@@ -115,6 +119,7 @@ class PrunePlan:
     sure: float = 0.0
     most: float = 1.0
     late: int = 0
+    questions: int = 0
 
     @property
     def does_nothing(self) -> bool:
@@ -126,12 +131,17 @@ class PrunePlan:
         """Whether every stage keeps every token: the plan that must equal the dense run bit for bit."""
         return not self.windows and all(isinstance(stage.keep, float) and stage.keep == 1 for stage in self.stages)
 
+    @property
+    def without_cuts(self) -> PrunePlan:
+        """Its windows alone."""
+        return dataclasses.replace(self, stages=(), late=0)
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "stages", _stages(self.stages))
         object.__setattr__(self, "windows", _windows(self.windows))
         if not isinstance(self.score, str):
             raise SettingError(f"prune plan: score {self.score!r} must be a name")
-        not_negative = ("sink_blocks", "min_tokens", "min_keep", "full_rows", "late")
+        not_negative = ("sink_blocks", "min_tokens", "min_keep", "full_rows", "late", "questions")
         for name in ("block", "unit", "query_window", "local_blocks", *not_negative):
             if not is_whole(getattr(self, name)):
                 raise SettingError(f"prune plan: {name} {getattr(self, name)!r} must be a whole number")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass
@@ -42,7 +41,7 @@ class PlanChoice:
         """
         if self.preset != "auto" or self.plan is None:
             return self.plan
-        plan = dataclasses.replace(self.plan, stages=(), late=0)
+        plan = self.plan.without_cuts
         return None if plan.does_nothing else plan
 
 

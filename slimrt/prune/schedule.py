@@ -46,7 +46,8 @@ class Schedule:
     passes every layer. ``windows``: how far back attention looks before the first cut. ``boundary``: the layer whose
     hidden states are kept for another question; that of the first stage also while a prompt is too short for a cut, as
     it may grow. ``why_dense``: in words, why a plan that could cut or limit something leaves this prompt whole.
-    ``asked``: which tokens choose under the score of that name; None under the published ones.
+    ``asked``: which tokens choose under the score of that name; None under the published ones. ``whole``: the layers
+    behind the boundary read everything anew, so that further prompts on the same document need no cuts.
     """
 
     plan: PrunePlan = field(default_factory=PrunePlan)
@@ -55,6 +56,12 @@ class Schedule:
     boundary: int | None = None
     why_dense: str = ""
     asked: Asked | None = None
+    whole: bool = False
+
+    @property
+    def anew(self) -> bool:
+        """Whether the layers behind the boundary forget what they read before."""
+        return bool(self.cuts) or self.whole
 
     @property
     def left_out(self) -> bool:

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 __all__ = ["CalibrateSettings", "calibrate_model"]
 
-_FAST = {"kl": 4.0, "recall": 2.0, "nll": 4.0}  # times what `auto` may lose
+_FAST = {"kl": 4.0, "recall": 2.0, "nll": 4.0, "answer": 8 / 3}  # times what `auto` may lose
+_WORST_ANSWER = 2.0  # nats that no single answer may lose more of under `auto`
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class CalibrateSettings:
     max_kl: float
     max_recall_drop: float
     max_nll_rise: float
+    max_answer_loss: float
     length: int
     samples: int
     seed: int
@@ -52,8 +54,10 @@ def calibrate_model(settings: CalibrateSettings, load: LoadSettings, *, as_json:
     path = find_model(load.model)
     target = settings.output or preset_path(path)
     check_output(target, sources=[path, *_given(settings.text)], force=settings.force)
-    auto = Bounds(settings.max_kl, settings.max_recall_drop, settings.max_nll_rise)
-    fast = Bounds(auto.kl * _FAST["kl"], auto.recall * _FAST["recall"], auto.nll * _FAST["nll"])
+    auto = Bounds(
+        settings.max_kl, settings.max_recall_drop, settings.max_nll_rise, settings.max_answer_loss, _WORST_ANSWER
+    )
+    fast = Bounds(**{name: getattr(auto, name) * factor for name, factor in _FAST.items()})
     trained = read_config(GGUFFile(path)).ctx_train
     llm = load_model(replace(load, ctx=calibration_context(settings.length, trained)))
     journals: list[Journal] = []
@@ -104,7 +108,7 @@ def _table(found: Calibration) -> Table:
 
     title = "Presets, against the dense run, prompts of {:,} and {:,} tokens".format(*found.lengths)
     table = Table(title=title, title_justify="left")
-    for heading in ("preset", "cuts", "TTFT", "KL", "recall drop", "nats more"):
+    for heading in ("preset", "cuts", "TTFT", "KL", "recall drop", "nats more", "answers lose (worst)"):
         table.add_column(heading, justify="left" if heading in ("preset", "cuts") else "right")
     for name, preset in found.presets.items():
         if preset is None:
@@ -120,5 +124,6 @@ def _table(found: Calibration) -> Table:
             f"{preset.kl:.3f} (<= {bounds.kl:g})",
             f"{preset.recall_drop:+.3f} [{low:+.3f}, {high:+.3f}]",
             f"{preset.nll_rise:+.3f} [{cheaper:+.3f}, {dearer:+.3f}]",
+            f"{preset.answer_loss:+.2f} ({preset.answer_worst:+.2f})",
         )
     return table

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -15,6 +16,9 @@ from slimrt.terminal.guard import note
 from slimrt.terminal.loading import load_model
 from slimrt.terminal.options import LoadSettings
 from slimrt.terminal.progress import progress_bar
+
+if TYPE_CHECKING:
+    from slimrt.eval.report import EvalReport
 
 __all__ = ["EvalSettings", "evaluate"]
 
@@ -32,11 +36,13 @@ class EvalSettings:
     output: Path | None
     png: Path | None
     force: bool
+    reports: tuple[Path, ...] = ()
 
 
 def evaluate(settings: EvalSettings, load: LoadSettings, *, as_json: bool) -> None:
-    """Run the evaluation; tables, or with ``as_json`` the whole report, go to stdout."""
-    from slimrt.eval.plot import check_plotting, save_png
+    """Run the evaluation, or read the ``reports`` of earlier ones; tables, or with ``as_json`` the whole report, go to
+    stdout."""
+    from slimrt.eval.plot import check_plotting
     from slimrt.eval.run import context_needed
     from slimrt.eval.run import evaluate as run
 
@@ -45,16 +51,29 @@ def evaluate(settings: EvalSettings, load: LoadSettings, *, as_json: bool) -> No
     needed = context_needed(settings.tasks, settings.lengths)
     for path in (settings.output, settings.png):
         if path is not None:
-            check_output(path, sources=() if settings.text is None else [settings.text], force=settings.force)
+            given = [*settings.reports, *([settings.text] if settings.text else [])]
+            check_output(path, sources=given, force=settings.force)
     if settings.output is not None and settings.output == settings.png:
         raise SettingError(f"--output and --png both name {settings.png}; name two files")
     if settings.png is not None:
         check_plotting()
+    if settings.reports:
+        from slimrt.eval.report import merged, read_report
+
+        _show(merged([read_report(path) for path in settings.reports]), settings, as_json=as_json)
+        return
     llm = load_model(load if load.ctx is not None else replace(load, ctx=needed))
     with progress_bar("evaluating") as progress:
         report = run(
             llm, plans, settings.tasks, settings.lengths, settings.samples, settings.seed, settings.text, progress
         )
+    _show(report, settings, as_json=as_json)
+
+
+def _show(report: EvalReport, settings: EvalSettings, *, as_json: bool) -> None:
+    """The report where it is wanted."""
+    from slimrt.eval.plot import save_png
+
     if settings.output is not None:
         report.save_json(settings.output)
     if settings.png is not None:
@@ -71,7 +90,7 @@ def evaluate(settings: EvalSettings, load: LoadSettings, *, as_json: bool) -> No
         console.print(table)
         console.print()
     for name, plan in report.plans.items():
-        if name in plans:
+        if plan["plan"] is not None:
             note(f"plan {name}: {plan['source']}")
 
 

@@ -20,7 +20,15 @@ __all__ = ["explain_prompt"]
 
 
 def explain_prompt(
-    file: Path, question: str, output: Path, load: LoadSettings, *, plain: bool, force: bool, as_json: bool
+    file: Path,
+    question: str,
+    output: Path,
+    load: LoadSettings,
+    *,
+    plain: bool,
+    compare: bool,
+    force: bool,
+    as_json: bool,
 ) -> None:
     """Read ``file`` and the question as ``generate`` does, write the page ``output``, print the summary."""
     # Whatever can be refused is refused before the model is loaded.
@@ -32,7 +40,7 @@ def explain_prompt(
     plain = plain or (load.chat_template is None and llm.tokenizer.chat_template is None)
     ids = llm.tokenize(prompt) if plain else llm.chat_tokens([{"role": "user", "content": prompt}])
     with progress_bar(f"reading {len(ids):,} tokens") as progress:
-        seen = explain(llm, ids, question=question, progress=progress)
+        seen = explain(llm, ids, question=question, progress=progress, against_dense=compare)
 
     from slimrt.explain.page import html_page
 

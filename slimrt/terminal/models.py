@@ -12,7 +12,7 @@ import click
 
 from slimrt.errors import SettingError
 from slimrt.output import human_bytes
-from slimrt.terminal.loading import open_file
+from slimrt.terminal.loading import find_model, open_file
 from slimrt.terminal.progress import progress_bar
 from slimrt.text.tokenizer import Tokenizer
 
@@ -67,22 +67,24 @@ def inspect(
     as_json: bool,
 ) -> None:
     """The model's contents, memory plan and what would compute."""
-    from slimrt.inspect import describe
+    from slimrt.inspect import describe, open_for_inspection
     from slimrt.terminal.tables import print_model
+    from slimrt.weights.outline import Outline
 
-    file = open_file(model)
+    file = open_for_inspection(find_model(model))
+    listed = file.listed if isinstance(file, Outline) else file.tensors
     about = describe(file, ctx, device=device, threads=threads)
     if as_json:
         if tensors:
             about["tensors"] = [
                 {"name": t.name, "type": t.type.name, "shape": list(t.shape), "bytes": t.nbytes}
-                for t in file.tensors.values()
+                for t in listed.values()
             ]
         if metadata:
             about["metadata"] = {key: _plain(value) for key, value in file.metadata.items()}
         _json(about)
     else:
-        print_model(about, file, metadata=metadata, tensors=tensors)
+        print_model(about, file.metadata, list(listed.values()) if tensors else [], metadata=metadata)
 
 
 def _plain(value: Any) -> Any:

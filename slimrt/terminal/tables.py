@@ -16,7 +16,8 @@ from slimrt.hub.store import LocalModel
 from slimrt.hub.suggested import SuggestedModel
 from slimrt.output import human_bytes
 from slimrt.terminal.screen import printable
-from slimrt.weights.gguf import GGUFFile
+from slimrt.weights.gguf import TensorInfo
+from slimrt.weights.outline import ListedTensor
 
 __all__ = ["print_model", "print_models", "print_pieces", "print_suggested", "print_wide"]
 
@@ -24,8 +25,14 @@ _LONG_VALUE = 60  # characters of a metadata value that are shown
 _PIPE_WIDTH = 1000  # in a pipe a row is a line
 
 
-def print_model(about: Mapping[str, Any], file: GGUFFile, *, metadata: bool, tensors: bool) -> None:
-    """What ``slimrt.inspect.describe`` found, in sections; on request every metadata key and every tensor."""
+def print_model(
+    about: Mapping[str, Any],
+    keys: Mapping[str, Any],
+    tensors: Sequence[TensorInfo | ListedTensor],
+    *,
+    metadata: bool,
+) -> None:
+    """What ``slimrt.inspect.describe`` found, in sections; on request every metadata key; ``tensors`` one by one."""
     _print(_pairs("Model", _model_rows(about)))
     types = [
         (name, f"{entry['tensors']:,}", f"{entry['parameters']:,}", human_bytes(entry["bytes"]))
@@ -37,14 +44,14 @@ def print_model(about: Mapping[str, Any], file: GGUFFile, *, metadata: bool, ten
         rows = [(row["part"], human_bytes(row["nbytes"]), row["note"]) for row in about["memory"]["rows"]]
         _print(_table(f"Memory at --ctx {about['memory']['ctx']:,}", ("", "size", ""), rows, right=(1,)))
     if metadata:
-        _print(_pairs("Metadata", [(key, _short(value)) for key, value in file.metadata.items()]))
+        _print(_pairs("Metadata", [(key, _short(value)) for key, value in keys.items()]))
     if tensors:
-        listed = [
-            (t.name, t.type.name, " x ".join(map(str, t.shape)), human_bytes(t.nbytes)) for t in file.tensors.values()
-        ]
+        listed = [(t.name, t.type.name, " x ".join(map(str, t.shape)), human_bytes(t.nbytes)) for t in tensors]
         _print(_table("All tensors", ("name", "type", "shape (rows first)", "size"), listed, right=(3,)))
     if about["problem"]:
         _print(Text(f"slimrt cannot run this model: {printable(about['problem'])}", style="red"))
+        if (runs := ", ".join(about["supported"])) not in about["problem"]:
+            _print(Text(f"slimrt runs {runs}"))
 
 
 def print_models(models: Sequence[LocalModel]) -> None:
@@ -86,7 +93,7 @@ def _model_rows(about: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("file", about["file"]["path"]),
         ("size", f"{human_bytes(about['file']['bytes'])}, GGUF version {about['file']['gguf_version']}"),
         ("license", about["license"] or "(not stated)"),
-        ("architecture", about["architecture"] or "(none)"),
+        ("architecture", (about["architecture"] or "(none)") + (f", {about['kind']}" if about["kind"] else "")),
         ("parameters", _parameters(about["parameters"], about["bits_per_weight"])),
         (
             "trained context",
@@ -105,7 +112,8 @@ def _model_rows(about: Mapping[str, Any]) -> list[tuple[str, str]]:
     if tokenizer["model"]:
         pre = f" ({tokenizer['pre']})" if tokenizer["pre"] else ""
         rows.append(("tokenizer", f"{tokenizer['model']}{pre}, {tokenizer['tokens'] or 0:,} tokens"))
-    rows.append(("chat template", "yes" if about["chat_template"] else "no"))
+    named = f", and by name: {', '.join(about['chat_templates'])}" if about["chat_templates"] else ""
+    rows.append(("chat template", ("yes" if about["chat_template"] else "no") + named))
     return rows
 
 

@@ -15,7 +15,7 @@ from slimrt.text.merges import MergesList, rank_order
 from slimrt.text.pre import PRE_TOKENIZERS, PreTokenizer
 from slimrt.text.vocab import BYTE, CONTROL, UNKNOWN, UNUSED, USER_DEFINED, Vocabulary
 
-__all__ = ["ByteLevelBPE"]
+__all__ = ["BYTE_ALPHABET", "ByteLevelBPE", "ListMerger", "parse_merges", "pre_tokenizer"]
 
 _CACHE_PIECES = 1 << 17  # pieces of a few letters: some 20 MB
 _NO_TOKEN = -1
@@ -29,9 +29,9 @@ def _byte_alphabet() -> str:
     return "".join(chr(0x100 + others.index(byte)) if byte in others else chr(byte) for byte in range(256))
 
 
-_ALPHABET = _byte_alphabet()
-_TO_ALPHABET = dict(enumerate(_ALPHABET))
-_FROM_ALPHABET = {ord(char): byte for byte, char in enumerate(_ALPHABET)}
+BYTE_ALPHABET = _byte_alphabet()
+_TO_ALPHABET = dict(enumerate(BYTE_ALPHABET))
+_FROM_ALPHABET = {ord(char): byte for byte, char in enumerate(BYTE_ALPHABET)}
 
 
 class ByteLevelBPE:
@@ -45,15 +45,16 @@ class ByteLevelBPE:
 
     def __init__(self, vocab: Vocabulary) -> None:
         self._vocab = vocab
-        self._pre = _pre_tokenizer(vocab)
-        self._byte_ids = [vocab.ids.get(char, _NO_TOKEN) for char in _ALPHABET]
-        merges = _parse_merges(vocab, self._byte_ids)
+        self._pre = pre_tokenizer(vocab)
+        self._byte_ids = [vocab.ids.get(char, _NO_TOKEN) for char in BYTE_ALPHABET]
+        merges = parse_merges(vocab, self._byte_ids)
         order = rank_order(merges, whole_pieces=self._pre.ignore_merges)
         self.rank_only = order is not None
         """Whether tiktoken does the merging."""
         self._merge: Callable[[str], list[int]]
         if order is None:
-            self._merge = _ListMerger(self._byte_ids, merges).merge
+            merger, byte_ids = ListMerger(merges), self._byte_ids
+            self._merge = lambda piece: merger.merge([byte_ids[byte] for byte in piece.encode()])
         else:
             self._merge = _RankMerger(self._byte_ids, order, vocab.tokens).merge
         self._cache: dict[str, list[int]] = {}
@@ -108,7 +109,8 @@ class ByteLevelBPE:
             return text.encode()
 
 
-def _pre_tokenizer(vocab: Vocabulary) -> PreTokenizer:
+def pre_tokenizer(vocab: Vocabulary) -> PreTokenizer:
+    """The rule that ``vocab`` names, with a warning where it names none. Raises ModelFileError for an unknown one."""
     if vocab.pre is None:
         # What llama.cpp does, with a warning as loud: early files lack the key.
         warnings.warn(
@@ -126,7 +128,8 @@ def _pre_tokenizer(vocab: Vocabulary) -> PreTokenizer:
     return rule
 
 
-def _parse_merges(vocab: Vocabulary, byte_ids: list[int]) -> MergesList:
+def parse_merges(vocab: Vocabulary, byte_ids: list[int]) -> MergesList:
+    """The merges list of ``vocab`` as ids. Raises ModelFileError for an entry that the vocabulary does not have."""
     merges = vocab.text_list("tokenizer.ggml.merges")
     # An entry is cut at the first space after its first character, as in llama.cpp.
     cuts = [merge.find(" ", 1) for merge in merges]
@@ -177,19 +180,18 @@ def _alphabet_bytes(tokens: list[str]) -> list[bytes]:
     return [joined[end - len(token) : end] for token, end in zip(tokens, ends, strict=True)]
 
 
-class _ListMerger:
+class ListMerger:
     """Merging by the list itself: lowest place first, leftmost first, with a heap, O(n log n) for any piece."""
 
-    def __init__(self, byte_ids: list[int], merges: MergesList) -> None:
-        self._byte_ids = byte_ids
+    def __init__(self, merges: MergesList) -> None:
         self._made: dict[tuple[int, int], tuple[int, int]] = {}  # (left, right) -> (place, result)
         pairs = zip(merges.left.tolist(), merges.right.tolist(), strict=True)
         for place, (pair, made) in enumerate(zip(pairs, merges.result.tolist(), strict=True)):
             self._made.setdefault(pair, (place, made))
 
-    def merge(self, piece: str) -> list[int]:
+    def merge(self, ids: list[int]) -> list[int]:
+        """``ids``, of the smallest parts of a piece, merged; they are changed in place."""
         made = self._made.get
-        ids = [self._byte_ids[byte] for byte in piece.encode()]
         n = len(ids)
         before, after = list(range(-1, n - 1)), [*range(1, n), -1]
         heap = []
@@ -198,7 +200,7 @@ class _ListMerger:
             if found:
                 heap.append((found[0], at, ids[at], ids[at + 1], found[1]))
         heapq.heapify(heap)
-        gone = -2
+        gone = -(1 << 31)  # below every id and every stand-in for one
         while heap:
             _, at, left, right, token = heapq.heappop(heap)
             other = after[at]

@@ -71,11 +71,13 @@ BUILTIN_TEMPLATES: Mapping[str, str] = {
 class ChatTemplate:
     """One model's way to write a conversation down. ``source`` is the template, ``name`` a built-in's or ""."""
 
-    def __init__(self, source: str, bos_text: str = "", eos_text: str = "") -> None:
+    def __init__(self, source: str, bos_text: str = "", eos_text: str = "", *, with_tools: str | None = None) -> None:
         """``source``: a Jinja template, or a name in ``BUILTIN_TEMPLATES``; ``*_text``: the model's BOS and EOS.
+        ``with_tools``: the template that takes its place where ``tools`` are given.
 
         Raises SettingError for an unknown name, a syntax error, or a template longer than 256 KiB.
         """
+        self._with_tools = None if with_tools is None else ChatTemplate(with_tools, bos_text, eos_text)
         if not isinstance(source, str) or ("{" not in source and source not in BUILTIN_TEMPLATES):
             raise SettingError(
                 f"chat template {_short(source)!r}: neither a Jinja template nor one of {', '.join(BUILTIN_TEMPLATES)}"
@@ -91,33 +93,40 @@ class ChatTemplate:
 
     @classmethod
     def from_tokenizer(cls, tokenizer: Tokenizer, source: str | None = None) -> ChatTemplate:
-        """The model's own template, or ``source`` (Jinja or a built-in's name) in its place.
+        """The model's own template, or ``source`` in its place: Jinja, or the name of one of the file's further
+        templates or of a built-in one. The file's ``tool_use`` serves where tools are given, as in Transformers.
 
         Raises SettingError where the file has none and none is given, and as the constructor does.
         """
+        named, with_tools = tokenizer.named_chat_templates, None
         if source is None:
-            source = tokenizer.chat_template
+            source, with_tools = tokenizer.chat_template, named.get("tool_use")
+        else:
+            source = named.get(source, source)
         if source is None:
+            has = f"only templates by name: {_short(', '.join(sorted(named)))}" if named else "no chat template"
             raise SettingError(
-                f"the model file has no chat template; {_REMEDY} of {', '.join(BUILTIN_TEMPLATES)}, "
+                f"the model file has {has}; {_REMEDY} of {', '.join((*sorted(named)[:8], *BUILTIN_TEMPLATES))}, "
                 "the one that the model was trained with"
             )
 
         def text(id: int | None) -> str:
             return "" if id is None else tokenizer.token_text(id)
 
-        return cls(source, text(tokenizer.bos_id), text(tokenizer.eos_id))
+        return cls(source, text(tokenizer.bos_id), text(tokenizer.eos_id), with_tools=with_tools)
 
     def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **extra: Any) -> str:
         """The prompt for ``messages`` ([{"role": "user", "content": "..."}, ...]).
 
         ``content`` is text, None, or OpenAI's list of text parts, which are joined by line ends. Other keys of a
-        message and ``extra`` variables reach the template as they are. ``add_generation_prompt``: end where the answer
-        begins.
+        message and ``extra`` variables reach the template as they are, but for keys of value None, which it does not
+        see. ``add_generation_prompt``: end where the answer begins.
 
         Raises SettingError for malformed messages, messages that the template refuses (such as an unknown role), a
         template that fails on them, and one that takes absurd time or space.
         """
+        if extra.get("tools") and self._with_tools is not None:
+            return self._with_tools.render(messages, add_generation_prompt=add_generation_prompt, **extra)
         return self._rendered(messages, lambda text, whole: text, add_generation_prompt, extra)
 
     def tokens(
@@ -128,6 +137,8 @@ class ChatTemplate:
 
         A user who writes ``<|im_end|>`` thus ends nothing. Arguments and errors as for ``render``, and TokenizerError.
         """
+        if extra.get("tools") and self._with_tools is not None:
+            return self._with_tools.tokens(messages, tokenizer, add_generation_prompt=add_generation_prompt, **extra)
         held = [self.source, *filter(None, self._variables.values())]
 
         def collect(text: str, whole: bool) -> str:
@@ -228,7 +239,8 @@ def _checked(number: int, message: Any) -> dict[str, Any]:
         content = "\n".join(_part(number, part) for part in content)
     if content is not None and not isinstance(content, str):
         raise SettingError(f"message {number} has content of type {type(content).__name__}; it must be text")
-    return {**message, "content": content}
+    # Transformers drops them too: templates write "None" or fail where a key is there without a value.
+    return {key: value for key, value in {**message, "content": content}.items() if value is not None}
 
 
 def _part(number: int, part: Any) -> str:

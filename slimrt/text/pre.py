@@ -6,27 +6,32 @@ expression and the gaps between them. A lookahead sees the end of its piece as t
 
 ``tekken``, ``gpt-4o`` and their like differ from llama.cpp on purpose: they keep the letter classes of the models' own
 files (upper, lower, mark), which llama.cpp approximates with ``[^a-z]`` because ``std::regex`` has no such classes.
+So do ``kimi-k2`` and ``tiny_aya``. ``whitespace`` alone is left out: it comes with a tokenizer model of its own.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
 
 import regex
 
-__all__ = ["PRE_TOKENIZERS", "PreTokenizer"]
+__all__ = ["CONTRACTION", "GPT2", "PRE_TOKENIZERS", "PreTokenizer", "thousands_by_boundary", "thousands_marked"]
+
+Step = str | Callable[[str], list[str]]
+"""A regular expression, or a function from a piece to the pieces that it falls into."""
 
 # Contractions are spelt out: (?i:'s) would also match U+017F, the long s, which folds to s.
-_CONTRACTION = r"'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD]"
+CONTRACTION = r"'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD]"
 _SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_LLAMA3 = rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_SPACES}"
-_QWEN2 = rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_SPACES}"
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_LLAMA3 = rf"{CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_SPACES}"
+_QWEN2 = rf"{CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_SPACES}"
 _QWEN35 = (
-    rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{_SPACES}"
+    rf"{CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{_SPACES}"
 )
-_SEED = rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}| ?[^\s\p{{L}}\p{{N}}\r\n]+|{_SPACES}"
+_SEED = rf"{CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}| ?[^\s\p{{L}}\p{{N}}\r\n]+|{_SPACES}"
 
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _TEKKEN = (
@@ -34,7 +39,7 @@ _TEKKEN = (
     rf"|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACES}"
 )
 _GPT4O = (
-    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+(?:{_CONTRACTION})?|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*(?:{_CONTRACTION})?"
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+(?:{CONTRACTION})?|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*(?:{CONTRACTION})?"
     rf"|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACES}"
 )
 
@@ -66,26 +71,102 @@ _DEEPSEEK_V3 = (
     r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|"
     rf"{_SPACES}",
 )
-_FALCON = (r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, r"[0-9][0-9][0-9]")
-_DEFAULT = (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")
-_DIGITS_APART = (r"\p{N}", _GPT2)
+_FALCON = (r"[\p{P}\$\+<=>\^~\|`]+", GPT2, r"[0-9][0-9][0-9]")
+_DEFAULT = (r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")
+_DIGITS_APART = (r"\p{N}", GPT2)
+
+_JAIS2_SPACES = "|".join([*(rf"\s{{{n}}}(?!\S)" for n in (512, 256, 128, 64, 32, 16, 8, 4)), r"\s{1,2}(?!\S)|\s{1}"])
+_JAIS2 = _LLAMA3.removesuffix(r"\s+(?!\S)|\s+") + _JAIS2_SPACES
+_UFAKZEKA = _QWEN2.removeprefix(f"{CONTRACTION}|")
+_MINICPM5 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}+")
+_BAILING = (
+    r"'(?:[sSdDmMtT]|[lL][lL]|[vV][eE]|[rR][eE])|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]|\s+(?!\S)|\s+"
+)
+_EXAONE_MOE = (
+    rf"{CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?(?:\p{{L}}\p{{M}}*(?: \p{{L}}\p{{M}}*)*)+|\p{{N}}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n/]?|\s*[\r\n]|\s+(?!\S)|\s+"
+)
+_SPARK = (
+    *_DEEPSEEK_V3[:2],
+    _DEEPSEEK_V3[2].replace(rf"[\r\n]*|{_SPACES}", r"|[\r\n]|\s+(?!\S)|\s+"),
+    r"\p{N}",
+)
+_YOUTU = (
+    r"[가-힣ㄱ-ㆎ]+|[！…“”‘’—：；，、-〿︰-﹏]+|[ㄅ-ㄯ]+|[一-龥぀-ゟ゠-ヿ]+",
+    _GPT4O.replace(r"\p{N}{1,3}", r"\p{N}"),
+)
+# Moonshot's tokenization_kimi.py: o200k's expression with Chinese characters apart from all other letters.
+_KIMI = r"\p{Han}+|" + _GPT4O.replace(_UPPER, rf"(?:(?!\p{{Han}}){_UPPER})").replace(
+    _LOWER, rf"(?:(?!\p{{Han}}){_LOWER})"
+).replace(r"[\r\n/]*", r"[\r\n]*")
+_BLOOM = r" ?[^(\s|.,!?…。，、।۔،)]+"
+_CHAMELEON = (
+    r"<sentinel:[0-9]+>",
+    r"IMGIMG[A-I]{1,4}Z",
+    r"[\t\n]|    |  ",
+    r"\p{N}",
+    r"[\p{P}!-/:-@\[-`{-~]",
+    GPT2,
+)
+_LINES = r"[^\n]+|\n+"
+_AFMOE_SCRIPTS = (
+    r"[\u4e00-\u9fff\u3400-\u4dbf\uf900-\ufaff\u3040-\u309f\u30a0-\u30ff\uff65-\uff9f\u2f00-\u2fdf\u0e00-\u0e7f"
+    r"\u0e80-\u0eff\u1780-\u17ff\u1000-\u109f\uaa60-\uaa7f\ua9e0-\ua9ff\uac00-\ud7af\u1100-\u11ff]+"
+)
+
+
+def _threes(run: str) -> list[str]:
+    """``run`` in threes from the right; what is left over comes first."""
+    first = len(run) % 3
+    return [run[:first], *(run[at : at + 3] for at in range(first, len(run), 3))]
+
+
+def _cut_runs(expression: str, cut: Callable[[str], list[str]]) -> Callable[[str], list[str]]:
+    # A lookahead for the rest of the run, as the models' own files have it, takes the square of its length.
+    split = regex.compile(f"({expression})").split
+
+    def apply(text: str) -> list[str]:
+        pieces: list[str] = []
+        for at, piece in enumerate(split(text)):
+            pieces += cut(piece) if at % 2 else [piece]
+        return pieces
+
+    return apply
+
+
+_thousands = _cut_runs(r"\p{N}+", _threes)
+# A word character as Oniguruma has it, which runs these expressions in the tokenizers library.
+thousands_by_boundary = _cut_runs(r"\p{Nd}+(?![\p{Alphabetic}\p{M}\p{Nd}\p{Pc}²³¹¼-¾])", _threes)
+r"""What ``\d{1,3}(?=(?:\d{3})*\b)`` cuts."""
+
+
+def thousands_marked(text: str) -> list[str]:
+    r"""``text`` cut wherever ``(?=(\d{3})+(?!\d))`` matches; the rest of a run stays with what is before it."""
+    places = [0]
+    for run in regex.finditer(r"\d+", text):
+        first = run.start() + (run.end() - run.start()) % 3
+        places += range(first, run.end(), 3)
+    return [text[begin:end] for begin, end in zip(places, [*places[1:], len(text)], strict=True)]
 
 
 @dataclass(frozen=True)
 class PreTokenizer:
     """One rule: ``patterns`` applied in order; whether a piece that is a vocabulary entry skips merging
-    (``ignore_merges``); whether BOS is put in front where the metadata does not say (``add_bos``)."""
+    (``ignore_merges``); whether BOS is put in front where the metadata does not say (``add_bos``). ``raw``: entries are
+    written as they are, with a low line for a space, and not in the byte alphabet."""
 
-    patterns: tuple[str, ...]
+    patterns: tuple[Step, ...]
     ignore_merges: bool = False
     add_bos: bool = False
+    raw: bool = False
 
     def split(self, text: str) -> list[str]:
         """The pieces of ``text``, in order; joined they are ``text`` again."""
         pieces = [text]
         for pattern in self.patterns:
             # A pattern in one group makes split() return gaps and matches in turn; gaps may be empty.
-            split = regex.compile(f"({pattern})").split
+            split = regex.compile(f"({pattern})").split if isinstance(pattern, str) else pattern
             pieces = list(filter(None, chain.from_iterable(map(split, pieces))))
         return pieces
 
@@ -94,24 +175,46 @@ _RULES: list[tuple[PreTokenizer, str]] = [
     (PreTokenizer(_DEFAULT), "default"),
     (
         PreTokenizer((_LLAMA3,), ignore_merges=True, add_bos=True),
-        "llama3 llama-v3 llama-bpe falcon3 falcon-h1 pixtral midm-2.0 lfm2",
+        "llama-bpe llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2 jina-v5-nano",
     ),
     (PreTokenizer((_LLAMA3,), ignore_merges=True), "glm4 glm5"),
     (PreTokenizer((_LLAMA3,)), "dbrx smaug-bpe chatglm-bpe"),
     (PreTokenizer(_DIGITS_APART), "smollm starcoder refact command-r codeshell exaone minerva-7b mellum2"),
-    (PreTokenizer((_QWEN2,)), "qwen2 deepseek-r1-qwen kormo stablelm2 megrez hunyuan grok-2 solar-open"),
+    (
+        PreTokenizer((_QWEN2,)),
+        "qwen2 deepseek-r1-qwen kormo f2llmv2 stablelm2 megrez hunyuan grok-2 solar-open",
+    ),
     (PreTokenizer((_QWEN35,)), "qwen35"),
     (
-        PreTokenizer((_GPT2,)),
-        "gpt-2 phi-2 mpt olmo jais trillion granite-docling gigachat a.x-4.0 mellum exaone4",
+        PreTokenizer((GPT2,)),
+        "gpt-2 phi-2 mpt olmo jais trillion granite-docling gigachat a.x-4.0 mellum exaone4 modern-bert roberta-bpe "
+        "jina-es jina-de jina-v1-en jina-v2-es jina-v2-de jina-v2-code",
     ),
     (PreTokenizer((_TEKKEN,), ignore_merges=True, add_bos=True), "tekken"),
-    (PreTokenizer((_GPT4O,)), "gpt-4o llama4 kanana2"),
+    (PreTokenizer((_GPT4O,)), "gpt-4o llama4 kanana2 talkie minimax-m2"),
+    (PreTokenizer((_GPT4O,), ignore_merges=True), "granite-embed-multi-97m"),
     (PreTokenizer((_SEED,)), "seed-coder"),
     (PreTokenizer(_DEEPSEEK_LLM), "deepseek-llm"),
     (PreTokenizer(_DEEPSEEK_CODER), "deepseek-coder"),
-    (PreTokenizer(_DEEPSEEK_V3), "deepseek-v3 hunyuan-dense joyai-llm"),
+    (PreTokenizer(_DEEPSEEK_V3), "deepseek-v3 hunyuan-dense joyai-llm hy_v4"),
     (PreTokenizer(_FALCON), "falcon"),
+    (PreTokenizer((_JAIS2,)), "jais-2"),
+    (PreTokenizer((_UFAKZEKA,)), "ufakzeka"),
+    (PreTokenizer((r"\p{N}{1,3}", _MINICPM5), ignore_merges=True), "minicpm5"),
+    (PreTokenizer((_BAILING,)), "bailingmoe bailingmoe2 llada-moe"),
+    (PreTokenizer((_EXAONE_MOE,)), "exaone-moe"),
+    (PreTokenizer(_SPARK), "spark2_5"),
+    (PreTokenizer(_YOUTU, ignore_merges=True), "youtu"),
+    (PreTokenizer((_KIMI,)), "kimi-k2"),
+    (PreTokenizer((_BLOOM,)), "bloom poro-chat gpt3-finnish"),
+    (PreTokenizer((_BLOOM, r"\p{N}")), "viking"),
+    (PreTokenizer(_CHAMELEON, add_bos=True), "chameleon"),
+    (PreTokenizer((thousands_by_boundary, _GPT4O)), "tiny_aya cohere2moe"),
+    (PreTokenizer((_thousands, _AFMOE_SCRIPTS, _DEEPSEEK_V3[2])), "afmoe"),
+    (PreTokenizer((r"\p{N}+", thousands_marked)), "superbpe"),
+    (PreTokenizer((_LINES, _QWEN2)), "laguna"),
+    (PreTokenizer((_LINES,), add_bos=True, raw=True), "gemma4 granite-embed-multi-311m"),
+    (PreTokenizer((_LINES,), raw=True), "sarvam-moe"),
 ]
 
 PRE_TOKENIZERS: dict[str, PreTokenizer] = {name: rule for rule, names in _RULES for name in names.split()}

@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from itertools import pairwise
 
 __all__ = ["SpecialTokens"]
 
-_BLANKS = " \t\n\v\f\r"  # isspace() in C
+# White_Space of Unicode, which is what the tokenizers library drops.
+_BLANKS = frozenset(
+    "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
+)
 _KEY = 4  # characters of a token by which texts are looked through for many tokens at once
 _FEW = 512  # so many tokens are looked for one by one, which takes a text of 100 KB some 5 microseconds each
-_KEEP_BLANKS = ("<unk>", "<s>", "<|endoftext|>")
 
 
 class SpecialTokens:
     """Finds special tokens in texts, as llama.cpp does: the longest first, in bytes, wherever it stands; where two
     overlap the longer one counts."""
 
-    def __init__(self, tokens: Sequence[str], control: Sequence[int], user: Sequence[int], *, strip: bool) -> None:
-        """``tokens``: the vocabulary; ``control``, ``user``: ids. ``strip``: blanks behind most tokens are dropped."""
-        self._strip = strip
+    def __init__(
+        self, tokens: Sequence[str], control: Sequence[int], user: Sequence[int], *,
+        strip_right: Collection[int] = (), strip_left: Collection[int] = (),
+    ) -> None:  # fmt: skip
+        """``tokens``: the vocabulary; ``control``, ``user``: ids. ``strip_*``: ids of tokens behind or before which
+        blanks are dropped."""
+        self._strip_right, self._strip_left = frozenset(strip_right), frozenset(strip_left)
         order = sorted([*control, *user], key=lambda id: (-len(tokens[id].encode()), id))
         self._ids = {tokens[id]: id for id in order}  # in the order of their claims to a text
         self._rank = {token: rank for rank, token in enumerate(self._ids)}
@@ -90,11 +96,15 @@ class SpecialTokens:
             end = begin + len(token)
             if taken.find(1, begin, end) >= 0:
                 continue
-            if self._strip and token not in _KEEP_BLANKS:
+            id = self._ids[token]
+            if id in self._strip_right:
                 while end < len(text) and text[end] in _BLANKS and not taken[end]:
                     end += 1
+            if id in self._strip_left:
+                while begin and text[begin - 1] in _BLANKS and not taken[begin - 1]:
+                    begin -= 1
             taken[begin:end] = b"\1" * (end - begin)
-            spans.append((begin, end, self._ids[token]))
+            spans.append((begin, end, id))
         return sorted(spans)
 
     def _occurrences(self, text: str) -> Iterator[tuple[int, str]]:

@@ -3,7 +3,8 @@
 The library wants a serialised ``ModelProto``; GGUF keeps what was in it as arrays. It is written here field by field
 (https://github.com/google/sentencepiece/blob/master/src/sentencepiece_model.proto), which takes four field types and
 spares the protobuf package as a dependency. The normaliser is the identity and no space is put in front or taken away:
-as in llama.cpp, text is taken as it is, and the space in front is the caller's affair.
+as in llama.cpp, text is taken as it is, and the space in front is the caller's affair. Only where the file says that
+extra spaces go (``remove_extra_whitespaces``, which llama.cpp passes over here) the library sees to both.
 """
 
 from __future__ import annotations
@@ -99,8 +100,10 @@ def _model_proto(vocab: Vocabulary, scores: list[float], byte_fallback: bool) ->
         + _number(40, unknown_id)
         + _text(45, "<slimrt-unknown>" if unknown is None else vocab.tokens[unknown])
     )
-    # No space in front, no trimming, spaces escaped.
-    normalizer = _text(1, "identity") + _number(3, 0) + _number(4, 0) + _number(5, 1)
+    trim = vocab.flag("remove_extra_whitespaces", False)
+    # Trimmed, the caller's space in front goes too.
+    prefix = trim and vocab.flag("add_space_prefix", True)
+    normalizer = _text(1, "identity") + _number(3, int(prefix)) + _number(4, int(trim)) + _number(5, 1)
     yield _block(2, trainer)
     yield _block(3, normalizer)
 

@@ -8,17 +8,29 @@ from __future__ import annotations
 
 import codecs
 import operator
+import unicodedata
 from collections.abc import Iterable
-from typing import Protocol
+from typing import Literal, Protocol, cast
 
 from slimrt.errors import ModelFileError, TokenizerError
 from slimrt.text.bpe import ByteLevelBPE
+from slimrt.text.pre import PRE_TOKENIZERS
+from slimrt.text.raw_bpe import RawBPE
 from slimrt.text.special import SpecialTokens
 from slimrt.text.spm import SentencePieceBPE
 from slimrt.text.vocab import CONTROL, UNKNOWN, USER_DEFINED, Vocabulary
 from slimrt.weights.gguf import GGUFFile
 
-__all__ = ["StreamDecoder", "Tokenizer"]
+__all__ = ["NORMALIZER_KEY", "STRIP_KEYS", "StreamDecoder", "Tokenizer", "check_kind"]
+
+NORMALIZER_KEY = "slimrt.tokenizer.normalizer"
+"""Metadata key of ours, because GGUF has none: the Unicode normal form that text gets before it is cut."""
+STRIP_KEYS = {"left": "slimrt.tokenizer.strip_left", "right": "slimrt.tokenizer.strip_right"}
+"""Metadata keys of ours: ids of the tokens before or behind which blanks are dropped."""
+
+_Form = Literal["NFC", "NFD", "NFKC", "NFKD"]
+_FORMS = ("NFC", "NFD", "NFKC", "NFKD")
+_PHI3_KEEPS = ("<unk>", "<s>", "<|endoftext|>")
 
 
 class _Coder(Protocol):
@@ -35,21 +47,27 @@ class Tokenizer:
 
     ``bos_id``, ``eos_id``: None where the model has none. ``add_bos``, ``add_eos``: what the model's metadata wants
     around a text. ``space_prefix``: whether each text gets a space in front of it. ``stop_ids``: every token that ends
-    a generation. ``chat_template``: jinja2 source, or None.
+    a generation. ``chat_template``: jinja2 source, or None; ``named_chat_templates``: further ones by name.
     """
 
-    def __init__(self, vocab: Vocabulary, coder: _Coder, *, space_prefix: bool, strip_after_special: bool) -> None:
+    def __init__(self, vocab: Vocabulary, coder: _Coder, *, space_prefix: bool, phi3: bool) -> None:
         self._vocab = vocab
         self._coder = coder
         self.space_prefix = space_prefix
         self._pieces: dict[int, bytes] = {}
+        self._form = _normal_form(vocab)
         control = [id for id, kind in enumerate(vocab.types) if kind in (CONTROL, UNKNOWN)]
         user = [id for id, kind in enumerate(vocab.types) if kind == USER_DEFINED]
-        self._special = SpecialTokens(vocab.tokens, control, user, strip=strip_after_special)
+        strip = {side: vocab.id_list(key) for side, key in STRIP_KEYS.items()}
+        if phi3 and strip["right"] is None:
+            strip["right"] = [id for id in (*control, *user) if vocab.tokens[id] not in _PHI3_KEEPS]
+        self._special = SpecialTokens(
+            vocab.tokens, control, user, strip_right=strip["right"] or (), strip_left=strip["left"] or ()
+        )
         self.vocab_size = len(vocab.tokens)
         self.bos_id, self.eos_id = vocab.bos_id, vocab.eos_id
         self.stop_ids = vocab.stop_ids
-        self.chat_template = vocab.chat_template
+        self.chat_template, self.named_chat_templates = vocab.chat_template, vocab.named_chat_templates
         self.add_bos = vocab.flag("add_bos_token", coder.add_bos and self.bos_id is not None)
         self.add_eos = vocab.flag("add_eos_token", False)
         for wanted, id, name in ((self.add_bos, self.bos_id, "bos"), (self.add_eos, self.eos_id, "eos")):
@@ -65,21 +83,23 @@ class Tokenizer:
 
         Raises ModelFileError where the vocabulary is of an unknown kind, incomplete or inconsistent.
         """
-        kind = file.get("tokenizer.ggml.model", str)
-        if kind not in ("llama", "gpt2"):
-            raise ModelFileError(
-                f"{file.path}: tokenizer.ggml.model is {kind[:80]!r}; known are llama (SentencePiece, byte-pair type) "
-                "and gpt2 (byte-level BPE); use a model with one of these"
-            )
+        kind = check_kind(file)
         vocab = Vocabulary(file)
-        coder: _Coder = SentencePieceBPE(vocab) if kind == "llama" else ByteLevelBPE(vocab)
+        if kind == "gemma4":
+            vocab.pre = kind  # the kind says it, whatever the key
+        rule = PRE_TOKENIZERS.get(vocab.pre or "")
+        coder: _Coder
+        if kind == "llama":
+            coder = SentencePieceBPE(vocab)
+        else:
+            coder = RawBPE(vocab) if rule is not None and rule.raw else ByteLevelBPE(vocab)
         # llama.cpp goes by the name here, because the file does not say it: after Phi-3's markers blanks are dropped.
         name = str(file.metadata.get("general.name", "")).lower()
         return cls(
             vocab,
             coder,
             space_prefix=kind == "llama" and vocab.flag("add_space_prefix", True),
-            strip_after_special="phi-3" in name or "phi3" in name,
+            phi3="phi-3" in name or "phi3" in name,
         )
 
     def encode(
@@ -108,6 +128,8 @@ class Tokenizer:
             if isinstance(part, int):
                 ids.append(part)
             else:
+                if self._form is not None:
+                    part = unicodedata.normalize(self._form, part)
                 ids += self._coder.encode(" " + part if self.space_prefix and after_special else part)
             after_special = isinstance(part, int)
         if add_bos is None and self.add_eos and self.eos_id is not None:
@@ -172,6 +194,26 @@ class Tokenizer:
     def stream_decoder(self, *, special: bool = False) -> StreamDecoder:
         """A decoder that takes one token at a time and gives out whole characters only."""
         return StreamDecoder(self, special=special)
+
+
+def check_kind(file: GGUFFile) -> str:
+    """The kind of ``file``'s vocabulary; raises ModelFileError for one that is not known."""
+    kind = file.get("tokenizer.ggml.model", str)
+    if kind not in ("llama", "gpt2", "gemma4"):
+        raise ModelFileError(
+            f"{file.path}: tokenizer.ggml.model is {kind[:80]!r}; known are llama (SentencePiece, byte-pair type), "
+            "gpt2 (byte-level BPE) and gemma4 (BPE of characters); use a model with one of these"
+        )
+    return kind
+
+
+def _normal_form(vocab: Vocabulary) -> _Form | None:
+    form = vocab.text(NORMALIZER_KEY)
+    if form is not None and form not in _FORMS:
+        raise ModelFileError(
+            f"{vocab.path}: {NORMALIZER_KEY} is {form[:40]!r}; known are {', '.join(_FORMS)}; convert the model anew"
+        )
+    return cast("_Form | None", form)
 
 
 class _ByteStream:

@@ -57,7 +57,8 @@ class Vocabulary:
 
     ``tokens``: text per id; ``types``: token type per id; ``ids``: id per text; ``byte_values``: the byte that each
     entry of type byte stands for. ``bos_id``, ``eos_id``: None where there is none. ``stop_ids``: tokens that end a
-    generation. ``pre``: name of the pre-tokenizer, None where the file has none.
+    generation. ``chat_template``: the file's own; ``named_chat_templates``: those for special uses. ``pre``: name of
+    the pre-tokenizer, None where the file has none.
 
     Raises ModelFileError where entries are missing or duplicate, arrays too short, or special ids outside.
     """
@@ -82,15 +83,20 @@ class Vocabulary:
         types = self.numbers("tokenizer.ggml.token_type", kinds="iu")
         self.types: list[int] = [NORMAL] * len(self.tokens) if types is None else types.tolist()
         self.byte_values = {id: self._byte_value(id) for id, kind in enumerate(self.types) if kind == BYTE}
-        self.pre = self._text("tokenizer.ggml.pre")
-        self.chat_template = self._text("tokenizer.chat_template")
+        self.pre = self.text("tokenizer.ggml.pre")
+        self.chat_template = self.text("tokenizer.chat_template")
+        begin = "tokenizer.chat_template."
+        self.named_chat_templates = {
+            key.removeprefix(begin): file.get(key, str) for key in file.metadata if key.startswith(begin)
+        }
         # The SentencePiece defaults are LLaMA's; byte-level vocabularies have none.
         spm = file.get("tokenizer.ggml.model", str) == "llama"
         self.bos_id = self.special_id("bos", 1 if spm else None)
         self.eos_id = self.special_id("eos", 2 if spm else None)
         self.stop_ids = self._find_stop_ids()
 
-    def _text(self, key: str) -> str | None:
+    def text(self, key: str) -> str | None:
+        """The metadata text called ``key``, or None if there is none."""
         return self._file.get(key, str) if key in self._file.metadata else None
 
     def text_list(self, key: str) -> list[str]:
@@ -117,6 +123,21 @@ class Vocabulary:
                 "entry; the file is corrupt; convert the model anew"
             )
         return value[: len(self.tokens)]
+
+    def id_list(self, key: str) -> list[int] | None:
+        """The metadata array of token ids called ``key``, or None if there is none; raises ModelFileError."""
+        value = self._file.metadata.get(key)
+        if value is None:
+            return None
+        if not isinstance(value, np.ndarray) or value.dtype.kind not in "iu" or not len(value):
+            raise ModelFileError(f"{self.path}: metadata key '{key}' must be an array of ids; convert the model anew")
+        wrong = value[(value < 0) | (value >= len(self.tokens))]
+        if len(wrong):
+            raise ModelFileError(
+                f"{self.path}: metadata key '{key}' names token {wrong[0]}; the vocabulary has ids 0 to "
+                f"{len(self.tokens) - 1}; convert the model anew"
+            )
+        return value.tolist()
 
     def flag(self, key: str, default: bool) -> bool:
         """The metadata switch ``tokenizer.ggml.{key}``."""

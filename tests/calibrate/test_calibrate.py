@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from click_cli import cli
-from slimrt.calibrate.candidates import candidates, first_layer, recomputed, scorings, work
+from slimrt.calibrate.candidates import candidates, first_layer, recomputed, scoring, work
 from slimrt.calibrate.finding import Findings, observe
 from slimrt.calibrate.heads import head_losses, quiet, with_windows
 from slimrt.calibrate.journal import Journal
@@ -58,24 +59,23 @@ def measured(plan: PrunePlan, kl: float, recall: float = 0.0, work: float = 0.5)
 
 def found(layers: range, best: int, samples: int = 5) -> Findings:
     """Layer ``best`` finds everything among a tenth of the blocks; others need the more the farther off they are."""
-    one = {str(layer): min(1, 0.1 + 0.15 * abs(layer - best)) for layer in layers} | {"accuracy": 1}
+    one = {str(layer): min(1, 0.1 + 0.15 * abs(layer - best)) for layer in layers} | {"accuracy": 1, "before": 0}
     return Findings([one] * samples)
 
 
 @pytest.mark.parametrize("layers", [4, 8, 22, 30, 80])
 def test_every_candidate_can_run_on_the_model(llm: LLM, layers: int) -> None:
     config = dataclasses.replace(llm.config, n_layers=layers)
-    watched = scorings(config)
-    for plan in watched:
-        check_plan(plan, config)
-        assert plan.keeps_all
-    at = range(watched[0].stages[0].layer, watched[0].stages[-1].layer + 1)
+    watched = scoring(config)
+    check_plan(watched, config)
+    assert watched.keeps_all and watched.score == "asked"
+    at = range(watched.stages[0].layer, watched.stages[-1].layer + 1)
     assert at[0] == first_layer(config)
-    plans = candidates(config, watched[0], found(at, at[len(at) // 2]), 3000, lambda plan: plan)
+    plans = candidates(config, watched, found(at, at[len(at) // 2]), 3000, lambda plan: plan)
     costs = [work(config, plan, 8192) for plan in plans]
     for plan, cost in zip(plans, costs, strict=True):
         check_plan(plan, config)
-        assert plan.stages[0].layer >= at[0] and plan.score == watched[0].score
+        assert plan.stages[0].layer >= at[0] and plan.score == watched.score and plan.sure and plan.most < 1
         assert 0 < cost <= 0.9 and recomputed(config, plan, 8192) <= 0.5
         assert plan.min_keep == -(-3000 * plan.stages[-1].keep // 1)  # a shorter prompt keeps no less
     assert len(set(plans)) == len(plans) <= 35
@@ -85,16 +85,31 @@ def test_every_candidate_can_run_on_the_model(llm: LLM, layers: int) -> None:
 def test_candidates_cut_where_the_scores_find(llm: LLM) -> None:
     config = dataclasses.replace(llm.config, n_layers=30)
     findings = found(range(6, 25), 16)
-    for plan in candidates(config, scorings(config)[2], findings, 3000, lambda plan: plan):
+    for plan in candidates(config, scoring(config), findings, 3000, lambda plan: plan):
         assert all(12 <= stage.layer <= 20 for stage in plan.stages)  # nine layers around 16
-        assert plan.query_window == 16 and plan.score == "token_max"
+        assert plan.late == 0  # no question before a document was seen
 
 
 def test_what_is_dropped_counts_in_full_and_what_just_stays_in_part() -> None:
-    findings = Findings([{"3": 0.2, "5": 0.6, "accuracy": 1.0}, {"3": 0.1, "5": 0.1, "accuracy": 0.5}])
+    seen = [{"3": 0.2, "5": 0.6, "accuracy": 1.0, "before": 0}, {"3": 0.1, "5": 0.1, "accuracy": 0.5, "before": 0}]
+    findings = Findings(seen)
     assert findings.loss([Stage(3, 0.4)]) == pytest.approx((0.5**2 + 0.5 * 0.25**2) / 2)
     assert findings.loss([Stage(3, 0.4), Stage(5, 0.5)]) == pytest.approx((1 + 0.5 * 0.25**2) / 2)
     assert findings.layers(0.5, 1) == [3] and findings.layers(0.5, 9) == [3, 5]
+
+
+def test_layers_that_do_not_know_a_question_before_the_document_come_late_for_it(llm: LLM) -> None:
+    behind = {"3": 0.1, "5": 0.2, "7": 0.2, "accuracy": 1.0, "before": 0}
+    before = {"3": 0.9, "5": 0.15, "7": 0.1, "accuracy": 1.0, "before": 1}
+    findings = Findings([behind, before])
+    assert Findings([behind]).late(0.5) == 0 and findings.late(0.5) == 5
+    assert findings.loss([Stage(3, 0.5)], late=5) == pytest.approx(0.2**2 / 2)  # it is not cut there
+    assert findings.loss([Stage(3, 0.5)]) == pytest.approx((0.2**2 + 1) / 2)
+    assert findings.layers(0.5, 1) == [3]  # the best one for questions behind a document
+    config = dataclasses.replace(llm.config, n_layers=10)
+    plans = candidates(config, scoring(config), findings, 3000, lambda plan: plan)
+    assert {plan.late for plan in plans if plan.stages[0].layer == 3} == {5}
+    assert {plan.late for plan in plans if plan.stages[0].layer > 3} == {0}
 
 
 def test_a_further_question_does_again_what_lies_behind_the_first_cut(llm: LLM) -> None:
@@ -126,7 +141,7 @@ def test_work_counts_the_rows_that_each_layer_sees() -> None:
 # -- measuring ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("task", ["recall", "continuation"])
+@pytest.mark.parametrize("task", ["recall", "continuation", "ask_raw"])
 def test_a_probe_measures_what_a_fresh_prefill_gives(llm: LLM, task: str) -> None:
     sample = drawn(llm, task)
     heads = llm.config.n_kv_heads
@@ -138,37 +153,42 @@ def test_a_probe_measures_what_a_fresh_prefill_gives(llm: LLM, task: str) -> Non
         PrunePlan((Stage(4, 0.25),), windows=limited[:1]),  # the same as before up to the boundary, layer 3
         PrunePlan(windows=limited),
         PrunePlan(windows=limited[1:]),
+        PrunePlan((Stage(4, 0.4),), score="asked", sure=0.5, most=0.6),
     ]
     dense = respond(llm, sample, "off")
-    with probing(llm.engine, sample, 3) as probe:
+    loss = "nats" if sample.forced else "nll"
+    with probing(llm.engine, sample, 3, llm.asking(sample.prompt)) as probe:
         for plan in (*plans, plans[0]):
             fresh = judge(sample, dense, respond(llm, sample, plan))
             losses = probe.measure(plan)
             assert losses["kl"] == pytest.approx(fresh["kl"], rel=1e-3, abs=1e-7)
-            assert losses["nll"] == pytest.approx(fresh["nll"] - judge(sample, dense, dense)["nll"], abs=1e-5)
+            assert losses[loss] == pytest.approx(fresh[loss] - judge(sample, dense, dense)[loss], abs=1e-5)
             assert fresh["kl"] > 1e-7
 
 
-def test_observing_ranks_the_quoted_passage(llm: LLM) -> None:
+@pytest.mark.parametrize("task", ["recall", "ask_raw", "ask_first"])
+def test_observing_ranks_what_an_answer_is_taken_from(llm: LLM, task: str) -> None:
     """Keeping as much as was seen to be needed keeps the passage, keeping one block less does not."""
-    sample = drawn(llm, "recall")
-    assert sample.quoted is not None
-    answer = sample.prompt[sample.quoted : sample.quoted + len(sample.continuation)]
-    assert answer == sample.continuation
-    scoring = scorings(llm.config)[0]
-    shares = observe(llm.engine, sample, scoring)
-    assert 0 <= shares["accuracy"] <= 1
-    blocks = -(-len(sample.prompt) // scoring.block)
-    for stage in scoring.stages:
+    sample = drawn(llm, task)
+    passage = tuple(sample.prompt[row] for row in sample.evidence)
+    if task == "recall":
+        assert passage == sample.continuation
+    else:
+        assert llm.detokenize(sample.continuation).strip() in llm.detokenize(passage)
+    score = scoring(llm.config)
+    shares = observe(llm.engine, sample, score, llm.asking(sample.prompt))
+    assert 0 <= shares["accuracy"] <= 1 and shares["before"] == (task == "ask_first")
+    blocks = -(-len(sample.prompt) // score.block)
+    for stage in score.stages:
         needed = round(shares[str(stage.layer)] * blocks)
         for more, all_there in ((0, True), (-1, False)):
-            keep = (needed + more) * scoring.block
-            if keep < 3 * scoring.block:
-                continue  # what always stays
+            keep = (needed + more) * score.block
+            if not 8 * score.block < keep < blocks * score.block * 7 // 8:
+                continue  # what always stays; a cut that is not worth it
             session = llm.session()
-            session.prefill(sample.prompt, dataclasses.replace(scoring, stages=(Stage(stage.layer, keep),)))
+            session.prefill(sample.prompt, dataclasses.replace(score, stages=(Stage(stage.layer, keep),)))
             positions = session.context.cache.rows(llm.config.n_layers - 1)[2]
-            assert np.isin(range(sample.quoted, sample.quoted + len(answer)), positions).all() == all_there
+            assert np.isin(sample.evidence, positions).all() == all_there
 
 
 def test_keeping_everything_loses_nothing(llm: LLM) -> None:
@@ -233,7 +253,14 @@ def test_a_preset_keeps_its_bounds_with_something_to_spare() -> None:
     bounds = Bounds(0.05, 0.01, 0.02)
     one = Measured(PrunePlan((Stage(1, 0.5),)), 8, 0.5, 0.04, 0.0, (-0.02, 0.02), 0.01, (0.0, 0.02))
     assert one.is_within(bounds)
-    for change in ({"kl": 0.046}, {"recall_interval": (-0.02, 0.05)}, {"nll_interval": (0.0, 0.06)}):
+    bounds = dataclasses.replace(bounds, answer=0.3, worst=2.0)
+    assert not dataclasses.replace(one, answer_worst=2.1).may_be_within(bounds)
+    for change in (
+        {"kl": 0.046},
+        {"recall_interval": (-0.02, 0.05)},
+        {"nll_interval": (0.0, 0.06)},
+        {"answer_loss": 0.25, "answer_interval": (0.1, 0.5)},
+    ):
         assert not dataclasses.replace(one, **change).is_within(bounds)
         assert dataclasses.replace(one, **change).may_be_within(bounds)
 
@@ -268,8 +295,8 @@ def test_a_broken_off_calibration_goes_on_and_finds_the_same(llm: LLM, tmp_path:
     class KilledError(Exception):
         pass
 
-    def kill(done: int, total: int, what: str) -> None:
-        if done == 60:
+    def kill(done: int, total: int, what: str, at: int = 60) -> None:
+        if done == at:
             raise KilledError
 
     whole, journal = calibrate(llm, BOUNDS, tmp_path / "one", length=LENGTH, samples=8, seed=1)
@@ -280,7 +307,8 @@ def test_a_broken_off_calibration_goes_on_and_finds_the_same(llm: LLM, tmp_path:
     with unfinished.open("a") as file:
         file.write('{"sample": "recall')  # killed within a line
     with pytest.raises(KilledError):  # other settings in between cost nothing
-        calibrate(llm, BOUNDS, tmp_path / "two", length=LENGTH, samples=8, seed=2, progress=kill)
+        soon = functools.partial(kill, at=3)
+        calibrate(llm, BOUNDS, tmp_path / "two", length=LENGTH, samples=8, seed=2, progress=soon)
     resumed, journal = calibrate(llm, BOUNDS, tmp_path / "two", length=LENGTH, samples=8, seed=1)
     assert journal.resumed == 60
     assert [one.plan for one in resumed.measured] == [one.plan for one in whole.measured]
@@ -317,9 +345,8 @@ def test_the_command_writes_presets_that_loading_takes(model: Path, llm: LLM) ->
             choice = choose_plan(name, llm.file, llm.config)
             assert choice.source == f"'{name}' of {beside.name}"
             assert choice.plan == PrunePlan.from_dict(data["presets"][name]["plan"])
-            assert (
-                data["presets"][name]["measured"]["samples"] == 6
-            )  # the first round's two have chosen, and judge no more
+            assert data["presets"][name]["measured"]["samples"] == 3  # of text that no choice was made by
+            assert data["presets"][name]["plan"]["questions"] == (2 if name == "auto" else 0)
             assert len(data["presets"][name]["ttft_s"]["plan"]) == 3
         assert not list(model.parent.glob(".*journal"))
     finally:

@@ -155,7 +155,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: _poison(f, "lm_head.weight", 2, 70000.0),
         r"lm_head.weight': a weight of 70000 exceeds what float16 holds .* convert output.weight as f32 or bf16",
     ),
-    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), r"neither tokenizer.model nor tokenizer.json"),
+    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), r"none of tokenizer.model, tokenizer.json and"),
     "tokenizer.model corrupt": (lambda f: (f / "tokenizer.model").write_bytes(b"\0"), r"not a SentencePiece model"),
     "tokenizer unigram": (_tokenizer(model={"type": "Unigram", "vocab": []}), r"the tokenizer model is Unigram"),
     "merge of three": (

@@ -39,6 +39,10 @@ def test_json_alone_on_stdout_and_the_files(model: Path, plan: Path, tmp_path: P
     assert data == json.loads(report.read_text())
     assert list(data["plans"]) == ["dense", "mine", "off"]
     assert picture.read_bytes().startswith(b"\x89PNG")
+    again = CliRunner().invoke(cli, ["eval", "--report", str(report), "--json"])
+    assert again.exit_code == 0 and json.loads(again.stdout) == data
+    refused = run(model, "--report", report, "-o", report, "--force")
+    assert refused.exit_code == 1 and report.read_text()
 
 
 def test_tables(model: Path, plan: Path) -> None:

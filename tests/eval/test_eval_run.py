@@ -17,7 +17,7 @@ from slimrt.errors import ComputeError, ContextError, SettingError, SlimrtError
 from slimrt.eval import plot
 from slimrt.eval.metrics import bootstrap_interval
 from slimrt.eval.plot import save_png
-from slimrt.eval.report import MARGINS, EvalReport, Result, Summary, Timing
+from slimrt.eval.report import MARGINS, EvalReport, Result, Summary, Timing, merged, read_report
 from slimrt.eval.run import Response, context_needed, evaluate, judge
 from slimrt.eval.sample import Sample, Source
 from slimrt.eval.table import quality_tables, ttft_table
@@ -261,6 +261,54 @@ def test_the_picture(report: EvalReport, tmp_path: Path) -> None:
     pixels = image.imread(tmp_path / "front.png")
     assert pixels.shape[0] > 600 and pixels.shape[1] > 1000
     assert [one.name for one in tmp_path.iterdir()] == ["front.png"]
+
+
+def asked(seed: int, text: str = "one") -> EvalReport:
+    """A report of three shapes and two samples each, the second of which loses ``seed`` nats under the plan."""
+    results = [
+        Result(700, task, index, plan, {"nats": 1.0 + index * seed * (plan != "dense"), "kl": 0.0}, cluster=index)
+        for task in ("ask", "ask_first", "quote")
+        for index in range(2)
+        for plan in ("dense", "cut")
+    ]
+    timings = [Timing(700, plan, (1.0 + seed, 2.0), (), 5) for plan in ("dense", "cut")]
+    plans = {"dense": {"plan": None, "source": "dense"}, "cut": {"plan": {"block": 64}, "source": "given"}}
+    return EvalReport("m", "1", {"name": text, "sha256": text}, seed, 2, plans, (), tuple(results), tuple(timings))
+
+
+def test_runs_of_other_seeds_and_texts_are_one(tmp_path: Path) -> None:
+    for seed in (1, 3):
+        asked(seed).save_json(tmp_path / f"{seed}.json")
+    runs = [read_report(tmp_path / f"{seed}.json") for seed in (1, 3)]
+    assert runs == [asked(1), asked(3)]
+    both = merged([*runs, asked(3, "other")])
+    row = {(row.task, row.metric): row for row in both.summaries}
+    each, pooled = row["ask", "nats"], row["questions", "nats"]
+    assert (each.n, each.clusters, each.worst) == (6, 6, 3) and each.difference == pytest.approx(7 / 6)
+    assert (pooled.n, pooled.worst) == (18, 3) and pooled.difference == pytest.approx(7 / 6)
+    assert both.samples == 6 and both.text["name"] == "one, other"
+    assert both.timing(700, "cut").ttft_s == (2.0, 2.0, 4.0, 2.0, 4.0, 2.0)
+    with pytest.raises(SettingError, match="number 2 repeats the samples"):
+        merged([asked(1), asked(1)])
+    with pytest.raises(SettingError, match="number 2 is of model other"):
+        merged([asked(1), dataclasses.replace(asked(2), model="other")])
+    for content in ("{", "[]", '{"model": 1}', None):
+        path = tmp_path / "bad.json"
+        if content is None:
+            path.unlink()
+        else:
+            path.write_text(content)
+        with pytest.raises(SettingError, match=r"bad\.json") as caught:
+            read_report(path)
+        assert "\n" not in str(caught.value)
+
+
+def test_the_picture_of_shapes(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from matplotlib import image
+
+    save_png(asked(3), tmp_path / "shapes.png")
+    assert image.imread(tmp_path / "shapes.png").shape[1] > 1000  # the pooled panel, and the shapes' own
 
 
 def test_a_picture_without_matplotlib(report: EvalReport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from rich.console import Console
 
 import slimrt
 from click_cli import cli
+from slimrt.errors import ContextError
 from slimrt.explain.blocks import block_texts
 from slimrt.explain.page import html_page, readable_score, readable_seconds
 from slimrt.explain.report import Explanation, explain
@@ -120,6 +121,37 @@ def test_what_a_block_was_wanted_for_and_what_was_in_doubt(model: Path) -> None:
     console = Console(width=100, record=True, file=io.StringIO())
     console.print(*summary(seen), sep="\n")
     assert "In doubt: layer 1" in console.export_text()
+
+
+def test_a_dense_run_beside_it_shows_what_is_missed(llm: slimrt.LLM, model: Path) -> None:
+    ids = llm.tokenize(DOCUMENT + HOSTILE)
+    seen = explain(llm, ids, against_dense=True)
+    found = seen.compared
+    assert found is not None and len(found.attended) == len(found.missed) == len(seen.blocks)
+    # What was never dropped is not missed, and what left at the first cut is missed in all layers behind it.
+    for block in seen.blocks:
+        if block.survived == len(seen.cuts):
+            assert found.missed[block.number] == 0
+        elif block.survived == 0:
+            assert found.missed[block.number] == found.attended[block.number] > 0
+        else:
+            assert 0 < found.missed[block.number] < found.attended[block.number]
+    assert 0.5 < sum(found.attended) < 1  # the rest falls to the answer itself
+    # The answer is the dense run's own, and its likelihood that of other calls.
+    dense = slimrt.load(model, prune="off", threads=1)
+    answer = dense.generate(ids, max_tokens=found.tokens, logprobs=0)
+    assert answer.logprobs is not None and llm.detokenize(answer.tokens, special=True) == found.answer
+    rounding = float(64 * found.tokens * np.finfo(np.float32).eps)  # log-softmax in float32 there, in float64 here
+    assert -sum(one.logprob for one in answer.logprobs) == pytest.approx(found.nats_dense, abs=rounding)
+    after = llm.logprobs([*ids, *answer.tokens], len(ids), decode=True)
+    assert -float(after.sum()) == pytest.approx(found.nats_plan, abs=rounding)
+    page = Page(html_page(seen))
+    assert not page.open
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(*summary(seen), sep="\n")
+    assert "Beside a dense run" in console.export_text()
+    with pytest.raises(ContextError, match="context"):
+        explain(slimrt.load(model, ctx=len(ids) + 3), ids, against_dense=True)
 
 
 def test_the_best_scored_go_on(seen: Explanation) -> None:

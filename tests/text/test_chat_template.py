@@ -62,14 +62,16 @@ def test_llama2_renders_as_published() -> None:
 
 
 def test_bos_comes_from_the_model() -> None:
-    tokenizer: Any = SimpleNamespace(chat_template="{{ bos_token }}|{{ eos_token }}", bos_id=1, eos_id=None)
+    tokenizer: Any = SimpleNamespace(
+        named_chat_templates={}, chat_template="{{ bos_token }}|{{ eos_token }}", bos_id=1, eos_id=None
+    )
     tokenizer.token_text = {1: "<s>"}.__getitem__
     assert ChatTemplate.from_tokenizer(tokenizer).render(TALK) == "<s>|"
     assert ChatTemplate.from_tokenizer(tokenizer, "llama3").render(TALK).startswith("<s><|start_header_id|>user")
 
 
 def test_a_missing_template_names_the_remedy() -> None:
-    tokenizer: Any = SimpleNamespace(chat_template=None, bos_id=None, eos_id=None)
+    tokenizer: Any = SimpleNamespace(named_chat_templates={}, chat_template=None, bos_id=None, eos_id=None)
     with pytest.raises(SettingError, match=r"no chat template; .*--chat-template.*chatml"):
         ChatTemplate.from_tokenizer(tokenizer)
 

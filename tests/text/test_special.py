@@ -108,7 +108,7 @@ def test_the_longest_token_counts(text: str, tokens: list[str], strip: bool, man
     few = special._FEW
     special._FEW = 0 if many else few  # either way of looking
     try:
-        found = SpecialTokens(tokens, [], range(len(tokens)), strip=strip)
+        found = SpecialTokens(tokens, [], range(len(tokens)), strip_right=range(len(tokens)) if strip else ())
     finally:
         special._FEW = few
     assert found.cut_out(text, control=False, literal=None) == _one_by_one(text, tokens, strip)
@@ -116,7 +116,7 @@ def test_the_longest_token_counts(text: str, tokens: list[str], strip: bool, man
 
 @given(st.text("ab<> ", max_size=40), st.lists(st.text("ab<>", min_size=1, max_size=6), min_size=1, unique=True))
 def test_marked_control_tokens_are_never_found(text: str, tokens: list[str]) -> None:
-    found = SpecialTokens(tokens, range(len(tokens)), [], strip=False)
+    found = SpecialTokens(tokens, range(len(tokens)), [])
     marked = found.marked(text, MARK, whole=True)
     assert found.cut_out(marked, control=True, literal=MARK) == ([text] if text else [])
     for cut in range(len(text) + 1):  # also of two texts behind each other
@@ -126,7 +126,7 @@ def test_marked_control_tokens_are_never_found(text: str, tokens: list[str]) -> 
 
 def test_a_large_vocabulary_of_user_defined_tokens_is_looked_through_soon() -> None:
     tokens = [f"<extra_{number}>" for number in range(200_000)]
-    found = SpecialTokens(tokens, [], range(len(tokens)), strip=False)
+    found = SpecialTokens(tokens, [], range(len(tokens)))
     text = "".join(f"word {number} <extra_{number}>" for number in range(5000))
     start = time.process_time()
     parts = found.cut_out(text, control=False, literal=None)

@@ -200,7 +200,7 @@ def test_a_million_characters_in_a_run(model: tuple[Tokenizer, dict[str, Any]], 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model": "t5"}, "tokenizer.ggml.model is 't5'; known are llama .* and gpt2"),
+        ({"model": "t5"}, "tokenizer.ggml.model is 't5'; known are llama .*, gpt2 .* and gemma4"),
         ({"model": None}, "'tokenizer.ggml.model' is missing"),
         ({"pre": "nonesuch\nx"}, r"tokenizer.ggml.pre is 'nonesuch\\nx'; known are .*llama-bpe.*smollm.*; use a model"),
         ({"tokens": None}, "'tokenizer.ggml.tokens' is missing"),

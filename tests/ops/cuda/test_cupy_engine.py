@@ -76,6 +76,8 @@ class Chosen:
 
     def layer(self, layer: int) -> None: ...
 
+    def attention(self, layer: int, q: Any, keys: Any) -> None: ...
+
     def cut(
         self, layer: int, positions: np.ndarray, scores: np.ndarray, rows: np.ndarray, by: np.ndarray | None
     ) -> None:
