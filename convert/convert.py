@@ -49,9 +49,7 @@ def convert_checkpoint(
         if name in checkpoint.tensors:
             tensor, kind = checkpoint.tensors[name], choose_type(name, shape, wanted)
             tensors.append(OutputTensor(name, shape, kind, encoded(name, tensor.rows, kind, tensor.origin)))
-    divisors = checkpoint.hyperparameters.rope_divisors()
-    if divisors is not None:
-        tensors.append(_constant("rope_freqs.weight", divisors))
+    tensors += [_constant(name, values) for name, values in checkpoint.hyperparameters.constants().items()]
     metadata = _general(checkpoint, tensors)
 
     def describe(writer: GGUFWriter) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-import math
+import re
 from pathlib import Path
-from typing import Any, Literal
 
-from slimrt.convert.checkpoint import Rows, StoredTensor, permute_heads, read_json
-from slimrt.convert.hyperparameters import Hyperparameters, RopeScaling, flag, number, whole
+from slimrt.convert.checkpoint import StoredTensor, concatenate, read_json
+from slimrt.convert.config_json import read_config
+from slimrt.convert.hyperparameters import Hyperparameters
+from slimrt.convert.layouts import in_gguf_layout, split_joint
 from slimrt.convert.ranks import from_tiktoken, is_tiktoken
 from slimrt.convert.safetensors_reader import read_safetensors_folder
 from slimrt.convert.source import Source, SourceTensor, check_complete, check_layers, gguf_names
@@ -21,14 +22,11 @@ __all__ = ["open_huggingface"]
 
 logger = logging.getLogger(__name__)
 
-_ARCHITECTURES: dict[str, Literal["llama", "qwen2"]] = {
-    "LlamaForCausalLM": "llama",
-    "LLaMAForCausalLM": "llama",
-    "MistralForCausalLM": "llama",
-    "Qwen2ForCausalLM": "qwen2",
-}
-_ATTENTION = ("attn_q", "attn_k", "attn_v", "attn_output")
-_MLP = ("ffn_gate", "ffn_up", "ffn_down")
+_EXPERT = re.compile(r"^(.*\.layers\.(\d+)\..*experts)\.(\d+)\.(\w+)\.weight$")
+_EXPERT_PARTS = {
+    "gate_proj": "ffn_gate_exps", "up_proj": "ffn_up_exps", "down_proj": "ffn_down_exps",
+    "w1": "ffn_gate_exps", "w3": "ffn_up_exps", "w2": "ffn_down_exps",
+}  # fmt: skip
 
 
 def open_huggingface(folder: Path) -> Source:
@@ -40,128 +38,52 @@ def open_huggingface(folder: Path) -> Source:
     config = read_json(config_path)
     sizes = read_config(config, config_path)
     tensors = read_safetensors_folder(folder)
-    check_layers(sizes.n_layers, len(tensors), config_path)
+    check_layers(sizes.n_layers, len(tensors), config_path, sizes.tensors_a_layer)
+    single = _stack_experts(tensors, sizes.n_layers, folder)
     named = {
-        gguf: tensors[name] for gguf, name in gguf_names(list(tensors), sizes.arch, sizes.n_layers, folder).items()
+        gguf: [tensors[name]] for gguf, name in gguf_names(list(tensors), sizes.arch, sizes.n_layers, folder).items()
     }
+    named = split_joint(named | single, sizes)
     if sizes.tied and named.pop("output.weight", None) is not None:
         logger.info("%s: lm_head is left out, the configuration ties it to the embedding", folder)
-    check_complete({name: tensor.shape for name, tensor in named.items()}, sizes, folder)
+    zeros = [name for name in named if name.endswith("norm.bias")]
+    for name in zeros:  # Cohere's checkpoints have them, and GGUF has no place
+        if any(part.rows(0, part.shape[0]).any() for part in named.pop(name)):
+            raise ModelFileError(f"{folder}: {name} is not zero, and GGUF has no place for it; choose another model")
+    check_complete({name: _shape(name, parts, sizes) for name, parts in named.items()}, sizes, folder)
     vocabulary = _read_vocabulary(folder, sizes.vocab_size)
-    return Source(
-        folder, sizes, {name: _source_tensor(name, tensor, sizes) for name, tensor in named.items()}, vocabulary
-    )
-
-
-def _source_tensor(name: str, tensor: StoredTensor, sizes: Hyperparameters) -> SourceTensor:
-    rows: Rows = tensor.rows
-    if sizes.arch == "llama" and (".attn_q." in name or ".attn_k." in name):
-        rows = permute_heads(rows, tensor.shape[0], sizes.n_heads if ".attn_q." in name else sizes.n_kv_heads)
-    return SourceTensor(rows, f"{tensor.path}: tensor '{tensor.name}'")
-
-
-def read_config(config: dict[str, Any], path: Path) -> Hyperparameters:
-    """The sizes that config.json states, with the defaults of Transformers' configuration classes."""
-    names = config.get("architectures")
-    name = names[0] if isinstance(names, list) and names else None
-    arch = _ARCHITECTURES.get(name) if isinstance(name, str) else None
-    if arch is None:
-        raise ModelFileError(
-            f"{path}: architecture {str(name)[:60]!r}; slimrt converts and runs {', '.join(_ARCHITECTURES)}; choose "
-            "a model with one of these"
+    sources = {
+        name: SourceTensor(
+            in_gguf_layout(name, concatenate(parts, 0), sum(part.shape[0] for part in parts), sizes),
+            f"{parts[0].path}: tensor '{parts[0].name}'",
         )
-    if config.get("quantization_config"):
-        raise ModelFileError(
-            f"{path}: the weights are already quantised (quantization_config); fetch the unquantised checkpoint"
-        )
-    if (activation := config.get("hidden_act", "silu")) not in ("silu", "swish"):
-        raise ModelFileError(
-            f"{path}: hidden_act {str(activation)[:40]!r}; slimrt converts and runs silu; choose another model"
-        )
-
-    d_model, n_heads = whole(config, "hidden_size", path), whole(config, "num_attention_heads", path)
-    explicit = config.get("head_dim") is not None
-    if not explicit and d_model % n_heads:
-        raise ModelFileError(
-            f"{path}: width {d_model} does not divide into {n_heads} heads and head_dim is missing; mend the file"
-        )
-    ctx_train = whole(config, "max_position_embeddings", path)
-    # Newer configurations keep the base inside rope_parameters.
-    rope: Any = next(
-        (value for key in ("rope_parameters", "rope_scaling") if (value := config.get(key)) is not None), {}
-    )
-    if not isinstance(rope, dict):
-        raise ModelFileError(f"{path}: rope scaling is a {type(rope).__name__}; an object is expected; mend the file")
-    if config.get("use_sliding_window", name == "MistralForCausalLM") and config.get("sliding_window"):
-        logger.warning(
-            "%s: attention slides over %s tokens in training; like llama.cpp, the converted model attends to all",
-            path,
-            config["sliding_window"],
-        )
-    biases = _ATTENTION[:3] if arch == "qwen2" else _ATTENTION if flag(config, "attention_bias", path) else ()
-    sizes = Hyperparameters(
-        arch=arch,
-        n_layers=whole(config, "num_hidden_layers", path),
-        d_model=d_model,
-        n_heads=n_heads,
-        n_kv_heads=whole(config, "num_key_value_heads", path, default=n_heads),
-        head_dim=whole(config, "head_dim", path, default=d_model // n_heads),
-        explicit_head_dim=explicit,
-        d_ff=whole(config, "intermediate_size", path),
-        vocab_size=whole(config, "vocab_size", path),
-        ctx_train=ctx_train,
-        norm_eps=number(config, "rms_norm_eps", path, 1e-12, 0.1, 1e-6),
-        rope_base=number(
-            rope, "rope_theta", path, 1.0001, 1e12, number(config, "rope_theta", path, 1.0001, 1e12, 10000.0)
-        ),
-        rope_scaling=_rope_scaling(rope, ctx_train, path),
-        tied=flag(config, "tie_word_embeddings", path),
-        biases=frozenset((*biases, *(_MLP if flag(config, "mlp_bias", path) else ()))),
-    )
-    sizes.check(path)
-    return sizes
+        for name, parts in named.items()
+    }
+    return Source(folder, sizes, sources, vocabulary)
 
 
-def _rope_scaling(rope: dict[str, Any], ctx_train: int, path: Path) -> RopeScaling | None:
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind in (None, "default"):
-        return None
-    if kind not in ("linear", "yarn", "llama3"):
-        raise ModelFileError(
-            f"{path}: rope scaling {str(kind)[:40]!r}; linear, yarn and llama3 can be converted; remove it to "
-            "convert for the original context"
-        )
-    factor = number(rope, "factor", path, 1e-3, 1e6)
-    # As Transformers does: YaRN without an original context stretches the stated one.
-    original = whole(rope, "original_max_position_embeddings", path, default=ctx_train if kind != "llama3" else None)
-    if kind == "linear":
-        return RopeScaling("linear", factor)
-    if kind == "llama3":
-        low, high = number(rope, "low_freq_factor", path, 1e-3, 1e6), number(rope, "high_freq_factor", path, 1e-3, 1e6)
-        if low >= high:
-            raise ModelFileError(
-                f"{path}: low_freq_factor {low:g} must be below high_freq_factor {high:g}; mend the file"
-            )
-        return RopeScaling("llama3", factor, original, low, high)
-    if rope.get("original_max_position_embeddings") is not None and not math.isclose(factor, ctx_train / original):
-        logger.warning(
-            "%s: YaRN factor %g, but the context grows by %g; the file keeps the stated factor",
-            path,
-            factor,
-            ctx_train / original,
-        )
+def _shape(name: str, parts: list[StoredTensor], sizes: Hyperparameters) -> tuple[int, ...]:
+    """The shape of ``parts`` stacked; of experts' rows, when they are so many as all experts have."""
+    rows = sum(part.shape[0] for part in parts), *parts[0].shape[1:]
+    expected = sizes.shapes().get(name, ())
+    odd = any(part.shape[1:] != parts[0].shape[1:] for part in parts)
+    stacked = len(expected) == 3 and rows == (expected[0] * expected[1], expected[2]) and not odd
+    return expected if stacked else rows
 
-    def optional(key: str) -> float | None:
-        return None if rope.get(key) is None else number(rope, key, path, 1e-6, 1e6)
 
-    return RopeScaling(
-        "yarn",
-        factor,
-        original,
-        attention_factor=optional("attention_factor"),
-        beta_fast=optional("beta_fast"),
-        beta_slow=optional("beta_slow"),
-    )
+def _stack_experts(tensors: dict[str, StoredTensor], n_layers: int, folder: Path) -> dict[str, list[StoredTensor]]:
+    """The experts' tensors, taken out of ``tensors``: GGUF name -> parts in the order of the experts."""
+    found: dict[str, dict[int, StoredTensor]] = {}
+    for name in list(tensors):
+        match = _EXPERT.match(name)
+        if match and match[4] in _EXPERT_PARTS and int(match[2]) < n_layers:
+            key = f"blk.{int(match[2])}.{_EXPERT_PARTS[match[4]]}.weight"
+            found.setdefault(key, {})[int(match[3])] = tensors.pop(name)
+    for key, experts in found.items():
+        if set(experts) != set(range(len(experts))):
+            missing = min(set(range(len(experts))) - set(experts))
+            raise ModelFileError(f"{folder}: {key} lacks expert {missing}; a shard is incomplete; fetch it anew")
+    return {key: [experts[number] for number in sorted(experts)] for key, experts in found.items()}
 
 
 def _read_vocabulary(folder: Path, size: int) -> Vocabulary:

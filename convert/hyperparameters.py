@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,15 +12,19 @@ import numpy as np
 from gguf import GGUFWriter, RopeScalingType
 
 from slimrt.errors import ModelFileError
+from slimrt.models.architecture import Architecture
+from slimrt.models.families import ARCHITECTURES
 
 __all__ = ["Hyperparameters", "RopeScaling", "flag", "number", "whole"]
+
+_LLAMA3 = ("llama", "smollm3", "exaone")  # whose readers look for the tensor rope_freqs
 
 
 @dataclass(frozen=True)
 class RopeScaling:
     """RoPE stretched to longer contexts. The last three belong to ``yarn``, the frequency factors to ``llama3``."""
 
-    kind: Literal["linear", "yarn", "llama3"]
+    kind: Literal["linear", "yarn", "llama3", "longrope"]
     factor: float
     original_ctx: int = 0
     low_freq_factor: float = 1.0
@@ -28,16 +32,21 @@ class RopeScaling:
     attention_factor: float | None = None
     beta_fast: float | None = None
     beta_slow: float | None = None
+    long_factors: tuple[float, ...] = ()
+    short_factors: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
 class Hyperparameters:
     """What the metadata states. ``explicit_head_dim``: the source names the head width itself.
 
-    ``biases``: tensor name parts (``attn_q``, ``ffn_up``, ...) whose bias the source promises.
+    ``biases``: tensor name parts (``attn_q``, ``ffn_up``, ...) whose bias the source promises. ``rope_dims`` 0: RoPE
+    turns whole heads; ``local_base``: another base of the layers with a window, None: the family's. ``window`` 0: none;
+    ``pattern``: which layers have it, None: those of the family. ``query_scale``: what the rows or norms of queries are
+    multiplied with. ``copied``: metadata taken over, by key. ``experts``: how many, and the width of each.
     """
 
-    arch: Literal["llama", "qwen2"]
+    arch: str
     n_layers: int
     d_model: int
     n_heads: int
@@ -52,6 +61,29 @@ class Hyperparameters:
     rope_scaling: RopeScaling | None
     tied: bool
     biases: frozenset[str] = frozenset()
+    rope_dims: int = 0
+    local_base: float | None = None
+    window: int = 0
+    pattern: tuple[bool, ...] | None = None
+    query_scale: float = 1.0
+    copied: Mapping[str, float] = field(default_factory=dict)
+    experts: tuple[int, int] | None = None
+    experts_used: int = 0
+    experts_normalised: bool = True
+
+    @property
+    def family(self) -> Architecture:
+        """What its layers are made of."""
+        return ARCHITECTURES[self.arch]
+
+    @property
+    def tensors_a_layer(self) -> int:
+        """How many tensors a checkpoint has for each layer at least."""
+        return len(self._layer())
+
+    def _layer(self) -> dict[str, tuple[int, ...]]:
+        q, kv = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
+        return self.family.layer_shapes(self.d_model, q, kv, self.d_ff, self.head_dim, self.experts)
 
     def check(self, path: Path) -> None:
         """Raises ModelFileError where the sizes contradict each other."""
@@ -59,36 +91,38 @@ class Hyperparameters:
             raise ModelFileError(
                 f"{path}: {self.n_heads} query heads do not divide into {self.n_kv_heads} KV heads; fetch the file anew"
             )
-        if self.head_dim % 2:
-            raise ModelFileError(f"{path}: head width {self.head_dim} is odd; RoPE turns pairs; fetch the file anew")
-        if self.arch != "llama" and self.rope_scaling and self.rope_scaling.kind == "llama3":
+        if (self.rope_dims or self.head_dim) % 2:
+            raise ModelFileError(
+                f"{path}: head width {self.rope_dims or self.head_dim} is odd; RoPE turns pairs; fetch the file anew"
+            )
+        kind = self.rope_scaling.kind if self.rope_scaling else ""
+        if kind == "llama3" and self.arch not in _LLAMA3:
             raise ModelFileError(
                 f"{path}: llama3 RoPE scaling with architecture {self.arch}; GGUF has it for llama; remove rope_scaling"
             )
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """GGUF names and shapes of every tensor that may occur, in file order."""
-        d, q, kv, f = self.d_model, self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim, self.d_ff
         shapes: dict[str, tuple[int, ...]] = {
-            "token_embd.weight": (self.vocab_size, d),
-            "output_norm.weight": (d,),
-            "output.weight": (self.vocab_size, d),
+            "token_embd.weight": (self.vocab_size, self.d_model),
+            "output_norm.weight": (self.d_model,),
+            "output.weight": (self.vocab_size, self.d_model),
         }
-        for layer in range(self.n_layers):
-            block = f"blk.{layer}."
-            shapes[f"{block}attn_norm.weight"] = (d,)
-            shapes[f"{block}ffn_norm.weight"] = (d,)
-            linear = (("attn_q", q, d), ("attn_k", kv, d), ("attn_v", kv, d), ("attn_output", d, q))
-            for part, rows, columns in (*linear, ("ffn_gate", f, d), ("ffn_up", f, d), ("ffn_down", d, f)):
-                shapes[f"{block}{part}.weight"] = (rows, columns)
-                shapes[f"{block}{part}.bias"] = (rows,)
+        layer = self._layer()
+        for number in range(self.n_layers):
+            for part, shape in layer.items():
+                shapes[f"blk.{number}.{part}.weight"] = shape
+                if len(shape) == 2 and part != "ffn_gate_inp":
+                    shapes[f"blk.{number}.{part}.bias"] = shape[:1]
         return shapes
 
     def required(self, name: str) -> bool:
         """Whether the source must have the tensor of this GGUF name."""
         if name == "output.weight":
             return not self.tied
-        return name.endswith(".weight") or name.split(".")[-2] in self.biases
+        part = name.split(".")[-2]
+        parts = {"attn_qkv": "attn_q", "ffn_up": "ffn_up"}.get(part, part) if self.family.fused else part
+        return name.endswith(".weight") or parts in self.biases
 
     def rope_divisors(self) -> np.ndarray | None:
         """The ``rope_freqs`` tensor [Dh / 2]: what llama3 scaling divides each frequency by; None for other kinds.
@@ -99,13 +133,26 @@ class Hyperparameters:
         scaling = self.rope_scaling
         if scaling is None or scaling.kind != "llama3":
             return None
-        inverse = self.rope_base ** -(np.arange(0, self.head_dim, 2, dtype=np.float64) / self.head_dim)
+        dims = self.rope_dims or self.head_dim
+        inverse = self.rope_base ** -(np.arange(0, dims, 2, dtype=np.float64) / dims)
         wavelength = 2 * np.pi / inverse
         smooth = (scaling.original_ctx / wavelength - scaling.low_freq_factor) / (
             scaling.high_freq_factor - scaling.low_freq_factor
         )
         smooth = np.clip(smooth, 0.0, 1.0)
         return (1.0 / ((1.0 - smooth) / scaling.factor + smooth)).astype(np.float32)
+
+    def constants(self) -> dict[str, np.ndarray]:
+        """Tensors that follow from the configuration: what RoPE's frequencies are divided by."""
+        scaling, divisors = self.rope_scaling, self.rope_divisors()
+        if divisors is not None:
+            return {"rope_freqs.weight": divisors}
+        if scaling is None or scaling.kind != "longrope":
+            return {}
+        return {
+            "rope_factors_long.weight": np.array(scaling.long_factors, np.float32),
+            "rope_factors_short.weight": np.array(scaling.short_factors, np.float32),
+        }
 
     def write(self, writer: GGUFWriter) -> None:
         """Add the architecture's keys, those that convert_hf_to_gguf.py writes."""
@@ -118,12 +165,33 @@ class Hyperparameters:
         if self.explicit_head_dim:
             writer.add_key_length(self.head_dim)
             writer.add_value_length(self.head_dim)
-        writer.add_layer_norm_rms_eps(self.norm_eps)
+        writer.add_float32(f"{self.arch}.{self.family.eps_key}", self.norm_eps)
         writer.add_vocab_size(self.vocab_size)
-        writer.add_rope_dimension_count(self.head_dim)
+        writer.add_rope_dimension_count(self.rope_dims or self.head_dim)
         writer.add_rope_freq_base(self.rope_base)
+        for key, value in self.copied.items():
+            writer.add_float32(f"{self.arch}.{key}", value)
+        if self.window:
+            writer.add_sliding_window(self.window)
+            if self.pattern is not None:
+                writer.add_array(f"{self.arch}.attention.sliding_window_pattern", list(self.pattern))
+        if self.local_base is not None and self.local_base != self.family.local_base:
+            writer.add_float32(f"{self.arch}.rope.freq_base_swa", self.local_base)
+        if self.experts is not None:
+            writer.add_expert_count(self.experts[0])
+            writer.add_expert_used_count(self.experts_used)
+            writer.add_expert_feed_forward_length(self.experts[1])
+            if not self.experts_normalised:
+                writer.add_expert_weights_norm(False)
+        self._write_scaling(writer)
+
+    def _write_scaling(self, writer: GGUFWriter) -> None:
         scaling = self.rope_scaling
         if scaling is None or scaling.kind == "llama3":
+            return
+        if scaling.kind == "longrope":
+            writer.add_rope_scaling_orig_ctx_len(scaling.original_ctx)
+            writer.add_rope_scaling_attn_factors(scaling.attention_factor or 1.0)
             return
         writer.add_rope_scaling_type(RopeScalingType(scaling.kind))
         writer.add_rope_scaling_factor(scaling.factor)

@@ -12,6 +12,7 @@ from slimrt.convert.checkpoint import Rows
 from slimrt.convert.value_types import value_types
 from slimrt.convert.writer import OutputTensor, Progress, choose_type, encoded, parse_type, write_gguf
 from slimrt.errors import ModelFileError
+from slimrt.models.families import ARCHITECTURES
 from slimrt.output import check_output
 from slimrt.paths import user_path
 from slimrt.weights.gguf import GGUFFile, TensorInfo
@@ -20,7 +21,6 @@ __all__ = ["quantize_file"]
 
 logger = logging.getLogger(__name__)
 
-_ARCHITECTURES = ("llama", "qwen2")
 _FLOATS = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16, GGMLQuantizationType.F64)
 
 
@@ -42,9 +42,9 @@ def quantize_file(
     file = GGUFFile(source)
     check_output(target, sources=file.paths, force=force)
     arch = file.get("general.architecture", str)
-    if arch not in _ARCHITECTURES:
+    if arch not in ARCHITECTURES:
         raise ModelFileError(
-            f"{source}: architecture '{arch}'; models that slimrt runs can be quantised: {', '.join(_ARCHITECTURES)}"
+            f"{source}: architecture '{arch}'; models that slimrt runs can be quantised: {', '.join(ARCHITECTURES)}"
         )
     tensors = [_output_tensor(tensor, wanted, source) for tensor in file.tensors.values()]
     if any(file.tensors[t.name].type not in (*_FLOATS, t.type) for t in tensors):

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gguf import MODEL_ARCH, get_tensor_name_map
+from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
 from slimrt.convert.checkpoint import Rows
 from slimrt.convert.hyperparameters import Hyperparameters
@@ -15,7 +15,7 @@ from slimrt.errors import ModelFileError
 
 __all__ = ["Source", "SourceTensor", "check_complete", "check_layers", "gguf_names"]
 
-_ARCHS = {"llama": MODEL_ARCH.LLAMA, "qwen2": MODEL_ARCH.QWEN2}
+_ARCHS = {name: arch for arch, name in MODEL_ARCH_NAMES.items()}
 # Buffers that older exports carry; both are recomputed from the metadata.
 _COMPUTED = ("rotary_emb.inv_freq", "rope.freqs")
 
@@ -38,13 +38,13 @@ class Source:
     vocabulary: Vocabulary
 
 
-def check_layers(n_layers: int, n_tensors: int, path: Path) -> None:
+def check_layers(n_layers: int, n_tensors: int, path: Path, per_layer: int = 9) -> None:
     """Raises ModelFileError if so many layers cannot be in a checkpoint of ``n_tensors``; nothing
     is sized by the number before.
     """
-    if n_layers * 9 > n_tensors:
+    if n_layers * per_layer > n_tensors:
         raise ModelFileError(
-            f"{path}: {n_layers} layers need at least {n_layers * 9} tensors and the checkpoint has {n_tensors}; "
+            f"{path}: {n_layers} layers need at least {n_layers * per_layer} tensors and the checkpoint has {n_tensors}; "
             "shards are missing or the file belongs to another model; fetch the whole folder"
         )
 
@@ -57,6 +57,8 @@ def gguf_names(names: Sequence[str], arch: str, n_layers: int, folder: Path) -> 
         if name.endswith(_COMPUTED):
             continue
         gguf_name = name_map.get_name(name, try_suffixes=(".weight", ".bias"))
+        if gguf_name is None and name.endswith("_proj"):  # experts, stacked, whose names have no suffix
+            gguf_name = name_map.get_name(f"{name}.weight", try_suffixes=(".weight",))
         if gguf_name is None:
             raise ModelFileError(
                 f"{folder}: tensor '{name[:80]}' does not belong to a {arch} model of {n_layers} layers; "

@@ -44,7 +44,8 @@ class Architecture:
 
     For conversion: ``half_split`` says that checkpoints turn half-split pairs whatever GGUF does, ``norm_shift`` is
     added to the weights of norms, ``config_keys`` has other names of config.json (ours -> theirs), ``copied`` what is
-    copied into the metadata (theirs -> ours), ``eps`` the default of the norm's epsilon.
+    copied into the metadata (theirs -> ours), ``defaults`` what config.json leaves out, ``eps`` the default of the
+    norm's epsilon. ``grouped_qkv``: Q, K and V lie interleaved by KV head in checkpoints.
     """
 
     name: str
@@ -71,12 +72,48 @@ class Architecture:
     norm_shift: float = 0.0
     config_keys: Mapping[str, str] = field(default_factory=dict)
     copied: Mapping[str, str] = field(default_factory=dict)
+    defaults: Mapping[str, object] = field(default_factory=dict)
     eps: float = 1e-6
+    grouped_qkv: bool = False
 
     @property
     def permuted(self) -> bool:
         """Whether conversion reorders the rows of Q and K."""
         return self.interleaved and self.half_split
+
+    def layer_shapes(
+        self, d_model: int, q: int, kv: int, d_ff: int, head_dim: int, experts: tuple[int, int] | None
+    ) -> dict[str, tuple[int, ...]]:
+        """Names (behind ``blk.N.``) and shapes of a layer's tensors in a converted file, biases aside, in file order.
+        ``q``, ``kv``: widths of all heads; ``experts``: how many, and the width of each."""
+        norm, shapes = (d_model,), dict[str, tuple[int, ...]]()
+        if self.norms != "after":
+            shapes["attn_norm"] = norm
+            if not self.parallel:
+                shapes["ffn_norm"] = norm
+        if self.norms != "before":
+            shapes |= {"post_attention_norm": norm, "post_ffw_norm": norm}
+        if self.qk_norm != "none":
+            whole = self.qk_norm == "full"
+            shapes |= {"attn_q_norm": (q if whole else head_dim,), "attn_k_norm": (kv if whole else head_dim,)}
+        if self.fused:
+            shapes["attn_qkv"] = (q + 2 * kv, d_model)
+        else:
+            shapes |= {"attn_q": (q, d_model), "attn_k": (kv, d_model), "attn_v": (kv, d_model)}
+        shapes["attn_output"] = (d_model, q)
+        if experts is not None:
+            count, width = experts
+            shapes |= {
+                "ffn_gate_inp": (count, d_model),
+                "ffn_gate_exps": (count, width, d_model),
+                "ffn_up_exps": (count, width, d_model),
+                "ffn_down_exps": (count, d_model, width),
+            }
+        elif self.fused:
+            shapes |= {"ffn_up": (2 * d_ff, d_model), "ffn_down": (d_model, d_ff)}
+        else:
+            shapes |= {"ffn_gate": (d_ff, d_model), "ffn_up": (d_ff, d_model), "ffn_down": (d_model, d_ff)}
+        return shapes
 
     @property
     def eps_key(self) -> str:

@@ -142,7 +142,11 @@ class Llama:
         """x [T, D] and attention [T, H, Dh] -> x after the output projection and its residual [T, D]; where the
         feed-forward reads what attention reads, it is in the result as well."""
         joined = self.ops.project(x, attention, layer.out, layer.out_bias, layer.attn_merge)
-        return self._fed(layer, self.ops.centred(x) if self.config.centred else x, joined) if self.config.parallel else joined
+        return (
+            self._fed(layer, self.ops.centred(x) if self.config.centred else x, joined)
+            if self.config.parallel
+            else joined
+        )
 
     def feed_forward(self, layer: Layer, x: Array) -> Array:
         """x [T, D] after ``project`` -> x after the gated feed-forward and its residual [T, D]."""

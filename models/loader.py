@@ -165,7 +165,9 @@ class Loader:
         """Each expert's matrices are handles of their own on the stacked tensors."""
         c, e = self.config, self.config.experts
         assert e is not None
-        gate, up = (self.checked(f"{blk}.ffn_{part}_exps.weight", e.count, e.d_ff, c.d_model) for part in ("gate", "up"))
+        gate, up = (
+            self.checked(f"{blk}.ffn_{part}_exps.weight", e.count, e.d_ff, c.d_model) for part in ("gate", "up")
+        )
         down = self.checked(f"{blk}.ffn_down_exps.weight", e.count, c.d_model, e.d_ff)
 
         def one(tensor: TensorInfo, expert: int) -> TensorInfo:

@@ -92,7 +92,7 @@ def read_config(file: GGUFFile) -> ModelConfig:
     rope = _read_rope(file, arch, head_dim, ctx_train)
     windows = _read_windows(file, arch, layers)
     turns = tuple(arch.turns(layer, bool(window)) for layer, window in enumerate(windows))
-    local = arch.local_base
+    local = None if arch.local_base is None else file.get(f"{name}.rope.freq_base_swa", float, arch.local_base)
     if 1 not in turns and rope.scaling == "yarn" and any(windows) and arch.norms == "after":
         turns, local = tuple(1 if window else 0 for window in windows), rope.base  # OLMo 3 stretches the others only
     return ModelConfig(
@@ -122,7 +122,7 @@ def read_config(file: GGUFFile) -> ModelConfig:
         logit_scale=_number(file, arch, "logit_scale", 1.0) ** (-1 if arch.divides_logits else 1),
         windows=windows if any(windows) else (),
         turns=turns if any(turns) else (),
-        local_rope=RopeConfig(local, rope.dims, arch.interleaved) if local is not None and 1 in turns else None,
+        local_rope=_local_rope(file, arch, local, rope) if local is not None and 1 in turns else None,
         experts=experts,
     )
 
@@ -272,6 +272,16 @@ def _read_rope(file: GGUFFile, family: Architecture, head_dim: int, ctx_train: i
     except SettingError as error:
         raise ModelFileError(f"{file.path}: {error}; the file is corrupt") from None
     return rope
+
+
+def _local_rope(file: GGUFFile, arch: Architecture, base: float, rope: RopeConfig) -> RopeConfig:
+    """RoPE of the layers with windows: of a base of its own, and never stretched."""
+    local = RopeConfig(base, rope.dims, arch.interleaved)
+    try:
+        _check_rope(local)
+    except SettingError as error:
+        raise ModelFileError(f"{file.path}: {error}, in layers with windows; the file is corrupt") from None
+    return local
 
 
 def _check_rope(rope: RopeConfig) -> None:

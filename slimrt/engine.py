@@ -292,7 +292,14 @@ class Engine:
         return (self.config.attention_cap,) if self.config.attention_cap else ()
 
     def _attend(
-        self, windows: Windows, layer: int, q: Array, positions: np.ndarray, keys: Array, values: Array, held: np.ndarray
+        self,
+        windows: Windows,
+        layer: int,
+        q: Array,
+        positions: np.ndarray,
+        keys: Array,
+        values: Array,
+        held: np.ndarray,
     ) -> Array:
         """Attention of the last rows of a layer, those under a plan's windows apart from those that see everything; in
         a layer with a window of its own each row sees the keys at the last positions up to its own.
@@ -312,7 +319,9 @@ class Engine:
         before = keys.shape[1] - len(q)  # under windows all rows of the layer are there
         result = self.ops.empty(q.shape)
         read = slice(0, before + limited)
-        self.ops.attend(q[:limited], keys[:, read], values[:, read], result[:limited], reach=windows.reach[layer], **how)
+        self.ops.attend(
+            q[:limited], keys[:, read], values[:, read], result[:limited], reach=windows.reach[layer], **how
+        )
         if limited < len(q):
             self.ops.attend(q[limited:], keys, values, result[limited:], **how)
         return result

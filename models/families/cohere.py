@@ -14,6 +14,7 @@ COMMAND_R = Architecture(
     half_split=False,
     config_keys={"rms_norm_eps": "layer_norm_eps"},
     copied={"logit_scale": "logit_scale"},
+    defaults={"logit_scale": 0.0625},
     eps=1e-5,
 )
 COHERE2 = Architecture(
@@ -29,5 +30,6 @@ COHERE2 = Architecture(
     half_split=False,
     config_keys={"rms_norm_eps": "layer_norm_eps"},
     copied={"logit_scale": "logit_scale"},
+    defaults={"logit_scale": 0.0625, "sliding_window": 4096},
     eps=1e-5,
 )

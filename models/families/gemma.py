@@ -11,6 +11,7 @@ GEMMA = Architecture(
     embedding_scale=True,
     always_tied=True,
     norm_shift=1.0,
+    defaults={"head_dim": 256},
 )
 GEMMA2 = Architecture(
     "gemma2",
@@ -28,7 +29,11 @@ GEMMA2 = Architecture(
         "attn_logit_softcapping": "attn_logit_softcapping",
         "final_logit_softcapping": "final_logit_softcapping",
     },
-)
+    defaults={
+        "head_dim": 256, "sliding_window": 4096, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,
+        "query_pre_attn_scalar": 256,
+    },
+)  # fmt: skip
 GEMMA3 = Architecture(
     "gemma3",
     checkpoints=("Gemma3ForCausalLM",),
@@ -42,4 +47,8 @@ GEMMA3 = Architecture(
     reads=frozenset({"logit cap"}),
     norm_shift=1.0,
     copied={"final_logit_softcapping": "final_logit_softcapping"},
-)
+    defaults={
+        "head_dim": 256, "sliding_window": 4096, "rope_theta": 1e6, "tie_word_embeddings": True,
+        "query_pre_attn_scalar": 256,
+    },
+)  # fmt: skip

@@ -14,4 +14,5 @@ GRANITE = Architecture(
         "residual_multiplier": "residual_scale",
         "logits_scaling": "logit_scale",
     },
+    defaults={"logits_scaling": 1.0},
 )

@@ -2,4 +2,4 @@
 
 from slimrt.models.architecture import Architecture
 
-INTERNLM2 = Architecture("internlm2", checkpoints=("InternLM2ForCausalLM",), interleaved=True)
+INTERNLM2 = Architecture("internlm2", checkpoints=("InternLM2ForCausalLM",), interleaved=True, grouped_qkv=True)

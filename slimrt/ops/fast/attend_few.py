@@ -348,9 +348,7 @@ def join_kernel(features: Features, head_dim: int) -> Kernel:
     return compile_kernel(join, f"{features.key}-{head_dim}")
 
 
-def attend(
-    ops: Any, q: np.ndarray, k: np.ndarray, v: np.ndarray, reach: Reach = None, cap: float = 0.0
-) -> np.ndarray:
+def attend(ops: Any, q: np.ndarray, k: np.ndarray, v: np.ndarray, reach: Reach = None, cap: float = 0.0) -> np.ndarray:
     """Causal grouped-query attention by index, as ``NumpyOps.attend``, for few rows: q f32 [T, H, Dh] -> [T, H, Dh].
 
     k and v [Hkv, N, Dh] are float16 and their heads may lie any distance apart; Dh a multiple of 16.

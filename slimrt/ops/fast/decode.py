@@ -253,9 +253,7 @@ class Decoder:
         self._result = self._floats(1, c.d_model)[0]  # what is normed or scaled before it joins the residual stream
         self._row = np.zeros((2, c.n_kv_heads, 1, c.head_dim), np.float16)  # a key and a value on their way to a cache
         self._angles = self._floats(2 * len(self._model.rope_tables), max(1, c.rope.dims // 2))
-        self._normed, self._mixed = (
-            aligned_zeros(1, activation_bytes(n)) for n in (c.d_model, c.n_heads * c.head_dim)
-        )
+        self._normed, self._mixed = (aligned_zeros(1, activation_bytes(n)) for n in (c.d_model, c.n_heads * c.head_dim))
         self._activated = aligned_zeros(count, activation_bytes(c.d_ff))
         most = -(-ITEMS // c.n_kv_heads)  # spans of a layer of any length
         self._partial = aligned_zeros(c.n_heads * most, partial_bytes(c.head_dim))
