@@ -52,7 +52,9 @@ def read_config(config: dict[str, Any], path: Path) -> Hyperparameters:
     head_dim = whole(config, "head_dim", path, default=d_model // n_heads)
     ctx_train, n_layers = whole(config, "max_position_embeddings", path), whole(config, "num_hidden_layers", path)
     rope, local = _rope_parameters(config, path)
-    part = number(rope, "partial_rotary_factor", path, 0.01, 1, number(config, "partial_rotary_factor", path, 0.01, 1, 1))
+    part = number(
+        rope, "partial_rotary_factor", path, 0.01, 1, number(config, "partial_rotary_factor", path, 0.01, 1, 1)
+    )
     dims = int(head_dim * part)
     biases = _ATTENTION[:3] if family.qkv_bias else _ATTENTION if flag(config, "attention_bias", path) else ()
     window, pattern = _windows(config, name, family, n_layers, path)
@@ -98,13 +100,19 @@ def _check_layer(config: dict[str, Any], family: Architecture, path: Path) -> No
             f"{path}: hidden_act {str(activation)[:40]!r}; slimrt converts and runs "
             f"{_ACTIVATIONS[family.activation][0]} for {family.name}; choose another model"
         )
-    if isinstance(family.turned, int) and isinstance(turned := config.get("no_rope_layers"), list):
-        if any(bool(one) != (family.turns(layer, False) >= 0) for layer, one in enumerate(turned)):
-            raise ModelFileError(
-                f"{path}: no_rope_layers leaves out others than every {family.turned}th layer, which is what GGUF's "
-                f"{family.name} means; choose another model"
-            )
-    for key, nothing in (("clip_qkv", None), ("use_qk_norm", False), ("mlp_only_layers", []), ("decoder_sparse_step", 1)):
+    turned = config.get("no_rope_layers")
+    stated = isinstance(family.turned, int) and isinstance(turned, list)
+    if stated and any(bool(one) != (family.turns(layer, False) >= 0) for layer, one in enumerate(turned or ())):
+        raise ModelFileError(
+            f"{path}: no_rope_layers leaves out others than every {family.turned}th layer, which is what GGUF's "
+            f"{family.name} means; choose another model"
+        )
+    for key, nothing in (
+        ("clip_qkv", None),
+        ("use_qk_norm", False),
+        ("mlp_only_layers", []),
+        ("decoder_sparse_step", 1),
+    ):
         if config.get(key, nothing) not in (nothing, None):
             raise ModelFileError(
                 f"{path}: {key} is {str(config[key])[:40]}; slimrt runs {family.name} without it; choose another model"
@@ -182,9 +190,7 @@ def _experts(config: dict[str, Any], family: Architecture, path: Path) -> dict[s
     return {"experts": (count, width), "experts_used": used, "experts_normalised": normalised}
 
 
-def _longrope(
-    config: dict[str, Any], rope: dict[str, Any], ctx_train: int, dims: int, path: Path
-) -> RopeScaling:
+def _longrope(config: dict[str, Any], rope: dict[str, Any], ctx_train: int, dims: int, path: Path) -> RopeScaling:
     """Phi-3's factors for short and for long contexts (LongRoPE)."""
     original = whole(
         rope, "original_max_position_embeddings", path,
@@ -195,10 +201,10 @@ def _longrope(
         values = rope.get(f"{kind}_factor")
         if not isinstance(values, list) or len(values) != dims // 2:
             found = len(values) if isinstance(values, list) else str(values)[:40]
-            raise ModelFileError(f"{path}: {kind}_factor has {found} entries, RoPE turns {dims // 2} pairs; mend the file")
-        factors[kind] = tuple(
-            number({"factor": value}, "factor", path, 1e-3, 1e6) for value in values
-        )
+            raise ModelFileError(
+                f"{path}: {kind}_factor has {found} entries, RoPE turns {dims // 2} pairs; mend the file"
+            )
+        factors[kind] = tuple(number({"factor": value}, "factor", path, 1e-3, 1e6) for value in values)
     scale = number(rope, "factor", path, 1e-3, 1e6, ctx_train / original)
     gain = 1.0 if scale <= 1 else math.sqrt(1 + math.log(scale) / math.log(original))
     return RopeScaling(
@@ -221,8 +227,8 @@ def _rope_scaling(
         return _longrope(config, rope, ctx_train, dims, path)
     if kind not in ("linear", "yarn", "llama3"):
         raise ModelFileError(
-            f"{path}: rope scaling {str(kind)[:40]!r}; linear, yarn, llama3 and longrope can be converted; remove it to "
-            "convert for the original context"
+            f"{path}: rope scaling {str(kind)[:40]!r}; linear, yarn, llama3 and longrope can be converted; remove it "
+            "to convert for the original context"
         )
     factor = number(rope, "factor", path, 1e-3, 1e6)
     # As Transformers does: YaRN without an original context stretches the stated one.

@@ -39,13 +39,13 @@ class Source:
 
 
 def check_layers(n_layers: int, n_tensors: int, path: Path, per_layer: int = 9) -> None:
-    """Raises ModelFileError if so many layers cannot be in a checkpoint of ``n_tensors``; nothing
-    is sized by the number before.
+    """Raises ModelFileError if so many layers cannot be in a checkpoint of ``n_tensors``; nothing is sized by the
+    number before.
     """
     if n_layers * per_layer > n_tensors:
         raise ModelFileError(
-            f"{path}: {n_layers} layers need at least {n_layers * per_layer} tensors and the checkpoint has {n_tensors}; "
-            "shards are missing or the file belongs to another model; fetch the whole folder"
+            f"{path}: {n_layers} layers need at least {n_layers * per_layer} tensors and the checkpoint has "
+            f"{n_tensors}; shards are missing or the file belongs to another model; fetch the whole folder"
         )
 
 
@@ -57,7 +57,8 @@ def gguf_names(names: Sequence[str], arch: str, n_layers: int, folder: Path) -> 
         if name.endswith(_COMPUTED):
             continue
         gguf_name = name_map.get_name(name, try_suffixes=(".weight", ".bias"))
-        if gguf_name is None and name.endswith("_proj"):  # experts, stacked, whose names have no suffix
+        # Experts that are stacked in the checkpoint have names without a suffix.
+        if gguf_name is None and name.endswith("_proj"):
             gguf_name = name_map.get_name(f"{name}.weight", try_suffixes=(".weight",))
         if gguf_name is None:
             raise ModelFileError(

@@ -83,8 +83,9 @@ def parse_type(name: str) -> tuple[GGMLQuantizationType, LlamaFileType]:
 def choose_type(name: str, shape: tuple[int, ...], wanted: GGMLQuantizationType) -> GGMLQuantizationType:
     """The type that a tensor gets in a file of type ``wanted``.
 
-    Vectors, norms and the routers of experts stay float32. The token embedding and the output matrix, where errors cost most, never go under
-    Q8_0 (llama.cpp keeps them at Q6_K or above). Rows that do not divide into blocks become float16, which is logged.
+    Vectors, norms and the routers of experts stay float32. The token embedding and the output matrix, where errors cost
+    most, never go under Q8_0 (llama.cpp keeps them at Q6_K or above). Rows that do not divide into blocks become
+    float16, which is logged.
     """
     if len(shape) == 1 or name.endswith(("_norm.weight", ".ffn_gate_inp.weight")) or not name.endswith(".weight"):
         return GGMLQuantizationType.F32

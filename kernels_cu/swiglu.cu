@@ -1,4 +1,4 @@
-// The gate of the feed-forward: out = silu(gate) * up.
+// The gate of the feed-forward: out = silu(gate) * up, or with GELU gelu(gate) * up in its tanh form.
 //
 //   gate_up [T, 2 F] of T, gate first; out [T, F] of T
 //   grid (T, ceil(F / 2048)), block 256: a thread computes 8 values from two vectors of 16 bytes.
@@ -6,7 +6,12 @@
 
 __device__ __forceinline__ float gated(unsigned short gate, unsigned short up) {
     const float g = to_float(T{gate});
-    return g / (1.0f + exp2_fast(-1.4426950408889634f * g)) * to_float(T{up});  // exp(-g) = infinity gives the limit, 0
+#ifdef GELU
+    const float t = 1.5957691216057308f * (g + 0.044715f * g * g * g);  // gelu(g) = g sigmoid(t)
+#else
+    const float t = g;
+#endif
+    return g / (1.0f + exp2_fast(-1.4426950408889634f * t)) * to_float(T{up});  // exp(-g) = infinity gives the limit, 0
 }
 
 extern "C" __global__ void __launch_bounds__(256)

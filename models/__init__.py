@@ -1,4 +1,4 @@
-"""The models that run: ``families/`` says what each is made of, ``reading`` reads a file's sizes, ``llama`` computes."""
+"""The models that run: ``families/`` says what each is made of, ``reading`` reads sizes, ``llama`` computes."""
 
 from __future__ import annotations
 

@@ -191,8 +191,8 @@ def _read_windows(file: GGUFFile, arch: Architecture, layers: int) -> tuple[int,
         inside = [bool(entry) for entry in pattern[:layers]]
     else:
         raise ModelFileError(
-            f"{file.path}: {key}_pattern is {str(pattern)[:40]}; it must be a number of at most {layers} or say of each "
-            f"of the {layers} layers whether it has a window; the file is corrupt"
+            f"{file.path}: {key}_pattern is {str(pattern)[:40]}; it must be a number of at most {layers} or say of "
+            f"each of the {layers} layers whether it has a window; the file is corrupt"
         )
     return tuple(window if one else 0 for one in inside)
 

@@ -118,6 +118,11 @@ class ModelConfig:
         return [layer for layer in range(self.n_layers) if not self.window(layer)]
 
     @property
+    def d_ff_computed(self) -> int:
+        """The width of all that a token passes in a feed-forward."""
+        return self.d_ff * (self.experts.used if self.experts else 1)
+
+    @property
     def kv_bytes_per_token(self) -> int:
         """Bytes of keys and values that one token leaves in the cache, over all layers (float32)."""
         return self.n_layers * 2 * self.n_kv_heads * self.head_dim * 4

@@ -83,14 +83,13 @@ CASES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def config(name: str) -> dict[str, Any]:
+def config(name: str, **changes: Any) -> dict[str, Any]:
     """config.json of a case."""
-    return {**_COMMON, **CASES[name]}
+    return {**_COMMON, **CASES[name], **changes}
 
 
-def _shapes(name: str) -> dict[str, tuple[int, ...]]:
+def _shapes(c: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """The tensors of a case's checkpoint."""
-    c = config(name)
     d, f, width = c["hidden_size"], c["intermediate_size"], c.get("head_dim", DH)
     q, kv = c["num_attention_heads"] * width, c["num_key_value_heads"] * width
     kind = c["model_type"]
@@ -136,10 +135,11 @@ def _shapes(name: str) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def weights(name: str) -> dict[str, np.ndarray]:
+def weights(name: str, **changes: Any) -> dict[str, np.ndarray]:
     """The tensors of a case, float32: whole multiples of 1/256, so that every reader holds the same numbers."""
-    result, centre = {}, 0.0 if config(name)["model_type"].startswith("gemma") else 1.0
-    for tensor, shape in _shapes(name).items():
+    c = config(name, **changes)
+    result, centre = {}, 0.0 if c["model_type"].startswith("gemma") else 1.0
+    for tensor, shape in _shapes(c).items():
         rng = np.random.default_rng(zlib.crc32(f"{name} {tensor}".encode()))
         size = 0.25 if len(shape) == 1 else 1.5 / np.sqrt(shape[-1])
         if ".gate.weight" in tensor:
@@ -149,13 +149,13 @@ def weights(name: str) -> dict[str, np.ndarray]:
     return result
 
 
-def write_checkpoint(name: str, folder: Path) -> Path:
-    """The case as a Hugging Face folder, with the vocabulary of another golden."""
+def write_checkpoint(name: str, folder: Path, **changes: Any) -> Path:
+    """The case as a Hugging Face folder, with the vocabulary of another golden; ``changes``: of its config.json."""
     from safetensors.numpy import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config(name)))
-    save_file(weights(name), folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config(name, **changes)))
+    save_file(weights(name, **changes), folder / "model.safetensors", metadata={"format": "pt"})
     for file in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
         shutil.copy(GOLDENS / "convert" / "hf-qwen2" / file, folder / file)
     return folder

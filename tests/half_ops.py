@@ -43,18 +43,27 @@ class HalfOps(NumpyOps):
     def swiglu(self, gate_up: np.ndarray) -> np.ndarray:
         return half(super().swiglu(gate_up))
 
+    def geglu(self, gate_up: np.ndarray) -> np.ndarray:
+        return half(super().geglu(gate_up))
+
     def unit_means(self, k: np.ndarray, unit: int) -> np.ndarray:
         return half(super().unit_means(k, unit))
 
-    def attend(self, q: Any, k: Any, v: Any, out: Any = None, reach: Reach = None) -> np.ndarray:
+    def attend(  # type: ignore[override]
+        self, q: Any, k: Any, v: Any, out: Any = None, reach: Reach = None, *, first: Any = None, cap: float = 0.0
+    ) -> np.ndarray:
         assert reach is None or not any(reach)
         tokens, heads, width = q.shape
         kv_heads, keys, _ = k.shape
         result = np.empty_like(q)
         later = np.arange(keys)[None, :] > (keys - tokens + np.arange(tokens))[:, None]
+        if first is not None:
+            later |= np.arange(keys)[None, :] < np.asarray(first)[:, None]
         for head in range(heads):
             group = head // (heads // kv_heads)
             scores = q[:, head] @ k[group].T * np.float32(1 / math.sqrt(width))
+            if cap:
+                scores = np.float32(cap) * np.tanh(scores / np.float32(cap))
             scores[later] = -np.inf
             weights = np.exp(scores - scores.max(axis=1, keepdims=True))
             result[:, head] = half(half(weights) @ v[group] / weights.sum(axis=1, keepdims=True))

@@ -70,16 +70,22 @@ class RoundedOps(NumpyOps):
         q, k, v = super().qkv(*args)
         return q, k.astype(np.float16), v.astype(np.float16)
 
-    def attend(self, q: Any, k: Any, v: Any, out: Any = None, reach: Reach = None) -> np.ndarray:
+    def attend(  # type: ignore[override]
+        self, q: Any, k: Any, v: Any, out: Any = None, reach: Reach = None, *, first: Any = None, cap: float = 0.0
+    ) -> np.ndarray:
         assert reach is None or not any(reach)
         tokens, heads, width = q.shape
         kv_heads, keys, _ = k.shape
         rounded = bfloat16 if self.bf16 and tokens > 1 else np.float32
         result = np.empty_like(q) if out is None else out
         later = np.arange(keys)[None, :] > (keys - tokens + np.arange(tokens))[:, None]
+        if first is not None:
+            later |= np.arange(keys)[None, :] < np.asarray(first)[:, None]
         for head in range(heads):
             group = head // (heads // kv_heads)
             scores = rounded(q[:, head]) @ rounded(k[group].astype(np.float32)).T * np.float32(1 / math.sqrt(width))
+            if cap:
+                scores = np.float32(cap) * np.tanh(scores / np.float32(cap))
             scores[later] = -np.inf
             weights = np.exp(scores - scores.max(axis=1, keepdims=True))
             mixed = rounded(weights) @ rounded(v[group].astype(np.float32))

@@ -42,7 +42,15 @@ def first_layer(config: ModelConfig) -> int:
     """The earliest layer that any candidate cuts at. Raises SettingError for a model too shallow to be cut."""
     if config.n_layers < 4:
         raise SettingError(f"calibrate: this model has {config.n_layers} layers, at least 4 are needed to prune it")
-    return max(1, round(_EARLIEST * config.n_layers))
+    earliest = max(1, round(_EARLIEST * config.n_layers))
+    # A layer with a window of its own cannot tell what is wanted.
+    layers = [layer for layer in config.sees_all() if 1 <= layer < config.n_layers - 1]
+    if not layers:
+        raise SettingError(
+            "calibrate: no layer of this model before its last sees everything, and only such a layer can tell which "
+            "blocks are wanted; it runs with prune='off'"
+        )
+    return next((layer for layer in layers if layer >= earliest), layers[-1])
 
 
 def scoring(config: ModelConfig) -> PrunePlan:
@@ -52,7 +60,8 @@ def scoring(config: ModelConfig) -> PrunePlan:
     very end holds for prompts as people write them. They remain for plans of one's own.
     """
     last = max(first_layer(config), min(round(_LATEST * config.n_layers), config.n_layers - 2))
-    stages = tuple(Stage(layer, 1.0) for layer in range(first_layer(config), last + 1))
+    inside = (layer for layer in config.sees_all() if first_layer(config) <= layer <= last)
+    stages = tuple(Stage(layer, 1.0) for layer in inside)
     return PrunePlan(stages, score=ASKED, min_tokens=MIN_TOKENS)
 
 
@@ -120,7 +129,8 @@ def work(config: ModelConfig, plan: PrunePlan, tokens: int) -> float:
     """
     c = config
     q, kv = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
-    dense = tokens * (c.d_model * (2 * q + 2 * kv + 3 * c.d_ff) + q * tokens) * c.n_layers
+    dense = tokens * (c.d_model * (2 * q + 2 * kv + 3 * c.d_ff_computed)) * c.n_layers
+    dense += sum(q * tokens * _seen(c, layer, tokens) for layer in range(c.n_layers))
     return sum(_by_layer(config, plan, tokens)) / dense
 
 
@@ -132,6 +142,11 @@ def recomputed(config: ModelConfig, plan: PrunePlan, tokens: int) -> float:
     return sum(by_layer[plan.stages[0].layer + 1 :]) / sum(by_layer)
 
 
+def _seen(config: ModelConfig, layer: int, rows: int) -> int:
+    """Twice the keys that each of so many rows sees on average: half of them, or a window."""
+    return min(rows, 2 * config.window(layer) or rows)
+
+
 def _by_layer(config: ModelConfig, plan: PrunePlan, tokens: int) -> list[float]:
     """Multiply-adds of each layer."""
     c = config
@@ -141,12 +156,12 @@ def _by_layer(config: ModelConfig, plan: PrunePlan, tokens: int) -> list[float]:
     rows, found = tokens, []
     for layer in range(c.n_layers):
         projections = c.d_model * (q + 2 * kv) * rows
-        attention: float = q * rows * rows
+        attention: float = q * rows * _seen(c, layer, rows)
         if layer in limits.reach:
             saved = [_keys(0, limits.rows) - _keys(reach, limits.rows) for reach in limits.reach[layer]]
             attention -= q * 2 * sum(saved) / c.n_kv_heads
         rows = min(rows, cut_at.get(layer, rows))  # the output projection is cheap, and comes before the cut
-        found.append(projections + attention + c.d_model * (q + 3 * c.d_ff) * rows)
+        found.append(projections + attention + c.d_model * (q + 3 * c.d_ff_computed) * rows)
     return found
 
 

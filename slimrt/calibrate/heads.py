@@ -31,11 +31,13 @@ def head_losses(
     bound: float,
     measure: Callable[[Sequence[PrunePlan]], Iterable[float]],
 ) -> dict[Head, float]:
-    """The KL that each KV head loses under a window, the last layer's excepted (it computes the wanted rows only).
+    """The KL that each KV head loses under a window, the last layer's excepted (it computes the wanted rows only),
+    and those of layers that have a window of their own.
 
     ``measure`` gives the KL of plans, ``bound`` is what a plan may lose at most.
     """
-    layers, every = range(config.n_layers - 1), range(config.n_kv_heads)
+    layers = [layer for layer in config.sees_all() if layer < config.n_layers - 1]
+    every = range(config.n_kv_heads)
     losses = dict(zip(layers, measure([_limited(config, scoring, {layer: every}) for layer in layers]), strict=True))
     found = {(layer, head): losses[layer] / len(every) for layer in layers for head in every}
     loud = [(layer, head) for layer, head in found if losses[layer] > _QUIET * bound]

@@ -197,6 +197,14 @@ def largest_context(
 
 def unsupported(config: ModelConfig) -> str | None:
     """Why the GPU's kernels cannot run a model of these sizes, in one line, or None."""
+    for lacking, what in (
+        (config.windows, "layers with sliding windows"),
+        (config.attention_cap, "soft caps of attention"),
+        (config.parallel, "attention and feed-forward side by side"),
+        (config.experts, "mixtures of experts"),
+    ):
+        if lacking:
+            return f"the GPU backend lacks {what}, which {config.arch} has; use device='cpu' (--device cpu)"
     if config.head_dim not in HEAD_WIDTHS:
         return (
             f"the model's heads are {config.head_dim} wide, the GPU's attention kernels take "

@@ -13,7 +13,7 @@ from pathlib import Path
 from slimrt.config import CacheConfig, ModelConfig
 from slimrt.errors import SettingError
 from slimrt.ops import control_groups
-from slimrt.ops.numpy.numpy_ops import KEY_TILE, QUERY_TILE, ROW_CHUNK
+from slimrt.ops.numpy.numpy_ops import KEY_TILE, MASKED_SCORES, QUERY_TILE, ROW_CHUNK
 from slimrt.ops.numpy.workers import available_cores
 from slimrt.weights.gguf import GGUFFile
 
@@ -162,9 +162,12 @@ def _budgeted(config: ModelConfig, cache: CacheConfig, kv_per_token: int) -> tup
     if cache.budget is None or cache.budget >= cache.ctx:
         return cache.ctx * kv_per_token, 0
     means = cache.ctx // cache.unit + cache.ctx // cache.block // cache.group
-    resident = cache.slots * cache.block * kv_per_token + means * kv_per_token // 2  # means of keys only
-    staging = (1 + cache.lookahead) * cache.ctx * kv_per_token // config.n_layers
-    return resident, cache.ctx * kv_per_token + staging
+    # Layers with windows of their own keep all rows where the model computes.
+    layer, budgeted = kv_per_token // config.n_layers, len(config.sees_all())
+    resident = cache.slots * cache.block * layer * budgeted + means * layer * budgeted // 2  # means of keys only
+    resident += cache.ctx * layer * (config.n_layers - budgeted)
+    staging = (1 + cache.lookahead) * cache.ctx * layer if budgeted else 0
+    return resident, cache.ctx * layer * budgeted + staging
 
 
 def largest_context(
@@ -202,13 +205,17 @@ def largest_context(
 def _prefill_scratch(c: ModelConfig, ctx: int, threads: int, packed: bool) -> int:
     """Floats alive at the peak of ``Engine.prefill`` with T = ctx, weights and cache excluded."""
     q, kv = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
-    angles = c.rope.dims
+    angles = c.rope.dims * (2 if c.local_rope else 1)
     # While the layer attends: x, q, k, v, the result, the keys with their extra column, angles. In the feed-forward:
     # x before and after, q, k, v, angles.
     rows = ctx * max(c.d_model + 2 * q + 2 * kv + c.n_kv_heads * (c.head_dim + 1) + angles, 2 * c.d_model + q + 2 * kv)
     group = c.n_heads // c.n_kv_heads
     tile = QUERY_TILE * group * (KEY_TILE + 4 * c.head_dim)
     chunk = min(ctx, ROW_CHUNK) * (4 * c.d_ff + 3 * c.d_model)
+    if c.windows or c.attention_cap:  # scores of a mask of its own, and what the softmax makes of them
+        tile = max(tile, 3 * MASKED_SCORES)
+    if c.experts:  # all rows normed and mixed, and those of one expert on their way
+        rows += ctx * (2 * c.d_model + 4 * c.d_ff + 2 * c.d_model)
     unpacked = 0
     if packed:
         unpacked = c.d_model * (2 * q + 2 * kv + 3 * c.d_ff)
@@ -220,7 +227,10 @@ def _fast_scratch(c: ModelConfig, ctx: int, threads: int) -> int:
     q, kv = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
     # While the layer attends: x, q, the result, angles, k and v in float16, their panels. In the feed-forward: x before
     # and after in place of one of q and the result, no panels.
-    row = _FLOAT * (max(c.d_model + 2 * q, 2 * c.d_model + q) + c.rope.dims + 3 * kv)
+    angles = c.rope.dims * (2 if c.local_rope else 1)
+    row = _FLOAT * (max(c.d_model + 2 * q, 2 * c.d_model + q) + angles + 3 * kv)
+    if c.experts:  # all rows normed and mixed, those of one expert, and its result
+        row += _FLOAT * 4 * c.d_model
     panels = _FLOAT * c.d_model * (2 * q + 2 * kv + 3 * c.d_ff)
     tile = KEY_TILE * c.n_heads // c.n_kv_heads * (2 * c.head_dim + 2)
     slice_ = ROW_CHUNK * (2 * c.d_model + max(c.d_ff, q + 2 * kv))

@@ -93,7 +93,7 @@ class LayerOps:
                 self.norm_heads(q, norms.q_gain, norms.eps)
                 self.norm_heads(k, norms.k_gain, norms.eps)
                 if norms.scale != 1:
-                    q *= norms.scale
+                    q[...] = q * np.float32(norms.scale)
             if cos.shape[1]:
                 self.rope(joint[:, : count + kv_count], cos, sin)  # q and k, in place
             return q, k, v
@@ -187,9 +187,9 @@ class LayerOps:
 
     def merged(self: Any, x: Array, y: Array, merge: Merge) -> Array:
         """x [T, D] + y [T, D] as ``merge`` says."""
-        y = y.astype(np.float32, copy=False)
         if merge.gain is not None:
-            y = self.rmsnorm(y, merge.gain, merge.eps).astype(np.float32, copy=False)
+            y = self.rmsnorm(_wide(y), merge.gain, merge.eps)
+        y = _wide(y)
         return x + y * np.float32(merge.scale) if merge.scale != 1 else x + y
 
     def by_rows(self: Any, part: Callable[..., tuple[Array, ...]], *rows: Array) -> tuple[Array, ...]:
@@ -213,6 +213,11 @@ class LayerOps:
 
         self.rows(run, count)
         return tuple(whole)
+
+
+def _wide(x: Array) -> Array:
+    """``x`` as float32."""
+    return x if x.dtype == np.float32 else x.astype(np.float32)
 
 
 def by_expert(chosen: np.ndarray, weights: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:

@@ -236,9 +236,21 @@ def check_plan(plan: PrunePlan, config: ModelConfig) -> None:
                 f"prune plan: layer {stage.layer}; this model has layers 0..{config.n_layers - 1} and cuts come before "
                 "the last; use a plan made for this model"
             )
+        if config.window(stage.layer):
+            near = min(config.sees_all(), key=lambda layer: abs(layer - stage.layer), default=None)
+            remedy = "no layer sees everything; use prune='off'" if near is None else f"layer {near} sees everything"
+            raise SettingError(
+                f"prune plan: layer {stage.layer} sees the last {config.window(stage.layer)} tokens only, and cannot "
+                f"tell which blocks are wanted; {remedy}"
+            )
     for window in plan.windows:
         if window.layer >= config.n_layers or len(window.reach) != config.n_kv_heads:
             raise SettingError(
                 f"prune plan: window of layer {window.layer} for {len(window.reach)} KV heads; this model has layers "
                 f"0..{config.n_layers - 1} and {config.n_kv_heads} KV heads; use a plan made for this model"
+            )
+        if config.window(window.layer):
+            raise SettingError(
+                f"prune plan: window of layer {window.layer}, which has one of {config.window(window.layer)} tokens of "
+                "its own; leave it out"
             )

@@ -117,10 +117,13 @@ def choose_plan(spec: PrunePlan | str | Path, file: GGUFFile, config: ModelConfi
 
 
 def _cautious(config: ModelConfig) -> PrunePlan | None:
-    """Half of the tokens after three quarters of the layers, or None for a model too shallow for that."""
-    layer = round(0.75 * config.n_layers)
-    if layer >= config.n_layers - 1:
+    """Half of the tokens after three quarters of the layers, or the nearest layer that sees everything; None for a
+    model too shallow for that."""
+    wanted = round(0.75 * config.n_layers)
+    layers = [layer for layer in config.sees_all() if 1 <= layer < config.n_layers - 1]
+    if wanted >= config.n_layers - 1 or not layers:
         return None
+    layer = min(layers, key=lambda one: (abs(one - wanted), one))
     return PrunePlan(stages=(Stage(layer, 0.5),), score=ASKED, min_tokens=1024)
 
 

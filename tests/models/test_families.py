@@ -10,8 +10,10 @@ import pytest
 from slimrt.config import CacheConfig
 from slimrt.convert import convert_checkpoint
 from slimrt.engine import Engine
+from slimrt.errors import SettingError
 from slimrt.models import build, read_config, stretch_rope
 from slimrt.ops.numpy.numpy_ops import NumpyOps
+from slimrt.prune.plan import PrunePlan, Stage, Window, check_plan
 from slimrt.session import Session
 from slimrt.weights.gguf import GGUFFile
 from tests.families import CASES, GOLDENS, prompts, write_checkpoint
@@ -51,3 +53,94 @@ def test_logits(name: str, files: dict[str, Path]) -> None:
             assert one.logits is not None
             error = np.abs(one.logits - exact).max()
             assert error <= K * unit, f"prompt {i}: {error:g} > {K} * {unit:g}"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_compiled_kernels(name: str, files: dict[str, Path]) -> None:
+    """A prompt longer than the windows, then tokens one by one, in the precision of the kernels."""
+    pytest.importorskip("numba")
+    from slimrt.ops.fast.fast_ops import FastOps
+    from slimrt.ops.fast.features import detect
+    from tests.rounded_ops import SLACK, errors, session_on
+
+    if not detect().avx2:
+        pytest.skip("this processor has no fast path")
+    ours = session_on(FastOps(2), files[name], 128)
+    found, naive = errors(files[name], ours, prompts()[0], 70)
+    assert ours.engine._decoder is not None
+    assert found.max() <= SLACK * naive.max(), f"{found.max():g} > {SLACK} * {naive.max():g}"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_pruning(name: str, files: dict[str, Path]) -> None:
+    """A plan that keeps everything is dense bit for bit, also for what follows; one that cuts keeps windows right."""
+    config, ids = read_config(GGUFFile(files[name])), prompts()[0]
+    layers = [layer for layer in config.sees_all() if layer < config.n_layers - 1]
+    if not layers:
+        # Every layer before the last has a window: there is none that could choose.
+        with pytest.raises(SettingError, match=r"sees the last \d+ tokens only"):
+            check_plan(PrunePlan((Stage(1, 0.5),)), config)
+        return
+    keeps_all = PrunePlan(tuple(Stage(layer, 1.0) for layer in layers), block=16)
+    dense, kept = (session(files[name], NumpyOps(1), 128) for _ in range(2))
+    for plan, one in ((None, dense), (keeps_all, kept)):
+        one.prefill(ids[:60], plan)
+        one.extend(ids[60:61])
+    np.testing.assert_array_equal(dense.logits, kept.logits)
+    kept.prefill(ids, keeps_all)  # computes the stages behind the cut anew, in products of other sizes
+    dense.prefill(ids)
+    np.testing.assert_allclose(dense.logits, kept.logits, atol=1e-4)
+    cuts = PrunePlan((Stage(layers[0], 0.5),), block=16, query_window=8)
+    one, again = (session(files[name], NumpyOps(1), 128) for _ in range(2))
+    assert one.prefill(ids, cuts).stages == (43,)  # two whole blocks and the last one
+    again.prefill(ids[:60], cuts)
+    again.prefill(ids, cuts)  # a further question reuses the layers up to the cut
+    np.testing.assert_allclose(one.logits, again.logits, atol=1e-4)
+    one.extend(ids[:1])
+    assert one.logits is not None and np.isfinite(one.logits).all()
+
+
+@pytest.mark.parametrize("name", ["gemma2", "cohere2", "mistral", "qwen3moe"])
+def test_kv_budget(name: str, files: dict[str, Path]) -> None:
+    """A budget that everything fits into after all changes nothing; a smaller one runs."""
+    ids = prompts()[0]
+    whole, roomy, tight = (session(files[name], NumpyOps(1), 128, budget) for budget in (None, 112, 96))
+    for one in (whole, roomy, tight):
+        one.prefill(ids)
+        for token in ids[:25]:
+            one.extend([token])
+    np.testing.assert_allclose(roomy.logits, whole.logits, atol=1e-5)
+    assert tight.logits is not None and np.isfinite(tight.logits).all()
+
+
+def test_plans_respect_windows(files: dict[str, Path]) -> None:
+    config = read_config(GGUFFile(files["gemma2"]))
+    assert config.windows == (20, 0, 20, 0)
+    with pytest.raises(SettingError, match=r"layer 2 sees the last 20 tokens only.*layer 1 sees everything"):
+        check_plan(PrunePlan((Stage(2, 0.5),)), config)
+    with pytest.raises(SettingError, match="window of layer 0, which has one of 20 tokens of its own"):
+        check_plan(PrunePlan(windows=(Window(0, (64, 64)),)), config)
+    check_plan(PrunePlan((Stage(1, 0.5),)), config)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma", "granite"])
+def test_cuda(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Norms of heads, GELU and multipliers on the GPU's kernels, in emulation."""
+    from tests import emulation
+    from tests.fake_cupy import FakeCupy
+    from tests.half_ops import HalfOps
+    from tests.rounded_ops import read_and_decoded
+
+    if emulation.compiler() is None:
+        pytest.skip("running CUDA sources on the CPU needs g++")
+    FakeCupy(monkeypatch)
+    from slimrt.ops.cuda.cupy_ops import CupyOps
+
+    changes = {"head_dim": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 2}
+    path = tmp_path / "model.gguf"
+    convert_checkpoint(write_checkpoint(name, tmp_path / name, **changes), path, "f16")
+    ids = prompts()[1]
+    truth, naive, found = (
+        read_and_decoded(session(path, ops, 128), ids, 7) for ops in (NumpyOps(1), HalfOps(), CupyOps())
+    )
+    assert np.abs(found - truth).max() <= 3 * np.abs(naive - truth).max()

@@ -43,6 +43,12 @@ _MAX_GROUP = 16  # query heads of one KV head that the decode kernel takes
 _SPLIT_KEYS = 128  # that one block of the decode kernel should have at least
 
 
+def _as_llama(c: ModelConfig) -> bool:
+    """Whether a model's layers are LLaMA's."""
+    scaled = any(scale != 1 for scale in (c.query_scale, c.embedding_scale, c.residual_scale))
+    return c.norms == "before" and c.qk_norm == "none" and c.activation == "silu" and not scaled and not c.turns
+
+
 def row_chunk(total: int) -> int:
     """How many rows pass the row-wise part of a layer together on a GPU of ``total`` bytes."""
     return _LARGE_CHUNK if total >= _PLENTIFUL else ROW_CHUNK
@@ -154,11 +160,12 @@ class CupyOps(FewRows, InPlaceLayer):
 
     def decoder(self, model: Any, *, budget: bool = False) -> CapturedDecode | None:
         """Decode by captured graphs; None where the kernels of a single token do not take the model's heads (many to a
-        group, or rotated in part), for streamed weights, which move, and under a budget: what the cache chooses is not
-        known when a graph begins."""
+        group, or rotated in part) or its layers are others than LLaMA's, for streamed weights, which move, and under a
+        budget: what the cache chooses is not known when a graph begins."""
         c: ModelConfig = model.config
         moves, wide = budget or model.streamed, c.n_heads // c.n_kv_heads > _MAX_GROUP
-        return None if moves or wide or c.rope.dims != c.head_dim else CapturedDecode(model, self)
+        part = c.rope.dims != c.head_dim
+        return None if moves or wide or part or not _as_llama(c) else CapturedDecode(model, self)
 
     # -- compute ----------------------------------------------------------------------------------------------------
 
@@ -237,13 +244,33 @@ class CupyOps(FewRows, InPlaceLayer):
         self._check("swiglu", gate_up, self.dtype, (None, None))
         return super().swiglu(gate_up)
 
-    def attend(self, q: Array, k: Array, v: Array, out: Array | None = None, reach: Reach = None) -> Array:
+    def geglu(self, gate_up: Array) -> Array:
+        """gelu(gate) * up, by tanh; gate_up [T, 2F] with gate first -> [T, F]."""
+        self._check("geglu", gate_up, self.dtype, (None, None))
+        return self._gate(gate_up, GELU=1)
+
+    def normed(self, x: Array, gain: Array | None, eps: float) -> Array:
+        """x float32 [T, D] as products want it, float16: normed, or as it is."""
+        return x.astype(self.dtype) if gain is None else self.rmsnorm(x, gain, eps)
+
+    def norm_heads(self, x: Array, gain: Array | None, eps: float) -> None:
+        """Norm x float16 [T, heads, Dh] in place, by head or (``gain`` [heads Dh]) by row."""
+        if gain is not None:
+            rows = x.astype(np.float32).reshape(-1, len(gain))
+            x[...] = self.rmsnorm(rows, gain, eps).reshape(x.shape)
+
+    def attend(
+        self, q: Array, k: Array, v: Array, out: Array | None = None, reach: Reach = None,
+        *, first: np.ndarray | None = None, cap: float = 0.0,
+    ) -> Array:  # fmt: skip
         """Causal grouped-query attention by index: query row t sees key rows 0 .. N-T+t, within the heads' ``reach``.
 
         q [T, H, Dh], k and v [Hkv, N, Dh] of one stride -> [T, H, Dh].
         """
         tokens, heads, width = q.shape
         kv_heads, keys, _ = k.shape
+        if first is not None or cap:
+            raise DeviceError("the GPU's kernels have no windows by row and no soft caps; use device='cpu'")
         self._check_heads("attend", q, k)
         if v.shape != k.shape or v.strides != k.strides:
             raise DeviceError(f"attend: v is {v.shape}, k {k.shape}; they must have one layout; this is a bug")
@@ -339,8 +366,10 @@ class CupyOps(FewRows, InPlaceLayer):
                int(kind != "token_max"), T="f16", DH=width)  # fmt: skip
         return self.to_host(scores)
 
-    def block_mass(self, q: Array, k: Array, block: int, causal: bool) -> np.ndarray:
+    def block_mass(self, q: Array, k: Array, block: int, causal: bool, cap: float = 0.0) -> np.ndarray:
         """Attention of q [W, H, Dh] by block of k [Hkv, N, Dh] -> [W, H, B] on the host; see ``scores.block_mass``."""
+        if cap:
+            raise DeviceError("the GPU's kernels have no soft caps; use device='cpu'")
         window, heads, width = q.shape
         kv_heads, rows, _ = k.shape
         self._check_heads("block_mass", q, k)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from slimrt.ops.cuda.memory import reported
-from slimrt.ops.layer import LayerOps
+from slimrt.ops.layer import Activation, LayerOps, Merge
 
 __all__ = ["InPlaceLayer", "multiply"]
 
@@ -42,7 +42,11 @@ class InPlaceLayer(LayerOps):
     """``LayerOps`` whose ``project`` and ``feed_forward`` leave their result where x was, and return it: the product is
     added to the residual stream as it is computed."""
 
-    def project(self: Any, x: Array, attention: Array, weight: Any, bias: Array | None) -> Array:
+    def project(
+        self: Any, x: Array, attention: Array, weight: Any, bias: Array | None, merge: Merge | None = None
+    ) -> Array:
+        if merge is not None:
+            return LayerOps.project(self, x, attention, weight, bias, merge)
         attention = attention.reshape(len(x), -1)
 
         def part(at: slice) -> None:
@@ -55,16 +59,24 @@ class InPlaceLayer(LayerOps):
     def feed_forward(
         self: Any,
         x: Array,
-        gain: Array,
+        gain: Array | None,
         eps: float,
         gate_up: Any,
         gate_up_bias: Array | None,
         down: Any,
         down_bias: Array | None,
+        activation: Activation = "silu",
+        merge: Merge | None = None,
+        residual: Array | None = None,
     ) -> Array:
+        if merge is not None or residual is not None:
+            return LayerOps.feed_forward(
+                self, x, gain, eps, gate_up, gate_up_bias, down, down_bias, activation, merge, residual
+            )
+
         def part(at: slice) -> None:
             rows = x[at]
-            hidden = self.swiglu(self.linear(self.rmsnorm(rows, gain, eps), gate_up, gate_up_bias))
+            hidden = self.gated(self.linear(self.normed(rows, gain, eps), gate_up, gate_up_bias), activation)
             self.add_linear(rows, hidden, down, down_bias, out=rows)
 
         self.rows(part, len(x))

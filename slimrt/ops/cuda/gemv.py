@@ -127,10 +127,13 @@ class FewRows(CupyMemory):
 
     def swiglu(self, gate_up: Array) -> Array:
         """silu(gate) * up; gate_up [T, 2F] with gate first -> [T, F]."""
+        return self._gate(gate_up)
+
+    def _gate(self, gate_up: Array, **macros: Any) -> Array:
         tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
         out = self.empty((tokens, width))
         grid = (tokens, -(-width // 2048))
-        self.kernels.launch("swiglu", "swiglu", grid, 256, gate_up, out, width, T=self.half_type)
+        self.kernels.launch("swiglu", "swiglu", grid, 256, gate_up, out, width, T=self.half_type, **macros)
         return out
 
     def begin(self, weight: CudaWeight, host: np.ndarray, device: Array) -> Array:

@@ -15,7 +15,9 @@ Per layer, each line a job that begins when the one before has ended:
 
 Norms behind a part and multipliers of the residual stream are a job more. With experts the router's product and the
 choice come before gate and up, and the choice writes into the arguments of the products behind it which matrices they
-read (``mixture.py``). And behind the last layer a norm and the head. The residual stream goes from ``hidden`` to the layer's row of
+read (``mixture.py``).
+
+Behind the last layer stand a norm and the head. The residual stream goes from ``hidden`` to the layer's row of
 ``middle`` (after attention) and back to ``hidden``. What changes from token to token are a few words of the jobs'
 arguments: how many rows a layer holds, and where they lie. Under a KV budget the cache chooses what the query reads:
 there the program halts before every attention.
@@ -48,6 +50,7 @@ from slimrt.ops.fast.gemv import Product, Rows, add_products, aligned_zeros
 from slimrt.ops.fast.kernels import Kernel, compile_kernel
 from slimrt.ops.fast.lanes import exp, spoil
 from slimrt.ops.fast.layer_kernels import head_norm_words, norm_heads, norm_in_place
+from slimrt.ops.fast.mixture import Stacked, add_stacked, choose_kernel, gate_experts_kernel, gate_items
 from slimrt.ops.fast.team import Program, address
 from slimrt.ops.fast.vectors import (
     F16X16,
@@ -76,7 +79,7 @@ def norm_kernel(features: Features) -> Kernel:
     """``out = x / np.sqrt(np.mean(x * x) + eps) * gain`` [n], all padded with zeros to 16; then rounded to int8.
 
     Args: 0 x, 1 gain or 0 (out = x), 2 n, 3 eps (float), 4 out, 5 padded columns, 6 whether to round, 7 whether to
-    subtract the mean from x first, in place.
+    subtract the mean from x first.
     """
 
     def norm(item, thread, args):
@@ -250,6 +253,8 @@ class Decoder:
         self._joint = self._floats(1, heads * c.head_dim)[0]
         count = c.experts.used if c.experts else 1
         self._gate, self._up = (self._floats(count, c.d_ff) for _ in range(2))
+        self._routed = self._floats(1, c.experts.count if c.experts else 1)[0]
+        self._weights = self._floats(1, count)[0]
         self._result = self._floats(1, c.d_model)[0]  # what is normed or scaled before it joins the residual stream
         self._row = np.zeros((2, c.n_kv_heads, 1, c.head_dim), np.float16)  # a key and a value on their way to a cache
         self._angles = self._floats(2 * len(self._model.rope_tables), max(1, c.rope.dims // 2))
@@ -295,7 +300,8 @@ class Decoder:
             q_gain, k_gain, whole, 0.0 if norms is None else float(norms.eps), 1.0 if norms is None else norms.scale,
         )  # fmt: skip
         attend = program.add(
-            attend_kernel(features, c.head_dim, c.n_heads // c.n_kv_heads, c.attention_cap), 0, joint, 0, 0, 0, 0, 1, c.n_kv_heads, 0, 0,
+            attend_kernel(features, c.head_dim, c.n_heads // c.n_kv_heads, c.attention_cap), 0,
+            joint, 0, 0, 0, 0, 1, c.n_kv_heads, 0, 0,
             address(self._partial), 0, address(self._scratch), self._scratch.strides[0], 0,
         )  # fmt: skip
         job = len(program) - 1
@@ -307,7 +313,8 @@ class Decoder:
         # Where feed-forward and attention read one norm, that is made anew: its buffer has the same numbers.
         self._joined(self._mixed, out, middle, layer.out_bias, hidden, layer.attn_merge)
         if layer.experts is not None:
-            self._norm(middle, self._vector(layer.ffn_norm, d), self._rows(layer.experts.gate_up[0]))
+            consumers = [*self._rows(layer.experts.gate_up[0]), *self._rows(layer.experts.router)]
+            self._norm(middle, self._vector(layer.ffn_norm, d), consumers)
             self._add_experts(layer, middle, hidden)
             return _Layer(append, attend, join, job, c.window(number))
         gate_up, down = self._rows(layer.gate_up), self._rows(layer.down)
@@ -321,6 +328,36 @@ class Decoder:
         if c.parallel:  # the state that a boundary keeps is that after the whole layer, as in prefill
             self._copy(hidden, middle)
         return _Layer(append, attend, join, job, c.window(number))
+
+    def _add_experts(self, layer: Any, middle: int, hidden: int) -> None:
+        """The router's choice and the chosen experts' feed-forwards, from ``middle`` to ``hidden``; see ``mixture``."""
+        c, features, program, experts = self.config, self._ops.features, self._program, layer.experts
+        used, count = experts.used, len(experts.down)
+        self._products(self._normed, self._rows(experts.router), [address(self._routed)], None)
+        gate, up = (Stacked.of(experts.gate_up, part, features) for part in range(2))
+        down = Stacked.of(experts.down, 0, features)
+        chosen, places = np.zeros(used, np.int64), np.zeros((3 * used, 3), np.int64)
+        self._kept += [gate, up, down, chosen, places]
+        program.add(
+            choose_kernel(features), 1, address(self._routed), count, used, int(experts.normalised),
+            address(self._weights), address(chosen), address(places), len(places),
+        )  # fmt: skip
+        outs = [address(rows[slot]) for rows in (self._gate, self._up) for slot in range(used)]
+        words = add_stacked(program, self._ops, address(self._normed), outs, [gate] * used + [up] * used)
+        program.add(
+            gate_experts_kernel(features, c.activation), gate_items(c.d_ff, used),
+            address(self._gate), address(self._up), self._gate.strides[0], address(self._activated),
+            self._activated.strides[0], padded(c.d_ff), address(self._weights),
+        )  # fmt: skip
+        to, before = (address(self._result), 0) if layer.ffn_merge is not None else (hidden, middle)
+        for slot in range(used):
+            words += add_stacked(program, self._ops, address(self._activated[slot]), [to], [down], before)
+            before = to
+        if layer.ffn_merge is not None:
+            self._merge(layer.ffn_merge, middle, hidden)
+        stacks = [gate] * used + [up] * used + [down] * used
+        for number, (stack, word) in enumerate(zip(stacks, words, strict=True)):
+            places[number] = word, address(stack.places), number % used
 
     def _copy(self, source: int, to: int) -> None:
         d = self.config.d_model

@@ -196,8 +196,8 @@ def tile_scratch(features: Features, group: int, head_dim: int) -> int:
 
 @cache
 def flash_kernel(features: Features, lowest: bool = False, cap: float = 0.0) -> Kernel:
-    """One tile of queries of one KV head. ``cap``: scores are capped softly; ``lowest``: each row has a first key of its
-    own (15), and no other is read before it.
+    """One tile of queries of one KV head. ``cap``: scores are capped softly; ``lowest``: each row has a first key of
+    its own (15), and none before it is read.
 
     0 tiles: int64 [items, 4] of (first token, tokens, KV head, first row it reads besides the sink or 0),
     1 q float32 [T, H, Dh], 2 H, 3 Hkv, 4 Dh, 5 Dh padded, 6 N, 7 T, 8 panels of keys, 9 of values, 10 blocks of keys,

@@ -144,8 +144,12 @@ def add_products(
     distance: int,
     vectors: int,
     products: Sequence[Product],
-) -> None:
-    """Jobs that multiply the vectors in activation buffers with matrices [out_i, in]: one for each type among them."""
+) -> list[tuple[np.ndarray, list[Product]]]:
+    """Jobs that multiply the vectors in activation buffers with matrices [out_i, in]: one for each type among them.
+
+    Returns the arguments of each job, and whose matrices are in it.
+    """
+    jobs = []
     for kind in dict.fromkeys(product.rows.format.kind for product in products):
         same = [product for product in products if product.rows.format.kind == kind]
         size = _rows_an_item(sum(product.rows.tensor.shape[0] for product in same), threads)
@@ -154,7 +158,11 @@ def add_products(
             words += [items, *product.rows.arguments(), product.out, product.distance, product.bias, product.residual]
             items += -(-product.rows.tensor.shape[0] // size)
         width = padded(same[0].rows.tensor.shape[-1])
-        program.add(gemv_kernel(features, kind), items, buffers, distance, width, vectors, size, len(same), *words)
+        added = program.add(
+            gemv_kernel(features, kind), items, buffers, distance, width, vectors, size, len(same), *words
+        )
+        jobs.append((added, same))
+    return jobs
 
 
 def _rows_an_item(rows: int, threads: int) -> int:

@@ -32,7 +32,7 @@ KEY_TILE = 512
 ROW_CHUNK = 256  # tokens that go through the row-wise part of a layer together
 _FEW_ROWS = 16  # up to so many rows (decode) a product is cut by its outputs and attention by its keys
 _SPLIT_BYTES = 16 << 20  # of a matrix: below this a second thread costs more than it saves
-_MASKED_SCORES = 1 << 20  # that a thread holds where each row has a mask of its own
+MASKED_SCORES = 1 << 20  # that a thread holds where each row has a mask of its own
 GELU = 2 * math.sqrt(2 / math.pi)
 _SPLIT_KEYS = 2048  # that one thread attends to at a time in decode
 
@@ -323,7 +323,7 @@ class NumpyOps(NumpyMemory, LayerOps):
         kv_heads, keys, _ = k.shape
         group = heads // kv_heads
         lowest = np.zeros(tokens, np.int64) if first is None else np.maximum(first, 0)
-        step = max(1, min(QUERY_TILE, _MASKED_SCORES // (group * keys)))
+        step = max(1, min(QUERY_TILE, MASKED_SCORES // (group * keys)))
 
         def some(job: tuple[int, int]) -> None:
             lo, head = job

@@ -1,0 +1,158 @@
+"""The feed-forward of a mixture of experts in decode: jobs that read only the chosen experts' bytes.
+
+Which experts those are is known in the midst of the program. So the job that chooses them writes, into the arguments of
+the products behind it, where the matrices of the chosen ones lie; nothing else about the products changes.
+
+    router                         (rows)
+    choose experts, place them     (one item)
+    gate, up of the chosen ones    (rows)
+    act(gate) * up * weight        (records)
+    down of each, added            (rows; one job an expert, for each adds to what the one before has left)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+from numba import float32, int64
+
+from slimrt.ops.fast.activations import RECORD, RECORD_BYTES, padded, quantize_record
+from slimrt.ops.fast.elements import activation_argument
+from slimrt.ops.fast.features import Features
+from slimrt.ops.fast.gemv import PART, Product, Rows, add_products
+from slimrt.ops.fast.kernels import Kernel, compile_kernel
+from slimrt.ops.fast.lanes import exp
+from slimrt.ops.fast.team import Program, address
+from slimrt.ops.fast.vectors import (
+    F32X16,
+    argument,
+    load,
+    load_scalar,
+    max_lanes,
+    maximum,
+    splat,
+    store,
+    store_scalar,
+    sum_lanes,
+)
+
+__all__ = ["Stacked", "add_stacked", "choose_kernel", "gate_experts_kernel", "gate_items"]
+
+_LOWEST = -1e30
+_RECORDS = 4  # of act(gate) * up that an item computes
+
+
+@dataclass(frozen=True)
+class Stacked:
+    """The same matrix of every expert: ``first`` of expert 0, ``places`` int64 [E, 2] the addresses of each one's rows
+    and of their ends; ``ends`` holds these."""
+
+    first: Rows
+    places: np.ndarray
+    ends: Sequence[np.ndarray]
+
+    @classmethod
+    def of(cls, weights: Sequence[Any], part: int, features: Features) -> Stacked:
+        """Of the part with this number of each expert's stacked ``weights``."""
+        rows = [Rows.of(weight.parts[part], features) for weight in weights]
+        places = np.array([[address(one.tensor.data), address(one.ends)] for one in rows], np.int64)
+        return cls(rows[0], places, [one.ends for one in rows])
+
+
+@cache
+def choose_kernel(features: Features) -> Kernel:
+    """The ``used`` largest of softmax(logits [E]), largest first, as ``layer.chosen_experts``; then where they lie.
+
+    Args: 0 logits f32, padded to 16, which are overwritten, 1 E, 2 used, 3 whether to normalise, 4 weights out f32
+    [used], 5 chosen out int64 [used], 6 words to write int64 [n, 3]: address of a matrix's address in a job's
+    arguments, address of ``Stacked.places``, which of the chosen; 7 n.
+    """
+
+    def choose(item, thread, args):
+        logits, count, used = argument(args, 0), argument(args, 1), argument(args, 2)
+        weights, chosen = argument(args, 4), argument(args, 5)
+        for i in range(count, (count + 15) // 16 * 16):
+            store_scalar(logits + i * 4, float32(_LOWEST))
+        peaks = splat(F32X16, _LOWEST)
+        for i in range(0, count, 16):
+            peaks = maximum(peaks, load(F32X16, logits + i * 4))
+        peak, total = splat(F32X16, max_lanes(peaks)), splat(F32X16, 0.0)
+        for i in range(0, count, 16):
+            shares = exp(load(F32X16, logits + i * 4) - peak)
+            store(logits + i * 4, shares)
+            total = total + shares
+        whole = sum_lanes(total)
+        kept = float32(0.0)
+        for slot in range(used):
+            best, at = float32(-1.0), 0
+            for i in range(count):
+                share = load_scalar(float32, logits + i * 4)
+                if share > best:
+                    best, at = share, i
+            store_scalar(logits + at * 4, float32(-2.0))
+            store_scalar(weights + slot * 4, best)
+            store_scalar(chosen + slot * 8, int64(at))
+            kept += best
+        if argument(args, 3) != 0:
+            whole = kept
+        for slot in range(used):
+            # NaN where the logits are: it is seen in the results.
+            store_scalar(weights + slot * 4, float32(load_scalar(float32, weights + slot * 4) / whole))
+        words = argument(args, 6)
+        for number in range(argument(args, 7)):
+            entry = words + number * 24
+            expert = argument(chosen, argument(entry, 2))
+            place = argument(entry, 1) + expert * 16
+            store_scalar(argument(entry, 0), int64(argument(place, 0)))
+            store_scalar(argument(entry, 0) + 32, int64(argument(place, 1)))
+
+    return compile_kernel(choose, features.key)
+
+
+@cache
+def gate_experts_kernel(features: Features, activation: str) -> Kernel:
+    """``out[j] = act(gate[j]) * up[j] * weights[j]``, rounded to int8. Item: _RECORDS records of one expert.
+
+    Args: 0 gate f32 [used, padded], 1 up, 2 bytes from row to row of both, 3 buffers of activations, 4 bytes from one
+    to the next, 5 padded columns, 6 weights f32 [used].
+    """
+    argument_of = activation_argument(activation)
+
+    def activate(item, thread, args):
+        width = argument(args, 5)
+        items = (width // RECORD + _RECORDS - 1) // _RECORDS
+        expert, part = item // items, item % items
+        gate, up = argument(args, 0) + expert * argument(args, 2), argument(args, 1) + expert * argument(args, 2)
+        out = argument(args, 3) + expert * argument(args, 4)
+        weight = splat(F32X16, load_scalar(float32, argument(args, 6) + expert * 4))
+        for record in range(part * _RECORDS, min((part + 1) * _RECORDS, width // RECORD)):
+            for at in range(record * RECORD * 4, (record + 1) * RECORD * 4, 64):
+                value = load(F32X16, gate + at)
+                share = splat(F32X16, 1.0) / (splat(F32X16, 1.0) + exp(splat(F32X16, 0.0) - argument_of(value)))
+                store(out + at, value * share * load(F32X16, up + at) * weight)
+            quantize_record(out + record * RECORD * 4, out + width * 4 + record * RECORD_BYTES)
+
+    return compile_kernel(activate, f"{features.key}-{activation}")
+
+
+def gate_items(width: int, used: int) -> int:
+    """Items of ``gate_experts_kernel`` for experts of ``width``."""
+    return used * -(-padded(width) // (RECORD * _RECORDS))
+
+
+def add_stacked(
+    program: Program, ops: Any, source: int, outs: Sequence[int], stacks: Sequence[Stacked], residual: int = 0
+) -> list[int]:
+    """Jobs that multiply one vector with a matrix of a chosen expert each: the addresses, in their arguments, of the
+    matrices' addresses, in the order of ``stacks``; ``residual`` is added to each."""
+    products = [Product(stack.first, out, 0, 0, residual) for stack, out in zip(stacks, outs, strict=True)]
+    found: dict[int, int] = {}
+    for words, same in add_products(program, ops.features, ops.threads, source, 0, 1, products):
+        for number, product in enumerate(same):
+            place = next(i for i, one in enumerate(products) if one is product)
+            found[place] = address(words) + (6 + number * PART + 1) * 8
+    return [found[place] for place in range(len(products))]
