@@ -9,9 +9,11 @@ import numpy as np
 from gguf import GGML_QUANT_VERSION, GGMLQuantizationType, GGUFWriter, quants
 
 from slimrt.convert.checkpoint import Rows
+from slimrt.convert.mixes import choose_types, parse_type
 from slimrt.convert.value_types import value_types
-from slimrt.convert.writer import OutputTensor, Progress, choose_type, encoded, parse_type, write_gguf
+from slimrt.convert.writer import OutputTensor, Progress, encoded, write_gguf
 from slimrt.errors import ModelFileError
+from slimrt.models import ARCHITECTURES
 from slimrt.output import check_output
 from slimrt.paths import user_path
 from slimrt.weights.gguf import GGUFFile, TensorInfo
@@ -20,7 +22,6 @@ __all__ = ["quantize_file"]
 
 logger = logging.getLogger(__name__)
 
-_ARCHITECTURES = ("llama", "qwen2")
 _FLOATS = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16, GGMLQuantizationType.F64)
 
 
@@ -37,22 +38,23 @@ def quantize_file(
     Raises SettingError for an unknown type, ModelFileError for a source that cannot be read, OutputError if the target
     cannot be written or must not be replaced.
     """
-    wanted, file_type = parse_type(type)
+    output = parse_type(type)
     source, target = user_path(source), user_path(target)
     file = GGUFFile(source)
     check_output(target, sources=file.paths, force=force)
     arch = file.get("general.architecture", str)
-    if arch not in _ARCHITECTURES:
+    if arch not in ARCHITECTURES:
         raise ModelFileError(
-            f"{source}: architecture '{arch}'; models that slimrt runs can be quantised: {', '.join(_ARCHITECTURES)}"
+            f"{source}: architecture '{arch}'; models that slimrt runs can be quantised: {', '.join(ARCHITECTURES)}"
         )
-    tensors = [_output_tensor(tensor, wanted, source) for tensor in file.tensors.values()]
+    kinds = choose_types({name: tensor.shape for name, tensor in file.tensors.items()}, output, arch)
+    tensors = [_output_tensor(tensor, kinds[tensor.name], source) for tensor in file.tensors.values()]
     if any(file.tensors[t.name].type not in (*_FLOATS, t.type) for t in tensors):
         logger.warning(
             "%s: is quantised already; quantising twice costs quality; start from f16 or f32 where you can", source
         )
     types = value_types(source)
-    changed = {"general.file_type": int(file_type), "general.quantization_version": GGML_QUANT_VERSION}
+    changed = {"general.file_type": int(output.file_type), "general.quantization_version": GGML_QUANT_VERSION}
 
     def describe(writer: GGUFWriter) -> None:
         for key, value in file.metadata.items():
@@ -67,8 +69,7 @@ def quantize_file(
     write_gguf(target, arch, describe, tensors, progress)
 
 
-def _output_tensor(tensor: TensorInfo, wanted: GGMLQuantizationType, source: Path) -> OutputTensor:
-    kind = choose_type(tensor.name, tensor.shape, wanted)
+def _output_tensor(tensor: TensorInfo, kind: GGMLQuantizationType, source: Path) -> OutputTensor:
     rows = tensor.data.reshape(-1, tensor.data.shape[-1]) if tensor.data.ndim > 1 else tensor.data
     if tensor.type == kind or tensor.name == "rope_freqs.weight":
         return OutputTensor(
