@@ -83,33 +83,44 @@ def choose_types(shapes: Shapes, output: OutputType, arch: str) -> dict[str, GGM
     blocks, or float16; that is logged.
     """
     mix = _Mix(shapes, output, arch) if output.more is not None else None
-    types = {}
+    types: dict[str, GGMLQuantizationType] = {}
+    replaced: dict[tuple[GGMLQuantizationType, int], list[str]] = {}
     for name, shape in shapes.items():
         if len(shape) == 1 or not name.endswith(".weight") or _KEPT.search(name):
             types[name] = _Type.F32
         elif output.base in (_Type.F32, _Type.F16, _Type.BF16):
             types[name] = output.base
-        elif mix is not None:
-            types[name] = _fitting(name, shape, mix.type_of(name))
         else:
-            # llama.cpp keeps these at Q6_K or above: errors cost most there.
-            wide = name in (_EMBEDDING, _OUTPUT)
-            types[name] = _fitting(name, shape, _Type.Q8_0 if wide else output.base)
+            # In files of one type too errors cost most in the embedding and the output.
+            plain = _Type.Q8_0 if name in (_EMBEDDING, _OUTPUT) else output.base
+            wanted = plain if mix is None else mix.type_of(name)
+            types[name] = _fitting(wanted, shape[-1])
+            if types[name] != wanted:
+                replaced.setdefault((wanted, shape[-1]), []).append(name)
+    _tell(replaced)
     return types
 
 
-def _fitting(name: str, shape: tuple[int, ...], wanted: GGMLQuantizationType) -> GGMLQuantizationType:
-    chosen = next(
+def _fitting(wanted: GGMLQuantizationType, columns: int) -> GGMLQuantizationType:
+    """``wanted``, or what takes its place where its blocks do not divide rows of ``columns``."""
+    return next(
         kind
         for kind in (wanted, _NARROWER_BLOCKS.get(wanted, _Type.F16), _Type.F16)
-        if shape[-1] % GGML_QUANT_SIZES[kind][0] == 0
+        if columns % GGML_QUANT_SIZES[kind][0] == 0
     )
-    if chosen != wanted:
+
+
+def _tell(replaced: Mapping[tuple[GGMLQuantizationType, int], list[str]]) -> None:
+    for (wanted, columns), names in replaced.items():
         logger.warning(
-            "%s: rows of %d do not divide into %s blocks of %d; written as %s",
-            name, shape[-1], wanted.name, GGML_QUANT_SIZES[wanted][0], chosen.name,
-        )  # fmt: skip
-    return chosen
+            "%s%s: rows of %d do not divide into %s blocks of %d; written as %s",
+            names[0],
+            f" and {len(names) - 1} more" if len(names) > 1 else "",
+            columns,
+            wanted.name,
+            GGML_QUANT_SIZES[wanted][0],
+            _fitting(wanted, columns).name,
+        )
 
 
 class _Mix:
