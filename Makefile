@@ -40,7 +40,7 @@ types: .venv/installed-dev
 
 unit: .venv/installed-dev
 	@echo "== pytest"
-	@$(BIN)/pytest -q -n 2 --durations=5 --durations-min=5 $(TESTS)
+	@$(BIN)/pytest -q -n 2 --dist worksteal --durations=5 --durations-min=5 $(TESTS)
 
 # Any Python with CuPy will do, .venv's where there is one: nothing is installed, no network is needed (scripts/gpu.py).
 # Results go to docs/results, and from there, where the README has a place for them, into its table.

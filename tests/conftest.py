@@ -6,6 +6,9 @@ import os
 import signal
 from pathlib import Path
 
+# Before NumPy comes in: two workers share two cores, and OpenBLAS's threads wait for one another by spinning.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 import pytest
 from hypothesis import HealthCheck, settings
 

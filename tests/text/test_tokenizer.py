@@ -188,12 +188,12 @@ def test_lone_surrogates(model: tuple[Tokenizer, dict[str, Any]]) -> None:
 
 
 @pytest.mark.parametrize("text", ["a", " ", "\n", "1", "!", "中", "\u0301", "a ", " \t", "ab\n", "1.", "\U0001f600"])
-def test_a_million_characters_in_a_run(model: tuple[Tokenizer, dict[str, Any]], text: str) -> None:
+def test_a_long_run_of_characters(model: tuple[Tokenizer, dict[str, Any]], text: str) -> None:
     tokenizer, _ = model
-    long = text * (1_000_000 // len(text)) + "x"
+    long = text * (200_000 // len(text)) + "x"
     start = time.perf_counter()
     ids = tokenizer.encode(long, add_bos=True)
-    assert time.perf_counter() - start < 20  # a quadratic algorithm takes minutes; a linear one well under a second
+    assert time.perf_counter() - start < 5  # a quadratic algorithm takes a minute; a linear one a tenth of a second
     assert tokenizer.decode(ids) == long
 
 
