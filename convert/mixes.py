@@ -16,7 +16,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
 
 from slimrt.errors import SettingError
 
-__all__ = ["OUTPUT_TYPES", "OutputType", "choose_types", "parse_type"]
+__all__ = ["OUTPUT_TYPES", "OutputType", "check_takes_importance", "choose_types", "parse_type"]
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +74,15 @@ def parse_type(name: str) -> OutputType:
     if found is None:
         raise SettingError(f"type {name[:40]!r}: must be one of {', '.join(OUTPUT_TYPES)}")
     return found
+
+
+def check_takes_importance(output: OutputType) -> None:
+    """Raises SettingError for a type that cannot make use of an importance matrix."""
+    if output.more is None:
+        names = ", ".join(known.name for known in _TYPES.values() if known.more is not None)
+        raise SettingError(
+            f"type {output.name}: an importance matrix serves {names}; take one of these or leave it out"
+        )
 
 
 def choose_types(shapes: Shapes, output: OutputType, arch: str) -> dict[str, GGMLQuantizationType]:

@@ -28,7 +28,7 @@ ORDER = (
     ("kv",),
     ("models",),
     ("convert", "memory", "engine"),
-    ("session", "inspect"),
+    ("session", "inspect", "importance"),
     ("session_file", "generation"),
     ("conversation",),
     ("llm",),

@@ -38,8 +38,8 @@ _TINY = np.float32(1e-30)  # below every sum that means something: squares of th
 def quantize_k(values: Array, kind: GGMLQuantizationType, importance: Array | None = None) -> Array:
     """``values`` float32 [rows, columns], finite, as packed blocks uint8 [rows, bytes per row].
 
-    ``importance``: float32 [columns], how much an error counts in each column (mean squares of the layer's inputs); not
-    negative. Scratch is bounded by the chunk.
+    ``importance``: float32 [columns], how much an error counts in each column (mean squares of the layer's inputs),
+    finite and not negative. Scratch is bounded by the chunk.
 
     Raises ValueError for a type that is not in ``KQUANTS`` and for rows that do not divide into blocks of 256.
     """
