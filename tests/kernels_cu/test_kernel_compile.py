@@ -1,4 +1,4 @@
-"""Every kernel through NVRTC: no spills, registers and shared memory within bounds, and the instructions that were meant.
+"""Every kernel through NVRTC: no spills, registers and shared memory within bounds, the instructions that were meant.
 Needs no GPU and no driver, only NVIDIA's wheels (dependency group ``dev``).
 
 There are a hundred variants and three architectures. Each variant is compiled for one of them, in turns, and the first

@@ -34,6 +34,11 @@ def model(request: pytest.FixtureRequest, tokenizers: dict[str, Tokenizer]) -> t
     return tokenizers[request.param], GOLDENS["models"][request.param]
 
 
+def test_tiktoken_serves_the_whole_list_of_llama3(tokenizers: dict[str, Tokenizer]) -> None:
+    """The proof that ranks say the same as the merges goes through for 128,000 entries."""
+    assert tokenizers["llama3"]._coder.rank_only  # type: ignore[attr-defined]
+
+
 def small(tmp_path: Path, **changes: Any) -> Path:
     """A byte-level vocabulary: two merges, a control and a user-defined token; None in ``changes`` drops a key."""
     tokens = [*byte_alphabet(), "ab", "abc", "<|im_end|>", "<user>"]

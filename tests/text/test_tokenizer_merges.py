@@ -126,8 +126,7 @@ def test_random_lists_equal_tokenizers(
 
 
 def test_tiktoken_serves_real_vocabularies(default_model: Path, tmp_path: Path) -> None:
-    """The proof goes through for a trained list (SmolLM2's) and for one made from ranks (the head of LLaMA 3's; the whole
-    of it is read in test_tokenizer.py)."""
+    """The proof goes through for a trained list (SmolLM2's) and for one made from ranks (the first of LLaMA 3's)."""
     assert ByteLevelBPE(Vocabulary(GGUFFile(default_model))).rank_only
     assert coder(tmp_path / "small.gguf", llama3_metadata(20_000)).rank_only
 
