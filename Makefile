@@ -1,6 +1,8 @@
 # make chat    a conversation with the default model, from nothing but Python 3.11+
 # make test    everything that CI runs
 # make gpu     everything that needs a GPU; make gpu DRY=1 walks through it on the CPU; ONLY=prompts for a part of it
+# make docs    the documentation as a site, in build/site; a broken link fails it
+# make dist    wheel and sdist in dist/, each checked, installed into an empty environment and asked something
 # Options: make chat PYTHON=python3.13 ARGS="--ctx 8k"; make test TESTS="tests/hub/test_hub.py -k hf"
 
 PYTHON ?= python3
@@ -12,7 +14,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 TOLD := -e 's/^Collecting \([A-Za-z0-9._-]*\).*/   fetching \1/p' -e 's/^Building wheel.*/   &/p' -e 's/^Installing collected.*/   unpacking all of them/p'
 OURS := slimrt models convert kernels_cu tests scripts click_cli.py
 
-.PHONY: help chat test lint types unit format gpu clean
+.PHONY: help chat test lint types unit docs dist format gpu clean
 help:
 	@sed -n 's/^# //p' Makefile
 
@@ -40,7 +42,7 @@ types: .venv/installed-dev
 
 unit: .venv/installed-dev
 	@echo "== pytest"
-	@$(BIN)/pytest -q -n 2 --durations=5 --durations-min=5 $(TESTS)
+	@$(BIN)/pytest -q -n 2 --dist worksteal --durations=5 --durations-min=5 $(TESTS)
 
 # Any Python with CuPy will do, .venv's where there is one: nothing is installed, no network is needed (scripts/gpu.py).
 # Results go to docs/results, and from there, where the README has a place for them, into its table.
@@ -48,6 +50,16 @@ GPU_PYTHON := $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 gpu:
 	@$(GPU_PYTHON) scripts/gpu.py $(if $(DRY),--dry) $(if $(ONLY),--only $(ONLY)) $(if $(OUT),--out $(OUT)); \
 		status=$$?; $(if $(DRY)$(OUT),:,$(GPU_PYTHON) scripts/results_table.py) && exit $$status
+
+docs: .venv/installed-docs
+	@$(BIN)/python -m mkdocs build
+	@echo "== build/site/index.html"
+
+dist: .venv/installed-docs
+	@rm -rf dist
+	@$(BIN)/python -m build -o dist .
+	@$(BIN)/python -m twine check --strict dist/*
+	@$(BIN)/python scripts/check_dist.py dist/*
 
 format: .venv/installed-dev
 	@$(BIN)/ruff check --fix $(OURS)
@@ -71,6 +83,11 @@ format: .venv/installed-dev
 .venv/installed-dev: .venv/installed
 	@echo "== installing the development tools"
 	@$(PIP) install -q --group dev
+	@touch $@
+
+.venv/installed-docs: .venv/installed-dev
+	@echo "== installing what makes the documentation and packages"
+	@$(PIP) install -q --group docs --group dist
 	@touch $@
 
 clean:

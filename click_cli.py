@@ -195,13 +195,19 @@ def convert(source: Path, target: Path, kind: str, force: bool, as_json: bool) -
 @click.argument("source", type=user_path)
 @click.argument("target", type=user_path)
 @click.option("--type", "kind", type=output_type, required=True, help="Type of the matrices.")
+@click.option(
+    "--imatrix-text",
+    type=user_path,
+    metavar="FILE",
+    help="A text (- is standard input) that the model reads first, to see which weights count: for K-quants.",
+)
 @force_option
 @json_option
-def quantize(source: Path, target: Path, kind: str, force: bool, as_json: bool) -> None:
+def quantize(source: Path, target: Path, kind: str, imatrix_text: Path | None, force: bool, as_json: bool) -> None:
     """Write the GGUF file SOURCE to TARGET with its matrices in another type."""
     from slimrt.terminal import models
 
-    models.quantize(source, target, kind, force=force, as_json=as_json)
+    models.quantize(source, target, kind, imatrix_text=imatrix_text, force=force, as_json=as_json)
 
 
 # -- measuring ---------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 from slimrt.convert.convert import convert_checkpoint
+from slimrt.convert.mixes import OUTPUT_TYPES
 from slimrt.convert.quantize import quantize_file
-from slimrt.convert.writer import OUTPUT_TYPES
 
 __all__ = ["OUTPUT_TYPES", "convert_checkpoint", "quantize_file"]

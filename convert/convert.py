@@ -12,8 +12,9 @@ from yaml import YAMLError
 from slimrt.convert.checkpoint import read_bounded
 from slimrt.convert.huggingface import open_huggingface
 from slimrt.convert.meta import open_meta
+from slimrt.convert.mixes import choose_types, parse_type
 from slimrt.convert.source import Source
-from slimrt.convert.writer import OutputTensor, Progress, choose_type, encoded, parse_type, write_gguf
+from slimrt.convert.writer import OutputTensor, Progress, encoded, write_gguf
 from slimrt.errors import ModelFileError
 from slimrt.output import check_output
 from slimrt.paths import user_path
@@ -40,15 +41,15 @@ def convert_checkpoint(
     Raises SettingError for an unknown type, ModelFileError or TokenizerError for a checkpoint that cannot be
     converted, OutputError if the target cannot be written or must not be replaced.
     """
-    wanted, file_type = parse_type(type)
+    output = parse_type(type)
     source, target = user_path(source), user_path(target)
     check_output(target, sources=_files(source), force=force)
     checkpoint = _open(source)
     tensors = []
-    for name, shape in checkpoint.hyperparameters.shapes().items():
-        if name in checkpoint.tensors:
-            tensor, kind = checkpoint.tensors[name], choose_type(name, shape, wanted)
-            tensors.append(OutputTensor(name, shape, kind, encoded(name, tensor.rows, kind, tensor.origin)))
+    shapes = {name: shape for name, shape in checkpoint.hyperparameters.shapes().items() if name in checkpoint.tensors}
+    for name, kind in choose_types(shapes, output, checkpoint.hyperparameters.arch).items():
+        tensor, shape = checkpoint.tensors[name], shapes[name]
+        tensors.append(OutputTensor(name, shape, kind, encoded(name, tensor.rows, kind, tensor.origin)))
     tensors += [_constant(name, values) for name, values in checkpoint.hyperparameters.constants().items()]
     metadata = _general(checkpoint, tensors)
 
@@ -56,7 +57,7 @@ def convert_checkpoint(
         writer.add_type(GGUFType.MODEL)
         metadata.set_gguf_meta_model(writer)
         checkpoint.hyperparameters.write(writer)
-        writer.add_file_type(LlamaFileType(file_type))
+        writer.add_file_type(LlamaFileType(output.file_type))
         writer.add_quantization_version(GGML_QUANT_VERSION)
         checkpoint.vocabulary.write(writer)
 

@@ -14,40 +14,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, LlamaFileType, quants
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, quants
 
 from slimrt.convert.checkpoint import Rows
-from slimrt.errors import ModelFileError, OutputError, SettingError
+from slimrt.errors import ModelFileError, OutputError
 from slimrt.output import whole_or_nothing
+from slimrt.weights.kquants import KQUANTS, quantize_k
 
-__all__ = [
-    "FILE_TYPES",
-    "OUTPUT_TYPES",
-    "OutputTensor",
-    "Progress",
-    "choose_type",
-    "encoded",
-    "parse_type",
-    "write_gguf",
-]
+__all__ = ["OutputTensor", "Progress", "encoded", "write_gguf"]
 
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int, str], None]
 """Called with (bytes written, bytes in all, name of the tensor being written)."""
-
-FILE_TYPES = {
-    "f32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
-    "f16": (GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
-    "bf16": (GGMLQuantizationType.BF16, LlamaFileType.MOSTLY_BF16),
-    "q8_0": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
-    "q4_0": (GGMLQuantizationType.Q4_0, LlamaFileType.MOSTLY_Q4_0),
-    "q4_1": (GGMLQuantizationType.Q4_1, LlamaFileType.MOSTLY_Q4_1),
-    "q5_0": (GGMLQuantizationType.Q5_0, LlamaFileType.MOSTLY_Q5_0),
-    "q5_1": (GGMLQuantizationType.Q5_1, LlamaFileType.MOSTLY_Q5_1),
-}
-OUTPUT_TYPES = tuple(FILE_TYPES)
-"""The types that conversion and quantisation can write, from wide to narrow within each family."""
 
 _CHUNK_VALUES = 4 << 20  # 16 MiB of float32; quantising takes a few times that
 _F16_MAX = 65504.0
@@ -72,37 +51,10 @@ class OutputTensor:
         return math.prod(self.shape) // block * block_bytes
 
 
-def parse_type(name: str) -> tuple[GGMLQuantizationType, LlamaFileType]:
-    """Tensor type and ``general.file_type`` of an output type; raises SettingError for a name outside OUTPUT_TYPES."""
-    try:
-        return FILE_TYPES[name.lower()]
-    except KeyError:
-        raise SettingError(f"type {name!r}: must be one of {', '.join(OUTPUT_TYPES)}") from None
-
-
-def choose_type(name: str, shape: tuple[int, ...], wanted: GGMLQuantizationType) -> GGMLQuantizationType:
-    """The type that a tensor gets in a file of type ``wanted``.
-
-    Vectors, norms and the routers of experts stay float32. The token embedding and the output matrix, where errors cost
-    most, never go under Q8_0 (llama.cpp keeps them at Q6_K or above). Rows that do not divide into blocks become
-    float16, which is logged.
-    """
-    if len(shape) == 1 or name.endswith(("_norm.weight", ".ffn_gate_inp.weight")) or not name.endswith(".weight"):
-        return GGMLQuantizationType.F32
-    if wanted in (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16):
-        return wanted
-    chosen = GGMLQuantizationType.Q8_0 if name in ("token_embd.weight", "output.weight") else wanted
-    block, _ = GGML_QUANT_SIZES[chosen]
-    if shape[-1] % block:
-        logger.warning(
-            "%s: rows of %d do not divide into %s blocks of %d; written as F16", name, shape[-1], chosen.name, block
-        )
-        return GGMLQuantizationType.F16
-    return chosen
-
-
-def encoded(name: str, rows: Rows, kind: GGMLQuantizationType, source: str) -> Rows:
-    """Rows packed as ``kind``; ``source`` names the tensor in errors.
+def encoded(
+    name: str, rows: Rows, kind: GGMLQuantizationType, source: str, importance: np.ndarray | None = None
+) -> Rows:
+    """Rows packed as ``kind``; ``source`` names the tensor in errors. ``importance``: see ``quantize_k``.
 
     Raises ModelFileError for NaN and infinite weights, and for those that float16 (in F16 itself, and in the scales of
     quantised blocks) cannot hold.
@@ -125,6 +77,8 @@ def encoded(name: str, rows: Rows, kind: GGMLQuantizationType, source: str) -> R
                 f"{kind.name} uses it; "
                 f"convert {name} as f32 or bf16"
             )
+        if kind in KQUANTS:
+            return quantize_k(values, kind, importance)
         return np.ascontiguousarray(quants.quantize(values, kind))
 
     return encode

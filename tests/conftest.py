@@ -1,4 +1,4 @@
-"""What all tests share: the default model, fetched once, and how hypothesis searches."""
+"""What all tests share: the default model, fetched once, how hypothesis searches, and the count of what tests cost."""
 
 from __future__ import annotations
 
@@ -6,10 +6,14 @@ import os
 import signal
 from pathlib import Path
 
+# Before NumPy comes in: two workers share two cores, and OpenBLAS's threads wait for one another by spinning.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 import pytest
 from hypothesis import HealthCheck, settings
 
 from slimrt.hub import store
+from tests import cost
 
 # No deadline: the machines are shared, and a slow example is not a wrong one. CI draws the same examples every time, so
 # that a red run is about the change at hand; runs by hand search further.
@@ -21,6 +25,10 @@ settings.load_profile("ci" if os.environ.get("CI") else "dev")
 # run for ever.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(cost, "cost")
 
 
 @pytest.fixture(scope="session")

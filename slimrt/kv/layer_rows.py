@@ -350,11 +350,14 @@ class LayerRows:
             self.slots, self.on_host = np.empty(0, np.int64), 0
             return
         self.slots = np.append(choice.complete, choice.tail)
-        for place, number in enumerate(self.slots.tolist()):
-            positions = self.positions.array[_rows(number, block)]
-            at, start = place * block, number * block
-            resident[:, :, at : at + len(positions)] = slot[:, :, start : start + len(positions)]
-            self._slot_positions[at : at + len(positions)] = positions
+        # One gather of whole blocks; what lies behind the last row is not read before it is written.
+        heads, width = self._model.n_kv_heads, block * self._model.head_dim
+        taken = len(self.slots)
+        gathered = self._ops.columns(slot.reshape(2 * heads, -1, width), self.slots)
+        resident[:, :, : taken * block] = gathered.reshape(2, heads, taken * block, -1)
+        places = (self.slots[:, None] * block + np.arange(block)).reshape(-1)
+        there = places < len(self)
+        self._slot_positions[: taken * block][there] = self.positions.array[places[there]]
 
     def _slot_of(self, block: int) -> int:
         return int(np.flatnonzero(self.slots == block)[0])

@@ -23,13 +23,16 @@ from slimrt.ops.protocol import Array, Ops
 __all__ = ["OffloadedKVCache"]
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Open:
-    """The layer in its staging slot: the first block that the host lacks, and what becomes resident (None: all)."""
+    """The layer in its staging slot: the first block that the host lacks; once it is ``settled``, ``choice`` became
+    resident (None: all of it). ``q`` [1, H, Dh]: the query that chooses, None where there is none."""
 
     layer: int
     lacking: int
-    choice: Choice | None
+    q: Array | None
+    choice: Choice | None = None
+    settled: bool = False
 
 
 class _NotingFailure:
@@ -95,10 +98,15 @@ class OffloadedKVCache:
         raise AssertionError("rows come by update only")
 
     def attended(self, layer: int) -> None:
-        """Start copying the layer's new blocks to the host; after the last layer, wait until all are there."""
+        """Choose what of the layer stays resident, now that its attention is queued (a choice waits for compute); start
+        copying its new blocks to the host; after the last layer, wait until all are there."""
         if self._ring is None:
             return
         with _NotingFailure(self):
+            if self._open is not None:
+                slot = self._ring.taken(layer)
+                assert slot is not None and self._open.layer == layer
+                self._settle_open(slot, self._open.q)
             self._leave()
             if layer == self._model.n_layers - 1:
                 self._end_pass()
@@ -180,17 +188,11 @@ class OffloadedKVCache:
         slot[0, :, held:n] = k.transpose(1, 0, 2)
         slot[1, :, held:n] = v.transpose(1, 0, 2)
         rows.positions.append(positions)
-        choice, lacking = None, n // block
+        lacking = n // block
         if n > rows.capacity:
             lacking = rows.on_host
             rows.learn_means(slot[0, :, lacking * block :], lacking, n // block)
-            first = self._first[layer]
-            if layer == first:
-                rows.forget_wishes()  # so that what follows a prompt does not depend on how it was read
-                self._choices[first] = self._choose(rows, (n - 1) // block, None if q is None else q[-1:])
-            choice = self._choices[first]
-        self._open = _Open(layer, lacking, choice)  # before the slots change: an interrupt leaves what mends them
-        rows.settle_from(slot, choice)
+        self._open = _Open(layer, lacking, None if q is None else q[-1:])
         for number in range(layer + 1, min(layer + self._config.lookahead + 1, len(self._layers))):
             self._fetch_ahead(ring, number)
         return slot[0, :, :n], slot[1, :, :n], rows.positions.array
@@ -208,6 +210,19 @@ class OffloadedKVCache:
         rows = self._layers[layer]
         if rows.spilled:
             ring.fetch(layer, rows.staged)
+
+    def _settle_open(self, slot: Array, q: Array | None) -> None:
+        """Fill the resident slots of the layer that ``slot`` holds with what the query q wants."""
+        opened = self._open
+        assert opened is not None
+        rows, first = self._layers[opened.layer], self._first[opened.layer]
+        if not opened.settled and len(rows) > rows.capacity:
+            if opened.layer == first:
+                rows.forget_wishes()  # so that what follows a prompt does not depend on how it was read
+                self._choices[first] = self._choose(rows, (len(rows) - 1) // self._config.block, q)
+            opened.choice = self._choices.get(first) or self._choose(rows, (len(rows) - 1) // self._config.block, None)
+        opened.settled = True  # before the slots change: an interrupt leaves what mends them
+        rows.settle_from(slot, opened.choice)
 
     def _leave(self) -> None:
         """The layer in its staging slot is done: what the host lacks of it goes there."""
@@ -256,7 +271,7 @@ class OffloadedKVCache:
                 if slot is None:  # left before
                     self._open = None
                 else:
-                    self._layers[self._open.layer].settle_from(slot, self._open.choice)
+                    self._settle_open(slot, None)
                     self._leave()
         except Exception as error:
             self._failure = self._failure or error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from slimrt.output import human_bytes
 from slimrt.terminal.loading import find_model, open_file
 from slimrt.terminal.progress import progress_bar
 from slimrt.text.tokenizer import Tokenizer
+from slimrt.weights.gguf import GGUFFile
 
 __all__ = ["convert", "inspect", "list_models", "pull", "quantize", "tokenize"]
 
@@ -137,11 +139,30 @@ def convert(source: Path, target: Path, kind: str, *, force: bool, as_json: bool
     _write("converting", convert_checkpoint, source, target, kind, force, as_json)
 
 
-def quantize(source: Path, target: Path, kind: str, *, force: bool, as_json: bool) -> None:
-    """A GGUF file to another type."""
+def quantize(
+    source: Path, target: Path, kind: str, *, imatrix_text: Path | None, force: bool, as_json: bool
+) -> None:  # fmt: skip
+    """A GGUF file to another type, by an importance matrix of a text if there is one."""
     from slimrt.convert import quantize_file
 
-    _write("quantising", quantize_file, source, target, kind, force, as_json)
+    work: Callable[..., None] = quantize_file
+    if imatrix_text is not None:
+        from slimrt.convert.mixes import check_takes_importance, parse_type
+        from slimrt.importance import measure_importance
+        from slimrt.output import check_output
+        from slimrt.terminal.text_input import read_document
+
+        # Before the time that reading takes.
+        check_output(target, sources=[source], force=force)
+        check_takes_importance(parse_type(kind))
+        text = read_document(imatrix_text)
+        with progress_bar("reading for the importance matrix") as progress:
+            measured = measure_importance(GGUFFile(source), text, progress)
+        about: dict[str, str | int] = {
+            "dataset": imatrix_text.name, "entries_count": len(measured.columns), "chunks_count": measured.pieces,
+        }  # fmt: skip
+        work = partial(quantize_file, importance=measured.columns, about_importance=about)
+    _write("quantising", work, source, target, kind, force, as_json)
 
 
 def _write(

@@ -118,6 +118,7 @@ def test_bad_sources(tmp_path: Path) -> None:
     write("llama", np.full((2, 32), np.nan, np.float32))
     refused("tensor 'blk.0.attn_q.weight': row 0 holds NaN")
     refused("type 'q2_k': must be one of f32", "q2_k")
+    refused("type 'q4_k_l': must be one of f32", "q4_k_l")
     write("llama", np.ones((2, 32), np.int32))
     refused("has type I32, which cannot be unpacked")
     write("llama", np.ones((2, 32), np.float32), nested=True)

@@ -33,6 +33,9 @@ __all__ = ["EmulationError", "Kernel", "Module", "compiled", "compiler", "emulat
 ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "kernels_cu"
 HEADER = Path(__file__).with_name("emulation.h")
+RUNTIME = HEADER.with_name("runtime.cpp")
+# -O1: most sources run for milliseconds and are compiled for longer.
+FLAGS = ("-std=c++17", "-O1", "-g1", "-fPIC", "-w", "-fno-strict-aliasing", "-ffp-contract=off")
 CACHE = ROOT / "build" / "emulation"  # `make clean` empties it
 EXPORTED = re.compile(r'extern "C" __global__ void (?:__launch_bounds__\([^)]*\)\s+)?(\w+)\(')
 SHARED_LIMIT = 48 << 10  # shared memory that a kernel may have without asking
@@ -71,8 +74,7 @@ def compiler() -> str | None:
 
 def emulated(source: str, defines: Mapping[str, object] | None = None) -> Module:
     """The kernels of ``kernels_cu/source``, compiled with ``-DNAME=VALUE`` for each of ``defines``."""
-    path = SOURCES / source
-    return compiled(f'#line 1 "{path}"\n{path.read_text()}', defines)
+    return compiled(f'#line 1 "{SOURCES.name}/{source}"\n{(SOURCES / source).read_text()}', defines)
 
 
 def compiled(code: str, defines: Mapping[str, object] | None = None) -> Module:
@@ -86,39 +88,50 @@ def _compiled(code: str, defines: tuple[tuple[str, str], ...]) -> Module:
     if gxx is None:
         raise EmulationError("emulation needs g++ on Linux; install it")
     names = EXPORTED.findall(code)
-    macros = "".join(f"#define {name} {value}\n" for name, value in defines)
-    code = f"{macros}#line 1\n{code}\n" + "".join(f"EXPORT_KERNEL({name})\n" for name in names)
-    # -O1: most sources run for milliseconds and are compiled for seconds.
-    flags = ["-std=c++17", "-O1", "-g1", "-fPIC", "-w", "-fno-strict-aliasing", "-ffp-contract=off"]
+    # Those of the emulation itself are for its headers and runtime too.
+    flags = [*FLAGS, *(f"-D{name}={value}" for name, value in defines if name.startswith("EMULATION_"))]
     if os.environ.get("SLIMRT_EMULATION_ASAN"):  # the process must have been started with libasan preloaded
         flags.append("-fsanitize=address")
-    flags.append(f"-I{SOURCES}")
-    headers = [*sorted(HEADER.parent.glob("*.h")), *sorted(SOURCES.glob("*.cuh"))]
-    around = "\0".join([*flags, platform.machine(), *(path.read_text() for path in headers)])
+    if shutil.which("ld.gold"):  # a third of the time
+        flags.append("-fuse-ld=gold")
+    macros = "".join(f"#define {name} {value}\n" for name, value in defines if not name.startswith("EMULATION_"))
+    code = f"{macros}#line 1\n{code}\n" + "".join(f"EXPORT_KERNEL({name})\n" for name in names)
+    # Of the contents alone, not of where they lie: another checkout may use the same cache.
+    around = "\0".join([*flags, platform.machine(), *map(Path.read_text, _headers())])
     library = CACHE / f"{_digest(code, around)}.so"
     if not library.exists():
-        header = _precompiled(gxx, flags, _digest(around))
-        _run_compiler([gxx, *flags, "-shared", "-include", str(header), "-x", "c++", "-"], library, code)
+        flags.append(f"-I{SOURCES}")
+        header, runtime = _precompiled(gxx, tuple(flags), around)
+        source = ["-include", str(header), "-x", "c++", "-", "-x", "none", str(runtime)]
+        _run_compiler([gxx, *flags, "-shared", *source], library, code)
     return Module(ctypes.CDLL(str(library)), names)
 
 
-def _precompiled(gxx: str, flags: list[str], key: str) -> Path:
-    """The emulation's headers, read once for all sources: their text takes g++ a second, as long as a small kernel."""
-    header = CACHE / f"{key}.h"
-    if not header.with_suffix(".h.gch").exists():
+@functools.cache
+def _headers() -> list[Path]:
+    return [*sorted(HEADER.parent.glob("*.h")), RUNTIME, *sorted(SOURCES.glob("*.cuh"))]
+
+
+@functools.cache
+def _precompiled(gxx: str, flags: tuple[str, ...], around: str) -> tuple[Path, Path]:
+    """The emulation's headers, read once for all sources, and the object of its runtime: with their text in front and
+    the runtime's code behind, a small kernel would take g++ three times as long."""
+    header = CACHE / f"{_digest(around)}.h"
+    runtime = header.with_suffix(".o")
+    if not header.with_suffix(".h.gch").exists() or not runtime.exists():
         CACHE.mkdir(parents=True, exist_ok=True)
         part = header.with_suffix(f".{os.getpid()}")
         part.write_text(f'#include "{HEADER}"\n')
         part.replace(header)
         _run_compiler([gxx, *flags, "-x", "c++-header", str(header)], header.with_suffix(".h.gch"), "")
-    return header
+        _run_compiler([gxx, *flags, "-include", str(header), "-c", str(RUNTIME)], runtime, "")
+    return header, runtime
 
 
 def _run_compiler(command: list[str], target: Path, code: str) -> None:
     CACHE.mkdir(parents=True, exist_ok=True)
-    fresh = target.with_suffix(
-        f".{os.getpid()}{target.suffix}"
-    )  # renamed when complete: tests run in several processes
+    # Renamed when complete: tests run in several processes.
+    fresh = target.with_suffix(f".{os.getpid()}{target.suffix}")
     plain = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}  # not into the compiler
     done = subprocess.run([*command, "-o", str(fresh)], input=code, capture_output=True, text=True, env=plain)
     if done.returncode:

@@ -8,6 +8,8 @@
 // Shared memory holds NaN (all bits set) when a block starts. cp.async is *eager* (it copies at once: what it must not
 // overwrite yet is lost) or *deferred* (it writes NaN, and copies when the thread waits for the group: what is read too
 // early is NaN).
+//
+// What does not depend on the kernel is only declared here and compiled once, in runtime.cpp.
 #pragma once
 
 #include "machine.h"
@@ -71,13 +73,8 @@ inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
 #define blockDim (emulation::machine.block_size)
 #define gridDim (emulation::machine.grid_size)
 
-inline void __syncthreads() {
-    emulation::machine.current->state = emulation::State::at_barrier;
-    emulation::yield();
-}
-inline void __syncwarp(unsigned = ~0u) {
-    emulation::collective([](void**) {}, nullptr);
-}
+void __syncthreads() HIDDEN;
+void __syncwarp(unsigned = ~0u) HIDDEN;
 
 namespace emulation {
 template <typename V>
@@ -117,22 +114,7 @@ template <typename V>
 V __shfl_down_sync(unsigned, V value, int delta) {
     return emulation::shuffle(value, emulation::machine.current->lane + delta);
 }
-inline unsigned __ballot_sync(unsigned, int predicate) {
-    struct Ballot {
-        int predicate;
-        unsigned result;
-    } mine{predicate, 0};
-    emulation::collective(
-        [](void** lanes) {
-            unsigned votes = 0;
-            const int count = emulation::machine.current->warp->lanes;
-            for (int i = 0; i < count; i++) votes |= unsigned(static_cast<Ballot*>(lanes[i])->predicate != 0) << i;
-            for (int i = 0; i < count; i++) static_cast<Ballot*>(lanes[i])->result = votes;
-        },
-        &mine);
-    return mine.result;
-}
-
+unsigned __ballot_sync(unsigned, int predicate) HIDDEN;
 inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
 
 #include "twins.h"

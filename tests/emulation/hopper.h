@@ -25,56 +25,13 @@ void more_registers() {}
 
 // -- barriers -----------------------------------------------------------------------------------------------------------
 
-namespace emulation {
-inline NamedBarrier& arrive_at(int id, int threads) {
-    if (id < 1 || id > 15 || threads % WARP) fail("bar: id must be 1 to 15, threads whole warps");
-    NamedBarrier& barrier = machine.named[id];
-    if (barrier.arrived && barrier.threads != threads) fail("bar: threads disagree on how many there are");
-    barrier.threads = threads;
-    if (++barrier.arrived == threads) barrier.arrived = 0, barrier.generation++;
-    return barrier;
-}
-struct Phases {  // an mbarrier
-    unsigned short count, pending;
-    unsigned phase;
-};
-}  // namespace emulation
-
-inline void barrier_arrive(int id, int threads) { emulation::arrive_at(id, threads); }
-inline void barrier_sync(int id, int threads) {
-    const unsigned generation = emulation::machine.named[id & 15].generation;
-    emulation::wait_until(
-        [](emulation::Fiber& fiber) {
-            return static_cast<emulation::NamedBarrier*>(fiber.subject)->generation != fiber.value;
-        },
-        &emulation::arrive_at(id, threads), generation);
-}
-
-inline void mbarrier_init(unsigned long long* barrier, int count) {
-    *reinterpret_cast<emulation::Phases*>(barrier) = {(unsigned short)count, (unsigned short)count, 0};
-}
-inline void mbarrier_arrive(unsigned long long* barrier) {
-    auto& phases = *reinterpret_cast<emulation::Phases*>(barrier);
-    if (phases.count == 0xffff) emulation::fail("mbarrier: used before it was initialised");
-    if (!--phases.pending) phases.pending = phases.count, phases.phase++;
-}
-inline bool mbarrier_try(unsigned long long* barrier, int parity) {
-    const auto& phases = *reinterpret_cast<emulation::Phases*>(barrier);
-    if (phases.count == 0xffff) emulation::fail("mbarrier: used before it was initialised");
-    return int(phases.phase & 1) != parity;
-}
-inline void mbarrier_wait(unsigned long long* barrier, int parity) {
-    emulation::wait_until(
-        [](emulation::Fiber& fiber) {
-            return mbarrier_try(static_cast<unsigned long long*>(fiber.subject), int(fiber.value));
-        },
-        barrier, unsigned(parity));
-}
-
-inline void fence_async_proxy() {
-    for (size_t chunk : emulation::machine.current->landed) emulation::machine.unfenced[chunk] = false;
-    emulation::machine.current->landed.clear();
-}
+void barrier_arrive(int id, int threads) HIDDEN;
+void barrier_sync(int id, int threads) HIDDEN;
+void mbarrier_init(unsigned long long* barrier, int count) HIDDEN;
+void mbarrier_arrive(unsigned long long* barrier) HIDDEN;
+bool mbarrier_try(unsigned long long* barrier, int parity) HIDDEN;
+void mbarrier_wait(unsigned long long* barrier, int parity) HIDDEN;
+void fence_async_proxy() HIDDEN;
 
 // -- products -----------------------------------------------------------------------------------------------------------
 
@@ -89,25 +46,7 @@ inline unsigned long long advanced(unsigned long long descriptor, int bytes) {
 namespace emulation {
 
 // Number (row, k) of a tile, or (k, column) where `columns` says that it is MN-major; PTX ISA, "Shared Memory Matrix Layout".
-inline unsigned short element(unsigned long long descriptor, int row, int k, bool columns) {
-    auto field = [=](int bit) { return unsigned(descriptor >> bit & 0x3fff) << 4; };
-    const unsigned start = field(0), leading = field(16), stride = field(32), mode = unsigned(descriptor >> 62);
-    if (descriptor >> 49 & 7) fail("wgmma: a base offset is not emulated");
-    const unsigned line = mode == 0 ? 16 : mode == 1 ? 128 : mode == 2 ? 64 : 32;  // bytes
-    unsigned at = start;
-    if (!columns)
-        at += row % 8 * line + row / 8 * stride + (mode ? k * 2 : k % 8 * 2 + k / 8 * leading);
-    else
-        at += row % (line / 2) * 2 + row / (line / 2) * (mode ? leading : stride) + k % 8 * line +
-              k / 8 * (mode ? stride : leading);
-    at ^= (at >> 7 & (line / 16 - 1)) << 4;
-    at = (at & 0x3ffff) - SHARED_BASE;
-    if (at + 2 > machine.shared_bytes) fail("wgmma reads outside the shared memory of its block");
-    if (machine.unfenced[at / 16]) fail("wgmma reads what was written without fence.proxy.async");
-    unsigned short bits;
-    std::memcpy(&bits, machine.shared + at, 2);
-    return bits;
-}
+unsigned short element(unsigned long long descriptor, int row, int k, bool columns) HIDDEN;
 
 template <typename HALF, int FRAGMENTS>
 void multiply(Warp& warp, const Product& product) {
@@ -185,30 +124,14 @@ void wgmma_columns(float (&d)[FRAGMENTS][4], const unsigned (&a)[4], unsigned lo
     emulation::issue<HALF>(d, a, 0, b, add, true);
 }
 
-inline void wgmma_fence() {
-    emulation::collective([](void**) { emulation::machine.current->warp->products.fenced = true; }, nullptr);
-}
-inline void wgmma_commit() {
-    emulation::collective(
-        [](void**) {
-            emulation::Products& products = emulation::machine.current->warp->products;
-            products.groups.push_back(std::move(products.open));
-            products.open.clear();
-        },
-        nullptr);
+void wgmma_fence() HIDDEN;
+void wgmma_commit() HIDDEN;
+namespace emulation {
+void wait_for_products(int pending) HIDDEN;
 }
 template <int PENDING>
 void wgmma_wait() {
-    emulation::collective(
-        [](void**) {
-            emulation::Warp& warp = *emulation::machine.current->warp;
-            while (int(warp.products.groups.size()) > PENDING) {
-                for (const emulation::Product& product : warp.products.groups.front()) product.multiply(warp, product);
-                warp.products.groups.pop_front();
-            }
-            warp.products.fenced = false;
-        },
-        nullptr);
+    emulation::wait_for_products(PENDING);
 }
 template <typename REGISTERS>
 void settled(REGISTERS&) {}

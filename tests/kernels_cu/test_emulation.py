@@ -270,7 +270,8 @@ def test_address_sanitizer_names_the_line() -> None:
 
 def test_kernels_under_address_sanitizer() -> None:
     """No kernel reads or writes outside its arrays at any of the tests' ragged sizes."""
-    tests = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "tests").glob("test_kernels_*.py"))]
+    tests = sorted(str(path.relative_to(ROOT)) for path in Path(__file__).parent.glob("test_kernels_*.py"))
+    assert len(tests) > 4
     command = [
         sys.executable,
         "-m",

@@ -160,7 +160,7 @@ def test_copies_come_after_what_compute_does() -> None:
 def test_a_failed_copy_surfaces_and_can_be_recovered_from() -> None:
     ops = DeferredOps()
     long_schedule(Schedule(ops, SMALL))
-    for number in range(0, ops.copies, 11):
+    for number in range(0, ops.copies, 37):
         run = Schedule(DeferredOps(fail_at=number), SMALL)
         with pytest.raises((ValueError, ComputeError), match=r"could not broadcast|lost when a copy failed"):
             long_schedule(run)
@@ -420,6 +420,29 @@ def test_the_engine_waits_for_every_copy(tiny: Path, ids: list[int], plan: Prune
         results.append(talk(session, ids, plan))
     for one, other in zip(*results, strict=True):
         assert np.array_equal(one, other)
+
+
+def test_nothing_of_a_prompt_waits_for_compute_before_the_attention_is_queued(tiny: Path, ids: list[int]) -> None:
+    """A score comes to the host, so it waits for what is queued: a layer's attention must be part of that by then."""
+    done: list[str] = []
+
+    class Noting(NumpyOps):
+        def attend(self, *args, **kwargs):  # type: ignore[no-untyped-def]
+            done.append("attend")
+            return super().attend(*args, **kwargs)
+
+        def score_blocks(self, *args):  # type: ignore[no-untyped-def]
+            if done[-1:] != ["score"]:  # of groups, then of the blocks of the best ones
+                done.append("score")
+            return super().score_blocks(*args)
+
+    file, ops = GGUFFile(tiny), Noting(1)
+    config = read_config(file)
+    session = Session(Engine(build(config, file, ops), ops, CacheConfig(1024, 128)), 1024)
+    for end in (500, 560):
+        done.clear()
+        session.prefill(ids[:end])
+        assert done == ["attend", "score"] * config.n_layers
 
 
 def test_a_session_recovers_from_a_failed_copy(tiny: Path, ids: list[int]) -> None:

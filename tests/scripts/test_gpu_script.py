@@ -75,9 +75,10 @@ def lent_machine(folder: Path) -> tuple[Path, Path]:
         if not file.startswith("tests/goldens") and (ROOT / file).exists():
             (folder / "checkout" / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / file, folder / "checkout" / file)
-    kernels = ROOT / "build" / "emulation"
-    if kernels.exists():  # what the emulation compiled before: minutes of g++
-        shutil.copytree(kernels, folder / "checkout" / "build" / "emulation")
+    # What either compiles the other has.
+    emulation.CACHE.mkdir(parents=True, exist_ok=True)
+    (folder / "checkout" / "build").mkdir()
+    (folder / "checkout" / "build" / "emulation").symlink_to(emulation.CACHE)
     return folder / "env" / "bin" / "python", folder / "checkout"
 
 

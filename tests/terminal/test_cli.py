@@ -74,7 +74,7 @@ def test_every_command_explains_itself(command: str) -> None:
 
 
 def test_types_are_listed_where_they_are_asked_for() -> None:
-    assert "[f32|f16|bf16|q8_0|q4_0|q4_1|q5_0|q5_1]" in run("convert", "--help").stdout
+    assert "[f32|f16|bf16|q8_0|q6_k|q5_k_m|q5_k_s|q5_1|q5_0|q4_k_m|q4_k_s|q4_1|q4_0]" in run("convert", "--help").stdout
     result = run("convert", "a", "b", "--type", "q9")
     assert result.exit_code == 2
     assert "'q9' is not one of f32, f16" in result.stderr

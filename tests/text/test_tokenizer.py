@@ -34,6 +34,11 @@ def model(request: pytest.FixtureRequest, tokenizers: dict[str, Tokenizer]) -> t
     return tokenizers[request.param], GOLDENS["models"][request.param]
 
 
+def test_tiktoken_serves_the_whole_list_of_llama3(tokenizers: dict[str, Tokenizer]) -> None:
+    """The proof that ranks say the same as the merges goes through for 128,000 entries."""
+    assert tokenizers["llama3"]._coder.rank_only  # type: ignore[attr-defined]
+
+
 def small(tmp_path: Path, **changes: Any) -> Path:
     """A byte-level vocabulary: two merges, a control and a user-defined token; None in ``changes`` drops a key."""
     tokens = [*byte_alphabet(), "ab", "abc", "<|im_end|>", "<user>"]
@@ -188,12 +193,12 @@ def test_lone_surrogates(model: tuple[Tokenizer, dict[str, Any]]) -> None:
 
 
 @pytest.mark.parametrize("text", ["a", " ", "\n", "1", "!", "中", "\u0301", "a ", " \t", "ab\n", "1.", "\U0001f600"])
-def test_a_million_characters_in_a_run(model: tuple[Tokenizer, dict[str, Any]], text: str) -> None:
+def test_a_long_run_of_characters(model: tuple[Tokenizer, dict[str, Any]], text: str) -> None:
     tokenizer, _ = model
-    long = text * (1_000_000 // len(text)) + "x"
+    long = text * (200_000 // len(text)) + "x"
     start = time.perf_counter()
     ids = tokenizer.encode(long, add_bos=True)
-    assert time.perf_counter() - start < 20  # a quadratic algorithm takes minutes; a linear one well under a second
+    assert time.perf_counter() - start < 5  # a quadratic algorithm takes a minute; a linear one a tenth of a second
     assert tokenizer.decode(ids) == long
 
 

@@ -1,4 +1,4 @@
-"""A few thousand damaged copies of a small valid model: each loads and computes, or is refused with one clear line."""
+"""Two thousand damaged copies of a small valid model: each loads and computes, or is refused with one clear line."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from slimrt.inspect import describe
 from slimrt.weights.gguf import GGUFFile
 from tests.tiny_gguf import write_tiny_llama
 
-HEADER_EXAMPLES, LOAD_EXAMPLES = 2000, 3000
+HEADER_EXAMPLES, LOAD_EXAMPLES = 1000, 1000
 SECONDS = 5  # a refusal takes milliseconds; the machines are shared
 ROOM = 1 << 30  # bytes of address space that a few kilobytes of damaged model may ask for
 
