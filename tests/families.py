@@ -72,6 +72,7 @@ CASES: dict[str, dict[str, Any]] = {
                   "logit_scale": 0.25, "use_qk_norm": False, "tie_word_embeddings": True, **_rope(1e4)},
     "cohere2": {"model_type": "cohere2", "architectures": ["Cohere2ForCausalLM"], "layer_norm_eps": 1e-5,
                 "logit_scale": 0.25, "tie_word_embeddings": True, "sliding_window": 20, "num_hidden_layers": 4,
+                "rotary_pct": 1.0,
                 "layer_types": ["sliding_attention"] * 3 + ["full_attention"], "head_dim": DH, **_rope(5e4)},
     "qwen3moe": {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "head_dim": DH,
                  "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True,

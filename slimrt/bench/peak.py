@@ -68,15 +68,18 @@ def _quickest(work: Callable[[], Any]) -> float:
 def prefill_operations(c: ModelConfig, tokens: int) -> int:
     """Multiplications and additions of a dense prompt: the layers' matrices, causal attention, one row of logits."""
     q, kv = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
-    matrices = c.n_layers * c.d_model * (2 * q + 2 * kv + 3 * c.d_ff)
+    matrices = c.n_layers * c.d_model * (2 * q + 2 * kv + 3 * c.d_ff_computed)
     attention = c.n_layers * 2 * q * tokens * (tokens + 1) // 2
     return 2 * (matrices * tokens + attention + c.d_model * c.vocab_size)
 
 
 def matrix_bytes(file: GGUFFile) -> int:
-    """Bytes of the matrices that every token reads: all but the embedding, unless that is the output too."""
+    """Bytes of the matrices that a token reads: all but the embedding, unless that is the output too, and of experts
+    those that are used."""
     embedding = "token_embd.weight" if "output.weight" in file.tensors else None
-    return sum(t.nbytes for name, t in file.tensors.items() if name != embedding and len(t.shape) == 2)
+    used = file.get(f"{file.get('general.architecture', str)}.expert_used_count", int, 1)
+    plain = sum(t.nbytes for name, t in file.tensors.items() if name != embedding and len(t.shape) == 2)
+    return plain + sum(t.nbytes // t.shape[0] * used for t in file.tensors.values() if len(t.shape) == 3)
 
 
 def decode_bytes(matrix_bytes: int, kv_per_token: int, length: int) -> int:

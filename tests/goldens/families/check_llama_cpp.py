@@ -1,0 +1,114 @@
+"""Files go both ways between slimrt and llama.cpp: by hand, in four steps, from the repository's root.
+
+    python -m tests.goldens.families.check_llama_cpp write FOLDER      slimrt's environment: checkpoints, slimrt's files
+    python -m tests.goldens.families.check_llama_cpp convert FOLDER LLAMA_CPP    llama-cpp-python's: llama.cpp's files
+    python -m tests.goldens.families.check_llama_cpp read FOLDER       llama-cpp-python's: llama.cpp's logits of both
+    python -m tests.goldens.families.check_llama_cpp compare FOLDER    slimrt's: its own logits of both, and a table
+
+LLAMA_CPP: the sources that llama-cpp-python 0.3.36 carries. ``convert`` and ``read`` run in an environment with torch
+2.13.0, transformers 5.24.0 and llama-cpp-python. Pre-tokenizers are named by hand, as in ``convert/make_reference.py``,
+and every vocabulary is read as byte pairs: what is compared are logits. The table has the largest differences to
+Transformers in float64 over both prompts, and of llama.cpp, whose products round activations, to slimrt.
+"""
+
+from __future__ import annotations
+
+import sys
+from functools import partialmethod
+from pathlib import Path
+
+import numpy as np
+
+from tests.families import CASES, GOLDENS, V, prompts, write_checkpoint
+
+CTX = 128  # Phi's long factors are taken by the context: the short prompt is compared with the others
+
+
+def write(folder: Path) -> None:
+    from slimrt.convert import convert_checkpoint
+
+    for name in CASES:
+        convert_checkpoint(write_checkpoint(name, folder / name), folder / f"{name}.slimrt.gguf", "f32", force=True)
+
+
+def convert(folder: Path, sources: str) -> None:
+    sys.path += [sources, f"{sources}/gguf-py"]
+    import convert_hf_to_gguf
+    from conversion import gemma, phi  # noqa: F401  # whose classes set_vocab is replaced in
+    from conversion.base import TextModel
+
+    TextModel.get_vocab_base_pre = partialmethod(lambda self, name, tokenizer: name, "qwen2")
+    for model in (TextModel, *_below(TextModel)):
+        model.set_vocab = TextModel._set_vocab_gpt2
+    for name in CASES:
+        target = folder / f"{name}.llama_cpp.gguf"
+        sys.argv = ["convert_hf_to_gguf.py", str(folder / name), "--outtype", "f32", "--outfile", str(target)]
+        try:
+            convert_hf_to_gguf.main()
+        except Exception as error:
+            print(f"{name}: llama.cpp's converter: {error!r}")
+
+
+def _below(model: type) -> list[type]:
+    return [one for child in model.__subclasses__() for one in (child, *_below(child))]
+
+
+def read(folder: Path) -> None:
+    import llama_cpp
+
+    found = {}
+    for path in sorted(folder.glob("*.gguf")):
+        try:
+            llm = llama_cpp.Llama(str(path), n_ctx=CTX, n_threads=1, logits_all=False, verbose=False)
+        except Exception as error:
+            print(f"{path.name}: llama.cpp: {error!r}")
+            continue
+        for i, ids in enumerate(prompts()):
+            llm.reset()
+            llm.eval(ids)
+            pointer = llama_cpp.llama_get_logits(llm.ctx)
+            found[f"{path.stem}/{i}"] = np.ctypeslib.as_array(pointer, shape=(llm.n_vocab(),)).copy()
+        llm.close()
+    np.savez(folder / "llama_cpp.npz", **found)
+
+
+def compare(folder: Path) -> None:
+    from slimrt.config import CacheConfig
+    from slimrt.engine import Engine
+    from slimrt.models import build, read_config, stretch_rope
+    from slimrt.ops.numpy.numpy_ops import NumpyOps
+    from slimrt.session import Session
+    from slimrt.weights.gguf import GGUFFile
+
+    exact = np.load(GOLDENS / "families" / "logits.npz")
+    theirs = dict(np.load(folder / "llama_cpp.npz")) if (folder / "llama_cpp.npz").exists() else {}
+    print(f"{'case':12}{'float32':>10}{'file by slimrt':>28}{'file by llama.cpp':>28}")
+    print(f"{'':12}{'errs by':>10}{'slimrt':>14}{'llama.cpp':>14}{'slimrt':>14}{'llama.cpp':>14}")
+    for name in CASES:
+        cells = [f"{max(exact[f'{name}/error0'], exact[f'{name}/error1']):.1e}"]
+        for maker in ("slimrt", "llama_cpp"):
+            path = folder / f"{name}.{maker}.gguf"
+            if not path.exists():
+                cells += ["-", "-"]
+                continue
+            file, ops, ours, other = GGUFFile(path), NumpyOps(1), 0.0, 0.0
+            config = stretch_rope(read_config(file), CTX)
+            for i, ids in enumerate(prompts()):
+                if max(ids) >= config.vocab_size:  # llama.cpp cuts Gemma 3's embedding to the vocabulary
+                    continue
+                session = Session(Engine(build(config, file, ops), ops, CacheConfig(CTX)), CTX)
+                session.prefill(ids)
+                assert session.logits is not None
+                n = min(V, len(session.logits))
+                if name != "phi3-long" or i == 0:
+                    ours = max(ours, np.abs(session.logits[:n] - exact[f"{name}/{i}"][:n]).max())
+                if (logits := theirs.get(f"{name}.{maker}/{i}")) is not None:
+                    other = max(other, np.abs(session.logits[:n] - logits[:n]).max())
+            cells += [f"{ours:.1e}", f"{other:.1e}" if f"{name}.{maker}/0" in theirs else "-"]
+        print(f"{name:12}{cells[0]:>10}" + "".join(f"{cell:>14}" for cell in cells[1:]))
+
+
+if __name__ == "__main__":
+    {"write": write, "convert": convert, "read": read, "compare": compare}[sys.argv[1]](
+        Path(sys.argv[2]), *sys.argv[3:]
+    )
