@@ -126,9 +126,13 @@ class Llama:
             x, layer.ffn_norm, eps, layer.gate_up, layer.gate_up_bias, layer.down, layer.down_bias
         )
 
+    def normed(self, x: Array) -> Array:
+        """Hidden states [T, D] after the last layer -> the same behind the output norm."""
+        return self.ops.rmsnorm(x, self.norm, self.config.norm_eps)
+
     def logits(self, x: Array) -> Array:
         """Hidden states [T, D] after the last layer -> [T, V]."""
-        return self.ops.head(self.ops.rmsnorm(x, self.norm, self.config.norm_eps), self.head)
+        return self.ops.head(self.normed(x), self.head)
 
 
 class _Loader:
