@@ -107,6 +107,34 @@ def chat(file: Path | None, system: str | None, answer: AnswerSettings, load: Lo
 
 
 @cli.command()
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0: all.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0: a free one.")
+@click.option("--api-key", metavar="KEY", envvar="SLIMRT_API_KEY", help="What clients must send.  [nothing]")
+@click.option("--sessions", type=click.IntRange(1), help="Requests answered at once.  [4, as memory allows]")
+@click.option("--queue", type=click.IntRange(0), default=64, show_default=True, help="Requests that may wait.")
+@click.option(
+    "--timeout",
+    type=click.FloatRange(0, min_open=True),
+    default=3600,
+    show_default=True,
+    help="Seconds that a request may take.",
+)
+@click.option("--max-body", type=Size(), default=32 << 20, show_default=True, help="Bytes of a request.")
+@click.option("--cors", "origins", multiple=True, metavar="ORIGIN", help="Let web pages of ORIGIN ask; repeatable.")
+@load_options
+def serve(load: LoadSettings, **settings: Any) -> None:
+    """Answer over HTTP, as OpenAI's and Anthropic's servers do, and on a page to chat.
+
+    \b
+    slimrt serve --model model.gguf --ctx 32k
+    then: base_url="http://127.0.0.1:8080/v1" in a client, or open http://127.0.0.1:8080
+    """
+    from slimrt.terminal import serving
+
+    serving.serve(load, serving.ServeSettings(**settings))
+
+
+@cli.command()
 @click.argument("text", required=False)
 @file_option("The text.")
 @model_option

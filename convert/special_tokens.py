@@ -9,7 +9,7 @@ from typing import Any
 from gguf import TokenType
 
 from slimrt.convert.checkpoint import read_bounded, read_json
-from slimrt.convert.vocabulary import Vocabulary
+from slimrt.convert.vocabulary import Vocabulary, space_prefix, stripping
 from slimrt.errors import ModelFileError
 
 __all__ = ["read_special_tokens"]
@@ -43,9 +43,30 @@ def read_special_tokens(folder: Path, vocabulary: Vocabulary) -> None:
             vocabulary.add[role] = stated
         elif (folder / "tokenizer.json").exists():
             vocabulary.add[role] = text is not None and ids.get(text, -1) == vocabulary.special.get(role)
+    if vocabulary.scores is not None and not vocabulary.strip:
+        _read_details(folder, vocabulary, tokenizer_config)
     if isinstance(prefix := tokenizer_config.get("add_prefix_space"), bool) and vocabulary.scores is not None:
         vocabulary.add_space_prefix = prefix
     vocabulary.chat_template = _chat_template(folder, tokenizer_config)
+
+
+def _read_details(folder: Path, vocabulary: Vocabulary, tokenizer_config: dict[str, Any]) -> None:
+    """What a SentencePiece model does not say: blanks beside added tokens, and where the space in front goes."""
+    path, size = folder / "tokenizer.json", len(vocabulary.tokens)
+    listed: Any = tokenizer_config.get("added_tokens_decoder")
+    added = [
+        {**entry, "id": int(key)}
+        for key, entry in (listed.items() if isinstance(listed, dict) else ())
+        if key.isdecimal() and isinstance(entry, dict)
+    ]
+    if path.exists():
+        described = read_json(path)
+        listed = described.get("added_tokens")
+        added = [entry for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []
+        if vocabulary.add_space_prefix:
+            # Whether there is one is the model's own affair.
+            _, vocabulary.space_prefix = space_prefix(described, path)
+    vocabulary.strip = stripping([e for e in added if type(e.get("id")) is int and 0 <= e["id"] < size])
 
 
 def _read(path: Path) -> dict[str, Any]:

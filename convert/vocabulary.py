@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,13 +22,15 @@ from slimrt.convert.sentencepiece_proto import read_model
 from slimrt.errors import TokenizerError
 from slimrt.text.bpe import BYTE_ALPHABET, ListMerger
 from slimrt.text.merges import MergesList, rank_order
-from slimrt.text.tokenizer import NORMALIZER_KEY, STRIP_KEYS
+from slimrt.text.tokenizer import NORMALIZER_KEY, PREFIX_KEY, STRIP_KEYS, STRIP_STATED_KEY
 
 __all__ = [
     "MAX_MODEL_BYTES",
     "Vocabulary",
     "from_sentencepiece",
     "from_tokenizer_json",
+    "space_prefix",
+    "stripping",
 ]
 
 logger = logging.getLogger(__name__)
@@ -44,7 +46,8 @@ class Vocabulary:
 
     ``model`` is GGUF's name of the algorithm (``llama``: SentencePiece, ``gpt2``: byte-level BPE), ``pre`` of the
     pre-tokenizer. ``add`` says for ``bos``, ``eos`` whether they are put around a text. ``normalizer``: the Unicode
-    normal form that text gets. ``strip``: ids of tokens before (``left``) or behind which blanks are dropped.
+    normal form that text gets. ``space_prefix``: see ``slimrt.text.tokenizer``. ``strip``: ids of tokens before
+    (``left``) or behind which blanks are dropped.
     """
 
     model: str
@@ -56,6 +59,7 @@ class Vocabulary:
     special: dict[str, int] = field(default_factory=dict)
     add: dict[str, bool] = field(default_factory=dict)
     add_space_prefix: bool | None = None
+    space_prefix: str | None = None
     remove_extra_spaces: bool = False
     normalizer: str | None = None
     strip: dict[str, list[int]] = field(default_factory=dict)
@@ -114,10 +118,14 @@ class Vocabulary:
             getattr(writer, f"add_add_{role}_token")(value)
         if self.add_space_prefix is not None:
             writer.add_add_space_prefix(self.add_space_prefix)
+        if self.add_space_prefix and self.space_prefix is not None:
+            writer.add_string(PREFIX_KEY, self.space_prefix)
         if self.remove_extra_spaces:
             writer.add_remove_extra_whitespaces(True)
         if self.normalizer is not None:
             writer.add_string(NORMALIZER_KEY, self.normalizer)
+        if self.scores is not None:  # Phi-3's kind, of which readers of files from elsewhere must guess
+            writer.add_bool(STRIP_STATED_KEY, True)
         for side, ids in self.strip.items():
             if ids:
                 writer.add_array(STRIP_KEYS[side], ids)
@@ -190,18 +198,21 @@ def from_tokenizer_json(path: Path) -> Vocabulary:
 
     pre = "default" if byte_fallback else name_pre_tokenizer(data, path, merges_whole=merges_whole)
     vocabulary = Vocabulary("llama" if byte_fallback else "gpt2", pre, tokens, types)
-    vocabulary.strip = {
-        side: [token["id"] for token in added if token.get(f"{side[0]}strip") is True] for side in STRIP_KEYS
-    }
+    vocabulary.strip = stripping(added)
     if byte_fallback:
         vocabulary.scores = _scores_from_merges(tokens, merges)
-        vocabulary.add_space_prefix = _has_space_prefix(data, path)
+        vocabulary.add_space_prefix, vocabulary.space_prefix = space_prefix(data, path)
         if isinstance(unknown, str) and unknown in ids:
             vocabulary.special["unk"] = ids[unknown]
     else:
         vocabulary.merges = [f"{left} {right}" for left, right in merges]
         vocabulary.normalizer = name_normalizer(data, path)
     return vocabulary
+
+
+def stripping(added: Iterable[Mapping[str, Any]]) -> dict[str, list[int]]:
+    """For ``Vocabulary.strip``: the ids of ``added`` tokens beside which blanks are dropped."""
+    return {side: [token["id"] for token in added if token.get(f"{side[0]}strip") is True] for side in STRIP_KEYS}
 
 
 def _merges_whole(ids: Mapping[str, int], merges: list[tuple[str, str]], tokens: list[str]) -> bool:
@@ -249,8 +260,8 @@ def _scores_from_merges(tokens: list[str], merges: list[tuple[str, str]]) -> lis
     return [float(-rank[token]) if token in rank else -1.0 * len(rank) - 1.0 for token in tokens]
 
 
-def _has_space_prefix(data: dict[str, Any], path: Path) -> bool:
-    """Whether a space goes in front of a text: the normalizer's Prepend, or Metaspace's prepend scheme."""
+def space_prefix(data: dict[str, Any], path: Path) -> tuple[bool, str | None]:
+    """Whether a space goes in front of a text (the normalizer's Prepend, or Metaspace's scheme), and by which rule."""
 
     def flatten(part: Any, inner: str) -> list[dict[str, Any]]:
         if not isinstance(part, dict):
@@ -264,13 +275,19 @@ def _has_space_prefix(data: dict[str, Any], path: Path) -> bool:
     steps = flatten(data.get("normalizer"), "normalizers") + flatten(data.get("pre_tokenizer"), "pretokenizers")
     for step in steps:
         if step.get("type") == "Metaspace":
-            return step.get("prepend_scheme", "always" if step.get("add_prefix_space", True) else "never") != "never"
+            scheme = step.get("prepend_scheme", "always" if step.get("add_prefix_space", True) else "never")
+            if step.get("replacement", "▁") != "▁" or scheme not in ("always", "first", "never"):
+                raise TokenizerError(
+                    f"{path}: Metaspace with {str(step.get('replacement'))[:20]!r} and the scheme "
+                    f"{str(scheme)[:20]!r}; a low line (always, first or never) is known; fetch the file anew"
+                )
+            return scheme != "never", f"metaspace {scheme}"
     if not any(step.get("type") == "Replace" and step.get("content") == "▁" for step in steps):
         raise TokenizerError(
             f"{path}: neither Metaspace nor Replace turns spaces into ▁; SentencePiece vocabularies need it; fetch "
             "the file anew"
         )
-    return any(step.get("type") == "Prepend" for step in steps)
+    return any(step.get("type") == "Prepend" for step in steps), None
 
 
 def _mark_added(token: int, text: str, special: bool, tokens: list[str], types: list[TokenType]) -> None:

@@ -161,10 +161,14 @@ class Llama:
             c.activation, layer.ffn_merge, residual,
         )  # fmt: skip
 
+    def normed(self, x: Array) -> Array:
+        """Hidden states [T, D] after the last layer -> the same behind the output norm."""
+        x = self.ops.centred(x) if self.config.centred else x
+        return self.ops.rmsnorm(x, self.norm, self.config.norm_eps)
+
     def logits(self, x: Array) -> Array:
         """Hidden states [T, D] after the last layer -> [T, V]."""
-        x = self.ops.centred(x) if self.config.centred else x
-        return self.ops.head(self.ops.rmsnorm(x, self.norm, self.config.norm_eps), self.head)
+        return self.ops.head(self.normed(x), self.head)
 
     def finished(self, logits: np.ndarray) -> np.ndarray:
         """Logits [T, V] on the host -> scaled and capped, in place."""

@@ -256,6 +256,11 @@ class Engine:
         self.ops.rows(head, len(x))
         return _finite(self.model.finished(logits))
 
+    @_computing
+    def last_states(self, x: np.ndarray) -> np.ndarray:
+        """Hidden states [T, D], as ``prefill`` returns them -> behind the output norm [T, D] float32 on the host."""
+        return _finite(np.asarray(self.ops.to_host(self.model.normed(x)), np.float32))
+
     def _scores(
         self, context: Context, rule: Schedule, layer: int, q: Array, keys: Array, positions: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray | None]:

@@ -326,6 +326,36 @@ class LLM:
             for lo in range(0, len(hidden), _LOGIT_ROWS):
                 yield self._engine.logits(hidden[lo : lo + _LOGIT_ROWS])
 
+    # -- embeddings -------------------------------------------------------------------------------------------------
+
+    def embed(
+        self, texts: Prompt | Sequence[Prompt], *, pooling: Literal["mean", "last"] = "mean", normalize: bool = True
+    ) -> np.ndarray:
+        """One vector a text, of the hidden states behind the output norm -> float32 [n, D].
+
+        ``texts``: a text, token ids, or a list of either. ``pooling``: the mean over a text's tokens, or its last
+        token's. ``normalize``: vectors of length 1. Texts are read whole (no plan), each from an empty context. Raises
+        SettingError for what is no text, ContextError for an empty text and one that exceeds the context.
+        """
+        if pooling not in ("mean", "last"):
+            raise SettingError(f"pooling {pooling!r}: must be 'mean' or 'last'")
+        single = isinstance(texts, str) or all(is_whole(item) for item in texts)
+        prompts = [self.token_ids(text) for text in ([texts] if single else texts)]  # type: ignore[arg-type]
+        for ids in prompts:
+            self._session.check(ids)
+        vectors = np.empty((len(prompts), self.config.d_model), np.float32)
+        context = self._engine.new_context()
+        try:
+            for vector, ids in zip(vectors, prompts, strict=True):
+                states, _ = self._engine.prefill(context, ids, wanted=len(ids) if pooling == "mean" else 1)
+                vector[:] = self._engine.last_states(states).mean(axis=0, dtype=np.float64)
+                context.truncate(0)
+        finally:
+            context.cache.close()
+        if normalize:
+            vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), np.finfo(np.float32).tiny)
+        return vectors
+
     # -- generation -------------------------------------------------------------------------------------------------
 
     def stream(

@@ -33,7 +33,7 @@ ORDER = (
     ("conversation",),
     ("llm",),
     ("llama_cpp", "eval"),
-    ("explain", "bench", "calibrate"),
+    ("explain", "bench", "calibrate", "server"),
     ("terminal",),
     ("click_cli",),
 )

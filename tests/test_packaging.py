@@ -43,7 +43,7 @@ def test_every_source_file_is_in_the_wheel(wheel: Path) -> None:
     expected = {"click_cli.py", "slimrt/py.typed"}
     for top in ("slimrt", *MAPPED):
         for path in (ROOT / top).rglob("*"):
-            if path.suffix in (".py", ".cu", ".cuh", ".json"):
+            if path.suffix in (".py", ".cu", ".cuh", ".json", ".html", ".jinja"):
                 expected.add(f"{MAPPED.get(top, top)}/{path.relative_to(ROOT / top).as_posix()}")
     assert expected - set(zipfile.ZipFile(wheel).namelist()) == set()
 

@@ -192,9 +192,9 @@ def metadata_of(path: Path) -> dict[str, Any]:
     return {key: value for key, value in GGUFFile(path).metadata.items() if key.startswith("tokenizer.")}
 
 
-def write_vocabulary(path: Path, metadata: dict[str, Any]) -> Path:
+def write_vocabulary(path: Path, metadata: dict[str, Any], arch: str = "llama") -> Path:
     """A GGUF file with ``metadata`` and no tensors, which llama.cpp opens with vocab_only."""
-    writer = gguf.GGUFWriter(path, "llama")
+    writer = gguf.GGUFWriter(path, arch)
     for key, value in metadata.items():
         if isinstance(value, bool):
             writer.add_bool(key, value)

@@ -21,6 +21,9 @@ from slimrt.text.vocab import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFIN
 __all__ = ["SentencePieceBPE"]
 
 _SPACE = "\u2581"  # stands for a space in the vocabulary
+# The library refuses entries with a NUL, which InternLM2's vocabulary has; this noncharacter, which no text has a use
+# for, takes its place on both sides.
+_NUL = "\ufdd0"
 
 
 class SentencePieceBPE:
@@ -40,6 +43,7 @@ class SentencePieceBPE:
                 f"{vocab.path}: metadata key 'tokenizer.ggml.scores' is {fault}; a SentencePiece vocabulary has a "
                 "score for every entry; convert the model anew"
             )
+        self._has_nul = any("\0" in text for text in vocab.tokens)
         self._byte_fallback = len(set(vocab.byte_values.values())) == 256
         proto = b"".join(_model_proto(vocab, scores.astype(np.float32).tolist(), byte_fallback=self._byte_fallback))
         self._processor = sentencepiece.SentencePieceProcessor()
@@ -56,7 +60,7 @@ class SentencePieceBPE:
 
         Raises TokenizerError where the vocabulary lacks a character and has no entry for the unknown.
         """
-        ids: list[int] = self._processor.encode(text)
+        ids: list[int] = self._processor.encode(text.replace("\0", _NUL) if self._has_nul else text)
         if not self._byte_fallback and ids and max(ids) >= len(self._vocab.tokens):
             raise TokenizerError(
                 f"{text[:20]!r} holds a character that the vocabulary of {self._vocab.path} lacks, and it has "
@@ -90,7 +94,7 @@ def _model_proto(vocab: Vocabulary, scores: list[float], byte_fallback: bool) ->
             type_ = CONTROL
         else:
             type_ = kind if kind == BYTE and byte_fallback else NORMAL
-        yield _piece(text, score, type_)
+        yield _piece(text.replace("\0", _NUL), score, type_)
     if unknown is None:
         yield _piece("<slimrt-unknown>", 0.0, UNKNOWN)
     unknown_id = len(vocab.tokens) if unknown is None else unknown

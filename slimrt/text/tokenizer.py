@@ -21,12 +21,28 @@ from slimrt.text.spm import SentencePieceBPE
 from slimrt.text.vocab import CONTROL, UNKNOWN, USER_DEFINED, Vocabulary
 from slimrt.weights.gguf import GGUFFile
 
-__all__ = ["NORMALIZER_KEY", "STRIP_KEYS", "StreamDecoder", "Tokenizer", "check_kind"]
+__all__ = [
+    "NORMALIZER_KEY",
+    "PREFIXES",
+    "PREFIX_KEY",
+    "STRIP_KEYS",
+    "STRIP_STATED_KEY",
+    "StreamDecoder",
+    "Tokenizer",
+    "check_kind",
+]
 
 NORMALIZER_KEY = "slimrt.tokenizer.normalizer"
 """Metadata key of ours, because GGUF has none: the Unicode normal form that text gets before it is cut."""
 STRIP_KEYS = {"left": "slimrt.tokenizer.strip_left", "right": "slimrt.tokenizer.strip_right"}
 """Metadata keys of ours: ids of the tokens before or behind which blanks are dropped."""
+STRIP_STATED_KEY = "slimrt.tokenizer.strip_stated"
+"""Metadata key of ours: true where the ids under ``STRIP_KEYS`` are all there are, be it none."""
+PREFIX_KEY = "slimrt.tokenizer.space_prefix"
+"""Metadata key of ours: where the space in front of a text goes, by the names in ``PREFIXES``; the space in front of
+every text between special tokens, whatever it begins with, is GGUF's own."""
+PREFIXES = ("metaspace always", "metaspace first")
+"""The tokenizers library's Metaspace: no space where there is one; ``first``: none behind special tokens."""
 
 _Form = Literal["NFC", "NFD", "NFKC", "NFKD"]
 _FORMS = ("NFC", "NFD", "NFKC", "NFKD")
@@ -55,11 +71,12 @@ class Tokenizer:
         self._coder = coder
         self.space_prefix = space_prefix
         self._pieces: dict[int, bytes] = {}
-        self._form = _normal_form(vocab)
+        self._form = cast("_Form | None", _one_of(vocab, NORMALIZER_KEY, _FORMS))
+        self._prefix = _one_of(vocab, PREFIX_KEY, PREFIXES)
         control = [id for id, kind in enumerate(vocab.types) if kind in (CONTROL, UNKNOWN)]
         user = [id for id, kind in enumerate(vocab.types) if kind == USER_DEFINED]
         strip = {side: vocab.id_list(key) for side, key in STRIP_KEYS.items()}
-        if phi3 and strip["right"] is None:
+        if phi3 and not vocab.stated(STRIP_STATED_KEY):
             strip["right"] = [id for id in (*control, *user) if vocab.tokens[id] not in _PHI3_KEEPS]
         self._special = SpecialTokens(
             vocab.tokens, control, user, strip_right=strip["right"] or (), strip_left=strip["left"] or ()
@@ -93,13 +110,14 @@ class Tokenizer:
             coder = SentencePieceBPE(vocab)
         else:
             coder = RawBPE(vocab) if rule is not None and rule.raw else ByteLevelBPE(vocab)
-        # llama.cpp goes by the name here, because the file does not say it: after Phi-3's markers blanks are dropped.
+        # After Phi-3's markers blanks are dropped, which files from elsewhere do not say. llama.cpp goes by the name.
         name = str(file.metadata.get("general.name", "")).lower()
+        by_arch = kind == "llama" and file.metadata.get("general.architecture") == "phi3"
         return cls(
             vocab,
             coder,
             space_prefix=kind == "llama" and vocab.flag("add_space_prefix", True),
-            phi3="phi-3" in name or "phi3" in name,
+            phi3=by_arch or "phi-3" in name or "phi3" in name,
         )
 
     def encode(
@@ -123,18 +141,22 @@ class Tokenizer:
                     f"add_bos=True: {self._vocab.path} has no BOS token; leave add_bos out for this model"
                 )
             ids.append(self.bos_id)
-        after_special = True  # the beginning counts as such
-        for part in self._special.cut_out(text, control=special, literal=literal):
+        for at, part in enumerate(self._special.cut_out(text, control=special, literal=literal)):
             if isinstance(part, int):
                 ids.append(part)
             else:
                 if self._form is not None:
                     part = unicodedata.normalize(self._form, part)
-                ids += self._coder.encode(" " + part if self.space_prefix and after_special else part)
-            after_special = isinstance(part, int)
+                ids += self._coder.encode(" " + part if self._gets_prefix(part, at) else part)
         if add_bos is None and self.add_eos and self.eos_id is not None:
             ids.append(self.eos_id)
         return ids
+
+    def _gets_prefix(self, part: str, at: int) -> bool:
+        """Whether a space goes in front of the text ``part``, the ``at``-th of the texts and special tokens."""
+        if not self.space_prefix or self._prefix is None:
+            return self.space_prefix
+        return not part.startswith((" ", "\u2581")) and (at == 0 or self._prefix == PREFIXES[0])
 
     @staticmethod
     def _check_text(text: str) -> None:
@@ -207,13 +229,14 @@ def check_kind(file: GGUFFile) -> str:
     return kind
 
 
-def _normal_form(vocab: Vocabulary) -> _Form | None:
-    form = vocab.text(NORMALIZER_KEY)
-    if form is not None and form not in _FORMS:
+def _one_of(vocab: Vocabulary, key: str, known: tuple[str, ...]) -> str | None:
+    """The metadata text called ``key``; raises ModelFileError for one that is not ``known``."""
+    value = vocab.text(key)
+    if value is not None and value not in known:
         raise ModelFileError(
-            f"{vocab.path}: {NORMALIZER_KEY} is {form[:40]!r}; known are {', '.join(_FORMS)}; convert the model anew"
+            f"{vocab.path}: {key} is {value[:40]!r}; known are {', '.join(known)}; convert the model anew"
         )
-    return cast("_Form | None", form)
+    return value
 
 
 class _ByteStream:

@@ -143,6 +143,10 @@ class Vocabulary:
         """The metadata switch ``tokenizer.ggml.{key}``."""
         return self._file.get(f"tokenizer.ggml.{key}", bool, default)
 
+    def stated(self, key: str) -> bool:
+        """The metadata switch ``key``, off where it is missing."""
+        return self._file.get(key, bool, False)
+
     def special_id(self, name: str, default: int | None = None) -> int | None:
         """The id under ``tokenizer.ggml.{name}_token_id``; raises ModelFileError if it lies outside the vocabulary."""
         key = f"tokenizer.ggml.{name}_token_id"

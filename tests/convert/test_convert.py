@@ -26,7 +26,8 @@ ADDED = {
     "tokenizer.ggml.add_bos_token", "tokenizer.ggml.add_eos_token", "tokenizer.ggml.eot_token_id",
     "tokenizer.ggml.bos_token_id", "tokenizer.ggml.eos_token_id", "tokenizer.ggml.unknown_token_id",
     "tokenizer.ggml.add_space_prefix", "qwen2.rope.dimension_count", "qwen2.vocab_size",
-    "qwen2.rope.scaling.attn_factor",
+    "qwen2.rope.scaling.attn_factor", "slimrt.tokenizer.strip_stated", "slimrt.tokenizer.space_prefix",
+    "slimrt.tokenizer.normalizer",
 }  # fmt: skip
 # Where slimrt differs on purpose, and why.
 DIFFERENT = {
@@ -148,7 +149,7 @@ def test_rows_that_do_not_divide_into_blocks_become_f16(tmp_path: Path, caplog: 
     file = GGUFFile(tmp_path / "model.gguf")
     assert file.tensor("blk.0.ffn_down.weight").type == GGMLQuantizationType.F16
     assert file.tensor("blk.0.ffn_up.weight").type == GGMLQuantizationType.Q4_0
-    assert "blk.0.ffn_down.weight: rows of 48" in caplog.text
+    assert "blk.0.ffn_down.weight and 1 more: rows of 48" in caplog.text
     np.testing.assert_array_equal(
         file.tensor("blk.0.ffn_down.weight").data, weights["model.layers.0.mlp.down_proj.weight"].astype(np.float16)
     )

@@ -15,7 +15,7 @@ from slimrt.convert.pretokenizer import name_pre_tokenizer
 from slimrt.convert.tekken import from_tekken
 from slimrt.convert.vocabulary import from_sentencepiece, from_tokenizer_json
 from slimrt.errors import ModelFileError, TokenizerError
-from slimrt.text.tokenizer import NORMALIZER_KEY, STRIP_KEYS, Tokenizer
+from slimrt.text.tokenizer import NORMALIZER_KEY, PREFIX_KEY, STRIP_KEYS, Tokenizer
 from slimrt.weights.gguf import GGUFFile
 from tests.text.test_tokenizer_families import TEKKEN_PATTERN, split
 from tests.text.test_tokenizer_references import QWEN2_PATTERN
@@ -61,6 +61,10 @@ def described(**changes: Any) -> dict[str, Any]:
         (described(normalizer={"type": "Lowercase"}), "the normalizer is 'Lowercase'; none or one of NFC"),
         (described(normalizer={"type": "Sequence", "normalizers": [{"type": "NFC"}] * 2}), "normalizer is 'Sequence'"),
         (described(normalizer=7), "the normalizer is '7'"),
+        (
+            described(model={"byte_fallback": True}, pre_tokenizer={"type": "Metaspace", "prepend_scheme": "last"}),
+            "the scheme 'last'; a low line .always, first or never. is known",
+        ),
     ],
 )
 def test_bad_tokenizer_json_is_one_clear_line(definition: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -120,6 +124,7 @@ def test_bad_tekken_is_one_clear_line(changes: dict[str, Any], message: str, tmp
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({PREFIX_KEY: "metaspace"}, "space_prefix is 'metaspace'; known are metaspace always, metaspace first"),
         ({NORMALIZER_KEY: "NFX"}, "normalizer is 'NFX'; known are NFC, NFD, NFKC, NFKD"),
         ({STRIP_KEYS["right"]: [3, 1000]}, "strip_right' names token 1000; the vocabulary has ids 0 to 256"),
         ({STRIP_KEYS["left"]: "x"}, "strip_left' must be an array of ids"),

@@ -20,13 +20,14 @@ import tokenizers
 from hypothesis import given, settings
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
 
+from slimrt.convert.special_tokens import read_special_tokens
 from slimrt.convert.tekken import from_tekken
 from slimrt.convert.vocabulary import Vocabulary, from_sentencepiece, from_tokenizer_json
 from slimrt.text.pre import PRE_TOKENIZERS
 from slimrt.text.tokenizer import Tokenizer
 from slimrt.weights.gguf import GGUFFile
 from tests.text.test_tokenizer_references import O200K_PATTERN, QWEN2_PATTERN, TEXTS
-from tests.vocabularies import LLAMA3_PATTERN, vocabulary_bytes, write_vocabulary
+from tests.vocabularies import LLAMA3_PATTERN, metadata_of, vocabulary_bytes, write_vocabulary
 
 TEXTS_OF_MANY_SCRIPTS: list[str] = json.loads(
     (Path(__file__).parents[1] / "goldens/tokenizer/llama_cpp.json").read_text()
@@ -117,9 +118,9 @@ def trained(definition: dict[str, Any], normalizer: str | None, ignore_merges: b
     return tokenizer
 
 
-def loaded(vocabulary: Vocabulary, path: Path) -> Tokenizer:
+def loaded(vocabulary: Vocabulary, path: Path, arch: str = "llama") -> Tokenizer:
     """``vocabulary`` written to a file and read again."""
-    writer = gguf.GGUFWriter(path, "llama")
+    writer = gguf.GGUFWriter(path, arch)
     vocabulary.write(writer)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -334,3 +335,79 @@ def test_bpe_of_characters(tmp_path: Path) -> None:
     for text in (*TEXTS_OF_MANY_SCRIPTS, *texts):
         check(text)
     settings(max_examples=60)(given(text=TEXTS)(check))()
+
+
+def character_bpe(pre_tokenizer: dict[str, Any] | None, normalizer: dict[str, Any] | None) -> tokenizers.Tokenizer:
+    """A BPE of characters with byte entries, as LLaMA's and Phi-3's tokenizer.json are, of a few hundred entries."""
+    learnt = tokenizers.Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
+    learnt.pre_tokenizer = pre_tokenizers.Metaspace()
+    texts = [text for text in TEXTS_OF_MANY_SCRIPTS if "<" not in text]
+    trainer = trainers.BpeTrainer(vocab_size=500, show_progress=False, initial_alphabet=["▁"])
+    learnt.train_from_iterator(texts, trainer)
+    described = json.loads(learnt.to_str())
+    entries = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    entries += sorted(described["model"]["vocab"], key=described["model"]["vocab"].__getitem__)
+    described["model"]["vocab"] = {text: id for id, text in enumerate(entries)}
+    described["pre_tokenizer"], described["normalizer"] = pre_tokenizer, normalizer
+    described["added_tokens"] = [
+        {"id": id, "content": entries[id], "special": True, "normalized": False, "single_word": False, "lstrip": False,
+         "rstrip": False} for id in range(3)
+    ]  # fmt: skip
+    return tokenizers.Tokenizer.from_str(json.dumps(described))
+
+
+REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+PREFIXES: dict[str, tuple[dict[str, Any] | None, dict[str, Any] | None]] = {
+    **{
+        f"{scheme}, by Metaspace": (
+            {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False}, None,
+        )
+        for scheme in ("always", "first", "never")
+    },
+    "always, by the normalizer": (
+        None, {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, REPLACE]},
+    ),
+    "never, by the normalizer": (None, REPLACE),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", PREFIXES)
+def test_the_space_in_front_goes_where_the_library_puts_it(kind: str, tmp_path: Path) -> None:
+    reference = character_bpe(*PREFIXES[kind])
+    vocabulary, ours = converted(reference, tmp_path)
+    assert vocabulary.add_space_prefix is not kind.startswith("never")
+
+    def check(text: str) -> None:
+        if "<0x" not in text and "\ufdd0" not in text:  # the library takes a spelt byte entry for one
+            ids = ours.encode(text, add_bos=False, special=True)
+            assert ids == reference.encode(text, add_special_tokens=False).ids
+
+    for text in (
+        *TEXTS_OF_MANY_SCRIPTS,
+        "<s>the<s> other",
+        " <s>▁x</s>  ",
+        "  two  spaces ",
+        "▁x",
+        "\0x\0",
+        "a</s>\n b",
+    ):
+        check(text)
+    settings(max_examples=40)(given(text=TEXTS)(check))()
+
+
+def test_a_sentencepiece_folder_says_where_blanks_go(tmp_path: Path) -> None:
+    """Phi-3's tokenizer.model with its tokenizer_config.json: each marker takes the blanks behind it."""
+    (tmp_path / "tokenizer.model").write_bytes(gemma(prefix=True))
+    vocabulary = from_sentencepiece(tmp_path / "tokenizer.model", {900: ("<|user|>", True), 901: ("<|end|>", True)})
+    decoder = {"900": {"content": "<|user|>", "special": True, "rstrip": True}, "901": {"content": "<|end|>"}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": decoder}))
+    read_special_tokens(tmp_path, vocabulary)
+    assert vocabulary.strip == {"left": [], "right": [900]}
+    path = tmp_path / "phi3.gguf"
+    for arch in ("llama", "phi3"):  # the architecture alone would drop blanks behind both
+        ours = loaded(vocabulary, path, arch)
+        hi, end = ours.encode("Hi", add_bos=False), ours.encode(" \nHi", add_bos=False)
+        assert ours.encode("<|user|> \nHi<|end|> \nHi", special=True, add_bos=False) == [900, *hi, 901, *end]
+    metadata = {key: value for key, value in metadata_of(path).items() if key.startswith("tokenizer.")}
+    phi3 = Tokenizer.from_gguf(GGUFFile(write_vocabulary(tmp_path / "elsewhere.gguf", metadata, "phi3")))
+    assert phi3.encode("<|user|> \nHi<|end|> \nHi", special=True, add_bos=False) == [900, *hi, 901, *hi]

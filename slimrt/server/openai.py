@@ -1,0 +1,334 @@
+"""OpenAI's chat completions and completions: what they take, and what they answer with."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from slimrt.generation import GenerationRequest
+from slimrt.llama_cpp.openai_format import LogprobFormat
+from slimrt.llm import LLM
+from slimrt.results import TokenLogprob
+from slimrt.server.errors import ApiError
+from slimrt.server.fields import Field, checked
+from slimrt.server.generation import (
+    ANY,
+    ARRAY,
+    BOOLEAN,
+    IGNORED,
+    INTEGER,
+    OBJECT,
+    SAMPLING,
+    STRING,
+    chat_ids,
+    generation_request,
+    text_of,
+)
+from slimrt.server.scheduler import Ended, Event, Failed, Piece, Progressed, Read
+from slimrt.session import Reading
+
+__all__ = ["CHAT", "COMPLETION", "ChatReply", "CompletionReply", "chat_prompt", "completion_prompts"]
+
+_MOST_CHOICES = 16
+_COMMON: dict[str, Field] = {
+    "model": Field(STRING, "any name: there is one model"),
+    **SAMPLING,
+    "stop": Field(("string", "array"), "a text, or up to 16, before which the answer ends"),
+    "stream": Field(BOOLEAN, "send the answer as it comes", False),
+    "stream_options": Field(OBJECT, "include_usage: a last chunk with the usage; include_progress: how far reading is"),
+    "n": Field(INTEGER, "answers to one prompt", 1, 1, _MOST_CHOICES),
+}
+CHAT: dict[str, Field] = {
+    "messages": Field(ARRAY, "[{role, content}, ...]", required=True),
+    **_COMMON,
+    "max_tokens": Field(INTEGER, "most tokens of an answer; none: up to the end of the context", None, 1, 1 << 31),
+    "max_completion_tokens": Field(INTEGER, "the newer name of max_tokens", None, 1, 1 << 31),
+    "logprobs": Field(BOOLEAN, "log-probabilities of the answer's tokens", False),
+    "top_logprobs": Field(INTEGER, "and of so many others in each place", None, 0, 20),
+    "response_format": Field(OBJECT, "{type: text}"),
+    "tools": Field(ARRAY, "not supported yet: none"),
+    "tool_choice": Field(ANY, "none or auto"),
+    "functions": Field(ARRAY, "not supported: none"),
+    "function_call": Field(ANY, "not supported: none"),
+    "modalities": Field(ARRAY, "[text]"),
+    "reasoning_effort": Field(ANY, "accepted, without effect"),
+    **IGNORED,
+}
+COMPLETION: dict[str, Field] = {
+    "prompt": Field(("string", "array"), "a text, token ids, or a list of either", required=True),
+    **_COMMON,
+    "max_tokens": Field(INTEGER, "most tokens of an answer", 16, 0, 1 << 31),
+    "logprobs": Field(INTEGER, "alternatives in each place", None, 0, 20),
+    "echo": Field(BOOLEAN, "the prompt before the answer", False),
+    "suffix": Field(STRING, "not supported: none"),
+    "best_of": Field(INTEGER, "n at most", None, 1, _MOST_CHOICES),
+    **IGNORED,
+}
+_ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+
+
+def refuse(values: Mapping[str, Any], *names: str) -> None:
+    """Raise ApiError where one of the fields asks for what there is not."""
+    for name in names:
+        if values.get(name):
+            raise ApiError(400, f"'{name}' is not supported by this server; leave it out", param=name)
+
+
+def _stops(value: Any) -> tuple[str, ...]:
+    stops = (value,) if isinstance(value, str) else tuple(value or ())
+    if len(stops) > 16 or not all(isinstance(stop, str) and stop for stop in stops):
+        raise ApiError(400, "'stop' must be a text or a list of at most 16 texts, none of them empty", param="stop")
+    return stops
+
+
+def messages_of(given: list[Any]) -> list[dict[str, Any]]:
+    """Messages with roles that chat templates know and text as content. Raises ApiError."""
+    if not given:
+        raise ApiError(400, "'messages' is empty; give at least one message", param="messages")
+    messages = []
+    for at, message in enumerate(given):
+        where = f"messages[{at}]"
+        if not isinstance(message, dict) or message.get("role") not in _ROLES:
+            role = message.get("role") if isinstance(message, dict) else message
+            raise ApiError(
+                400, f"{where}: role {str(role)[:40]!r}; it must be one of {', '.join(_ROLES)}", param="messages"
+            )
+        role = "system" if message["role"] == "developer" else message["role"]
+        messages.append({"role": role, "content": text_of(message.get("content"), where)})
+    return messages
+
+
+def chat_prompt(llm: LLM, data: Any) -> tuple[dict[str, Any], list[int], GenerationRequest]:
+    """A chat request's fields, its prompt, and how it is answered. Raises ApiError."""
+    values = checked(CHAT, data)
+    refuse(values, "tools", "functions")
+    kind = (values["response_format"] or {}).get("type", "text")
+    if kind != "text":
+        raise ApiError(
+            400, f"'response_format' {str(kind)[:40]!r} is not supported; leave it out", param="response_format"
+        )
+    if values["modalities"] not in (None, ["text"]):
+        raise ApiError(400, "'modalities': this model writes text only", param="modalities")
+    if values["top_logprobs"] is not None and not values["logprobs"]:
+        raise ApiError(400, "'top_logprobs' needs 'logprobs': true", param="top_logprobs")
+    ids = chat_ids(llm, messages_of(values["messages"]))
+    most = values["max_completion_tokens"] or values["max_tokens"]
+    logprobs = (values["top_logprobs"] or 0) if values["logprobs"] else None
+    request = generation_request(llm, values, max_tokens=most, stop=_stops(values["stop"]), logprobs=logprobs)
+    return values, ids, request
+
+
+def completion_prompts(llm: LLM, data: Any) -> tuple[dict[str, Any], list[list[int]], GenerationRequest]:
+    """A completion request's fields, its prompts, and how each is answered. Raises ApiError."""
+    values = checked(COMPLETION, data)
+    refuse(values, "suffix")
+    if (values["best_of"] or values["n"]) > values["n"]:
+        raise ApiError(400, f"'best_of' is {values['best_of']}; it must be at most n, {values['n']}", param="best_of")
+    prompt = values["prompt"]
+    lists = isinstance(prompt, list) and prompt and all(isinstance(one, list | str) for one in prompt)
+    prompts = [_ids(llm, one) for one in (prompt if lists else [prompt])]
+    if len(prompts) * values["n"] > _MOST_CHOICES:
+        raise ApiError(400, f"{len(prompts)} prompts times n {values['n']}: at most {_MOST_CHOICES}", param="prompt")
+    request = generation_request(
+        llm, values, max_tokens=values["max_tokens"], stop=_stops(values["stop"]), logprobs=values["logprobs"]
+    )
+    return values, prompts, request
+
+
+def _ids(llm: LLM, prompt: Any) -> list[int]:
+    try:
+        ids = llm.token_ids(prompt)
+    except ValueError as error:
+        raise ApiError(400, f"'prompt': {error}", param="prompt") from None
+    if not ids:
+        raise ApiError(400, "'prompt' has no tokens; give some text", param="prompt")
+    return ids
+
+
+class _Reply:
+    """One answer's envelope, and what has come of it."""
+
+    kind = ""
+
+    def __init__(self, llm: LLM, prompt_tokens: int, *, usage: bool, progress: bool, choices: int) -> None:
+        prefix = "chatcmpl" if self.kind.startswith("chat") else "cmpl"
+        self._envelope = {
+            "id": f"{prefix}-{uuid.uuid4().hex}",
+            "created": int(time.time()),
+            "model": llm.config.name,
+            "system_fingerprint": None,
+        }
+        self._llm, self.prompt_tokens, self.usage_wanted, self.progress = llm, prompt_tokens, usage, progress
+        self.texts = [""] * choices
+        self.reasons: list[str | None] = [None] * choices
+        self.entries: list[list[tuple[int, TokenLogprob]]] = [[] for _ in range(choices)]
+        self.written = 0
+        self.reading: Reading | None = None
+        self.ttft = 0.0
+
+    def usage(self) -> dict[str, Any]:
+        """Tokens read and written, and what of the prompt was there already."""
+        reused = self.reading.reused if self.reading else 0
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.written,
+            "total_tokens": self.prompt_tokens + self.written,
+            "prompt_tokens_details": {"cached_tokens": reused},
+        }
+
+    def timings(self) -> dict[str, Any]:
+        """What pruning did and what it took: beyond OpenAI's fields, as llama.cpp's server does."""
+        reading = self.reading or Reading(0, "")
+        return {
+            "ttft_s": round(self.ttft, 4),
+            "reused_tokens": reading.reused,
+            "reuse_note": reading.note,
+            "kept_tokens": list(reading.stages),
+            "dense_note": reading.dense,
+            "doubts": list(reading.doubts),
+        }
+
+    def take(self, event: Event) -> Iterator[dict[str, Any]]:
+        """The chunks that an event makes in a stream; the answer is kept as well."""
+        if isinstance(event, Read):
+            self.reading, self.ttft = event.reading, event.seconds
+            yield from self._begin()
+        elif isinstance(event, Progressed):
+            if self.progress:
+                yield {**self._chunk([]), "slimrt_progress": {"layers_done": event.done, "layers": event.total}}
+        elif isinstance(event, Piece):
+            yield from self._piece(event)
+        elif isinstance(event, Ended):
+            last = {**self._chunk([]), "usage": self.usage(), "timings": self.timings()}
+            if self.usage_wanted:
+                yield last
+        else:
+            assert isinstance(event, Failed)
+
+    def _piece(self, event: Piece) -> Iterator[dict[str, Any]]:
+        step, index = event.step, event.index
+        found = None
+        if step.token is not None:
+            self.written += 1
+            if step.logprob is not None:
+                self.entries[index].append((step.token, step.logprob))
+                found = self._logprobs(index, self.entries[index][-1:])
+        self.texts[index] += step.text
+        if step.text or found:
+            yield self._chunk([self._delta(index, step.text, found, None)])
+        if step.finish_reason is not None:
+            self.reasons[index] = step.finish_reason
+            yield self._chunk([self._delta(index, "", None, step.finish_reason)])
+
+    def _begin(self) -> Iterator[dict[str, Any]]:
+        yield from ()
+
+    def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _delta(self, index: int, text: str, found: Any, reason: str | None) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _logprobs(self, index: int, entries: list[tuple[int, TokenLogprob]]) -> dict[str, Any]:
+        """Some of an answer's tokens, in order, as this interface tells log-probabilities."""
+        raise NotImplementedError
+
+
+class ChatReply(_Reply):
+    """An answer of /v1/chat/completions."""
+
+    kind = "chat.completion"
+
+    def whole(self, *, logprobs: bool) -> dict[str, Any]:
+        """The answer in one piece."""
+        choices = [
+            {
+                "index": index,
+                "message": {"role": "assistant", "content": text, "refusal": None},
+                "logprobs": self._logprobs(index, self.entries[index]) if logprobs else None,
+                "finish_reason": self.reasons[index],
+            }
+            for index, text in enumerate(self.texts)
+        ]
+        return {
+            **self._envelope, "object": self.kind, "choices": choices, "usage": self.usage(), "timings": self.timings(),
+        }  # fmt: skip
+
+    def _logprobs(self, index: int, entries: list[tuple[int, TokenLogprob]]) -> dict[str, Any]:
+        content = [
+            {**self._token(token, found.logprob), "top_logprobs": [self._token(*one) for one in found.top]}
+            for token, found in entries
+        ]
+        return {"content": content, "refusal": None}
+
+    def _token(self, token: int, logprob: float) -> dict[str, Any]:
+        """Whole characters as text; of a token that holds a part of one the bytes tell more."""
+        data = self._llm.tokenizer.token_bytes(token)
+        return {"token": data.decode(errors="replace"), "bytes": list(data), "logprob": logprob}
+
+    def _begin(self) -> Iterator[dict[str, Any]]:
+        for index in range(len(self.texts)):
+            delta = {"role": "assistant", "content": ""}
+            yield self._chunk([{"index": index, "delta": delta, "logprobs": None, "finish_reason": None}])
+
+    def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {**self._envelope, "object": "chat.completion.chunk", "choices": choices, "usage": None}
+
+    def _delta(self, index: int, text: str, found: Any, reason: str | None) -> dict[str, Any]:
+        delta = {} if reason else {"content": text}
+        return {"index": index, "delta": delta, "logprobs": found, "finish_reason": reason}
+
+
+class CompletionReply(_Reply):
+    """Answers of /v1/completions; ``first``: the number of this prompt's first choice, ``echo``: text before each."""
+
+    kind = "text_completion"
+
+    def __init__(self, *given: Any, first: int = 0, echo: str = "", **named: Any) -> None:
+        super().__init__(*given, **named)
+        self._first, self._echo = first, echo
+        self._formats = [LogprobFormat(self._llm.tokenizer, len(echo)) for _ in self.texts]
+
+    def _logprobs(self, index: int, entries: list[tuple[int, TokenLogprob]]) -> dict[str, Any]:
+        return self._formats[index](entries)
+
+    def choices(self, *, logprobs: bool) -> list[dict[str, Any]]:
+        """The answers in one piece each."""
+        return [
+            {
+                "index": self._first + index,
+                "text": self._echo + text,
+                "logprobs": LogprobFormat(self._llm.tokenizer, len(self._echo))(found) if logprobs else None,
+                "finish_reason": self.reasons[index],
+            }
+            for index, (text, found) in enumerate(zip(self.texts, self.entries, strict=True))
+        ]
+
+    def _begin(self) -> Iterator[dict[str, Any]]:
+        if self._echo:
+            for index in range(len(self.texts)):
+                yield self._chunk([self._delta(index, self._echo, None, None)])
+
+    def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {**self._envelope, "object": self.kind, "choices": choices}
+
+    def _delta(self, index: int, text: str, found: Any, reason: str | None) -> dict[str, Any]:
+        return {"index": self._first + index, "text": text, "logprobs": found, "finish_reason": reason}
+
+
+def whole_completion(replies: list[CompletionReply], *, logprobs: bool) -> dict[str, Any]:
+    """The answer of /v1/completions in one piece."""
+    usages = [reply.usage() for reply in replies]
+    total = {
+        name: sum(usage[name] for usage in usages) for name in ("prompt_tokens", "completion_tokens", "total_tokens")
+    }
+    cached = sum(usage["prompt_tokens_details"]["cached_tokens"] for usage in usages)
+    return {
+        **replies[0]._envelope,
+        "object": CompletionReply.kind,
+        "choices": [choice for reply in replies for choice in reply.choices(logprobs=logprobs)],
+        "usage": {**total, "prompt_tokens_details": {"cached_tokens": cached}},
+        "timings": replies[0].timings(),
+    }

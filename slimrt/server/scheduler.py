@@ -1,0 +1,267 @@
+"""One thread computes; several requests have their turns.
+
+A prompt is read layer by layer, and behind every layer others have theirs: streams whose last token is some time ago
+get their next one, and a short prompt is read in between. So nobody waits behind a long document for longer than a
+layer takes. Sessions are kept when a request has ended: the one that shares most with the next prompt serves it, and
+what it has read of it is not read again.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field
+
+from slimrt.engine import Progress
+from slimrt.errors import SlimrtError
+from slimrt.generation import GenerationRequest, Step, generate_tokens
+from slimrt.llm import LLM
+from slimrt.session import Reading, Session, common_prefix
+
+__all__ = ["Busy", "Ended", "Event", "Failed", "Job", "Piece", "Progressed", "Read", "Scheduler"]
+
+log = logging.getLogger(__name__)
+
+_TURN_S = 0.05  # a stream has its turn within a prompt of others when its last token is so long ago
+_SHORT = 512  # tokens: a prompt of no more that are new is read within a longer one
+
+
+@dataclass(frozen=True)
+class Progressed:
+    """A prompt is being read: layers ``done`` of ``total``."""
+
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Read:
+    """The prompt is read, ``seconds`` after the request came."""
+
+    reading: Reading
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A step of answer number ``index``."""
+
+    index: int
+    step: Step
+
+
+@dataclass(frozen=True)
+class Ended:
+    """All answers are whole."""
+
+
+@dataclass(frozen=True)
+class Failed:
+    """Nothing more comes. ``error``: what the caller can mend (SlimrtError), or a defect."""
+
+    error: Exception
+
+
+Event = Progressed | Read | Piece | Ended | Failed
+
+
+class Busy(Exception):
+    """The queue is full. ``seconds``: after which a request may find room."""
+
+    def __init__(self, waiting: int, seconds: int) -> None:
+        super().__init__(f"{waiting} requests are waiting already; try again in {seconds} s")
+        self.seconds = seconds
+
+
+class _Cancelled(BaseException):
+    """The client is gone; not an Exception, so that nobody takes it for a failure of the model."""
+
+
+@dataclass(eq=False)
+class Job:
+    """A prompt to read and ``choices`` answers to write. ``put`` is called with each Event, from the computing thread;
+    ``progress``: also with how far reading has come."""
+
+    ids: Sequence[int]
+    request: GenerationRequest
+    put: Callable[[Event], None]
+    choices: int = 1
+    progress: bool = False
+    cancelled: bool = False
+    came: float = field(default_factory=time.monotonic)
+
+
+@dataclass(eq=False)
+class _Running:
+    job: Job
+    session: Session
+    steps: Generator[Event, None, None]
+    last: float = 0.0  # when its last token came
+    busy: bool = False  # computing now, further down this thread's stack
+
+
+class Scheduler:
+    """Runs jobs on ``llm`` in a thread of its own: at most ``sessions`` at a time, ``queue`` more wait."""
+
+    def __init__(self, llm: LLM, *, sessions: int = 4, queue: int = 64) -> None:
+        self._llm, self._most_waiting = llm, queue
+        self._condition = threading.Condition()
+        self._waiting: deque[Job] = deque()
+        self._running: list[_Running] = []
+        self._free: list[Session] = []  # the one that was used longest ago first
+        self._unmade = sessions
+        self._closed = False
+        self._seconds = 1.0  # that a job takes, on the whole
+        # Passes of a GPU share scratch memory, so there a prompt is read in one go; it takes little time.
+        self._takes_turns = llm.backend.ops.name != "cuda"
+        self._thread = threading.Thread(target=self._work, name="slimrt computes", daemon=True)
+        self._thread.start()
+
+    def submit(self, job: Job) -> None:
+        """Queue ``job``. Raises Busy, and what ``Session.check`` raises for a prompt that cannot be read."""
+        self._llm.current.check(job.ids)
+        with self._condition:
+            if self._closed:
+                raise Busy(len(self._waiting), 1)
+            if len(self._waiting) >= self._most_waiting:
+                raise Busy(len(self._waiting), max(1, round(len(self._waiting) * self._seconds)))
+            self._waiting.append(job)
+            self._condition.notify()
+
+    def cancel(self, job: Job) -> None:
+        """Nobody wants the rest of ``job``."""
+        with self._condition:
+            job.cancelled = True
+            self._condition.notify()
+
+    def close(self) -> None:
+        """Stop; jobs that have not ended fail."""
+        with self._condition:
+            self._closed = True
+            self._condition.notify()
+        self._thread.join()
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        return len(self._running)
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of keys and values that idle sessions keep for prompts that begin as theirs."""
+        with self._condition:
+            return sum(session.kv_bytes for session in self._free)
+
+    # -- the computing thread -----------------------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        while True:
+            with self._condition:
+                while not (self._waiting or self._running or self._closed):
+                    self._condition.wait()
+                if self._closed:
+                    break
+            self._start_next()
+            for running in list(self._running):
+                self._advance(running)
+        error = SlimrtError("the server is shutting down")
+        for job in [*self._waiting, *(running.job for running in self._running)]:
+            job.put(Failed(error))
+
+    def _start_next(self, longest: int | None = None) -> bool:
+        """Begin the next job, if there is one, of at most ``longest`` tokens, and a session for it."""
+        with self._condition:
+            while self._waiting and self._waiting[0].cancelled:
+                self._waiting.popleft()
+            at = 0
+            if longest is not None:
+                at = next((i for i, job in enumerate(self._waiting) if len(job.ids) <= longest), len(self._waiting))
+            if at >= len(self._waiting) or not (self._free or self._unmade):
+                return False
+            job = self._waiting[at]
+            del self._waiting[at]
+            session = self._session_for(job.ids)
+            running = _Running(job, session, self._steps(job, session))
+            self._running.append(running)
+        self._advance(running)
+        return True
+
+    def _session_for(self, ids: Sequence[int]) -> Session:
+        """The free session that has read most of ``ids``; a new one where it would cost another conversation more than
+        that, as long as there may be more; else the one that was used longest ago."""
+        shared = [common_prefix(session.tokens, ids) for session in self._free]
+        best = max(range(len(shared)), key=shared.__getitem__, default=None)
+        if best is not None and (2 * shared[best] >= len(self._free[best].tokens) or not self._unmade):
+            return self._free.pop(best if shared[best] else 0)
+        self._unmade -= 1
+        return Session(self._llm.engine, self._llm.ctx, self._llm.asking)
+
+    def _advance(self, running: _Running) -> None:
+        """One step of a job: all of its prompt, or one token."""
+        if running.busy:
+            return
+        running.busy = True
+        try:
+            goes_on = not running.job.cancelled and self._step(running)
+        finally:
+            running.busy = False
+        if not goes_on:
+            running.steps.close()
+            with self._condition:
+                self._running.remove(running)
+                self._free.append(running.session)
+
+    def _step(self, running: _Running) -> bool:
+        """Whether more is to come."""
+        job = running.job
+        try:
+            event = next(running.steps)
+        except StopIteration:
+            self._seconds += 0.2 * (time.monotonic() - job.came - self._seconds)
+            job.put(Ended())
+        except _Cancelled:
+            pass
+        except SlimrtError as error:
+            job.put(Failed(error))
+        except Exception as error:
+            log.exception("a request failed")
+            job.put(Failed(error))
+        else:
+            running.last = time.monotonic()
+            job.put(event)
+            return True
+        return False
+
+    def _steps(self, job: Job, session: Session) -> Generator[Event, None, None]:
+        plan = self._llm.plan.plan
+        for index in range(job.choices):
+            reading = session.prefill(job.ids, plan, progress=self._between(job))
+            if index == 0:
+                yield Read(reading, time.monotonic() - job.came)
+            for step in generate_tokens(session, self._llm.tokenizer, job.request, plan):
+                yield Piece(index, step)
+
+    def _between(self, job: Job) -> Progress:
+        """What happens behind each layer of a prompt."""
+
+        def between(done: int, total: int) -> None:
+            if job.cancelled or self._closed:
+                raise _Cancelled
+            if job.progress:
+                job.put(Progressed(done, total))
+            if not self._takes_turns or done == total:
+                return
+            now = time.monotonic()
+            for other in list(self._running):
+                if not other.busy and now - other.last > _TURN_S:
+                    self._advance(other)
+            if len(job.ids) > _SHORT:
+                self._start_next(longest=_SHORT)
+
+        return between

@@ -1,0 +1,314 @@
+"""The server on a tiny model: OpenAI's and Anthropic's shapes, streams, refusals, turns of several requests."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("starlette")
+from starlette.testclient import TestClient
+
+import slimrt
+from slimrt.generation import GenerationRequest
+from slimrt.server.app import create_app
+from slimrt.server.limits import Limits
+from slimrt.server.scheduler import Busy, Ended, Event, Failed, Job, Piece, Progressed, Read, Scheduler
+from tests.tiny_gguf import write_tiny_llama
+
+ASK = {"messages": [{"role": "user", "content": "hello world"}], "max_tokens": 8, "temperature": 0, "ignore_eos": True}
+
+IMAGE = [{"role": "user", "content": [{"type": "image_url"}]}]
+
+
+@pytest.fixture(scope="module")
+def llm(tmp_path_factory: pytest.TempPathFactory) -> slimrt.LLM:
+    path = write_tiny_llama(tmp_path_factory.mktemp("tiny") / "tiny.gguf", n_layers=4, ctx=2048)
+    return slimrt.load(path, prune="off", threads=1)
+
+
+@pytest.fixture(scope="module")
+def client(llm: slimrt.LLM) -> Iterator[TestClient]:
+    with TestClient(create_app(llm, Limits(body=200_000)), raise_server_exceptions=False) as client:
+        yield client
+
+
+def chunks(answer: Any) -> list[dict[str, Any]]:
+    """The JSON of a stream's events."""
+    lines = [line.removeprefix("data: ") for line in answer.text.splitlines() if line.startswith("data: ")]
+    return [json.loads(line) for line in lines if line != "[DONE]"]
+
+
+# -- answers -----------------------------------------------------------------------------------------------------------
+
+
+def test_chat_answers_what_the_python_interface_answers(client: TestClient, llm: slimrt.LLM) -> None:
+    wanted = llm.chat(ASK["messages"], max_tokens=8, ignore_eos=True, session=llm.session())
+    answer = client.post("/v1/chat/completions", json={**ASK, "logprobs": True, "top_logprobs": 2}).json()
+    (choice,) = answer["choices"]
+    assert choice["message"] == {"role": "assistant", "content": wanted.text, "refusal": None}
+    assert choice["finish_reason"] == wanted.finish_reason == "length"
+    assert answer["usage"]["prompt_tokens"] == wanted.usage.prompt_tokens and answer["usage"]["completion_tokens"] == 8
+    assert len(choice["logprobs"]["content"]) == 8
+    assert all(len(one["top_logprobs"]) == 2 for one in choice["logprobs"]["content"])
+    streamed = client.post(
+        "/v1/chat/completions", json={**ASK, "stream": True, "stream_options": {"include_usage": True}}
+    )
+    assert streamed.headers["content-type"].startswith("text/event-stream") and "data: [DONE]" in streamed.text
+    parts = chunks(streamed)
+    assert parts[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    text = "".join(part["choices"][0]["delta"].get("content", "") for part in parts if part["choices"])
+    assert text == wanted.text
+    assert parts[-2]["choices"][0]["finish_reason"] == "length" and parts[-1]["usage"]["completion_tokens"] == 8
+
+
+def test_completions_of_several_prompts_and_choices(client: TestClient, llm: slimrt.LLM) -> None:
+    prompts = ["the world", llm.tokenize("hello there")]
+    wanted = [llm.generate(p, max_tokens=5, session=llm.session(), ignore_eos=True).text for p in prompts]
+    asked = {"prompt": prompts, "max_tokens": 5, "temperature": 0, "n": 2, "ignore_eos": True}
+    answer = client.post("/v1/completions", json=asked).json()
+    assert [(one["index"], one["text"]) for one in answer["choices"]] == [
+        (0, wanted[0]), (1, wanted[0]), (2, wanted[1]), (3, wanted[1]),
+    ]  # fmt: skip
+    assert answer["usage"]["completion_tokens"] == 20
+    one = client.post("/v1/completions", json={**asked, "prompt": "the world", "n": 1, "echo": True, "stop": ["zzz"]})
+    assert one.json()["choices"][0]["text"] == "the world" + wanted[0]
+    seeded = {**asked, "prompt": "the", "n": 1, "temperature": 1.5, "seed": 7}
+    first, again = (client.post("/v1/completions", json=seeded).json()["choices"][0]["text"] for _ in range(2))
+    assert first == again
+
+
+def test_messages_and_responses(client: TestClient, llm: slimrt.LLM) -> None:
+    wanted = llm.chat(
+        [{"role": "system", "content": "be brief"}, *ASK["messages"]], max_tokens=6, session=llm.session()
+    )
+    asked = {"system": "be brief", "messages": ASK["messages"], "max_tokens": 6, "temperature": 0}
+    answer = client.post("/v1/messages", json=asked).json()
+    assert "".join(part["text"] for part in answer["content"]) == wanted.text
+    assert answer["stop_reason"] == ("max_tokens" if wanted.finish_reason == "length" else "end_turn")
+    usage = answer["usage"]
+    assert usage["input_tokens"] + usage["cache_read_input_tokens"] == wanted.usage.prompt_tokens
+    counted = client.post("/v1/messages/count_tokens", json={"system": "be brief", "messages": ASK["messages"]})
+    assert counted.json() == {"input_tokens": wanted.usage.prompt_tokens}
+    events = chunks(client.post("/v1/messages", json={**asked, "stream": True}))
+    assert [one["type"] for one in events if one["type"] != "content_block_delta"] == [
+        "message_start", "content_block_start", "content_block_stop", "message_delta", "message_stop",
+    ]  # fmt: skip
+    assert "".join(one["delta"]["text"] for one in events if one["type"] == "content_block_delta") == wanted.text
+    asked = {"instructions": "be brief", "input": "hello world", "max_output_tokens": 6, "temperature": 0}
+    answer = client.post("/v1/responses", json={**asked, "tools": [{"type": "web_search"}]}).json()
+    assert answer["output"][0]["content"][0]["text"] == wanted.text
+    assert answer["status"] == ("incomplete" if wanted.finish_reason == "length" else "completed")
+    events = chunks(client.post("/v1/responses", json={**asked, "stream": True}))
+    assert [one["sequence_number"] for one in events] == list(range(len(events)))
+    assert events[0]["type"] == "response.created" and events[-1]["response"]["output"] != []
+    assert "".join(one["delta"] for one in events if one["type"] == "response.output_text.delta") == wanted.text
+
+
+def test_tokens_embeddings_models_and_what_operators_look_at(client: TestClient, llm: slimrt.LLM) -> None:
+    ids = client.post("/tokenize", json={"content": "hello world"}).json()["tokens"]
+    assert client.post("/detokenize", json={"tokens": ids}).json() == {"content": "hello world"}
+    texts = ["hello world", "there", "hello"]
+    found = client.post("/v1/embeddings", json={"input": texts}).json()
+    vectors = np.array([one["embedding"] for one in found["data"]])
+    assert vectors.shape == (3, llm.config.d_model) and np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+    np.testing.assert_allclose(vectors, llm.embed(texts), atol=1e-6)
+    # Reading is causal, so the vector of a text's last token is that of its tokens read alone.
+    last = llm.embed("hello world", pooling="last", normalize=False)
+    whole = llm.embed([llm.tokenize("hello world")], pooling="mean", normalize=False) * len(llm.tokenize("hello world"))
+    rest = llm.embed([llm.tokenize("hello world")[:-1]], normalize=False) * (len(llm.tokenize("hello world")) - 1)
+    np.testing.assert_allclose(whole - rest, last, atol=1e-2 * np.abs(last).max())
+    (model,) = client.get("/v1/models").json()["data"]
+    assert model["id"] == llm.config.name and model["slimrt"]["context"] == llm.ctx
+    assert client.get(f"/v1/models/{model['id']}").status_code == 200
+    assert client.get("/v1/models/other").status_code == 404
+    assert client.get("/health").json()["status"] == "ok"
+    text = client.get("/metrics").text
+    for name in (
+        "time_to_first_token_seconds_count",
+        "inter_token_seconds_bucket",
+        "requests_waiting",
+        "idle_kv_bytes",
+    ):
+        assert f"slimrt_{name}" in text
+    told = client.get("/openapi.json").json()
+    assert told["openapi"] == "3.1.0" and "/v1/messages" in told["paths"]
+    page = client.get("/")
+    assert page.status_code == 200 and "http" not in page.text.split("<script>")[0]  # nothing from elsewhere
+
+
+# -- refusals ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "said"),
+    [
+        ("/v1/chat/completions", b"{", "no JSON"),
+        ("/v1/chat/completions", b"[1]", "must be an object"),
+        ("/v1/chat/completions", b'{"messages": NaN}', "NaN"),
+        ("/v1/chat/completions", b"\xff", "no JSON"),
+        ("/v1/chat/completions", b"[" * 100_000, "no JSON"),
+        ("/v1/chat/completions", {}, "Missing required parameter: 'messages'"),
+        ("/v1/chat/completions", {**ASK, "wings": 1}, "Unknown parameter: 'wings'"),
+        ("/v1/chat/completions", {**ASK, "temperature": "hot"}, "'temperature' is of type string; it must be number"),
+        ("/v1/chat/completions", {**ASK, "top_p": 3}, "'top_p' is 3; it must lie in 0 to 1"),
+        ("/v1/chat/completions", {**ASK, "n": 1000}, "'n' is 1000"),
+        ("/v1/chat/completions", {**ASK, "max_tokens": True}, "'max_tokens' is of type boolean"),
+        ("/v1/chat/completions", {**ASK, "messages": []}, "'messages' is empty"),
+        ("/v1/chat/completions", {**ASK, "messages": [{"role": "king", "content": ""}]}, "role 'king'"),
+        ("/v1/chat/completions", {**ASK, "messages": IMAGE}, "text only"),
+        ("/v1/chat/completions", {**ASK, "logit_bias": {"x": 1}}, "'logit_bias' has 'x'"),
+        ("/v1/chat/completions", {**ASK, "stop": [""]}, "'stop' must be"),
+        ("/v1/completions", {"prompt": ""}, "no tokens"),
+        ("/v1/completions", {"prompt": [99999999]}, "this model has ids"),
+        ("/v1/completions", {"prompt": [[1], [2]] * 20}, "at most 16"),
+        ("/v1/messages", {"messages": ASK["messages"]}, "max_tokens"),
+        ("/v1/responses", {"input": "x", "previous_response_id": "y"}, "nothing is stored"),
+        ("/v1/embeddings", {"input": ""}, "'input'"),
+        ("/v1/embeddings", {"input": "x", "dimensions": 3}, "'dimensions' is 3"),
+        ("/detokenize", {"tokens": [-1]}, "ids lie in"),
+    ],
+)  # fmt: skip
+def test_bad_requests_are_one_line(client: TestClient, path: str, body: Any, said: str) -> None:
+    answer = client.post(path, content=body if isinstance(body, bytes) else json.dumps(body))
+    assert answer.status_code == 400, answer.text
+    told = answer.json()
+    message = told["error"]["message"]
+    assert said in message and "\n" not in message
+    assert ("type" in told) == path.startswith("/v1/messages")
+
+
+def test_what_is_too_long_too_large_elsewhere_or_without_a_key(client: TestClient, llm: slimrt.LLM) -> None:
+    long = {**ASK, "messages": [{"role": "user", "content": "hello " * 3000}]}
+    for stream in (False, True):
+        answer = client.post("/v1/chat/completions", json={**long, "stream": stream})
+        assert answer.status_code == 400 and answer.json()["error"]["code"] == "context_length_exceeded"
+        assert "2048" in answer.json()["error"]["message"] and "tokens" in answer.json()["error"]["message"]
+    assert client.post("/v1/chat/completions", content=b" " * 200_001).status_code == 413
+    assert client.get("/v1/nothing").status_code == 404 and client.get("/v1/completions").status_code == 405
+    assert "access-control-allow-origin" not in client.get("/health", headers={"Origin": "http://x"}).headers
+    with TestClient(create_app(llm, Limits(key="secret", origins=("http://x",)))) as guarded:
+        assert guarded.get("/health").status_code == 200 and guarded.get("/v1/models").status_code == 401
+        for headers in ({"Authorization": "Bearer secret"}, {"x-api-key": "secret"}):
+            assert guarded.get("/v1/models", headers=headers).status_code == 200
+        assert (
+            guarded.get("/v1/models", headers={"Authorization": "Bearer wrong\u00e9".encode("latin-1")}).status_code
+            == 401
+        )
+        assert (
+            guarded.get("/health", headers={"Origin": "http://x"}).headers["access-control-allow-origin"] == "http://x"
+        )
+
+
+# -- turns -------------------------------------------------------------------------------------------------------------
+
+
+class Listener:
+    """Collects a job's events."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple[float, Event]] = []
+        self.over = threading.Event()
+
+    def __call__(self, event: Event) -> None:
+        self.events.append((time.monotonic(), event))
+        if isinstance(event, Ended | Failed):
+            self.over.set()
+
+    def of(self, kind: type) -> list[Any]:
+        return [event for _, event in self.events if isinstance(event, kind)]
+
+
+def request(tokens: int) -> GenerationRequest:
+    return GenerationRequest(max_tokens=tokens, ignore_eos=True)
+
+
+def test_a_stream_goes_on_while_a_long_prompt_is_read_and_a_short_one_overtakes(llm: slimrt.LLM) -> None:
+    scheduler = Scheduler(llm, sessions=3)
+    rng = np.random.default_rng(0)
+    stream, long, short = Listener(), Listener(), Listener()
+    try:
+        scheduler.submit(Job(rng.integers(3, 200, 20).tolist(), request(2000), stream))
+        while len(stream.of(Piece)) < 3:
+            time.sleep(0.001)
+        order: list[str] = []
+        ids = rng.integers(3, 200, 1500).tolist()
+
+        def reading(event: Event) -> None:
+            long(event)
+            if isinstance(event, Progressed):
+                order.append(f"layer {event.done}")
+                if event.done == 1:
+                    scheduler.submit(Job(ids[:30], request(1), short))
+            elif isinstance(event, Read):
+                order.append("read")
+
+        before = len(stream.of(Piece))
+        scheduler.submit(Job(ids, request(4), reading, progress=True))
+        assert long.over.wait(60) and short.over.wait(60)
+        read_at = next(at for at, event in long.events if isinstance(event, Read))
+        assert order == [*(f"layer {n}" for n in range(1, 5)), "read"]
+        assert next(at for at, event in short.events if isinstance(event, Read)) < read_at
+        assert len(stream.of(Piece)) > before
+        # Turns change nothing of what is written.
+        alone = llm.generate(ids, max_tokens=4, session=llm.session(), ignore_eos=True)
+        assert [piece.step.token for piece in long.of(Piece) if piece.step.token is not None] == alone.tokens
+    finally:
+        scheduler.close()
+    assert stream.over.is_set()  # what was under way is told that there is no more
+
+
+def test_a_client_that_goes_frees_its_place_also_within_its_prompt(llm: slimrt.LLM) -> None:
+    scheduler = Scheduler(llm, sessions=1, queue=1)
+    ids = np.random.default_rng(1).integers(3, 200, 1500).tolist()
+    try:
+        gone, waits = Listener(), Listener()
+        job: Job
+
+        def leaves(event: Event) -> None:
+            gone(event)
+            if isinstance(event, Progressed):
+                scheduler.cancel(job)
+
+        job = Job(ids, request(100), leaves, progress=True)
+        scheduler.submit(job)
+        while not gone.of(Progressed):
+            time.sleep(0.001)
+        scheduler.submit(Job(ids[:20], request(2), waits))
+        assert waits.over.wait(60) and waits.of(Ended)
+        assert len(gone.of(Progressed)) == 1 and not gone.of(Read)
+        # Of two more one waits, a third is turned away.
+        blocker, second = Listener(), Listener()
+        first = Job(ids[:10], request(2000), blocker)
+        scheduler.submit(first)
+        while not blocker.of(Piece):
+            time.sleep(0.001)
+        scheduler.submit(Job(ids[:10], request(1), second))
+        with pytest.raises(Busy, match="try again in"):
+            scheduler.submit(Job(ids[:10], request(1), Listener()))
+        scheduler.cancel(first)
+        assert second.over.wait(60) and second.of(Ended)
+    finally:
+        scheduler.close()
+
+
+def test_what_was_read_is_not_read_again(llm: slimrt.LLM) -> None:
+    scheduler = Scheduler(llm, sessions=2)
+    rng = np.random.default_rng(2)
+    one, other = rng.integers(3, 200, 300).tolist(), rng.integers(3, 200, 300).tolist()
+    try:
+        reused = []
+        for ids in (one, other, [*one, 5, 6, 7], [*other, 5, 6], one[:290]):
+            listener = Listener()
+            scheduler.submit(Job(ids, request(2), listener))
+            assert listener.over.wait(60)
+            reused.append(listener.of(Read)[0].reading.reused)
+        assert reused[:2] == [0, 0] and min(reused[2:]) > 250
+        assert scheduler.kv_bytes > 0
+    finally:
+        scheduler.close()
