@@ -378,6 +378,37 @@ def bench() -> None:
     """Measure speed."""
 
 
+@bench.command("serve")
+@click.option("--length", type=Size(), default=8000, show_default=True, help="Tokens of the long prompt.")
+@click.option(
+    "--clients",
+    type=click.IntRange(1),
+    multiple=True,
+    default=(1, 4, 16),
+    show_default=True,
+    help="So many at once; repeatable.",
+)
+@click.option("--prompt", type=Size(), default=256, show_default=True, help="Tokens of each one's prompt.")
+@click.option(
+    "--decode-tokens",
+    "tokens",
+    type=click.IntRange(2),
+    default=32,
+    show_default=True,
+    help="Tokens of each one's answer.",
+)
+@load_options
+@json_option
+def serve_clients(load: LoadSettings, as_json: bool, **settings: Any) -> None:
+    """What several clients of one server get.
+
+    How long a stream stands still while another client's long prompt is read, and tokens a second of several clients.
+    """
+    from slimrt.terminal import benchmark
+
+    benchmark.bench_serve(load, settings, as_json=as_json)
+
+
 @bench.command()
 @model_option
 @click.option(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Concatenate, NamedTuple, NoReturn, ParamSpec, Protocol, TypeVar
 
 import numpy as np
@@ -19,10 +20,12 @@ from slimrt.kv.windowed import WindowedKVCache
 from slimrt.models import Llama
 from slimrt.ops.protocol import Array, Cache, Decoder, Ops
 from slimrt.prune.asked import wanted
+from slimrt.prune.reach import Reach
 from slimrt.prune.schedule import DENSE, Schedule, Windows
 from slimrt.prune.select import rivals, select_rows
 
 Progress = Callable[[int, int], None]  # (layers done, layers in all)
+_TURN_ROWS = 1024  # rows of a part of a layer between which others have their turn
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -98,6 +101,9 @@ class Engine:
         """``whole_tokens`` False: decode goes layer by layer also where the backend has a way of its own (to debug)."""
         self.model, self.ops, self.config, self.cache_config = model, ops, model.config, cache
         self._whole_tokens = whole_tokens
+        # Where several share the engine: called between the parts of a layer while a prompt is read, so that others can
+        # read or write a little in contexts of their own. What it raises ends the reading.
+        self.turn: Callable[[], None] | None = None
         if cache is not None and cache.budget is not None and cache.ctx > cache.budget:
             reserve_host_memory(ops, cache, model.config)
 
@@ -215,7 +221,7 @@ class Engine:
                 x, positions = ops.take(x, rows), positions[rows]
                 turns = model.rope(positions)
             cache.attended(number)
-            x = model.feed_forward(layer, x)
+            x = self._with_turns(functools.partial(model.feed_forward, layer), x)
             del layer  # a scratch copy of its weights goes before the next layer's is made
             if trace:
                 trace.layer(number)
@@ -320,15 +326,46 @@ class Engine:
         if layer in windows.reach:
             limited = int(np.searchsorted(positions[len(positions) - len(q) :], windows.rows))
         if limited == 0:
-            return self.ops.attend(q, keys, values, **how)
+            return self._attend_with_turns(q, keys, values, how=how)
         before = keys.shape[1] - len(q)  # under windows all rows of the layer are there
         result = self.ops.empty(q.shape)
         read = slice(0, before + limited)
-        self.ops.attend(
-            q[:limited], keys[:, read], values[:, read], result[:limited], reach=windows.reach[layer], **how
-        )
+        reach = windows.reach[layer]
+        self._attend_with_turns(q[:limited], keys[:, read], values[:, read], result[:limited], reach, how)
         if limited < len(q):
-            self.ops.attend(q[limited:], keys, values, result[limited:], **how)
+            self._attend_with_turns(q[limited:], keys, values, result[limited:], how=how)
+        return result
+
+    def _attend_with_turns(
+        self,
+        q: Array,
+        keys: Array,
+        values: Array,
+        out: Array | None = None,
+        reach: Reach = None,
+        how: Mapping[str, Any] = MappingProxyType({}),
+    ) -> Array:
+        """``ops.attend``, some rows at a time where others wait for their turn between them."""
+        if self.turn is None or len(q) <= _TURN_ROWS:
+            return self.ops.attend(q, keys, values, out, reach=reach, **how)
+        result = self.ops.empty(q.shape) if out is None else out
+        before = keys.shape[1] - len(q)
+        for low in range(0, len(q), _TURN_ROWS):
+            high = min(low + _TURN_ROWS, len(q))
+            seen = slice(0, before + high)  # causal: none of these rows looks farther
+            some = how if "first" not in how else {**how, "first": how["first"][low:high]}
+            self.ops.attend(q[low:high], keys[:, seen], values[:, seen], result[low:high], reach=reach, **some)
+            self.turn()
+        return result
+
+    def _with_turns(self, part: Callable[[Array], Array], x: Array) -> Array:
+        """``part(x)``, which treats each row alone; some rows at a time where others wait for a turn between them."""
+        if self.turn is None or len(x) <= _TURN_ROWS:
+            return part(x)
+        result = self.ops.empty(x.shape)
+        for low in range(0, len(x), _TURN_ROWS):
+            result[low : low + _TURN_ROWS] = part(x[low : low + _TURN_ROWS])
+            self.turn()
         return result
 
 

@@ -33,7 +33,8 @@ ORDER = (
     ("conversation",),
     ("llm",),
     ("llama_cpp", "eval"),
-    ("explain", "bench", "calibrate", "server"),
+    ("server",),
+    ("explain", "bench", "calibrate"),
     ("terminal",),
     ("click_cli",),
 )

@@ -111,7 +111,7 @@ class Summary:
 
         The KL to the dense run has no better side than zero: its size is to be judged, not its sign.
         """
-        if self.metric == "kl" or self.low <= 0 <= self.high:
+        if self.metric == "kl" or self.clusters < 2 or self.low <= 0 <= self.high:
             return ""
         return "better" if (self.low > 0) == HIGHER_IS_BETTER[self.metric] else "worse"
 

@@ -287,7 +287,7 @@ class _Server:
                         for chunk in reply.take(event):
                             yield sent(chunk)
                 if end is not None:
-                    yield ServerSentEvent(end)
+                    yield ServerSentEvent(end, sep="\n")
             except ApiError as error:
                 yield sent(error.body(anthropic=anthropic))
             finally:
@@ -298,11 +298,11 @@ class _Server:
 
 
 def _openai_event(chunk: dict[str, Any]) -> ServerSentEvent:
-    return ServerSentEvent(json.dumps(chunk, ensure_ascii=False))
+    return ServerSentEvent(json.dumps(chunk, ensure_ascii=False), sep="\n")
 
 
 def _typed_event(chunk: dict[str, Any]) -> ServerSentEvent:
-    return ServerSentEvent(json.dumps(chunk, ensure_ascii=False), event=chunk.get("type", "error"))
+    return ServerSentEvent(json.dumps(chunk, ensure_ascii=False), sep="\n", event=chunk.get("type", "error"))
 
 
 def _no_constant(name: str) -> float:

@@ -1,8 +1,8 @@
 """One thread computes; several requests have their turns.
 
-A prompt is read layer by layer, and behind every layer others have theirs: streams whose last token is some time ago
-get their next one, and a short prompt is read in between. So nobody waits behind a long document for longer than a
-layer takes. Sessions are kept when a request has ended: the one that shares most with the next prompt serves it, and
+A prompt is read layer by layer and within a layer some rows at a time, and between these others have their turns:
+streams whose last token is some time ago get their next one, and a short prompt is read. So nobody waits behind a long
+document. Sessions are kept when a request has ended: the one that shares most with the next prompt serves it, and
 what it has read of it is not read again.
 """
 
@@ -117,6 +117,8 @@ class Scheduler:
         self._seconds = 1.0  # that a job takes, on the whole
         # Passes of a GPU share scratch memory, so there a prompt is read in one go; it takes little time.
         self._takes_turns = llm.backend.ops.name != "cuda"
+        self._reading: list[Job] = []  # whose prompts are being read, each within the one before
+        llm.engine.turn = self._turn if self._takes_turns else None
         self._thread = threading.Thread(target=self._work, name="slimrt computes", daemon=True)
         self._thread.start()
 
@@ -143,6 +145,7 @@ class Scheduler:
             self._closed = True
             self._condition.notify()
         self._thread.join()
+        self._llm.engine.turn = None
 
     @property
     def waiting(self) -> int:
@@ -241,27 +244,39 @@ class Scheduler:
     def _steps(self, job: Job, session: Session) -> Generator[Event, None, None]:
         plan = self._llm.plan.plan
         for index in range(job.choices):
-            reading = session.prefill(job.ids, plan, progress=self._between(job))
+            self._reading.append(job)
+            try:
+                reading = session.prefill(job.ids, plan, progress=self._told(job))
+            finally:
+                self._reading.pop()
             if index == 0:
                 yield Read(reading, time.monotonic() - job.came)
             for step in generate_tokens(session, self._llm.tokenizer, job.request, plan):
                 yield Piece(index, step)
 
-    def _between(self, job: Job) -> Progress:
+    def _told(self, job: Job) -> Progress:
         """What happens behind each layer of a prompt."""
 
-        def between(done: int, total: int) -> None:
-            if job.cancelled or self._closed:
-                raise _Cancelled
+        def told(done: int, total: int) -> None:
             if job.progress:
                 job.put(Progressed(done, total))
-            if not self._takes_turns or done == total:
-                return
-            now = time.monotonic()
-            for other in list(self._running):
-                if not other.busy and now - other.last > _TURN_S:
-                    self._advance(other)
-            if len(job.ids) > _SHORT:
-                self._start_next(longest=_SHORT)
+            self._turn()
 
-        return between
+        return told
+
+    def _turn(self) -> None:
+        """Between the parts of a prompt that is being read: others may go on."""
+        # Another pass than a prompt's, or another thread's (texts become vectors elsewhere).
+        if not self._reading or threading.current_thread() is not self._thread:
+            return
+        job = self._reading[-1]
+        if job.cancelled or self._closed:
+            raise _Cancelled
+        if not self._takes_turns:
+            return
+        now = time.monotonic()
+        for other in list(self._running):
+            if not other.busy and now - other.last > _TURN_S:
+                self._advance(other)
+        if len(job.ids) > _SHORT:
+            self._start_next(longest=_SHORT)

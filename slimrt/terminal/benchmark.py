@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import click
 
 from slimrt.output import check_output
-from slimrt.terminal.loading import find_model
+from slimrt.terminal.loading import find_model, load_model
+from slimrt.terminal.options import LoadSettings
 from slimrt.terminal.progress import progress_bar
 from slimrt.terminal.tables import print_wide
 from slimrt.terminal.text_input import read_document
 
-__all__ = ["BenchSettings", "KernelSettings", "ShapeSettings", "bench_kernels", "bench_shape", "bench_ttft"]
+__all__ = [
+    "BenchSettings", "KernelSettings", "ShapeSettings", "bench_kernels", "bench_serve", "bench_shape", "bench_ttft",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -137,3 +141,19 @@ def bench_shape(settings: ShapeSettings, *, as_json: bool) -> None:
         click.echo(result.to_json())
     else:
         print_wide(result.table())
+
+
+def bench_serve(load: LoadSettings, settings: dict[str, Any], *, as_json: bool) -> None:
+    """Measure; tables, or with ``as_json`` all of it, go to stdout."""
+    from slimrt.bench.serving import run
+
+    if load.ctx is None:
+        load = replace(load, ctx=max(settings["length"], settings["prompt"]) + settings["tokens"] + 16)
+    llm = load_model(load)
+    with progress_bar("measuring") as progress:
+        result = run(llm, progress=progress, **settings)
+    if as_json:
+        click.echo(result.to_json())
+        return
+    for table in result.tables():
+        print_wide(table)

@@ -255,7 +255,7 @@ def test_a_stream_goes_on_while_a_long_prompt_is_read_and_a_short_one_overtakes(
         assert order == [*(f"layer {n}" for n in range(1, 5)), "read"]
         assert next(at for at, event in short.events if isinstance(event, Read)) < read_at
         assert len(stream.of(Piece)) > before
-        # Turns change nothing of what is written.
+        # Turns, also those within a layer, change nothing of what is written.
         alone = llm.generate(ids, max_tokens=4, session=llm.session(), ignore_eos=True)
         assert [piece.step.token for piece in long.of(Piece) if piece.step.token is not None] == alone.tokens
     finally:

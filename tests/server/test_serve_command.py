@@ -1,0 +1,73 @@
+"""``slimrt serve`` as a process, and ``slimrt bench serve``."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+pytest.importorskip("starlette")
+
+from click_cli import cli
+from tests.tiny_gguf import write_tiny_llama
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_llama(tmp_path_factory.mktemp("tiny") / "tiny.gguf", n_layers=4, ctx=2048)
+
+
+def test_it_says_where_it_listens_and_ends_when_it_is_told_to_while_it_writes(model: Path) -> None:
+    command = [sys.executable, "-u", "-m", "click_cli", "serve", "-m", str(model), "--port", "0", "--device", "numpy"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stdout is not None
+            line = server.stdout.readline()
+            found = re.search(r"at (http://127\.0\.0\.1:\d+) \(context 2,048, \d at once\)", line)
+            assert found, line
+            body = {"prompt": "hello", "max_tokens": 100_000, "stream": True, "ignore_eos": True}
+            request = urllib.request.Request(
+                f"{found[1]}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+            )
+            with urllib.request.urlopen(request, timeout=30) as stream:
+                assert stream.readline().startswith(b"data: {")
+                server.send_signal(signal.SIGTERM)
+                assert server.wait(30) in (0, -signal.SIGTERM)
+            assert server.stderr is not None and "Traceback" not in server.stderr.read()
+        finally:
+            server.kill()
+
+
+def test_what_cannot_be_served_is_one_line(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*arguments: str) -> str:
+        result = CliRunner().invoke(cli, ["serve", "-m", str(model), *arguments])
+        assert result.exit_code != 0 and result.stderr.count("\n") == 1, result.output
+        return result.stderr
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert f"--port {port}: " in refused("--port", str(port)) and "choose another" in refused("--port", str(port))
+    assert "--host no.such.host.invalid" in refused("--host", "no.such.host.invalid")
+    assert "cannot carry" in refused("--api-key", "schlüssel")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "pip install 'slimrt[server]'" in refused()
+
+
+def test_the_benchmark_tells_what_clients_get(model: Path) -> None:
+    options = ["--length", "1300", "--prompt", "40", "--decode-tokens", "4", "--clients", "2", "--prune", "off"]
+    result = CliRunner().invoke(cli, ["bench", "serve", "-m", str(model), *options, "--threads", "1", "--json"])
+    assert result.exit_code == 0, result.output
+    told = json.loads(result.stdout)
+    assert told["standstill"]["length"] == 1300 and told["standstill"]["tokens"] >= 0
+    assert 0 < told["standstill"]["median_s"] <= told["standstill"]["longest_s"]
+    (crowd,) = told["crowds"]
+    assert crowd["clients"] == 2 and crowd["tokens_per_s"] > 0 and crowd["ttft_s"] > 0
