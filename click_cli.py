@@ -107,6 +107,32 @@ def chat(file: Path | None, system: str | None, answer: AnswerSettings, load: Lo
 
 
 @cli.command()
+@click.argument("source", type=user_path)
+@click.argument("target", type=user_path)
+@click.option("--template", metavar="TEXT", help="Lines are rows: the prompt, with {column} where a column goes.")
+@click.option("--file-column", metavar="COLUMN", help="Lines are rows: the column that names each one's document.")
+@click.option("--system", metavar="TEXT", help="System prompt of every row.")
+@answer_options(max_tokens=GENERATE_MAX_TOKENS)
+@force_option
+@load_options
+@json_option
+def batch(load: LoadSettings, answer: AnswerSettings, as_json: bool, **settings: Any) -> None:
+    """Answer every line of SOURCE into TARGET (JSON lines, as OpenAI's batches).
+
+    Prompts that begin alike are answered one after the other, so that a document is read once. A run that was stopped,
+    even killed, goes on when the same command is given again. With --template or --file-column lines are rows of any
+    columns, and the answers' options hold for all.
+
+    \b
+    slimrt batch requests.jsonl answers.jsonl
+    slimrt batch rows.jsonl answers.jsonl --file-column path --template "What does {author} recommend?"
+    """
+    from slimrt.terminal import batching
+
+    batching.batch(batching.BatchSettings(**settings), load, answer, as_json=as_json)
+
+
+@cli.command()
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0: all.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0: a free one.")
 @click.option("--api-key", metavar="KEY", envvar="SLIMRT_API_KEY", help="What clients must send.  [nothing]")

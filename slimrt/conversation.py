@@ -183,6 +183,13 @@ class Conversation(Session):
         self._end_answer()
         self.messages, self.system, self.plan = talk.messages, talk.system, talk.plan
 
+    def fork(self) -> Conversation:
+        """A conversation of its own that goes on from here: the same messages, nothing is read again."""
+        self._end_answer()
+        other = Conversation(self._llm, self.engine, system=self.system, plan=self.plan, overflow=self.overflow)
+        other.messages = [dict(message) for message in self.messages]
+        return self._copied_into(other)
+
     def close(self) -> None:
         """End an open answer and give the memory back; the messages stay, and asking again reads them anew."""
         self._end_answer()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from gguf.constants import LlamaFileType
 
 from slimrt.config import CacheConfig, ModelConfig
 from slimrt.errors import ModelFileError
@@ -50,9 +51,10 @@ def describe(
 
     ``device``: what would compute. ``ctx``: context of the memory plan (default: the trained one, at most 8192). Keys:
     file, architecture, kind (what else than a language model it is, or None), name, runnable, problem (why not, or
-    None), supported (architectures that run), sizes (None if not runnable), rope, context_length,
-    parameters, bits_per_weight, tensor_types ({type: {tensors, parameters, bytes}}, most bytes first), tokenizer,
-    chat_template, chat_templates (further ones, by name), backend (name, why), memory (None if not runnable).
+    None), supported (architectures that run), sizes (None if not runnable), rope, context_length, parameters,
+    file_type (such as Q4_K_M, None if not stated), bits_per_weight, tensor_types ({type: {tensors, parameters,
+    bytes}}, most bytes first), tokenizer, chat_template, chat_templates (further ones, by name), backend (name, why),
+    memory (None if not runnable).
 
     A file that slimrt cannot run is described all the same. Raises SettingError if ``ctx`` is below 1.
     """
@@ -88,6 +90,7 @@ def describe(
         "rope": config and {key: _finite(value) for key, value in dataclasses.asdict(config.rope).items()},
         "context_length": config.ctx_train if config else _whole(file, f"{arch}.context_length"),
         "parameters": parameters,
+        "file_type": _file_type(file),
         "bits_per_weight": round(8 * nbytes / parameters, 3) if parameters else None,
         "tensor_types": _tensor_types(tensors),
         "tokenizer": _tokenizer(file),
@@ -120,6 +123,12 @@ def _tensor_types(tensors: Collection[TensorInfo | ListedTensor]) -> dict[str, d
         entry["parameters"] += math.prod(tensor.shape)
         entry["bytes"] += tensor.nbytes
     return dict(sorted(types.items(), key=lambda item: -item[1]["bytes"]))
+
+
+def _file_type(file: GGUFFile | Outline) -> str | None:
+    number = _whole(file, "general.file_type")
+    known = {int(kind): kind.name for kind in LlamaFileType}
+    return None if number is None else known.get(number, str(number)).removeprefix("MOSTLY_").removeprefix("ALL_")
 
 
 def _tokenizer(file: GGUFFile | Outline) -> dict[str, Any]:

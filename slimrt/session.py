@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
@@ -16,6 +18,8 @@ from slimrt.ops.forks import after_fork
 from slimrt.prune.asked import ASKED, Asked
 from slimrt.prune.plan import PrunePlan
 from slimrt.prune.schedule import Schedule, schedule
+
+Other = TypeVar("Other", bound="Session")
 
 _GROWN = 512  # rows that a conversation grows by, under a plan without cuts, before its windows move on
 
@@ -165,6 +169,23 @@ class Session:
             self.release()
             old, self.context, self.tokens, self.logits = self.context, context, tokens, logits
             old.cache.close()
+
+    def fork(self) -> Session:
+        """A session of its own that has read the same tokens: what the model made of them is copied, not read again.
+
+        So ten questions on one document cost one reading. A copy takes the memory of the original (``kv_bytes``).
+        """
+        return self._copied_into(Session(self.engine, self.ctx, self.asking))
+
+    def _copied_into(self, other: Other) -> Other:
+        """``other``, a new session, as the equal of this one."""
+        with self.lock, self.engine.ops.computing():
+            self._mend()
+            unused, other.context = other.context, copy.deepcopy(self.context)
+            other.tokens, other._questions = list(self.tokens), self._questions
+            other.logits = None if self.logits is None else self.logits.copy()
+            unused.cache.close()
+        return other
 
     @property
     def _boundary_layer(self) -> int | None:

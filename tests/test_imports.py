@@ -34,7 +34,7 @@ ORDER = (
     ("llm",),
     ("llama_cpp", "eval"),
     ("server",),
-    ("explain", "bench", "calibrate"),
+    ("explain", "bench", "calibrate", "batch"),
     ("terminal",),
     ("click_cli",),
 )

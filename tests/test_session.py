@@ -177,6 +177,28 @@ def test_a_prompt_that_grows_long_enough_for_cuts_is_read_on_from(llm: slimrt.LL
     assert np.array_equal(s.logits, fresh.logits)
 
 
+@pytest.mark.parametrize("budget", [None, 96])
+@pytest.mark.parametrize("plan", ["off", PLAN])
+def test_a_fork_goes_on_as_the_original_and_neither_minds_the_other(
+    model: Path, plan: str | slimrt.PrunePlan, budget: int | None
+) -> None:
+    llm = slimrt.load(model, prune=plan, kv_budget=budget)
+    s = llm.session(system="be brief")
+    s.ask(DOCUMENT + "what?", max_tokens=5, ignore_eos=True)
+    forks = [s.fork(), s.fork()]
+    asked = {"max_tokens": 5, "ignore_eos": True}
+    found = [one.ask("and why?", **asked) for one in (*forks, s)]
+    assert found[0].tokens == found[1].tokens == found[2].tokens
+    assert all(one.timings.reused_tokens == found[2].timings.reused_tokens > 40 for one in found)
+    assert forks[0].messages == s.messages and forks[0].messages is not s.messages
+    before = list(s.tokens)
+    forks[0].ask("something else", **asked)
+    forks[1].close()
+    assert s.tokens == before and s.ask("go on", **asked).timings.reused_tokens >= len(before) - 40
+    fresh = llm.session().fork()  # of nothing
+    assert fresh.tokens == [] and fresh.ask("hello", **asked).usage.completion_tokens == 5
+
+
 def test_who_asks_again_and_again_gets_the_document_read_whole(llm: slimrt.LLM) -> None:
     """After as many cut prompts as the plan says, the layers behind the cut read everything, once."""
     windows = (slimrt.Window(0, (64,) * llm.config.n_kv_heads), slimrt.Window(1, (64,) * llm.config.n_kv_heads))

@@ -95,6 +95,7 @@ def _model_rows(about: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("license", about["license"] or "(not stated)"),
         ("architecture", (about["architecture"] or "(none)") + (f", {about['kind']}" if about["kind"] else "")),
         ("parameters", _parameters(about["parameters"], about["bits_per_weight"])),
+        ("type", about["file_type"] or "(not stated)"),
         (
             "trained context",
             "(not stated)" if about["context_length"] is None else f"{about['context_length']:,} tokens",

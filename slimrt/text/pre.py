@@ -5,8 +5,10 @@ where each rule is a sequence of regular expressions: every piece so far is cut 
 expression and the gaps between them. A lookahead sees the end of its piece as the end of the text.
 
 ``tekken``, ``gpt-4o`` and their like differ from llama.cpp on purpose: they keep the letter classes of the models' own
-files (upper, lower, mark), which llama.cpp approximates with ``[^a-z]`` because ``std::regex`` has no such classes.
-So do ``kimi-k2`` and ``tiny_aya``. ``whitespace`` alone is left out: it comes with a tokenizer model of its own.
+files (upper, lower, mark), which llama.cpp approximates with ``[^a-z]`` because ``std::regex`` has no such classes. So
+do ``kimi-k2`` and ``tiny_aya``; and ``afmoe`` cuts in front of a run of digits, as the models' expression does, where
+llama.cpp leaves what stands before the run with its first digits. ``whitespace`` alone is left out: it comes with a
+tokenizer model of its own.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 
@@ -14,30 +15,27 @@ import slimrt
 from slimrt.convert import quantize_file
 from slimrt.convert.mixes import choose_types, parse_type
 from slimrt.weights.gguf import GGUFFile
+from tests.goldens.kquants.cases import LINEAR, MIXED, mixed_shapes
 from tests.tiny_gguf import write_tiny_llama
 
-LINEAR = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
-
-
-def shapes(layers: int, width: int = 512, *, tied: bool = False, experts: int = 0) -> dict[str, tuple[int, ...]]:
-    found: dict[str, tuple[int, ...]] = {"token_embd.weight": (1000, width), "output_norm.weight": (width,)}
-    if not tied:
-        found["output.weight"] = (1000, width)
-    for layer in range(layers):
-        found[f"blk.{layer}.attn_norm.weight"] = (width,)
-        for part in LINEAR:
-            rows = width // 4 if part in ("attn_k", "attn_v") else width
-            if experts and part.startswith("ffn"):
-                found[f"blk.{layer}.{part}_exps.weight"] = (experts, rows, width)
-            else:
-                found[f"blk.{layer}.{part}.weight"] = (rows, width)
-        if experts:
-            found[f"blk.{layer}.ffn_gate_inp.weight"] = (experts, width)
-    return found
+GOLDEN = json.loads((Path(__file__).parents[1] / "goldens/kquants/mixes.json").read_text())
 
 
 def types(name: str, of: dict[str, tuple[int, ...]], arch: str = "llama") -> dict[str, str]:
     return {tensor: kind.name for tensor, kind in choose_types(of, parse_type(name), arch).items()}
+
+
+@pytest.mark.parametrize("kind", GOLDEN["32 layers"])
+@pytest.mark.parametrize("case", MIXED)
+def test_mixes_are_those_of_llama_cpp(case: str, kind: str) -> None:
+    golden = GOLDEN[case][kind]
+    (most,) = golden[""]
+    expected = {name: of for of, names in golden.items() for name in names if of}
+    for name, found in types(kind, mixed_shapes(**MIXED[case])).items():
+        if name.endswith(("_norm.weight", "gate_inp.weight")):
+            assert found == "F32"
+        else:
+            assert found == expected.get(name, most), name
 
 
 # Layers of 32 that a file of Llama 3.1 8B in Q4_K_M has in Q6_K (attn_v and ffn_down), as published ones show.
@@ -56,7 +54,7 @@ MORE = {0, 1, 2, 3, 6, 9, 12, 15, 18, 21, 24, 27, 28, 29, 30, 31}
     ],
 )
 def test_mixes_of_32_layers(name: str, base: str, more: str, layers: dict[str, set[int]]) -> None:
-    found = types(name, shapes(32))
+    found = types(name, mixed_shapes(32, 512))
     assert found["output.weight"] == "Q6_K" and found["token_embd.weight"] == base
     for layer in range(32):
         assert found[f"blk.{layer}.attn_norm.weight"] == "F32"
@@ -66,35 +64,35 @@ def test_mixes_of_32_layers(name: str, base: str, more: str, layers: dict[str, s
 
 
 def test_a_tied_embedding_is_the_output() -> None:
-    assert types("q4_k_m", shapes(4, tied=True))["token_embd.weight"] == "Q6_K"
+    assert types("q4_k_m", mixed_shapes(4, 512, tied=True))["token_embd.weight"] == "Q6_K"
 
 
 def test_experts() -> None:
-    found = types("q4_k_m", shapes(32, experts=16), "qwen3moe")
+    found = types("q4_k_m", mixed_shapes(32, 512, experts=16), "qwen3moe")
     assert found["blk.0.ffn_gate_inp.weight"] == "F32"
     assert found["blk.0.ffn_down_exps.weight"] == "Q6_K" and found["blk.5.ffn_down_exps.weight"] == "Q4_K"
     assert found["blk.5.ffn_up_exps.weight"] == "Q4_K" and found["blk.5.attn_output.weight"] == "Q4_K"
-    eight = types("q4_k_m", shapes(32, experts=8))  # Mixtral
+    eight = types("q4_k_m", mixed_shapes(32, 512, experts=8))  # Mixtral
     assert {eight["blk.5.attn_v.weight"], eight["blk.5.attn_k.weight"]} == {"Q8_0"}
     assert eight["blk.5.attn_output.weight"] == "Q5_K" and eight["blk.5.attn_q.weight"] == "Q4_K"
 
 
 def test_values_of_70b() -> None:
-    found = types("q4_k_m", shapes(80))
+    found = types("q4_k_m", mixed_shapes(80, 512))
     assert "Q4_K" not in {found[f"blk.{layer}.attn_v.weight"] for layer in range(80)}
 
 
 def test_rows_that_do_not_divide(caplog: pytest.LogCaptureFixture) -> None:
     """SmolLM2's width of 576 takes blocks of 32, a width of 40 none."""
     with caplog.at_level(logging.WARNING):
-        found = types("q4_k_m", shapes(32, 576))
+        found = types("q4_k_m", mixed_shapes(32, 576))
     assert found["output.weight"] == found["blk.0.ffn_down.weight"] == "Q8_0"
     assert found["token_embd.weight"] == found["blk.5.attn_q.weight"] == "Q5_0"
     messages = [record.getMessage() for record in caplog.records]
     assert len(messages) == 2  # one for each type and width, not one for each of 226 tensors
     assert "and 192 more: rows of 576 do not divide into Q4_K blocks of 256; written as Q5_0" in messages[0]
-    assert types("q5_k_s", shapes(32, 576))["blk.5.attn_q.weight"] == "Q5_1"
-    assert types("q4_k_m", shapes(32, 40))["blk.5.attn_q.weight"] == "F16"
+    assert types("q5_k_s", mixed_shapes(32, 576))["blk.5.attn_q.weight"] == "Q5_1"
+    assert types("q4_k_m", mixed_shapes(32, 40))["blk.5.attn_q.weight"] == "F16"
 
 
 @pytest.mark.parametrize("name", ["q4_k_m", "q6_k"])

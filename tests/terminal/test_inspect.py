@@ -171,3 +171,11 @@ def test_chat_templates_by_name_are_listed(tmp_path: Path) -> None:
     path = write_tiny_llama(tmp_path / "m.gguf", **{"tokenizer.chat_template.tool_use": "x"})
     assert about(path)["chat_templates"] == ["tool_use"]
     assert "yes, and by name: tool_use" in run("inspect", path, "--device", "numpy").stdout
+
+
+def test_the_type_of_a_mix_has_its_name(tmp_path: Path) -> None:
+    path = write_tiny_llama(tmp_path / "m.gguf", **{"general.file_type": 15})
+    assert about(path)["file_type"] == "Q4_K_M"
+    assert about(written(tmp_path / "none.gguf", "llama"))["file_type"] is None
+    strange = write_tiny_llama(tmp_path / "strange.gguf", **{"general.file_type": 4_000_000_000})
+    assert about(strange)["file_type"] == "4000000000"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -53,3 +54,35 @@ def errors(x: np.ndarray, y: np.ndarray, kind: GGMLQuantizationType, counts: np.
         parts = np.square(x.astype(np.float64)).reshape(-1, 32).mean(1, keepdims=True)
         weights = (np.sqrt(parts) + np.abs(x.reshape(-1, 32))).reshape(x.shape)
     return [float(np.sqrt(square.mean())), float(np.sqrt((weights * square).sum() / weights.sum()))]
+
+
+MIXED: dict[str, dict[str, Any]] = {
+    "32 layers": {"layers": 32, "width": 256},
+    "5 layers, tied": {"layers": 5, "width": 256, "tied": True},
+    "rows of 288": {"layers": 9, "width": 288},
+    "rows of 288, tied": {"layers": 2, "width": 288, "tied": True},
+    "8 experts": {"layers": 12, "width": 256, "experts": 8},
+    "4 experts": {"layers": 12, "width": 256, "experts": 4},
+    "80 layers": {"layers": 80, "width": 256},
+}
+"""Models whose mixes are compared: arguments of ``mixed_shapes``."""
+
+LINEAR = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+
+
+def mixed_shapes(layers: int, width: int, *, tied: bool = False, experts: int = 0) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a model's tensors, four query heads to one KV head."""
+    found: dict[str, tuple[int, ...]] = {"token_embd.weight": (64, width), "output_norm.weight": (width,)}
+    if not tied:
+        found["output.weight"] = (64, width)
+    for layer in range(layers):
+        found[f"blk.{layer}.attn_norm.weight"] = found[f"blk.{layer}.ffn_norm.weight"] = (width,)
+        for part in LINEAR:
+            rows = width // 4 if part in ("attn_k", "attn_v") else width
+            if experts and part.startswith("ffn"):
+                found[f"blk.{layer}.{part}_exps.weight"] = (experts, rows, width)
+            else:
+                found[f"blk.{layer}.{part}.weight"] = (rows, width)
+        if experts:
+            found[f"blk.{layer}.ffn_gate_inp.weight"] = (experts, width)
+    return found

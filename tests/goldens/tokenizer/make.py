@@ -101,7 +101,7 @@ TEXTS = [
     "0x1F 1e-5 -3 +4 file/path//x",
 ]
 
-# One name for every rule that follows llama.cpp to the letter; tekken and gpt-4o do not (see tokenizer_pre).
+# Names of the rules that follow llama.cpp to the letter; tekken, gpt-4o and others do not (see slimrt/text/pre.py).
 PRE_TOKENIZERS = [
     "default",
     "llama3",
@@ -141,6 +141,43 @@ PRE_TOKENIZERS = [
     "deepseek-v3",
     "hunyuan-dense",
     "falcon",
+    "falcon-h1",
+    "midm-2.0",
+    "lfm2",
+    "jina-v5-nano",
+    "glm5",
+    "mellum2",
+    "kormo",
+    "f2llmv2",
+    "hunyuan",
+    "solar-open",
+    "granite-docling",
+    "a.x-4.0",
+    "modern-bert",
+    "roberta-bpe",
+    "jina-es",
+    "jina-de",
+    "jina-v1-en",
+    "jina-v2-es",
+    "jina-v2-de",
+    "jina-v2-code",
+    "joyai-llm",
+    "hy_v4",
+    "jais-2",
+    "ufakzeka",
+    "minicpm5",
+    "bailingmoe",
+    "bailingmoe2",
+    "llada-moe",
+    "exaone-moe",
+    "spark2_5",
+    "bloom",
+    "poro-chat",
+    "gpt3-finnish",
+    "viking",
+    "chameleon",
+    "superbpe",
+    "laguna",
 ]
 
 

@@ -1,0 +1,82 @@
+"""``slimrt batch``: a file of requests, or of rows and a template, answered into a file of answers."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from slimrt.errors import SettingError
+from slimrt.output import check_output
+from slimrt.terminal.guard import note
+from slimrt.terminal.loading import load_model
+from slimrt.terminal.options import AnswerSettings, LoadSettings
+from slimrt.terminal.progress import progress_bar
+
+__all__ = ["BatchSettings", "batch"]
+
+
+@dataclass(frozen=True)
+class BatchSettings:
+    """The files, and how rows become prompts; as the command's options."""
+
+    source: Path
+    target: Path
+    template: str | None
+    file_column: str | None
+    system: str | None
+    force: bool
+
+
+def batch(settings: BatchSettings, load: LoadSettings, answer: AnswerSettings, *, as_json: bool) -> None:
+    """Answer every line; a line on stderr, or with ``as_json`` the report on stdout."""
+    from slimrt.batch.lines import Rows
+    from slimrt.batch.run import answer_batch
+
+    if not settings.source.is_file():
+        raise SettingError(f"{settings.source}: no such file; name a file of JSON lines")
+    goes_on = settings.target.is_file() and not settings.force
+    check_output(settings.target, sources=[settings.source], force=settings.force or goes_on)
+    if settings.force:
+        settings.target.unlink(missing_ok=True)
+    rows = None
+    if settings.template is not None or settings.file_column is not None:
+        rows = Rows(
+            settings.template or "", settings.source.parent, settings.file_column, settings.system, _body(answer)
+        )
+    elif settings.system is not None:
+        raise SettingError("--system: requests have their own messages; it needs --template or --file-column")
+    llm = load_model(load)
+    try:
+        with progress_bar("answering") as progress:
+            report = answer_batch(llm, settings.source, settings.target, rows, progress)
+    except KeyboardInterrupt:
+        note(f"the answers so far are in {settings.target}; the same command goes on with the rest")
+        raise
+    if as_json:
+        click.echo(json.dumps(dataclasses.asdict(report)))
+        return
+    share = 100 * report.reused / report.prompt_tokens if report.prompt_tokens else 0
+    before = f" ({report.before:,} of them before)" if report.before else ""
+    note(
+        f"{report.lines:,} lines answered{before}, {report.failed:,} with an error; {report.prompt_tokens:,} prompt "
+        f"tokens, {share:.0f} % of them read once for several; {report.written:,} written; the answers are in "
+        f"{settings.target}"
+    )
+
+
+def _body(answer: AnswerSettings) -> dict[str, Any]:
+    """The options of the command as fields of a request."""
+    s = answer.sampling
+    body: dict[str, Any] = {
+        "temperature": s.temperature, "top_p": s.top_p, "top_k": s.top_k, "min_p": s.min_p, "typical_p": s.typical_p,
+        "repeat_penalty": s.repeat_penalty, "presence_penalty": s.presence_penalty,
+        "frequency_penalty": s.frequency_penalty, "seed": s.seed, "stop": list(answer.stop) or None,
+        "max_tokens": answer.max_tokens,
+        "logit_bias": {str(token): bias for token, bias in s.logit_bias.items()},
+    }  # fmt: skip
+    return {name: value for name, value in body.items() if value is not None}

@@ -1,0 +1,175 @@
+"""``slimrt batch``: every line answered once, documents read once, kills survived, other people's files left alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+
+import slimrt
+from click_cli import cli
+from slimrt.batch import lines
+from slimrt.batch.run import answer_batch
+from slimrt.errors import OutputError, SettingError
+from tests.tiny_gguf import write_tiny_llama
+
+OPTIONS = {"temperature": 0, "max_tokens": 4, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_llama(tmp_path_factory.mktemp("tiny") / "tiny.gguf", n_layers=4, ctx=2048)
+
+
+@pytest.fixture(scope="module")
+def llm(model: Path) -> slimrt.LLM:
+    return slimrt.load(model, prune="off", threads=1)
+
+
+def document(seed: int) -> str:
+    words = np.random.default_rng(seed).choice(["the", "world", "hello", "there"], 120)
+    return " ".join(words)
+
+
+def request(name: str, text: str, **more: Any) -> dict[str, Any]:
+    body = {"messages": [{"role": "user", "content": text}], **OPTIONS, **more}
+    return {"custom_id": name, "method": "POST", "url": "/v1/chat/completions", "body": body}
+
+
+def write(path: Path, requests: list[Any]) -> Path:
+    path.write_text("".join((one if isinstance(one, str) else json.dumps(one)) + "\n" for one in requests))
+    return path
+
+
+def answers(path: Path) -> dict[str, dict[str, Any]]:
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len({one["id"] for one in found}) == len(found)
+    return {one["custom_id"]: one for one in found}
+
+
+@pytest.fixture(scope="module")
+def requests() -> list[dict[str, Any]]:
+    """Two questions on each of three documents, in turns."""
+    return [request(f"{d}-{q}", f"{document(d)} {q}") for q in ("what?", "why?") for d in range(3)]
+
+
+def test_every_line_is_answered_as_alone_and_documents_are_read_once(
+    llm: slimrt.LLM, tmp_path: Path, requests: list[dict[str, Any]]
+) -> None:
+    source = write(tmp_path / "in.jsonl", [*requests, "", {**requests[0], "custom_id": "e", "url": "/v1/embeddings",
+                                                           "body": {"input": "hello"}}])  # fmt: skip
+    report = answer_batch(llm, source, tmp_path / "out.jsonl")
+    assert (report.lines, report.before, report.failed) == (7, 0, 0)
+    assert report.reused > 0.4 * report.prompt_tokens  # three documents of six
+    found = answers(tmp_path / "out.jsonl")
+    for one in requests:
+        alone = llm.chat(one["body"]["messages"], max_tokens=4, ignore_eos=True, session=llm.session())
+        body = found[one["custom_id"]]["response"]["body"]
+        assert body["choices"][0]["message"]["content"] == alone.text
+        assert body["usage"]["prompt_tokens"] == alone.usage.prompt_tokens
+    assert len(found["e"]["response"]["body"]["data"][0]["embedding"]) == llm.config.d_model
+
+
+def test_a_killed_run_goes_on_without_a_lost_or_doubled_line(
+    llm: slimrt.LLM, tmp_path: Path, requests: list[dict[str, Any]]
+) -> None:
+    source, target = write(tmp_path / "in.jsonl", requests), tmp_path / "out.jsonl"
+
+    class KilledError(Exception):
+        pass
+
+    def kill(done: int, total: int, what: str) -> None:
+        if done == 4:
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        answer_batch(llm, source, target, progress=kill)
+    assert len(target.read_text().splitlines()) == 4
+    with target.open("ab") as file:
+        file.write(target.read_bytes()[:60])  # killed within a line
+    report = answer_batch(llm, source, target)
+    assert (report.lines, report.before) == (6, 4)
+    assert answers(target).keys() == {one["custom_id"] for one in requests}
+    before = target.read_bytes()
+    assert answer_batch(llm, source, target).before == 6 and target.read_bytes() == before
+
+
+@pytest.mark.parametrize("content", [b"my notes", b"my notes\n", b'{"id": "x"}\n', b'{"id": "batch_req_9_00000000"}\n'])
+def test_files_of_others_are_left_alone(llm: slimrt.LLM, tmp_path: Path, content: bytes) -> None:
+    source = write(tmp_path / "in.jsonl", [request("a", "hello")])
+    (tmp_path / "out.jsonl").write_bytes(content)
+    with pytest.raises(OutputError, match="something else than answers"):
+        answer_batch(llm, source, tmp_path / "out.jsonl")
+    assert (tmp_path / "out.jsonl").read_bytes() == content
+
+
+def test_what_is_wrong_with_a_line_is_its_answer(llm: slimrt.LLM, tmp_path: Path) -> None:
+    bad = [
+        "{", "[1]", {"custom_id": "url", "url": "/v1/wings", "body": {}}, {**request("get", "x"), "method": "GET"},
+        request("field", "x", wings=1), request("long", "hello " * 3000), request("good", "hello"),
+        {"custom_id": "body", "url": "/v1/completions"},
+    ]  # fmt: skip
+    report = answer_batch(llm, write(tmp_path / "in.jsonl", bad), tmp_path / "out.jsonl")
+    assert (report.lines, report.failed) == (8, 7)
+    found = answers(tmp_path / "out.jsonl")
+    assert "must be one of" in found["url"]["error"]["message"] and "POST" in found["get"]["error"]["message"]
+    assert "body: must be" in found["body"]["error"]["message"] and found["body"]["response"] is None
+    assert found["field"]["response"]["status_code"] == 400 and found["field"]["error"] is None
+    assert "Unknown parameter" in found["field"]["response"]["body"]["error"]["message"]
+    assert "2048" in found["long"]["response"]["body"]["error"]["message"]
+    assert found["good"]["response"]["status_code"] == 200
+    assert all("\n" not in json.dumps(one) for one in found.values())
+
+
+def test_a_batch_that_is_wrong_as_a_whole(llm: slimrt.LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    twice = write(tmp_path / "twice.jsonl", [request("a", "x"), request("b", "x"), request("a", "y")])
+    with pytest.raises(SettingError, match="lines 1 and 3 have the same custom_id 'a'"):
+        answer_batch(llm, twice, tmp_path / "out.jsonl")
+    with pytest.raises(SettingError, match="No such file"):
+        answer_batch(llm, tmp_path / "none", tmp_path / "out.jsonl")
+    monkeypatch.setattr(lines, "LONGEST", 100)
+    with pytest.raises(SettingError, match="line 1 is longer than"):
+        answer_batch(llm, twice, tmp_path / "out.jsonl")
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def run(model: Path, *arguments: object) -> Result:
+    options = ("-m", model, "--prune", "off", "--threads", "1")
+    return CliRunner().invoke(cli, [str(one) for one in ("batch", *arguments, *options)])
+
+
+def test_rows_with_files_and_a_template(model: Path, llm: slimrt.LLM, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(document(1))
+    (tmp_path / "b.txt").write_bytes(b"\xff")
+    rows = [
+        {"custom_id": "one", "path": "a.txt", "who": "world"},
+        {"custom_id": "two", "path": "a.txt"},
+        {"custom_id": "three", "path": "b.txt", "who": "x"},
+        {"custom_id": "four", "path": "no.txt", "who": "x"},
+    ]
+    source, target = write(tmp_path / "rows.jsonl", rows), tmp_path / "out.jsonl"
+    options = ("--file-column", "path", "--template", "hello {who}?", "--system", "be brief", "-n", "3")
+    result = run(model, source, target, *options)
+    assert result.exit_code == 0, result.output
+    assert "4 lines answered, 3 with an error" in " ".join(result.stderr.split())
+    found = answers(target)
+    messages = [
+        {"role": "system", "content": "be brief"},
+        {"role": "user", "content": f"{document(1)}\n\nhello world?"},
+    ]
+    alone = llm.chat(messages, max_tokens=3, session=llm.session())
+    assert found["one"]["response"]["body"]["choices"][0]["message"]["content"] == alone.text
+    for name, said in (("two", "column 'who'"), ("three", "not valid UTF-8"), ("four", "No such file")):
+        assert said in found[name]["error"]["message"]
+    again = run(model, source, target, *options, "--json")
+    assert json.loads(again.stdout)["before"] == 4
+    for arguments, said in (
+        ((source, source), "the same file"), ((tmp_path / "none", target), "no such file"),
+        ((source, target, "--system", "x"), "needs --template"), ((source, tmp_path), "a folder"),
+    ):  # fmt: skip
+        refused = run(model, *arguments)
+        assert refused.exit_code == 1 and said in refused.stderr and refused.stderr.count("\n") == 1
