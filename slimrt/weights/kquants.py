@@ -29,7 +29,7 @@ KQUANTS = (GGMLQuantizationType.Q4_K, GGMLQuantizationType.Q5_K, GGMLQuantizatio
 _BLOCK = 256
 _CHUNK = 256  # blocks: 256 KiB for an array of their weights, of which some six are at hand at a time
 _WORKERS = 8  # threads at most; the memory that they take grows with them
-_GRID = np.arange(-2.0, 1.0, 0.2, dtype=np.float32)  # beside the number of grid points that spans a sub-block's range
+_GRID = np.arange(-2.0, 1.0, 0.25, dtype=np.float32)  # beside the number of grid points that spans a sub-block's range
 _SIGNED_GRID = np.arange(-2.0, 1.0, 0.25, dtype=np.float32)
 _ROUNDS = 2
 _TINY = np.float32(1e-30)  # below every sum that means something: squares of the smallest float16 are 3.6e-15
@@ -130,9 +130,8 @@ def _affine(blocks: Array, importance: Array | None, top: int) -> tuple[Array, A
     scale, minimum = _search(parts, top)
     d, scales = _six_bits(scale.reshape(-1, 8), parts.sum_w.reshape(-1, 8))
     dmin, minima = _six_bits(minimum.reshape(-1, 8), parts.sum_w.reshape(-1, 8))
-    for _ in range(_ROUNDS):
-        _place(parts, d, dmin, scales, minima, top)
-        scales, minima = _neighbours(parts, parts.sums(), d, dmin, scales, minima)
+    _place(parts, d, dmin, scales, minima, top)
+    scales, minima = _neighbours(parts, parts.sums(), d, dmin, scales, minima)
     _place(parts, d, dmin, scales, minima, top)
     points = np.ascontiguousarray(parts.points.T).astype(np.uint8).reshape(len(blocks), _BLOCK)
     return d, dmin, scales.astype(np.uint8), minima.astype(np.uint8), points

@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from click_cli import cli
-from slimrt.convert import quantize_file
+from slimrt.convert import convert_checkpoint, quantize_file
 from slimrt.engine import Engine
 from slimrt.errors import SettingError
 from slimrt.importance import measure_importance
@@ -19,6 +19,7 @@ from slimrt.models import build, read_config
 from slimrt.ops.numpy.numpy_ops import NumpyOps
 from slimrt.text.tokenizer import Tokenizer
 from slimrt.weights.gguf import GGUFFile
+from tests.families import write_checkpoint
 from tests.tiny_gguf import write_tiny_llama
 
 TEXT = "hello world, there in the interior one cell lore tore the wall and told on " * 12
@@ -111,3 +112,15 @@ def test_counting_changes_no_result(model: Path) -> None:
         engine = Engine(build(read_config(file), file, ops), ops)
         results.append(engine.prefill(engine.new_context(), ids, wanted=len(ids))[0])
     assert np.array_equal(*results)
+
+
+@pytest.mark.parametrize("family", ["qwen3moe", "phi3", "gemma2", "command-r"])
+def test_families_are_read_whole(family: str, tmp_path: Path) -> None:
+    """Every matrix of every layer is counted, fused ones and experts' too, whatever stands between."""
+    convert_checkpoint(write_checkpoint(family, tmp_path / "checkpoint"), tmp_path / "m.gguf", "f32")
+    file = GGUFFile(tmp_path / "m.gguf")
+    measured = measure_importance(file, TEXT)
+    matrices = {name: t.shape for name, t in file.tensors.items() if name.startswith("blk.") and len(t.shape) > 1}
+    assert {name: (shape[-1],) for name, shape in matrices.items()} == {
+        name: values.shape for name, values in measured.columns.items()
+    }
