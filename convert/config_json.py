@@ -184,8 +184,7 @@ def _experts(config: dict[str, Any], family: Architecture, path: Path) -> dict[s
     count, used = whole(config, key, path), whole(config, "num_experts_per_tok", path)
     if used > count:
         raise ModelFileError(f"{path}: num_experts_per_tok is {used} of {count} experts; mend the file")
-    # Mixtral's router always normalises; Qwen's does so where the configuration says it.
-    normalised = key == "num_local_experts" or flag(config, "norm_topk_prob", path)
+    normalised = flag(config, "norm_topk_prob", path, True)  # Mixtral's router has no such switch
     width = whole(config, "moe_intermediate_size", path, default=whole(config, "intermediate_size", path))
     return {"experts": (count, width), "experts_used": used, "experts_normalised": normalised}
 

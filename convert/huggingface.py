@@ -23,6 +23,10 @@ __all__ = ["open_huggingface"]
 logger = logging.getLogger(__name__)
 
 _EXPERT = re.compile(r"^(.*\.layers\.(\d+)\..*experts)\.(\d+)\.(\w+)\.weight$")
+_JOINT = re.compile(r"^.*\.layers\.(\d+)\..*?(wqkv|experts\.gate_up_proj|experts\.down_proj)(?:\.weight)?$")
+_JOINT_PARTS = {
+    "wqkv": "attn_qkv", "experts.gate_up_proj": "ffn_gate_up_exps", "experts.down_proj": "ffn_down_exps",
+}  # fmt: skip
 _EXPERT_PARTS = {
     "gate_proj": "ffn_gate_exps", "up_proj": "ffn_up_exps", "down_proj": "ffn_down_exps",
     "w1": "ffn_gate_exps", "w3": "ffn_up_exps", "w2": "ffn_down_exps",
@@ -39,11 +43,11 @@ def open_huggingface(folder: Path) -> Source:
     sizes = read_config(config, config_path)
     tensors = read_safetensors_folder(folder)
     check_layers(sizes.n_layers, len(tensors), config_path, sizes.tensors_a_layer)
-    single = _stack_experts(tensors, sizes.n_layers, folder)
+    taken = _stack_experts(tensors, sizes.n_layers, folder) | _take_joint(tensors, sizes.n_layers)
     named = {
         gguf: [tensors[name]] for gguf, name in gguf_names(list(tensors), sizes.arch, sizes.n_layers, folder).items()
     }
-    named = split_joint(named | single, sizes)
+    named = split_joint(named | taken, sizes)
     if sizes.tied and named.pop("output.weight", None) is not None:
         logger.info("%s: lm_head is left out, the configuration ties it to the embedding", folder)
     zeros = [name for name in named if name.endswith("norm.bias")]
@@ -84,6 +88,16 @@ def _stack_experts(tensors: dict[str, StoredTensor], n_layers: int, folder: Path
             missing = min(set(range(len(experts))) - set(experts))
             raise ModelFileError(f"{folder}: {key} lacks expert {missing}; a shard is incomplete; fetch it anew")
     return {key: [experts[number] for number in sorted(experts)] for key, experts in found.items()}
+
+
+def _take_joint(tensors: dict[str, StoredTensor], n_layers: int) -> dict[str, list[StoredTensor]]:
+    """Tensors that GGUF has apart only, taken out of ``tensors``: by the GGUF name that they would have."""
+    found: dict[str, list[StoredTensor]] = {}
+    for name in list(tensors):
+        match = _JOINT.match(name)
+        if match and int(match[1]) < n_layers:
+            found[f"blk.{int(match[1])}.{_JOINT_PARTS[match[2]]}.weight"] = [tensors.pop(name)]
+    return found
 
 
 def _read_vocabulary(folder: Path, size: int) -> Vocabulary:

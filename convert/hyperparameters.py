@@ -79,7 +79,8 @@ class Hyperparameters:
     @property
     def tensors_a_layer(self) -> int:
         """How many tensors a checkpoint has for each layer at least."""
-        return len(self._layer())
+        # Some hold Q, K and V, or the gate and up of experts, in one.
+        return len(self._layer()) - 2 * self.family.grouped_qkv - (self.experts is not None)
 
     def _layer(self) -> dict[str, tuple[int, ...]]:
         q, kv = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim

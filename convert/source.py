@@ -57,9 +57,6 @@ def gguf_names(names: Sequence[str], arch: str, n_layers: int, folder: Path) -> 
         if name.endswith(_COMPUTED):
             continue
         gguf_name = name_map.get_name(name, try_suffixes=(".weight", ".bias"))
-        # Experts that are stacked in the checkpoint have names without a suffix.
-        if gguf_name is None and name.endswith("_proj"):
-            gguf_name = name_map.get_name(f"{name}.weight", try_suffixes=(".weight",))
         if gguf_name is None:
             raise ModelFileError(
                 f"{folder}: tensor '{name[:80]}' does not belong to a {arch} model of {n_layers} layers; "

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from slimrt.config import CacheConfig
 from slimrt.convert import convert_checkpoint
@@ -16,7 +19,7 @@ from slimrt.ops.layer import by_expert, chosen_experts
 from slimrt.ops.numpy.numpy_ops import NumpyOps
 from slimrt.session import Session
 from slimrt.weights.gguf import GGUFFile, TensorInfo
-from tests.families import write_checkpoint
+from tests.families import config, weights, write_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -89,3 +92,25 @@ def test_decode_reads_the_chosen_experts_only(file: GGUFFile, backend: str, monk
         pytest.skip("this processor has no fast path")
     whole = decoded(file, FastOps(2), 7)
     np.testing.assert_array_equal(decoded(Poisoned(file, chosen), FastOps(2), 7), whole)
+
+
+def test_stacked_checkpoints_are_the_same(file: GGUFFile, tmp_path: Path) -> None:
+    """Checkpoints with all experts of a layer in one tensor, gate and up together, under Transformers 5's names."""
+    folder = write_checkpoint("qwen3moe", tmp_path / "stacked")
+    tensors, settings = weights("qwen3moe"), config("qwen3moe")
+    for number in range(settings["num_hidden_layers"]):
+        at = f"model.layers.{number}.mlp.experts"
+        parts = {
+            part: np.stack([tensors.pop(f"{at}.{e}.{part}_proj.weight") for e in range(settings["num_experts"])])
+            for part in ("gate", "up", "down")
+        }
+        tensors[f"{at}.gate_up_proj"] = np.concatenate([parts["gate"], parts["up"]], axis=1)
+        tensors[f"{at}.down_proj"] = parts["down"]
+    settings["num_local_experts"] = settings.pop("num_experts")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(settings))
+    convert_checkpoint(folder, tmp_path / "stacked.gguf", "q8_0")
+    other = GGUFFile(tmp_path / "stacked.gguf")
+    assert other.tensors.keys() == file.tensors.keys()
+    assert all(np.array_equal(other.tensors[name].data, one.data) for name, one in file.tensors.items())
+    assert other.get("qwen3moe.expert_count", int) == 6
