@@ -38,6 +38,7 @@ IGNORED: dict[str, Field] = {
     name: Field(ANY, "accepted, without effect")
     for name in (
         "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
+        "prompt_cache_options",
         "parallel_tool_calls", "cache_prompt", "verbosity",
     )
 }  # fmt: skip

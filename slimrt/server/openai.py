@@ -53,6 +53,7 @@ CHAT: dict[str, Field] = {
     "functions": Field(ARRAY, "not supported: none"),
     "function_call": Field(ANY, "not supported: none"),
     "modalities": Field(ARRAY, "[text]"),
+    "prediction": Field(OBJECT, "accepted, without effect"),
     "reasoning_effort": Field(ANY, "accepted, without effect"),
     **IGNORED,
 }
