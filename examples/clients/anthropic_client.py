@@ -9,7 +9,10 @@ client = Anthropic(base_url=url, api_key=os.environ.get("SLIMRT_API_KEY", "none"
 model = client.models.list().data[0].id
 messages = [{"role": "user", "content": "Name three colours."}]
 
-answer = client.messages.create(model=model, system="Be brief.", messages=messages, max_tokens=30, temperature=0)
+answer = client.messages.create(
+    model=model, system="Be brief.", messages=messages, max_tokens=30,
+    extra_body={"temperature": 0},  # newer versions of the package do not name it
+)  # fmt: skip
 print("message:", answer.content[0].text, f"({answer.usage.output_tokens} tokens, {answer.stop_reason})")
 
 with client.messages.stream(model=model, messages=messages, max_tokens=30) as stream:

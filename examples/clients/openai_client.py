@@ -27,7 +27,9 @@ likely = client.chat.completions.create(
 )
 print("likely:", [(one.token, round(one.logprob, 2)) for one in likely.choices[0].logprobs.content[0].top_logprobs])
 
-response = client.responses.create(model=model, instructions="Be brief.", input="Say hello.", max_output_tokens=20)
+response = client.responses.create(
+    model=model, instructions="Be brief.", input="Say hello.", max_output_tokens=20, temperature=0
+)
 print("responses:", response.output_text)
 
 vectors = client.embeddings.create(model=model, input=["a red apple", "a green apple", "tax law"]).data

@@ -20,6 +20,7 @@ from slimrt.server.generation import (
     STRING,
     chat_ids,
     generation_request,
+    messages_schema,
     text_of,
 )
 from slimrt.server.scheduler import Ended, Event, Piece, Read
@@ -29,7 +30,9 @@ __all__ = ["COUNT", "MESSAGES", "MessageReply", "counted_tokens", "message_promp
 
 COUNT: dict[str, Field] = {
     "model": Field(STRING, "any name: there is one model"),
-    "messages": Field(ARRAY, "[{role, content}, ...]", required=True),
+    "messages": Field(
+        ARRAY, "[{role, content}, ...]", required=True, inside=messages_schema("user", "assistant", "system")
+    ),
     "system": Field(("string", "array"), "the system prompt"),
     "tools": Field(ARRAY, "not supported yet: none"),
     "tool_choice": Field(OBJECT, "without effect where there are no tools"),
