@@ -2,6 +2,7 @@
 # make test    everything that CI runs
 # make gpu     everything that needs a GPU; make gpu DRY=1 walks through it on the CPU; ONLY=prompts for a part of it
 # make docs    the documentation as a site, in build/site; a broken link fails it
+# make clients  OpenAI's and Anthropic's packages, LangChain, LlamaIndex, llm, schemathesis and a crowd against slimrt serve
 # make dist    wheel and sdist in dist/, each checked, installed into an empty environment and asked something
 # Options: make chat PYTHON=python3.13 ARGS="--ctx 8k"; make test TESTS="tests/hub/test_hub.py -k hf"
 
@@ -12,9 +13,9 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Of what pip says, a line for each package; its errors pass by on stderr.
 TOLD := -e 's/^Collecting \([A-Za-z0-9._-]*\).*/   fetching \1/p' -e 's/^Building wheel.*/   &/p' -e 's/^Installing collected.*/   unpacking all of them/p'
-OURS := slimrt models convert kernels_cu tests scripts click_cli.py
+OURS := slimrt models convert kernels_cu tests scripts examples click_cli.py
 
-.PHONY: help chat test lint types unit docs dist format gpu clean
+.PHONY: help chat test lint types unit docs clients dist format gpu clean
 help:
 	@sed -n 's/^# //p' Makefile
 
@@ -54,6 +55,17 @@ gpu:
 docs: .venv/installed-docs
 	@$(BIN)/python -m mkdocs build
 	@echo "== build/site/index.html"
+
+# An environment of their own: clients want each other's packages in versions that ours do not.
+clients: build/clients/installed
+	@build/clients/bin/python -m scripts.clients $(ARGS)
+
+build/clients/installed: pyproject.toml examples/llm-slimrt/pyproject.toml
+	@echo "== installing clients into build/clients (a few minutes)"
+	@$(PYTHON) -m venv build/clients
+	@build/clients/bin/python -m pip install -q --upgrade 'pip>=25.1'
+	@PYTHONWARNINGS=ignore build/clients/bin/python -m pip install -q -e '.[fast,server]' -e examples/llm-slimrt --group clients
+	@touch $@
 
 dist: .venv/installed-docs
 	@rm -rf dist

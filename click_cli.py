@@ -273,10 +273,11 @@ def quantize(source: Path, target: Path, kind: str, imatrix_text: Path | None, f
     "--prune",
     "plans",
     multiple=True,
-    default=("auto", "fast"),
-    show_default=True,
     metavar="auto|fast|PLAN.json",
-    help="A plan to compare with the dense run; repeatable.",
+    help="A plan to compare with the dense run; repeatable.  [auto and fast, or --kv-budget alone]",
+)
+@click.option(
+    "--kv-budget", type=Size(), metavar="ROWS", help="Compare decode that reads so many rows a layer as well."
 )
 @click.option(
     "--task",

@@ -31,6 +31,8 @@ __all__ = ["Response", "context_needed", "evaluate", "judge", "respond", "time_t
 Plan = PrunePlan | str | Path
 Progress = Callable[[int, int, str], None]
 
+_Run = tuple["LLM", Plan]
+
 TTFT_REPEATS = 3
 
 
@@ -102,6 +104,7 @@ def evaluate(
     progress: Progress | None = None,
     *,
     ttft_repeats: int = TTFT_REPEATS,
+    budgeted: Mapping[str, LLM] | None = None,
 ) -> EvalReport:
     """Compare ``plans`` (name -> plan) with the dense run, on identical prompts.
 
@@ -110,12 +113,15 @@ def evaluate(
     a corpus for the tasks on running text (default: Python's own documentation). ``progress`` is called with (steps
     done, steps, what comes next). Time to first token is measured after the tasks, when every plan has run,
     ``ttft_repeats`` times a plan in turns, so that a change of the machine's speed meets all plans alike.
+    ``budgeted``: name -> the same model loaded with ``kv_budget``; each answers without pruning, so that the difference
+    is what decode loses that reads so many rows a layer.
 
     Raises SettingError for settings out of range, plans that do not fit the model and a text that is unusable or too
     short, ContextError if a prompt and its answer exceed the context: all before the first prompt is run.
     """
     chosen = resolve(tasks)
-    choices = _checked_plans(llm, plans)
+    budgeted = budgeted or {}
+    choices = _checked_plans(llm, plans, budgeted)
     for name, count in (("samples", samples), ("ttft_repeats", ttft_repeats)):
         if count < 1:
             raise SettingError(f"{name} {count}: must be at least 1")
@@ -132,16 +138,15 @@ def evaluate(
     # All samples before any is run, so that settings that cannot work fail at once.
     sizes = sorted(set(lengths))
     drawn = {size: [s for task in chosen for s in task_samples(task, source, size, samples, seed)] for size in sizes}
-    everyone: dict[str, Plan] = {DENSE: "off", **plans}
+    everyone: dict[str, _Run] = {DENSE: (llm, "off"), **{name: (llm, plan) for name, plan in plans.items()}}
+    everyone |= {name: (other, "off") for name, other in budgeted.items()}
     runs = sum(map(len, drawn.values())) + len(sizes) * ttft_repeats
     steps = _Steps(progress, runs * len(everyone))
-    results = [
-        result for size in sizes for sample in drawn[size] for result in _run_sample(llm, sample, everyone, steps)
-    ]
+    results = [result for size in sizes for sample in drawn[size] for result in _run_sample(sample, everyone, steps)]
     timings = [
         timing
         for size in sizes
-        for timing in _time(llm, [sample.prompt for sample in drawn[size]], everyone, ttft_repeats, steps)
+        for timing in _time([sample.prompt for sample in drawn[size]], everyone, ttft_repeats, steps)
     ]
     steps.next("done")
     return EvalReport(
@@ -169,11 +174,19 @@ class _Steps:
         self._done += 1
 
 
-def _checked_plans(llm: LLM, plans: Mapping[str, Plan]) -> dict[str, dict[str, object]]:
-    """What each plan is, for the report. Raises SettingError for one that the model cannot run."""
-    if not plans:
+def _checked_plans(llm: LLM, plans: Mapping[str, Plan], budgeted: Mapping[str, LLM]) -> dict[str, dict[str, object]]:
+    """What each plan or budget is, for the report. Raises SettingError for one that the model cannot run."""
+    if not plans and not budgeted:
         raise SettingError("plans: none was given; at least one is compared with the dense run")
     found: dict[str, dict[str, object]] = {DENSE: {"plan": None, "source": "dense"}}
+    for name, other in budgeted.items():
+        if name in plans or name == DENSE:
+            raise SettingError(f"budget named '{name}': a plan has that name; take another")
+        if other.ctx < llm.ctx:
+            raise SettingError(
+                f"'{name}' was loaded with ctx={other.ctx}, the model that it is held against with {llm.ctx}"
+            )
+        found[name] = {"plan": None, "source": f"dense, decode under a budget of keys and values ({name})"}
     for name, plan in plans.items():
         if name == DENSE or not name:
             raise SettingError(
@@ -196,10 +209,10 @@ def _checked_lengths(lengths: Sequence[int]) -> Sequence[int]:
     return lengths
 
 
-def _run_sample(llm: LLM, sample: Sample, plans: Mapping[str, Plan], steps: _Steps) -> Iterator[Result]:
+def _run_sample(sample: Sample, runs: Mapping[str, _Run], steps: _Steps) -> Iterator[Result]:
     """One sample under every plan; the dense run comes first, for the others are judged against it."""
     dense: Response | None = None
-    for name, plan in plans.items():
+    for name, (llm, plan) in runs.items():
         steps.next(f"{sample.task} {len(sample.prompt)} #{sample.index + 1} {name}")
         response = respond(llm, sample, plan)
         dense = dense or response
@@ -210,14 +223,12 @@ def _run_sample(llm: LLM, sample: Sample, plans: Mapping[str, Plan], steps: _Ste
         )  # fmt: skip
 
 
-def _time(
-    llm: LLM, prompts: Sequence[Sequence[int]], plans: Mapping[str, Plan], repeats: int, steps: _Steps
-) -> Iterator[Timing]:
+def _time(prompts: Sequence[Sequence[int]], runs: Mapping[str, _Run], repeats: int, steps: _Steps) -> Iterator[Timing]:
     """Time to first token of every plan, in turns, over prompts of one length."""
-    found: dict[str, list[Timing]] = {name: [] for name in plans}
+    found: dict[str, list[Timing]] = {name: [] for name in runs}
     for repeat in range(repeats):
         prompt = prompts[repeat % len(prompts)]
-        for name, plan in plans.items():
+        for name, (llm, plan) in runs.items():
             steps.next(f"time to first token {len(prompt)} {name}")
             found[name].append(time_to_first_token(llm, prompt, plan))
     for name, timings in found.items():

@@ -20,6 +20,7 @@ from slimrt.server.generation import (
     STRING,
     chat_ids,
     generation_request,
+    messages_schema,
     text_of,
 )
 from slimrt.server.scheduler import Ended, Event, Piece, Read
@@ -29,13 +30,19 @@ __all__ = ["COUNT", "MESSAGES", "MessageReply", "counted_tokens", "message_promp
 
 COUNT: dict[str, Field] = {
     "model": Field(STRING, "any name: there is one model"),
-    "messages": Field(ARRAY, "[{role, content}, ...]", required=True),
+    "messages": Field(
+        ARRAY, "[{role, content}, ...]", required=True, inside=messages_schema("user", "assistant", "system")
+    ),
     "system": Field(("string", "array"), "the system prompt"),
     "tools": Field(ARRAY, "not supported yet: none"),
     "tool_choice": Field(OBJECT, "without effect where there are no tools"),
     "thinking": Field(OBJECT, "{type: disabled}"),
     "mcp_servers": Field(ARRAY, "not supported: none"),
     "cache_control": Field(OBJECT, "accepted, without effect: what was read is kept anyway"),
+    "output_config": Field(OBJECT, "{format: none}; effort is accepted, without effect"),
+    "speed": Field(ANY, "accepted, without effect"),
+    "user_profile_id": Field(ANY, "accepted, without effect"),
+    "workspace_id": Field(ANY, "accepted, without effect"),
 }
 MESSAGES: dict[str, Field] = {
     **COUNT,
@@ -48,6 +55,8 @@ MESSAGES: dict[str, Field] = {
     "metadata": Field(ANY, "accepted, without effect"),
     "service_tier": Field(ANY, "accepted, without effect"),
     "container": Field(ANY, "accepted, without effect"),
+    "diagnostics": Field(ANY, "accepted, without effect"),
+    "inference_geo": Field(ANY, "accepted, without effect"),
     "context_management": Field(ANY, "accepted, without effect"),
 }
 
@@ -57,6 +66,8 @@ def _messages(values: dict[str, Any]) -> list[dict[str, Any]]:
         raise ApiError(400, "'tools' is not supported by this server; leave it out")
     if values["mcp_servers"]:
         raise ApiError(400, "'mcp_servers' is not supported by this server; leave it out")
+    if (values["output_config"] or {}).get("format"):
+        raise ApiError(400, "'output_config.format' is not supported by this server; leave it out")
     if (values["thinking"] or {}).get("type") == "enabled":
         raise ApiError(400, "'thinking' is not supported by this model; leave it out")
     messages = []

@@ -11,14 +11,14 @@ from slimrt.errors import SlimrtError
 from slimrt.llm import LLM
 from slimrt.server.errors import ApiError
 from slimrt.server.fields import Field, checked
-from slimrt.server.generation import INTEGER, STRING
+from slimrt.server.generation import INTEGER, STRING, TEXTS
 
 __all__ = ["EMBEDDINGS", "embeddings"]
 
 _MOST_INPUTS = 2048
 EMBEDDINGS: dict[str, Field] = {
     "model": Field(STRING, "any name: there is one model"),
-    "input": Field(("string", "array"), "a text, token ids, or a list of either", required=True),
+    "input": Field(("string", "array"), "a text, token ids, or a list of either", required=True, inside=TEXTS),
     "encoding_format": Field(STRING, "how vectors are written", "float", choices=("float", "base64")),
     "dimensions": Field(INTEGER, "not supported: the model's width", None, 1, 1 << 31),
     "pooling": Field(STRING, "how a text's tokens become one vector", "mean", choices=("mean", "last")),

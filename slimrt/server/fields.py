@@ -19,7 +19,8 @@ _NAMES: dict[str, Any] = {
 @dataclass(frozen=True)
 class Field:
     """``kinds``: JSON types that it may have, "any" for all. ``low``, ``high``: bounds of a number. ``default``: where
-    the request says nothing (or null, which every field may be). ``choices``: the strings that it may be."""
+    the request says nothing (or null, which every field may be). ``choices``: the strings that it may be. ``inside``:
+    what JSON schema says of its parts, for the description; who reads the field checks them."""
 
     kinds: tuple[str, ...]
     about: str
@@ -28,6 +29,7 @@ class Field:
     high: float = math.inf
     choices: tuple[str, ...] = ()
     required: bool = False
+    inside: Mapping[str, Any] | None = None
 
 
 def checked(fields: Mapping[str, Field], data: Any) -> dict[str, Any]:
@@ -90,7 +92,7 @@ def schema(fields: Mapping[str, Field]) -> dict[str, Any]:
     """The JSON schema of a request."""
     properties = {}
     for name, field in fields.items():
-        one: dict[str, Any] = {"description": field.about}
+        one: dict[str, Any] = {"description": field.about, **(field.inside or {})}
         if field.kinds != ("any",):
             one["type"] = [*field.kinds, *([] if field.required else ["null"])]
         if field.default is not None:

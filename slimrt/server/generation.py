@@ -12,12 +12,32 @@ from slimrt.llm import LLM
 from slimrt.server.errors import ApiError
 from slimrt.server.fields import Field
 
-__all__ = ["IGNORED", "SAMPLING", "chat_ids", "generation_request", "text_of"]
+__all__ = ["IGNORED", "SAMPLING", "TEXTS", "chat_ids", "generation_request", "messages_schema", "text_of"]
 
 NUMBER, INTEGER, STRING, BOOLEAN, OBJECT, ARRAY, ANY = (
     (kind,) for kind in ("number", "integer", "string", "boolean", "object", "array", "any")
 )
 _MOST = 1 << 31
+_TOKEN = {"type": "integer", "minimum": 0}
+# One text, its ids, or a list of either.
+TEXTS = {
+    "minLength": 1, "minItems": 1,
+    "items": {"anyOf": [{"type": "string", "minLength": 1}, _TOKEN, {"type": "array", "minItems": 1, "items": _TOKEN}]},
+}  # fmt: skip
+
+
+def messages_schema(*roles: str) -> dict[str, Any]:
+    """What JSON schema says of a list of messages by these roles."""
+    part = {
+        "type": "object", "required": ["type", "text"],
+        "properties": {"type": {"enum": ["text", "input_text", "output_text"]}, "text": {"type": "string"}},
+    }  # fmt: skip
+    content = {"type": ["string", "array", "null"], "items": part}
+    message = {
+        "type": "object", "required": ["role"], "properties": {"role": {"enum": list(roles)}, "content": content},
+    }  # fmt: skip
+    return {"minItems": 1, "items": message}
+
 
 # What draws the next token: OpenAI's fields, and llama.cpp's names for what OpenAI lacks.
 SAMPLING: dict[str, Field] = {
@@ -38,6 +58,7 @@ IGNORED: dict[str, Field] = {
     name: Field(ANY, "accepted, without effect")
     for name in (
         "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
+        "prompt_cache_options",
         "parallel_tool_calls", "cache_prompt", "verbosity",
     )
 }  # fmt: skip

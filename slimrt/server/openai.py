@@ -22,8 +22,10 @@ from slimrt.server.generation import (
     OBJECT,
     SAMPLING,
     STRING,
+    TEXTS,
     chat_ids,
     generation_request,
+    messages_schema,
     text_of,
 )
 from slimrt.server.scheduler import Ended, Event, Failed, Piece, Progressed, Read
@@ -32,6 +34,7 @@ from slimrt.session import Reading
 __all__ = ["CHAT", "COMPLETION", "ChatReply", "CompletionReply", "chat_prompt", "completion_prompts"]
 
 _MOST_CHOICES = 16
+_ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 _COMMON: dict[str, Field] = {
     "model": Field(STRING, "any name: there is one model"),
     **SAMPLING,
@@ -41,7 +44,7 @@ _COMMON: dict[str, Field] = {
     "n": Field(INTEGER, "answers to one prompt", 1, 1, _MOST_CHOICES),
 }
 CHAT: dict[str, Field] = {
-    "messages": Field(ARRAY, "[{role, content}, ...]", required=True),
+    "messages": Field(ARRAY, "[{role, content}, ...]", required=True, inside=messages_schema(*_ROLES)),
     **_COMMON,
     "max_tokens": Field(INTEGER, "most tokens of an answer; none: up to the end of the context", None, 1, 1 << 31),
     "max_completion_tokens": Field(INTEGER, "the newer name of max_tokens", None, 1, 1 << 31),
@@ -53,11 +56,12 @@ CHAT: dict[str, Field] = {
     "functions": Field(ARRAY, "not supported: none"),
     "function_call": Field(ANY, "not supported: none"),
     "modalities": Field(ARRAY, "[text]"),
+    "prediction": Field(OBJECT, "accepted, without effect"),
     "reasoning_effort": Field(ANY, "accepted, without effect"),
     **IGNORED,
 }
 COMPLETION: dict[str, Field] = {
-    "prompt": Field(("string", "array"), "a text, token ids, or a list of either", required=True),
+    "prompt": Field(("string", "array"), "a text, token ids, or a list of either", required=True, inside=TEXTS),
     **_COMMON,
     "max_tokens": Field(INTEGER, "most tokens of an answer", 16, 0, 1 << 31),
     "logprobs": Field(INTEGER, "alternatives in each place", None, 0, 20),
@@ -66,7 +70,6 @@ COMPLETION: dict[str, Field] = {
     "best_of": Field(INTEGER, "n at most", None, 1, _MOST_CHOICES),
     **IGNORED,
 }
-_ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
 
 def refuse(values: Mapping[str, Any], *names: str) -> None:

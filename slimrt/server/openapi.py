@@ -40,6 +40,10 @@ _GETS = (
     ("/v1/models", "The model that is served", "application/json"),
     ("/v1/models/{name}", "The same by its name", "application/json"),
 )
+_EVENT = {  # of a stream, each
+    "type": "object", "required": ["data"],
+    "properties": {"event": {"type": "string"}, "data": {"type": "string", "description": "JSON, or [DONE]"}},
+}  # fmt: skip
 _ERRORS = {
     "400": "a field is wrong, or the prompt exceeds the context",
     "401": "a wrong or missing key",
@@ -58,7 +62,7 @@ def description(llm: LLM) -> dict[str, Any]:
     for path, about, fields, streams in _POSTS:
         content: dict[str, Any] = {"application/json": {"schema": {"type": "object"}}}
         if streams:
-            content["text/event-stream"] = {"schema": {"type": "string"}}
+            content["text/event-stream"] = {"schema": _EVENT}
         body = {"required": True, "content": {"application/json": {"schema": schema(fields)}}}
         answers = {"200": {"description": "the answer", "content": content}, **errors}
         paths[path] = {"post": {"summary": about, "requestBody": body, "responses": answers}}

@@ -47,6 +47,7 @@ RESPONSES: dict[str, Field] = {
     "conversation": Field(ANY, "not supported: send the whole conversation"),
     "background": Field(BOOLEAN, "not supported: false", False),
     "reasoning": Field(OBJECT, "accepted, without effect"),
+    "context_management": Field(ANY, "accepted, without effect"),
     "include": Field(ARRAY, "accepted, without effect"),
     "truncation": Field(STRING, "disabled: a prompt that is too long is refused", "disabled", choices=("disabled",)),
     "max_tool_calls": Field(INTEGER, "accepted, without effect"),

@@ -25,7 +25,8 @@ __all__ = ["EvalSettings", "evaluate"]
 
 @dataclass(frozen=True)
 class EvalSettings:
-    """What is measured, and where it goes beside the terminal. ``plans``: as --prune takes them."""
+    """What is measured, and where it goes beside the terminal. ``plans``: as --prune takes them; none: the presets, or
+    the ``kv_budget`` alone where there is one."""
 
     plans: tuple[str, ...]
     tasks: tuple[str, ...]
@@ -37,6 +38,7 @@ class EvalSettings:
     png: Path | None
     force: bool
     reports: tuple[Path, ...] = ()
+    kv_budget: int | None = None
 
 
 def evaluate(settings: EvalSettings, load: LoadSettings, *, as_json: bool) -> None:
@@ -47,7 +49,7 @@ def evaluate(settings: EvalSettings, load: LoadSettings, *, as_json: bool) -> No
     from slimrt.eval.run import evaluate as run
 
     # Whatever can be refused is refused before the model is loaded, and certainly before hours of work.
-    plans = _named(settings.plans)
+    plans = _named(settings.plans or (() if settings.kv_budget is not None else ("auto", "fast")))
     needed = context_needed(settings.tasks, settings.lengths)
     for path in (settings.output, settings.png):
         if path is not None:
@@ -62,11 +64,16 @@ def evaluate(settings: EvalSettings, load: LoadSettings, *, as_json: bool) -> No
 
         _show(merged([read_report(path) for path in settings.reports]), settings, as_json=as_json)
         return
-    llm = load_model(load if load.ctx is not None else replace(load, ctx=needed))
+    load = load if load.ctx is not None else replace(load, ctx=needed)
+    llm = load_model(load)
+    budgeted = {}
+    if settings.kv_budget is not None:
+        budgeted[f"kv {settings.kv_budget}"] = load_model(replace(load, kv_budget=settings.kv_budget))
     with progress_bar("evaluating") as progress:
         report = run(
-            llm, plans, settings.tasks, settings.lengths, settings.samples, settings.seed, settings.text, progress
-        )
+            llm, plans, settings.tasks, settings.lengths, settings.samples, settings.seed, settings.text, progress,
+            budgeted=budgeted,
+        )  # fmt: skip
     _show(report, settings, as_json=as_json)
 
 

@@ -53,6 +53,21 @@ def test_tables(model: Path, plan: Path) -> None:
     assert "plan mine:" in result.stderr
 
 
+def test_a_budget_of_keys_and_values_is_held_against_unlimited_decode(model: Path) -> None:
+    """A budget that holds the whole prompt changes nothing, a small one does; without --prune no plan is run."""
+    differences = {}
+    for rows in (1024, 128):
+        result = run(model, "--kv-budget", str(rows), "--device", "numpy", "--json")
+        assert result.exit_code == 0, result.output
+        data = json.loads(result.stdout)
+        assert list(data["plans"]) == ["dense", f"kv {rows}"]
+        differences[rows] = [
+            one["metrics"]["kl"] for one in data["results"] if one["plan"] == f"kv {rows}" and "kl" in one["metrics"]
+        ]
+    assert differences[1024] and not any(differences[1024])
+    assert sum(differences[128]) > 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
