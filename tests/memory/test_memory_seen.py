@@ -22,9 +22,15 @@ print(json.dumps([llm.memory.total, peak]))
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
 def test_announced_and_seen_agree(default_model: Path) -> None:
-    for _ in range(2):  # the first may have to compile kernels
+    seen = 0
+    for run in range(5):
         done = subprocess.run(
             [sys.executable, "-c", PROGRAM, str(default_model)], capture_output=True, text=True, check=True, timeout=300
         )
-    announced, seen = json.loads(done.stdout)
+        announced, peak = json.loads(done.stdout)
+        # The first may have to compile kernels. A system that is short of memory takes pages of the model's file back
+        # while it is read, so a peak may come out too low, never too high.
+        seen = max(seen, peak) if run else 0
+        if run and announced <= 1.1 * seen:
+            break
     assert 0.9 <= announced / seen <= 1.1, (announced >> 20, seen >> 20)
