@@ -42,13 +42,13 @@ def serving(*options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
         server.wait(30)
 
 
-def run(name: str, command: Sequence[str | Path], limit: int, **environment: str) -> bool:
-    """Run one program and show what it says; whether it ended well."""
+def run(name: str, command: Sequence[str | Path], limit: int, place: str | Path = ROOT, **environment: str) -> bool:
+    """Run one program in ``place`` and show what it says; whether it ended well."""
     print(f"== {name}", flush=True)
     began = time.monotonic()
     try:
         status: int | str = subprocess.run(
-            command, env={**os.environ, **environment}, cwd=ROOT, timeout=limit
+            command, env={**os.environ, **environment}, cwd=place, timeout=limit
         ).returncode
     except subprocess.TimeoutExpired:
         status = f"none within {limit} s"
@@ -92,7 +92,7 @@ def main() -> None:
                         "--max-examples", str(options.max_examples), "--phases", "examples,coverage,fuzzing",
                         "--request-timeout", "60", "--no-color",
                     ]  # fmt: skip
-                    note("schemathesis", run("schemathesis", command, 1500))
+                    note("schemathesis", run("schemathesis", command, 1500, folder))  # it leaves what it learnt there
                 if "crowd" in wanted:
                     command = [
                         sys.executable, "-m", "scripts.crowd", url, "--pid", str(server.pid),
