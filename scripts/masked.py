@@ -1,16 +1,19 @@
 """The tests on lesser processors than this one: Numba is told to leave instructions out, down to NumPy alone.
 
-python scripts/masked.py            # what depends on instructions, for each set: CI's part
-python scripts/masked.py --all      # the whole suite for each set
-python scripts/masked.py --list     # the sets that differ on this processor
+python scripts/masked.py                    # what depends on instructions, for each set
+python scripts/masked.py --all              # the whole suite for each set
+python scripts/masked.py --list             # the sets that differ on this processor
+python scripts/masked.py --only NumPy tests/llama_cpp -k agree       # one set, these tests: what CI runs
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,15 +31,15 @@ CHEAP = (
 )  # fmt: skip
 
 
-def sets() -> dict[str, dict[str, str]]:
-    """Environments by name, without those in which this processor would compute as in the one before."""
+def sets(only: str | None = None) -> dict[str, dict[str, str]]:
+    """Environments by name: those in which this processor computes otherwise than in the one before, or only one."""
     import llvmlite.binding as llvm
 
     present = {name for name, has in llvm.get_host_cpu_features().items() if has}
     found, last = {}, present
     for name, prefixes in LEFT_OUT.items():
         left = {feature for feature in present if not feature.startswith(prefixes)}
-        if left == last:
+        if (left == last) if only is None else (name != only):
             continue
         last = left
         features = ",".join([f"+{feature}" for feature in sorted(left)] + [f"-{f}" for f in sorted(present - left)])
@@ -44,17 +47,21 @@ def sets() -> dict[str, dict[str, str]]:
     return found
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
+    """0 where all passed, 1 where a set failed or there is none to run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--all", action="store_true", help="the whole suite")
     parser.add_argument("--list", action="store_true", help="names of the sets only")
-    options = parser.parse_args()
+    parser.add_argument("--only", choices=LEFT_OUT, help="this set, also where it leaves out nothing")
+    options, tests = parser.parse_known_args(arguments)
     failed = []
-    for name, environment in sets().items():
-        print(f"== pytest, {name}", flush=True)
+    for name, environment in sets(options.only).items():
         if options.list:
+            print(name)
             continue
-        command = [sys.executable, "-m", "pytest", "-q", "-n", "2", *(() if options.all else CHEAP)]
+        chosen = tests or (() if options.all else CHEAP)
+        print(f"== pytest {shlex.join(chosen)}, {name}", flush=True)
+        command = [sys.executable, "-m", "pytest", "-q", *(() if tests else ("-n", "2")), *chosen]
         if subprocess.run(command, cwd=ROOT, env=os.environ | environment).returncode:
             failed.append(name)
     if failed:
