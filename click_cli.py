@@ -491,6 +491,18 @@ def ttft(model: str | None, file: Path | None, as_json: bool, **settings: Any) -
 
 
 @bench.command()
+@model_option
+@click.option("--tokens", type=Size(), default=400, show_default=True, help="Tokens of each grammar.")
+@threads_option
+@json_option
+def structured(model: str | None, tokens: int, threads: int | None, as_json: bool) -> None:
+    """What a schema or a grammar costs a token, beside the model's own time for one."""
+    from slimrt.terminal import benchmark
+
+    benchmark.bench_structured(LoadSettings(model, None, "auto", "off", threads), tokens, as_json=as_json)
+
+
+@bench.command()
 @device_option
 @shape_option
 @click.option("--tokens", type=Size(), default=2048, show_default=True, help="Rows of a prompt.")

@@ -10,6 +10,7 @@ __all__ = [
     "LLM",
     "ChatTemplate",
     "Completion",
+    "Grammar",
     "Llama",
     "PrunePlan",
     "SamplingConfig",
@@ -26,12 +27,14 @@ if TYPE_CHECKING:
     from slimrt.llm import LLM, load
     from slimrt.prune.plan import PrunePlan, Stage, Window
     from slimrt.results import Completion
+    from slimrt.structured.grammar import Grammar
     from slimrt.text.chat_template import ChatTemplate
 
 _HOMES = {
     "LLM": "slimrt.llm",
     "ChatTemplate": "slimrt.text.chat_template",
     "Completion": "slimrt.results",
+    "Grammar": "slimrt.structured.grammar",
     "Llama": "slimrt.llama_cpp.llama",
     "PrunePlan": "slimrt.prune.plan",
     "SamplingConfig": "slimrt.config",

@@ -18,6 +18,8 @@ from slimrt.prune.plan import PrunePlan
 from slimrt.results import Completion, FinishReason, Timings, TokenLogprob, Usage
 from slimrt.sampler import LogitsProcessor, Sampler, top_logprobs
 from slimrt.session import Reading, Session
+from slimrt.structured import guide as guides
+from slimrt.structured.grammar import Grammar, Schema, grammar_of
 from slimrt.text.tokenizer import Tokenizer
 
 __all__ = [
@@ -34,6 +36,7 @@ Overflow = Literal["error", "shift"]  # what happens when the context is full
 
 log = logging.getLogger(__name__)
 
+_WORTH_UNPACKING = 24  # tokens that take as long one by one as in a pass that unpacks every layer (2 cores, AVX2)
 SINK_TOKENS = 4  # first tokens that stay where text has no system message (StreamingLLM, arXiv 2309.17453)
 
 
@@ -50,6 +53,9 @@ class GenerationRequest:
     With ``overflow`` "shift" a full context does not end the text: the first ``n_keep`` tokens stay, of the others the
     older half is dropped, and what is left is read anew at its new positions. A prompt that does not fit is refused
     either way. ``n_keep`` None: the system message of a chat, else 4.
+
+    ``grammar``: what the answer must match. Tokens that it forces are read several at a time, unless
+    ``one_by_one`` or ``logprobs`` want the logits before each.
     """
 
     max_tokens: int | None = 128
@@ -60,6 +66,8 @@ class GenerationRequest:
     ignore_eos: bool = False
     overflow: Overflow = "error"
     n_keep: int | None = None
+    grammar: Grammar | None = None
+    one_by_one: bool = False
 
     def __post_init__(self) -> None:
         check_overflow(self.overflow)
@@ -74,6 +82,8 @@ class GenerationRequest:
                 f"logprobs {self.logprobs!r}: must be a whole number, at least 0 (how many alternatives), "
                 "or None for none"
             )
+        if self.grammar is not None and self.ignore_eos:
+            raise SettingError("ignore_eos with a schema or grammar: an answer ends where it is complete; leave one out")
         for text in self.stop:
             if not isinstance(text, str) or not text:
                 raise SettingError(f"stop {text!r}: must be a text or a list of texts, none of them empty")
@@ -85,7 +95,8 @@ class Step:
 
     ``token`` is None where the step only ends the text. ``text`` is what has become safe to show: complete UTF-8 that
     is not the beginning of a stop string. ``finish_reason`` is set on the last step. ``dropped``: tokens that left the
-    full context before this one was drawn.
+    full context before this one was drawn. ``complete``: on the last step of an answer that is bound to a grammar, whether
+    it is whole.
     """
 
     token: int | None
@@ -93,6 +104,7 @@ class Step:
     logprob: TokenLogprob | None = None
     finish_reason: FinishReason | None = None
     dropped: int = 0
+    complete: bool | None = None
 
 
 def generate_tokens(
@@ -106,13 +118,17 @@ def generate_tokens(
 
     A token joins the session when the next one is asked for, so an abandoned generator leaves no half-done work.
     ``plan`` prunes what is read anew when the context shifts. ``revision``: the session's after the prompt (None: its
-    present one). Raises SettingError if the session is moved on by another call meanwhile.
+    present one). Raises SettingError if the session is moved on by another call meanwhile, and for a grammar as
+    ``slimrt.structured.guide.start`` does.
     """
+    guide = None
+    if request.grammar is not None:
+        guide = guides.start(request.grammar, tokenizer, session.engine.config.vocab_size)
     sampler = Sampler(request.sampling, session.engine.config.vocab_size, request.processors)
     decoder = tokenizer.stream_decoder()
     held = _StopStrings(request.stop)
     drawn = dropped = 0
-    token: int | None = None
+    unread: list[int] = []  # written, and read with the next step: a token drawn and those that the grammar forced
     while request.max_tokens is None or drawn < request.max_tokens:
         with session.lock:  # between two steps others may have their turn, but not between reading and drawing
             if revision is not None and session.revision != revision:
@@ -120,32 +136,55 @@ def generate_tokens(
                     "the session read something else while this text was written; use a session for each"
                 )
             dropped = 0
-            if token is None:
+            if not unread:
                 if session.logits is None:
                     raise SettingError("nothing was read yet; a generation starts from a prompt; call prefill first")
-            elif len(session.tokens) < session.ctx:
-                session.extend([token])
+            elif len(session.tokens) + len(unread) <= session.ctx:
+                _read(session, unread)
             elif request.overflow == "shift":
                 kept = _shifted(session.tokens, SINK_TOKENS if request.n_keep is None else request.n_keep)
                 dropped = len(session.tokens) - len(kept)
-                session.prefill([*kept, token], plan)
+                session.prefill([*kept, *unread], plan)
             else:
                 break
             revision, logits = session.revision, session.logits
             assert logits is not None
-            token = sampler(logits, session.tokens)
+            token = sampler(logits, session.tokens, guide)
+            room = session.ctx - len(session.tokens) - 1
         if token in tokenizer.stop_ids and not request.ignore_eos:
-            yield Step(None, held.push(decoder.flush()) + held.flush(), None, "stop", dropped)
+            text = held.push(decoder.flush()) + held.flush()
+            yield Step(None, text, None, "stop", dropped, None if guide is None else not held.stopped)
             return
-        drawn += 1
         logprob = None if request.logprobs is None else top_logprobs(logits, token, request.logprobs)
-        text = held.push(decoder.push(token))
-        if held.stopped:
-            yield Step(token, text, logprob, "stop", dropped)
-            return
-        yield Step(token, text, logprob, None, dropped)
+        unread = [token]
+        if guide is not None:
+            guide.take(token)
+            if logprob is None and not request.one_by_one:
+                left = room if request.max_tokens is None else min(room, request.max_tokens - drawn - 1)
+                unread += guide.forced(left)
+        for one in unread:
+            drawn += 1
+            text = held.push(decoder.push(one))
+            if held.stopped:
+                yield Step(one, text, logprob, "stop", dropped, None if guide is None else False)
+                return
+            yield Step(one, text, logprob, None, dropped)
+            logprob, dropped = None, 0
+        if guide is not None and guide.done:
+            break
     # The last token asked for is not read: nothing is drawn after it.
-    yield Step(None, held.push(decoder.flush()) + held.flush(), None, "stop" if held.stopped else "length")
+    text = held.push(decoder.flush()) + held.flush()
+    ended = held.stopped or (guide is not None and guide.done)
+    complete = None if guide is None else guide.complete and not held.stopped
+    yield Step(None, text, None, "stop" if ended else "length", 0, complete)
+
+
+def _read(session: Session, ids: list[int]) -> None:
+    """Read the written ``ids``, in the parts that cost least: packed weights serve a few rows at a time."""
+    few = max(1, session.engine.ops.unpack_rows - 1)
+    part = len(ids) if len(ids) >= _WORTH_UNPACKING else few
+    for at in range(0, len(ids), part):
+        session.extend(ids[at : at + part])
 
 
 def _shifted(tokens: list[int], n_keep: int) -> list[int]:
@@ -205,6 +244,7 @@ class _Writing:
         self.pieces: list[str] = []
         self.logprobs: list[TokenLogprob] = []
         self.reason: FinishReason = "length"
+        self.complete = None if request.grammar is None else False
         self.dropped = 0
         self.interrupted = False
 
@@ -239,7 +279,7 @@ class _Writing:
             if step.logprob is not None:
                 self.logprobs.append(step.logprob)
             if step.finish_reason is not None:
-                self.reason = step.finish_reason
+                self.reason, self.complete = step.finish_reason, step.complete
             if step.text:
                 self.pieces.append(step.text)
                 yield step.text
@@ -285,6 +325,7 @@ class _Writing:
                 doubts=reading.doubts,
             ),
             logprobs=None if self.request.logprobs is None else list(self.logprobs),
+            complete=self.complete,
         )
 
     @property
@@ -323,6 +364,8 @@ class CompletionStream:
         if request.n_keep is not None and request.n_keep >= session.ctx:
             raise SettingError(f"n_keep {request.n_keep}: must be less than the context, {session.ctx}")
         session.check(ids)
+        if request.grammar is not None:  # one that cannot be followed is refused before the prompt is read
+            guides.start(request.grammar, tokenizer, session.engine.config.vocab_size)
         self._writing = _Writing(session, tokenizer, list(ids), request, plan, progress, note, on_end)
         self._pieces_left = self._writing.run()
         self._lock = threading.RLock()
@@ -395,6 +438,8 @@ class GenerateOptions(TypedDict, total=False):
     penalty_last_n: int | None
     logit_bias: Mapping[int, float] | None
     seed: int | None
+    schema: Schema | None
+    grammar: Grammar | str | None
 
 
 def request_from_options(overflow: Overflow, options: GenerateOptions) -> GenerationRequest:
@@ -426,4 +471,5 @@ def request_from_options(overflow: Overflow, options: GenerateOptions) -> Genera
         ignore_eos=options.get("ignore_eos", False),
         overflow=options.get("overflow") or overflow,
         n_keep=options.get("n_keep"),
+        grammar=grammar_of(options.get("schema"), options.get("grammar")),
     )

@@ -58,7 +58,11 @@ class Timings:
 
 @dataclass(frozen=True)
 class Completion:
-    """A finished generation: ``text``, its ``tokens`` (the end token excluded), why it ended, and what it cost."""
+    """A finished generation: ``text``, its ``tokens`` (the end token excluded), why it ended, and what it cost.
+
+    ``complete``: whether the text is whole by the schema or grammar that it was bound to (False where ``max_tokens``,
+    the context or a stop string cut it); None without one.
+    """
 
     text: str
     tokens: list[int]
@@ -66,3 +70,4 @@ class Completion:
     usage: Usage
     timings: Timings
     logprobs: list[TokenLogprob] | None = field(default=None)
+    complete: bool | None = None

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import numpy as np
 
@@ -17,10 +18,21 @@ from slimrt.config import SamplingConfig
 from slimrt.errors import ComputeError, SettingError
 from slimrt.results import TokenLogprob
 
-__all__ = ["LogitsProcessor", "Sampler", "apply_penalties", "log_softmax", "top_logprobs"]
+__all__ = ["Bound", "LogitsProcessor", "Sampler", "apply_penalties", "log_softmax", "top_logprobs"]
 
 LogitsProcessor = Callable[[np.ndarray, np.ndarray], np.ndarray]
 """(ids so far [N] int32, logits [V] float32) -> logits [V]; it may change the array that it is given."""
+
+
+class Bound(Protocol):
+    """What an answer is bound to."""
+
+    def allows(self, token: int) -> bool:
+        """Whether ``token`` may come next."""
+
+    def allowed(self) -> np.ndarray:
+        """bool [V]: the tokens that may come next."""
+
 
 _FIRST_GUESS = 256  # top-p nearly always ends within so many tokens; sorting them is 50 times cheaper than sorting V
 
@@ -49,12 +61,24 @@ class Sampler:
         self._bias_ids = np.fromiter(config.logit_bias.keys(), np.int64)
         self._bias = np.fromiter(config.logit_bias.values(), np.float32)
 
-    def __call__(self, logits: np.ndarray, context: Sequence[int]) -> int:
+    def __call__(self, logits: np.ndarray, context: Sequence[int], bound: Bound | None = None) -> int:
         """Draw the token after ``context`` (the ids of prompt and text so far) from ``logits`` [V], left as they are.
 
-        Raises ComputeError for NaN, +inf or nothing but -inf among the logits.
+        ``bound``: only tokens that it allows are drawn; filters see no others.
+        Raises ComputeError for NaN, +inf or nothing but -inf among the logits (of the tokens that may be drawn).
         """
         scores = self._scores(logits, context)
+        if self.config.temperature == 0:
+            token = int(scores.argmax())
+            if bound is None or bound.allows(token):
+                return token
+        if bound is not None:
+            scores = np.where(bound.allowed(), scores, np.float32(-np.inf))
+            if scores.max() == -np.inf:
+                raise ComputeError(
+                    "every token that the grammar or schema allows has a logit of -inf; "
+                    "let one of them pass the processors and biases"
+                )
         if self.config.temperature == 0:
             return int(scores.argmax())
         ids, probs = self._candidates(scores)

@@ -24,7 +24,7 @@ ORDER = (
     ("output", "weights"),
     ("prune", "hub", "kernels_cu", "plans"),
     ("text",),
-    ("ops", "sampler"),
+    ("ops", "sampler", "structured"),
     ("kv",),
     ("models",),
     ("convert", "memory", "engine"),

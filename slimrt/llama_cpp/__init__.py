@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-__all__ = ["Llama", "LlamaState", "LlamaTokenizer", "LogitsProcessorList", "StoppingCriteriaList"]
+__all__ = ["Llama", "LlamaGrammar", "LlamaState", "LlamaTokenizer", "LogitsProcessorList", "StoppingCriteriaList"]
 
 if TYPE_CHECKING:
+    from slimrt.llama_cpp.grammar import LlamaGrammar
     from slimrt.llama_cpp.llama import Llama, LlamaState, LlamaTokenizer, LogitsProcessorList, StoppingCriteriaList
 else:
 
     def __getattr__(name: str) -> object:
         # On first use: the package is entered for the names that are missing too, which need no NumPy.
+        if name == "LlamaGrammar":
+            from slimrt.llama_cpp.grammar import LlamaGrammar
+
+            return LlamaGrammar
         if name in __all__:
             from slimrt.llama_cpp import llama
 

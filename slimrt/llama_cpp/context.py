@@ -14,6 +14,7 @@ import numpy as np
 
 from slimrt.errors import ContextError, SettingError, TokenizerError
 from slimrt.hub import store
+from slimrt.llama_cpp.grammar import grammar_of_llama
 from slimrt.llama_cpp.options import (
     RANDOM_SEED,
     Processors,
@@ -32,6 +33,7 @@ from slimrt.models import read_config
 from slimrt.prune.plan import PrunePlan
 from slimrt.sampler import Sampler, log_softmax
 from slimrt.session import Session
+from slimrt.structured import guide as guides
 from slimrt.text.tokenizer import Tokenizer
 from slimrt.weights.gguf import GGUFFile
 
@@ -343,9 +345,12 @@ class LlamaContext:
     ) -> Generator[int, Sequence[int] | None, None]:
         """Tokens after ``tokens``, without end: the caller stops. Ids that are sent in are read before the next one.
 
-        ``reset`` False reads ``tokens`` after what the context holds. Raises ContextError when the context is full.
+        ``reset`` False reads ``tokens`` after what the context holds. With a ``grammar`` they end with the answer.
+        Raises ContextError when the context is full.
         """
-        check_refused({"mirostat_mode": mirostat_mode, "grammar": grammar}, {"mirostat_mode": 0})
+        check_refused({"mirostat_mode": mirostat_mode}, {"mirostat_mode": 0})
+        bound = grammar_of_llama(grammar)
+        guide = None if bound is None else guides.start(bound, self._tokenizer, self._config.vocab_size)
         session = self._current
         with session.lock:
             self._read([int(token) for token in tokens], reset)
@@ -369,10 +374,15 @@ class LlamaContext:
                     session.extend(ids)
                 revision = session.revision
                 assert session.logits is not None
-                token = sampler(session.logits, session.tokens)
+                token = sampler(session.logits, session.tokens, guide)
                 if stopping_criteria is not None and stopping_criteria(self._input_ids, session.logits):
                     return
             sent = yield token
+            if guide is not None:
+                for one in (token, *(sent or ())):
+                    guide.take(one)
+                if token in self._tokenizer.stop_ids:
+                    return
             ids = [token, *(sent or ())]
 
     def _read(self, ids: list[int], reset: bool = True) -> None:

@@ -19,6 +19,7 @@ import numpy as np
 from slimrt.errors import ContextError, FetchError, SettingError
 from slimrt.generation import GenerationRequest, Step, generate_tokens
 from slimrt.llama_cpp.context import LlamaContext, LlamaTokenizer
+from slimrt.llama_cpp.grammar import grammar_of_llama
 from slimrt.llama_cpp.missing import METHODS
 from slimrt.llama_cpp.openai_format import CompletionFormat, LogprobFormat, chat_chunks, chat_completion
 from slimrt.llama_cpp.options import (
@@ -36,6 +37,8 @@ from slimrt.llama_cpp.options import (
 from slimrt.llama_cpp.state import LlamaState
 from slimrt.results import FinishReason, TokenLogprob
 from slimrt.sampler import top_logprobs
+from slimrt.structured import guide as guides
+from slimrt.structured.grammar import response_grammar
 
 __all__ = ["Llama", "LlamaState", "LlamaTokenizer", "LogitsProcessorList", "StoppingCriteriaList"]
 
@@ -108,11 +111,13 @@ class Llama(LlamaContext):
         """Continue ``prompt``: OpenAI's text completion as a dictionary, or with ``stream`` an iterator of chunks.
 
         ``max_tokens`` None or below 1: up to the end of the context. Penalties look at the generated tokens.
+        ``grammar``: a LlamaGrammar; an answer that ``max_tokens`` cuts has finish_reason "length".
         Raises ContextError (a ValueError) if the prompt leaves no room in the context.
         """
-        check_refused(
-            {"suffix": suffix or None, "mirostat_mode": mirostat_mode, "grammar": grammar}, {"mirostat_mode": 0}
-        )
+        check_refused({"suffix": suffix or None, "mirostat_mode": mirostat_mode}, {"mirostat_mode": 0})
+        bound = grammar_of_llama(grammar)
+        if bound is not None:  # refused before the prompt is read
+            guides.start(bound, self._tokenizer, self._config.vocab_size)
         if max_tokens is not None:
             check_numbers(max_tokens=max_tokens)
         ids = self._prompt_ids(prompt)
@@ -134,6 +139,8 @@ class Llama(LlamaContext):
             stop=(stop,) if isinstance(stop, str) else tuple(stop or ()),
             processors=(*processor_tuple(logits_processor), *penalties),
             logprobs=logprobs,
+            grammar=bound,
+            one_by_one=stopping_criteria is not None,
         )
         if echo and logprobs is not None and self._all_logits is None:
             raise SettingError("echo with logprobs needs the logits of the prompt; load with logits_all=True")
@@ -175,18 +182,20 @@ class Llama(LlamaContext):
     ) -> Any:
         """Answer ``messages``: OpenAI's chat completion as a dictionary, or with ``stream`` an iterator of chunks.
 
+        ``response_format``: {"type": "json_object"}, with a "schema" beside it if one is wanted, or OpenAI's
+        {"type": "json_schema", ...}; it goes before ``grammar``.
+
         Control tokens that are spelt in a message are text, where llama_cpp lets them count.
 
         Raises SettingError for malformed messages and for a model without a chat template.
         """
-        unbound = {"tool_choice": "none", "function_call": "none", "response_format": {"type": "text"}}
+        unbound = {"tool_choice": "none", "function_call": "none"}
         check_refused(
             {
                 "tools": tools or None,
                 "functions": functions or None,
                 "tool_choice": None if tool_choice == "auto" else tool_choice,
                 "function_call": None if function_call == "auto" else function_call,
-                "response_format": response_format,
             },
             unbound,
         )
@@ -208,7 +217,7 @@ class Llama(LlamaContext):
             mirostat_mode=mirostat_mode,
             model=model,
             logits_processor=logits_processor,
-            grammar=grammar,
+            grammar=response_grammar(response_format) or grammar,
             logit_bias=logit_bias,
         )
         return chat_chunks(answer) if stream else chat_completion(answer)

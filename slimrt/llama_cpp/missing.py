@@ -4,13 +4,11 @@ from __future__ import annotations
 
 __all__ = ["METHODS", "NAMES", "refuse"]
 
-_GRAMMAR = "answers cannot be bound to a grammar; use a logits_processor"
 _CACHE = "a prompt that begins like the last one is not read again; leave the cache out"
 _EMBEDDING = "slimrt generates text and gives no embeddings; use another model and library for them"
 _C_API = "there is no C interface beneath; use the methods of slimrt.Llama, or slimrt.load"
 
 NAMES = {
-    "LlamaGrammar": _GRAMMAR,
     "LlamaCache": _CACHE,
     "LlamaRAMCache": _CACHE,
     "LlamaDiskCache": _CACHE,
@@ -20,7 +18,7 @@ NAMES = {
     "LLAMA_POOLING_TYPE_LAST": _EMBEDDING,
     "LLAMA_POOLING_TYPE_NONE": _EMBEDDING,
     "llama_chat_format": "chats go through Jinja templates; give chat_format or chat_template",
-    "llama_grammar": _GRAMMAR,
+    "llama_grammar": "LlamaGrammar lies in slimrt.llama_cpp itself; import it from there",
     "llama_speculative": "there is no speculative decoding; leave it out",
     "server": "there is no server yet",
 }

@@ -52,8 +52,16 @@ def stream_answer(begin: Begin, tokens: int, settings: AnswerSettings, screen: S
 
 def cut_note(llm: LLM, completion: Completion, settings: AnswerSettings) -> str | None:
     """Which limit ended an answer before the model did, and what to do; None if none did."""
+    if completion.complete is False and completion.finish_reason == "stop":
+        return "not whole by its schema or grammar: --stop cut it"
     if completion.finish_reason != "length":
         return None
+    if completion.complete is False:
+        return "not whole by its schema or grammar: " + str(_limit(llm, completion, settings))
+    return _limit(llm, completion, settings)
+
+
+def _limit(llm: LLM, completion: Completion, settings: AnswerSettings) -> str:
     if settings.max_tokens is not None and completion.usage.completion_tokens >= settings.max_tokens:
         return f"cut by --max-tokens {settings.max_tokens:,} (-1: no limit)"
     shift = " or --overflow shift" if llm.overflow != "shift" else ""

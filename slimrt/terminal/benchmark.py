@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from rich.table import Table
 
 from slimrt.output import check_output
 from slimrt.terminal.loading import find_model, load_model
@@ -157,3 +158,25 @@ def bench_serve(load: LoadSettings, settings: dict[str, Any], *, as_json: bool) 
         return
     for table in result.tables():
         print_wide(table)
+
+
+def bench_structured(load: LoadSettings, tokens: int, *, as_json: bool) -> None:
+    """Measure what grammars cost with the model's vocabulary; a table, or with ``as_json`` its rows, goes to stdout."""
+    from slimrt.bench.structured import decode_ms, measure
+
+    llm = load_model(load)
+    rows = measure(llm.tokenizer, tokens)
+    decode = decode_ms(llm)
+    if as_json:
+        about = {"model": llm.config.name, "vocabulary": llm.tokenizer.vocab_size, "decode_ms": decode}
+        click.echo(json.dumps({**about, "grammars": [dataclasses.asdict(row) for row in rows]}))
+        return
+    table = Table("grammar", "compile ms", "check µs", "mask µs", "slowest µs", "of decode", "forced", "tokens")
+    for row in rows:
+        share = (row.check_us + row.mask_us) / 1000 / decode
+        table.add_row(
+            row.name, f"{row.compile_s * 1e3:.1f}", f"{row.check_us:.0f}", f"{row.mask_us:.0f}",
+            f"{row.mask_max_us:.0f}", f"{share:.2%}", f"{row.forced:.0%}", f"{row.tokens}",
+        )  # fmt: skip
+    table.caption = f"{llm.tokenizer.vocab_size:,} tokens in the vocabulary; the model takes {decode:.1f} ms a token"
+    print_wide(table)

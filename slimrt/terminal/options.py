@@ -17,6 +17,7 @@ from slimrt.errors import SettingError
 
 if TYPE_CHECKING:
     from slimrt.generation import Overflow  # brings NumPy, for which --help must not wait
+    from slimrt.structured.grammar import Grammar
 
 __all__ = [
     "AnswerSettings",
@@ -66,11 +67,12 @@ class AnswerSettings:
     sampling: SamplingConfig
     max_tokens: int | None
     stop: tuple[str, ...]
+    grammar: Grammar | None = None
 
     def keywords(self) -> dict[str, Any]:
         """As ``LLM.stream`` takes them."""
         sampling = {name: getattr(self.sampling, name) for name in SamplingConfig.__dataclass_fields__}
-        return {"max_tokens": self.max_tokens, "stop": self.stop, **sampling}
+        return {"max_tokens": self.max_tokens, "stop": self.stop, "grammar": self.grammar, **sampling}
 
 
 class Size(click.ParamType):
@@ -212,13 +214,19 @@ def answer_options(max_tokens: int, repeat_penalty: float = 1.0) -> Decorator[An
             sampling = {name: options.pop(name) for name in SamplingConfig.__dataclass_fields__ if name in options}
             sampling["logit_bias"] = dict(sampling["logit_bias"])
             limit = options.pop("max_tokens")
-            answer = AnswerSettings(SamplingConfig(**sampling), None if limit == -1 else limit, options.pop("stop"))
+            grammar = _grammar_in(options.pop("schema"), options.pop("grammar"))
+            answer = AnswerSettings(
+                SamplingConfig(**sampling), None if limit == -1 else limit, options.pop("stop"), grammar
+            )
             return command(answer=answer, **options)
 
         return _decorated(
             wrapped,
             click.option("--max-tokens", "-n", type=click.IntRange(-1), default=max_tokens, show_default=True,
                          help="Most tokens of an answer; -1: until the model stops or the context is full."),
+            click.option("--schema", type=user_path, metavar="FILE", help="A JSON schema that the answer is valid by."),
+            click.option("--grammar", type=user_path, metavar="FILE",
+                         help="A grammar that the answer matches: GBNF or Lark."),
             click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before TEXT; repeatable."),
             click.option("--temperature", type=float, default=0.0, show_default=True, help="0: the likeliest token."),
             click.option("--seed", type=int, help="Same seed, same text.  [a fresh one]"),
@@ -235,6 +243,17 @@ def answer_options(max_tokens: int, repeat_penalty: float = 1.0) -> Decorator[An
         )  # fmt: skip
 
     return decorate
+
+
+def _grammar_in(schema: Path | None, grammar: Path | None) -> Grammar | None:
+    """What is in the files of --schema and --grammar. Raises SettingError."""
+    if schema is None and grammar is None:
+        return None
+    from slimrt.structured.grammar import MAX_BYTES, grammar_of
+    from slimrt.terminal.text_input import read_document
+
+    texts = [None if path is None else read_document(path, MAX_BYTES) for path in (schema, grammar)]
+    return grammar_of(*texts)
 
 
 def _decorated(command: Any, *decorators: Callable[[Any], Any]) -> Any:

@@ -18,7 +18,7 @@ from slimrt.text.pre import PRE_TOKENIZERS
 from slimrt.text.raw_bpe import RawBPE
 from slimrt.text.special import SpecialTokens
 from slimrt.text.spm import SentencePieceBPE
-from slimrt.text.vocab import CONTROL, UNKNOWN, USER_DEFINED, Vocabulary
+from slimrt.text.vocab import CONTROL, UNKNOWN, UNUSED, USER_DEFINED, Vocabulary
 from slimrt.weights.gguf import GGUFFile
 
 __all__ = [
@@ -158,6 +158,14 @@ class Tokenizer:
             return self.space_prefix
         return not part.startswith((" ", "\u2581")) and (at == 0 or self._prefix == PREFIXES[0])
 
+    def encode_within(self, text: str) -> list[int]:
+        """The ids of ``text`` in the midst of another: no begin token, no space in front, control tokens are text."""
+        self._check_text(text)
+        ids: list[int] = []
+        for part in self._special.cut_out(text, control=False, literal=None):
+            ids += [part] if isinstance(part, int) else self._coder.encode(part)
+        return ids
+
     @staticmethod
     def _check_text(text: str) -> None:
         try:
@@ -197,6 +205,10 @@ class Tokenizer:
         if piece is None:
             piece = self._pieces[id] = self._coder.token_bytes(self._check_id(id))
         return piece if special or self._vocab.types[id] not in (CONTROL, UNKNOWN) else b""
+
+    def is_text(self, id: int) -> bool:
+        """Whether token ``id`` stands for text: no control, unknown or unused entry."""
+        return self._vocab.types[self._check_id(id)] not in (CONTROL, UNKNOWN, UNUSED)
 
     def token_text(self, id: int) -> str:
         """The vocabulary's own spelling of token ``id``, for display."""

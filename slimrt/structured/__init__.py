@@ -1,0 +1,1 @@
+"""Answers that match a JSON schema or a grammar, whatever the sampler does."""
