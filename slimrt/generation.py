@@ -83,7 +83,7 @@ class GenerationRequest:
                 "or None for none"
             )
         if self.grammar is not None and self.ignore_eos:
-            raise SettingError("ignore_eos with a schema or grammar: an answer ends where it is complete; leave one out")
+            raise SettingError("ignore_eos with a schema or grammar: an answer ends when it is whole; leave one out")
         for text in self.stop:
             if not isinstance(text, str) or not text:
                 raise SettingError(f"stop {text!r}: must be a text or a list of texts, none of them empty")
@@ -95,8 +95,8 @@ class Step:
 
     ``token`` is None where the step only ends the text. ``text`` is what has become safe to show: complete UTF-8 that
     is not the beginning of a stop string. ``finish_reason`` is set on the last step. ``dropped``: tokens that left the
-    full context before this one was drawn. ``complete``: on the last step of an answer that is bound to a grammar, whether
-    it is whole.
+    full context before this one was drawn. ``complete``: on the last step of an answer that is bound to a grammar,
+    whether it is whole.
     """
 
     token: int | None

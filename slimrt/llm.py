@@ -374,8 +374,9 @@ class LLM:
         ``temperature`` (0: greedy), ``top_k``, ``top_p``, ``min_p``, ``typical_p``, ``repeat_penalty``,
         ``presence_penalty``, ``frequency_penalty``, ``penalty_last_n``, ``logit_bias``, ``logits_processors``
         (callables (ids, logits) -> logits), ``logprobs`` (how many alternatives), ``ignore_eos``; ``schema`` (a JSON
-        schema) or ``grammar`` (a ``slimrt.Grammar``, GBNF or Lark), which the answer then matches: ``completion.complete``
-        tells whether it is whole. ``special``: control tokens in a text prompt count as such. ``progress`` is called with (layers done, layers) during prefill.
+        schema) or ``grammar`` (a ``slimrt.Grammar``, GBNF or Lark), which the answer then matches:
+        ``completion.complete`` tells whether it is whole. ``special``: control tokens in a text prompt count as such.
+        ``progress`` is called with (layers done, layers) during prefill.
         ``overflow`` "shift": when the context fills up while the text is written, its first ``n_keep`` tokens (4) stay,
         the older half of the others is dropped, and what is left is read anew; the timings say so.
         """

@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from slimrt.errors import SettingError
 from slimrt.generation import GenerationRequest
 from slimrt.llama_cpp.openai_format import LogprobFormat
 from slimrt.llm import LLM
@@ -30,6 +31,8 @@ from slimrt.server.generation import (
 )
 from slimrt.server.scheduler import Ended, Event, Failed, Piece, Progressed, Read
 from slimrt.session import Reading
+from slimrt.structured import guide as guides
+from slimrt.structured.grammar import Grammar, response_grammar
 
 __all__ = ["CHAT", "COMPLETION", "ChatReply", "CompletionReply", "chat_prompt", "completion_prompts"]
 
@@ -50,7 +53,7 @@ CHAT: dict[str, Field] = {
     "max_completion_tokens": Field(INTEGER, "the newer name of max_tokens", None, 1, 1 << 31),
     "logprobs": Field(BOOLEAN, "log-probabilities of the answer's tokens", False),
     "top_logprobs": Field(INTEGER, "and of so many others in each place", None, 0, 20),
-    "response_format": Field(OBJECT, "{type: text}"),
+    "response_format": Field(OBJECT, "{type: text}, {type: json_object} or {type: json_schema, json_schema: {schema}}"),
     "tools": Field(ARRAY, "not supported yet: none"),
     "tool_choice": Field(ANY, "none or auto"),
     "functions": Field(ARRAY, "not supported: none"),
@@ -107,11 +110,7 @@ def chat_prompt(llm: LLM, data: Any) -> tuple[dict[str, Any], list[int], Generat
     """A chat request's fields, its prompt, and how it is answered. Raises ApiError."""
     values = checked(CHAT, data)
     refuse(values, "tools", "functions")
-    kind = (values["response_format"] or {}).get("type", "text")
-    if kind != "text":
-        raise ApiError(
-            400, f"'response_format' {str(kind)[:40]!r} is not supported; leave it out", param="response_format"
-        )
+    grammar = _grammar(llm, values["response_format"])
     if values["modalities"] not in (None, ["text"]):
         raise ApiError(400, "'modalities': this model writes text only", param="modalities")
     if values["top_logprobs"] is not None and not values["logprobs"]:
@@ -119,8 +118,21 @@ def chat_prompt(llm: LLM, data: Any) -> tuple[dict[str, Any], list[int], Generat
     ids = chat_ids(llm, messages_of(values["messages"]))
     most = values["max_completion_tokens"] or values["max_tokens"]
     logprobs = (values["top_logprobs"] or 0) if values["logprobs"] else None
-    request = generation_request(llm, values, max_tokens=most, stop=_stops(values["stop"]), logprobs=logprobs)
+    request = generation_request(
+        llm, values, max_tokens=most, stop=_stops(values["stop"]), logprobs=logprobs, grammar=grammar
+    )
     return values, ids, request
+
+
+def _grammar(llm: LLM, response_format: Any) -> Grammar | None:
+    """What the answer must match, compiled, so that a request which cannot be met is refused at once."""
+    try:
+        grammar = response_grammar(response_format or None)
+        if grammar is not None:
+            guides.start(grammar, llm.tokenizer, llm.config.vocab_size)
+    except SettingError as error:
+        raise ApiError(400, f"'response_format': {error}", param="response_format") from None
+    return grammar
 
 
 def completion_prompts(llm: LLM, data: Any) -> tuple[dict[str, Any], list[list[int]], GenerationRequest]:

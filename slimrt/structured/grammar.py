@@ -96,8 +96,8 @@ class Grammar:
             if _LARK.search(text):
                 return cls.lark(text)
         raise SettingError(
-            f"grammar {_short(text)}: must be GBNF (root ::= ...) or Lark (start: ...); a JSON schema goes into schema=, "
-            "a regular expression into Grammar.regex"
+            f"grammar {_short(text)}: must be GBNF (root ::= ...) or Lark (start: ...); a JSON schema goes into "
+            "schema=, a regular expression into Grammar.regex"
         )
 
 

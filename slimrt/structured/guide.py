@@ -21,6 +21,7 @@ from slimrt.text.tokenizer import Tokenizer
 __all__ = ["Guide", "start"]
 
 _KEPT = 16  # compiled grammars kept for each model: a server is asked for the same ones again and again
+_ESCAPE = re.compile(r"\\(?:u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|.)", re.DOTALL)
 # One line and Python's separators: what is not needed is not drawn, and most of an object's frame is forced.
 _JSON = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
@@ -179,10 +180,23 @@ def _source(grammar: Grammar, library: Any) -> str:
         from llguidance.gbnf_to_lark import gbnf_to_lark
 
         try:
-            text = gbnf_to_lark(text)
+            text = gbnf_to_lark(_ESCAPE.sub(_unescaped, text))
         except Exception as error:  # the converter raises bare Exceptions
             raise ValueError(str(error)) from error
     return str(matcher.grammar_from_lark(text))
+
+
+def _unescaped(match: re.Match[str]) -> str:
+    """The converter to Lark spells \\u and \\U wrongly: they become \\x or the character itself."""
+    digits = match[1] or match[2]
+    if digits is None:
+        return match[0]
+    code = int(digits, 16)
+    if code < 0x80:
+        return f"\\x{code:02x}"
+    if 0xD800 <= code < 0xE000 or code > 0x10FFFF:
+        raise ValueError(f"{match[0]} is no character")
+    return chr(code)
 
 
 def _reason(error: str) -> str:

@@ -14,7 +14,8 @@ _ROUNDS = 64  # what is not decided by then counts as ending: such a schema is c
 def ends(schema: Mapping[str, Any]) -> bool:
     """False where every instance of ``schema`` would be infinite; True where one may be finite, and in doubt.
 
-    The least fixed point of "an instance exists": what only leads back to itself stays False.
+    The least fixed point of "an instance exists": what only leads back to itself stays False. Of the schemas true and
+    false the compiler judges.
     """
     order: list[Mapping[str, Any]] = []
     seen: set[int] = set()
@@ -32,7 +33,7 @@ def ends(schema: Mapping[str, Any]) -> bool:
         before = len(finite)
         for node in order:
             if id(node) not in finite and all(
-                any(id(part) in finite if isinstance(part, Mapping) else part is not False for part in group)
+                any(not isinstance(part, Mapping) or id(part) in finite for part in group)
                 for group in _needs(schema, node)
             ):
                 finite.add(id(node))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,8 @@ from slimrt.terminal.tables import print_wide
 from slimrt.terminal.text_input import read_document
 
 __all__ = [
-    "BenchSettings", "KernelSettings", "ShapeSettings", "bench_kernels", "bench_serve", "bench_shape", "bench_ttft",
+    "BenchSettings", "KernelSettings", "ShapeSettings", "bench_kernels", "bench_serve", "bench_shape",
+    "bench_structured", "bench_ttft",
 ]  # fmt: skip
 
 

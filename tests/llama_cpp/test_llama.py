@@ -328,8 +328,6 @@ def test_harmless_chat_options_are_taken(tiny: slimrt.Llama) -> None:
         {"tools": [{"type": "function"}]},
         {"functions": [{"name": "f"}]},
         {"tool_choice": {"type": "function"}},
-        {"response_format": {"type": "json_object"}},
-        {"grammar": "root"},
         {"mirostat_mode": 2},
     ],
 )
