@@ -67,7 +67,9 @@ def _walk(name: str, grammar: Grammar, tokenizer: Tokenizer, tokens: int, seed: 
     begun = time.perf_counter()
     guide = start(grammar, tokenizer)
     compile_s = time.perf_counter() - begun
-    checks, masks, forced = [], [], 0
+    checks: list[float] = []
+    masks: list[float] = []
+    forced = 0
     while len(masks) + forced < tokens:
         begun = time.perf_counter()
         mask = guide.allowed()
