@@ -46,8 +46,9 @@ class Costs:
         self.files: defaultdict[str, float] = defaultdict(float)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Each test has three: set-up, call, teardown. Only the last entry is this report's."""
-        self.files[report.location[0]] += dict(report.user_properties)["cpu_s"]  # type: ignore[operator]
+        """Each test has three: set-up, call, teardown. Only the last entry is this report's; one of a worker that died
+        has none."""
+        self.files[report.location[0]] += dict(report.user_properties).get("cpu_s", 0)  # type: ignore[operator]
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         """The dearest files; set ``SLIMRT_COSTS`` to see all."""
