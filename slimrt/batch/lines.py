@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import stat
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -67,11 +68,17 @@ class Rows:
             raise LineError(f"column '{self.file_column}' must name a file, not {str(name)[:80]!r}")
         path = self.folder / name
         try:
-            if path.stat().st_size > self.largest:
-                raise LineError(f"{name}: larger than {self.largest >> 20} MiB")
-            return path.read_bytes().decode("utf-8-sig")
+            if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for, a device may have no end
+                raise LineError(f"{name!a}: not a regular file")
+            with path.open("rb") as file:
+                content = file.read(self.largest + 1)
+            if len(content) > self.largest:
+                raise LineError(f"{name!a}: larger than {self.largest >> 20} MiB")
+            return content.decode("utf-8-sig")
         except OSError as error:
-            raise LineError(f"{name}: {error.strerror}") from None
+            raise LineError(f"{name[:200]}: {error.strerror}") from None
+        except UnicodeEncodeError:
+            raise LineError(f"{ascii(name)[:200]}: no file can have such a name") from None
         except UnicodeDecodeError as error:
             raise LineError(f"{name}: byte {error.start} is not valid UTF-8") from None
 

@@ -77,9 +77,7 @@ def answer_batch(
             for number, line in enumerate(waiting, len(done)):
                 say(number, len(lines), f"line {line.number}")
                 answer = worker.answer(line)
-                out.write((json.dumps(answer, ensure_ascii=False) + "\n").encode())
-                out.flush()
-                os.fsync(out.fileno())
+                _append(out, answer)
         except OSError as error:
             raise OutputError(
                 f"{target}: {error.strerror}; the answers so far are kept, the same command goes on"
@@ -129,6 +127,19 @@ def _done(out: IO[bytes], target: Path, lines: dict[str, Line]) -> dict[str, boo
     return done
 
 
+def _append(out: IO[bytes], answer: dict[str, Any]) -> None:
+    """Write a line and bring it to the disk. Not through the file's buffer: where the disk is full, closing the file
+    would try once more to write what is left there."""
+    try:
+        content = json.dumps(answer, ensure_ascii=False).encode()
+    except UnicodeEncodeError:  # half a surrogate pair, in a custom_id or an unknown field's name: as it came, escaped
+        content = json.dumps(answer).encode()
+    left = content + b"\n"
+    while left:
+        left = left[os.write(out.fileno(), left) :]
+    os.fsync(out.fileno())
+
+
 def _is_error(answer: dict[str, Any]) -> bool:
     return answer.get("error") is not None or (answer.get("response") or {}).get("status_code") != 200
 
@@ -153,7 +164,7 @@ class _Worker:
         if self._rows is not None:
             return "/v1/chat/completions", self._rows.request(data)
         url, body = data.get("url"), data.get("body")
-        if url not in _URLS:
+        if not isinstance(url, str) or url not in _URLS:
             raise LineError(f"url {str(url)[:80]!r}: must be one of {', '.join(_URLS)}")
         if data.get("method", "POST") != "POST":
             raise LineError(f"method {str(data['method'])[:40]!r}: must be POST")

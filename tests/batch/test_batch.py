@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,46 @@ def test_what_is_wrong_with_a_line_is_its_answer(llm: slimrt.LLM, tmp_path: Path
     assert "2048" in found["long"]["response"]["body"]["error"]["message"]
     assert found["good"]["response"]["status_code"] == 200
     assert all("\n" not in json.dumps(one) for one in found.values())
+
+
+def test_odd_lines_do_not_end_a_batch(llm: slimrt.LLM, tmp_path: Path) -> None:
+    bad = [
+        request("half \ud800", "hello"), request("name", "hello", **{"\udfff": 1}), request("good", "hello"),
+        {**request("list", "x"), "url": ["x"]}, {**request("dict", "x"), "url": {}}, "[" * 5000,
+    ]  # fmt: skip
+    report = answer_batch(llm, write(tmp_path / "in.jsonl", bad), tmp_path / "out.jsonl")
+    assert (report.lines, report.failed) == (6, 4)
+    found = answers(tmp_path / "out.jsonl")
+    assert found["half \ud800"]["response"]["body"]["choices"] and found["good"]["response"]["status_code"] == 200
+    assert answer_batch(llm, tmp_path / "in.jsonl", tmp_path / "out.jsonl").before == 6
+
+
+def test_a_disk_that_fills_up_costs_one_line(llm: slimrt.LLM, tmp_path: Path, requests: list[dict[str, Any]]) -> None:
+    resource = pytest.importorskip("resource")
+    source, target = write(tmp_path / "in.jsonl", requests), tmp_path / "out.jsonl"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))  # fails in the midst of a line, as a full disk does
+    try:
+        with pytest.raises(OutputError, match="File too large; the answers so far are kept"):
+            answer_batch(llm, source, target)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert len(target.read_bytes()) == 1000
+    whole = target.read_bytes().count(b"\n")
+    report = answer_batch(llm, source, target)
+    assert (report.lines, report.before) == (6, whole) and whole > 0
+    assert answers(target).keys() == {one["custom_id"] for one in requests}
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_only_whole_regular_files_are_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "large").write_bytes(b"x" * 11)
+    rows = lines.Rows("{path}", tmp_path, "path", largest=10)
+    for name, said in (("pipe", "not a regular"), (".", "not a regular"), ("/dev/zero", "not a regular"),
+                       ("large", "larger than"), ("\ud800", "no file can have")):  # fmt: skip
+        with pytest.raises(lines.LineError, match=said):
+            rows.request({"path": name})
 
 
 def test_a_batch_that_is_wrong_as_a_whole(llm: slimrt.LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
