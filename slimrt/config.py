@@ -189,7 +189,10 @@ class CacheConfig:
 class SamplingConfig:
     """How the next token is drawn. The defaults draw the likeliest token (greedy).
 
-    ``temperature`` 0 is greedy. ``top_k`` 0, ``top_p`` 1, ``min_p`` 0, ``typical_p`` 1 switch a filter off.
+    ``temperature`` 0 is greedy. ``top_k`` 0, ``top_p`` 1, ``min_p`` 0, ``typical_p`` 1, ``top_n_sigma`` 0 and
+    ``xtc_probability`` 0 switch a filter off. ``top_n_sigma`` keeps logits within that many standard deviations of the
+    largest (arXiv 2411.07641). XTC, with ``xtc_probability``, leaves out all tokens of at least ``xtc_threshold`` but
+    the least likely of them.
     ``repeat_penalty`` divides positive and multiplies negative logits of tokens among the last ``penalty_last_n``
     (-1: the whole context); ``presence_penalty`` and ``frequency_penalty`` are subtracted, as in OpenAI's API.
     ``logit_bias`` is added to the logits of the named tokens. ``seed`` None draws a fresh one.
@@ -200,6 +203,9 @@ class SamplingConfig:
     top_p: float = 1.0
     min_p: float = 0.0
     typical_p: float = 1.0
+    top_n_sigma: float = 0.0
+    xtc_probability: float = 0.0
+    xtc_threshold: float = 0.1
     repeat_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
@@ -213,6 +219,9 @@ class SamplingConfig:
         _check(self.top_p, "top_p", 0, 1)
         _check(self.min_p, "min_p", 0, 1)
         _check(self.typical_p, "typical_p", 0, 1)
+        _check(self.top_n_sigma, "top_n_sigma", 0, math.inf)
+        _check(self.xtc_probability, "xtc_probability", 0, 1)
+        _check(self.xtc_threshold, "xtc_threshold", 0, 1)
         _check(self.repeat_penalty, "repeat_penalty", 0, math.inf)
         if not (math.isfinite(self.repeat_penalty) and self.repeat_penalty > 0):
             raise SettingError(f"repeat_penalty {self.repeat_penalty!r}: must be above 0; 1 switches it off")

@@ -432,6 +432,9 @@ class GenerateOptions(TypedDict, total=False):
     top_p: float | None
     min_p: float | None
     typical_p: float | None
+    top_n_sigma: float | None
+    xtc_probability: float | None
+    xtc_threshold: float | None
     repeat_penalty: float | None
     presence_penalty: float | None
     frequency_penalty: float | None

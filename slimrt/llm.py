@@ -371,10 +371,11 @@ class LLM:
         """Generate after ``prompt``: an iterator of pieces of text, with ``.completion`` and ``.close()``.
 
         Options: ``max_tokens`` (128; None: up to the context), ``stop`` (a string or several), ``seed``,
-        ``temperature`` (0: greedy), ``top_k``, ``top_p``, ``min_p``, ``typical_p``, ``repeat_penalty``,
-        ``presence_penalty``, ``frequency_penalty``, ``penalty_last_n``, ``logit_bias``, ``logits_processors``
-        (callables (ids, logits) -> logits), ``logprobs`` (how many alternatives), ``ignore_eos``; ``schema`` (a JSON
-        schema) or ``grammar`` (a ``slimrt.Grammar``, GBNF or Lark), which the answer then matches:
+        ``temperature`` (0: greedy), ``top_k``, ``top_p``, ``min_p``, ``typical_p``, ``top_n_sigma``,
+        ``xtc_probability``, ``xtc_threshold``, ``repeat_penalty``, ``presence_penalty``, ``frequency_penalty``,
+        ``penalty_last_n``, ``logit_bias``, ``logits_processors`` (callables (ids, logits) -> logits), ``logprobs``
+        (how many alternatives), ``ignore_eos``; ``schema`` (a JSON schema) or ``grammar`` (a ``slimrt.Grammar``, GBNF
+        or Lark), which the answer then matches:
         ``completion.complete`` tells whether it is whole. ``special``: control tokens in a text prompt count as such.
         ``progress`` is called with (layers done, layers) during prefill.
         ``overflow`` "shift": when the context fills up while the text is written, its first ``n_keep`` tokens (4) stay,

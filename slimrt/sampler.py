@@ -1,6 +1,6 @@
 """From logits to the next token: penalties, filters, temperature, draw, in the order of llama.cpp's default chain.
 
-logit bias -> processors -> penalties -> top-k -> typical -> top-p -> min-p -> temperature -> draw
+logit bias -> processors -> penalties -> top-n-sigma -> top-k -> typical -> top-p -> min-p -> XTC -> temperature -> draw
 
 The meaning of every filter is that of llama.cpp's ``src/llama-sampler.cpp``. Sums run in float64, so a token at the
 very edge of a probability mass may fall on the other side than with llama.cpp's float32 sums.
@@ -81,7 +81,8 @@ class Sampler:
                 )
         if self.config.temperature == 0:
             return int(scores.argmax())
-        ids, probs = self._candidates(scores)
+        chance = self.config.xtc_probability
+        ids, probs = self._candidates(scores, exclude=chance > 0 and self._rng.random() < chance)
         cumulated = probs.cumsum()
         drawn = int(np.searchsorted(cumulated, self._rng.random() * cumulated[-1], side="right"))
         return int(ids[min(drawn, len(ids) - 1)])
@@ -91,7 +92,14 @@ class Sampler:
         scores = self._scores(logits, context)
         if self.config.temperature == 0:
             return np.array([scores.argmax()]), np.ones(1)
-        return self._candidates(scores)
+        ids, probs = self._candidates(scores)
+        chance = self.config.xtc_probability
+        if chance > 0:
+            left, shares = self._candidates(scores, exclude=True)
+            probs = probs * (1 - chance)
+            place = {int(id): at for at, id in enumerate(ids)}
+            probs[[place[int(id)] for id in left]] += chance * shares
+        return ids, probs
 
     def _scores(self, logits: np.ndarray, context: Sequence[int]) -> np.ndarray:
         """Logits after bias, processors and penalties, checked; a copy wherever something changes."""
@@ -118,8 +126,10 @@ class Sampler:
                 )
         return scores
 
-    def _candidates(self, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _candidates(self, scores: np.ndarray, *, exclude: bool = False) -> tuple[np.ndarray, np.ndarray]:
         config = self.config
+        if config.top_n_sigma > 0:
+            scores = _top_n_sigma(scores, config.top_n_sigma)
         ids = largest(scores, config.top_k) if 0 < config.top_k < len(scores) else np.arange(len(scores))
         ids = ids[scores[ids] > -np.inf]
         if config.typical_p < 1:
@@ -129,6 +139,8 @@ class Sampler:
         if config.min_p > 0:
             kept = scores[ids]
             ids = ids[kept >= kept.max() + np.float32(math.log(config.min_p))]
+        if exclude:
+            ids = _without_top(ids, scores[ids], config.xtc_threshold)
         return ids, _softmax(scores[ids], config.temperature)
 
 
@@ -158,6 +170,21 @@ def largest(scores: np.ndarray, k: int) -> np.ndarray:
     above = np.flatnonzero(scores > edge)
     level = np.flatnonzero(scores == edge)[: k - len(above)]
     return np.concatenate([above[np.argsort(-scores[above], kind="stable")], level])
+
+
+def _top_n_sigma(scores: np.ndarray, n: float) -> np.ndarray:
+    """``scores`` [V] with -inf for those more than ``n`` standard deviations below the largest (arXiv 2411.07641)."""
+    finite = scores[scores > -np.inf].astype(np.float64)
+    return np.where(scores < finite.max() - n * finite.std(), np.float32(-np.inf), scores)
+
+
+def _without_top(ids: np.ndarray, scores: np.ndarray, threshold: float) -> np.ndarray:
+    """XTC (exclude top choices): of the tokens of at least ``threshold`` only the least likely stays."""
+    above = np.flatnonzero(_softmax(scores, 1.0) >= threshold)
+    if len(above) < 2:
+        return ids
+    last = above[np.lexsort((ids[above], -scores[above]))[-1]]
+    return np.delete(ids, above[above != last])
 
 
 def _typical(ids: np.ndarray, scores: np.ndarray, p: float) -> np.ndarray:

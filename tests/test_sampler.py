@@ -263,3 +263,38 @@ def test_logprobs_are_those_of_float64() -> None:
     assert np.abs([result.logprob, *(p for _, p in result.top)] - exact[[17, *order]]).max() <= tolerance
     assert top_logprobs(logits, 3, 0).top == ()
     assert len(top_logprobs(logits[:4], 3, 9).top) == 4
+
+
+# The cases of llama.cpp's tests/test-sampling.cpp (test_top_n_sigma, test_xtc), whose tolerance is 1e-5.
+FROM_LLAMA_CPP = [
+    ([0.1, 0.2, 0.3, 0.4], {"top_n_sigma": 1.0}, [0.0, 0.0, 0.428571, 0.571429]),
+    ([0.1, 0.2, 0.3, 0.4], {"top_n_sigma": 0.0}, [0.1, 0.2, 0.3, 0.4]),
+    ([0.1, 0.2, 0.3, 0.4], {"top_n_sigma": 3.0}, [0.1, 0.2, 0.3, 0.4]),
+    ([0.4, 0.3, 0.2, 0.1], {"xtc_probability": 1.0, "xtc_threshold": 0.09}, [0.0, 0.0, 0.0, 0.1]),
+    ([0.4, 0.3, 0.2, 0.1], {"xtc_probability": 1.0, "xtc_threshold": 0.19}, [0.0, 0.0, 0.2, 0.1]),
+    ([0.4, 0.3, 0.2, 0.1], {"xtc_probability": 1.0, "xtc_threshold": 0.29}, [0.0, 0.3, 0.2, 0.1]),
+    ([0.4, 0.3, 0.2, 0.1], {"xtc_probability": 1.0, "xtc_threshold": 0.39}, [0.4, 0.3, 0.2, 0.1]),
+]
+
+
+@pytest.mark.parametrize(("probs", "settings", "expected"), FROM_LLAMA_CPP)
+def test_top_n_sigma_and_xtc_keep_what_llama_cpp_keeps(
+    probs: list[float], settings: dict[str, float], expected: list[float]
+) -> None:
+    sampler = Sampler(SamplingConfig(temperature=1.0, **settings), len(probs))  # type: ignore[arg-type]
+    ids, shares = sampler.distribution(np.log(np.array(probs, np.float32)), [])
+    found = np.zeros(len(probs))
+    found[ids] = shares
+    assert np.abs(found - np.array(expected) / sum(expected)).max() < 1e-5
+
+
+def test_xtc_excludes_as_often_as_it_is_told() -> None:
+    config = SamplingConfig(temperature=1.0, xtc_probability=0.3, xtc_threshold=0.25, seed=0)
+    logits = np.log(np.array([0.4, 0.3, 0.2, 0.1], np.float32))
+    sampler = Sampler(config, 4)
+    ids, shares = sampler.distribution(logits, [])
+    drawn = np.bincount([sampler(logits, []) for _ in range(8000)], minlength=4) / 8000
+    expected = np.zeros(4)
+    expected[ids] = shares
+    assert abs(expected.sum() - 1) < 1e-12 and expected[0] == pytest.approx(0.28, abs=1e-6)
+    assert np.abs(drawn - expected).max() < 4 * np.sqrt(0.25 / 8000)

@@ -50,6 +50,8 @@ def batch(settings: BatchSettings, load: LoadSettings, answer: AnswerSettings, *
         )
     elif settings.system is not None:
         raise SettingError("--system: requests have their own messages; it needs --template or --file-column")
+    elif answer.grammar is not None:
+        raise SettingError("--schema: requests have their own response_format; it needs --template or --file-column")
     llm = load_model(load)
     try:
         with progress_bar("answering") as progress:
@@ -77,6 +79,14 @@ def _body(answer: AnswerSettings) -> dict[str, Any]:
         "repeat_penalty": s.repeat_penalty, "presence_penalty": s.presence_penalty,
         "frequency_penalty": s.frequency_penalty, "seed": s.seed, "stop": list(answer.stop) or None,
         "max_tokens": answer.max_tokens,
+        "top_n_sigma": s.top_n_sigma, "xtc_probability": s.xtc_probability, "xtc_threshold": s.xtc_threshold,
         "logit_bias": {str(token): bias for token, bias in s.logit_bias.items()},
     }  # fmt: skip
+    if answer.grammar is not None:
+        if answer.grammar.kind != "JSON schema":
+            raise SettingError(
+                f"--grammar with a {answer.grammar.kind}: a batch takes JSON schemas only; give --schema"
+            )
+        schema = {"name": "row", "schema": json.loads(answer.grammar.text)}
+        body["response_format"] = {"type": "json_schema", "json_schema": schema}
     return {name: value for name, value in body.items() if value is not None}

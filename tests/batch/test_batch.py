@@ -214,3 +214,20 @@ def test_rows_with_files_and_a_template(model: Path, llm: slimrt.LLM, tmp_path: 
     ):  # fmt: skip
         refused = run(model, *arguments)
         assert refused.exit_code == 1 and said in refused.stderr and refused.stderr.count("\n") == 1
+
+
+def test_rows_are_answered_by_a_schema(model: Path, tmp_path: Path) -> None:
+    source, target = write(tmp_path / "rows.jsonl", [{"custom_id": "one", "who": "world"}]), tmp_path / "out.jsonl"
+    schema, grammar = tmp_path / "schema.json", tmp_path / "g.gbnf"
+    schema.write_text('{"enum": ["yes", "no"]}')
+    grammar.write_text('root ::= "yes"')
+    rows = (source, target, "--template", "hello {who}?")
+    result = run(model, *rows, "--schema", schema)
+    assert result.exit_code == 0, result.output
+    assert answers(target)["one"]["response"]["body"]["choices"][0]["message"]["content"] in ('"yes"', '"no"')
+    for arguments, said in (
+        ((source, tmp_path / "b.jsonl", "--schema", schema), "needs --template"),
+        ((source, tmp_path / "c.jsonl", *rows[2:], "--grammar", grammar), "JSON schemas only"),
+    ):
+        refused = run(model, *arguments)
+        assert refused.exit_code == 1 and said in refused.stderr
