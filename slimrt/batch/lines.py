@@ -83,10 +83,12 @@ class Rows:
             raise LineError(f"{name}: byte {error.start} is not valid UTF-8") from None
 
 
-def read_lines(source: Path) -> Iterator[tuple[Line, bytes]]:
-    """Every line of ``source`` that is not blank, with its bytes. Raises SettingError for a line beyond ``LONGEST``,
-    and for a custom_id that came before."""
+def read_lines(source: Path, rows: Rows | None = None) -> Iterator[tuple[Line, bytes]]:
+    """Every line of ``source`` that is not blank, with its bytes. Its id is also of how ``rows`` become requests: under
+    another template it is another question. Raises SettingError for a line beyond ``LONGEST``, and for a custom_id that
+    came before."""
     known: dict[str, int] = {}
+    asked = 0 if rows is None else zlib.crc32(repr((rows.template, rows.file_column, rows.system, rows.body)).encode())
     with source.open("rb") as file:
         start = number = 0
         while content := file.readline(LONGEST + 1):
@@ -100,7 +102,10 @@ def read_lines(source: Path) -> Iterator[tuple[Line, bytes]]:
                         f"{source}: lines {known[custom]} and {number} have the same custom_id '{custom[:80]}'; "
                         "give each its own"
                     )
-                yield Line(number, start, f"batch_req_{number}_{zlib.crc32(content.strip()):08x}", custom), content
+                yield (
+                    Line(number, start, f"batch_req_{number}_{zlib.crc32(content.strip(), asked):08x}", custom),
+                    content,
+                )
             start += len(content)
 
 

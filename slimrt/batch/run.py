@@ -62,7 +62,7 @@ def answer_batch(
     """
     say = progress or (lambda done, total, what: None)
     try:
-        lines = {line.id: line for line, _ in read_lines(source)}
+        lines = {line.id: line for line, _ in read_lines(source, rows)}
     except OSError as error:
         raise SettingError(f"{source}: {error.strerror}; name a file of JSON lines") from None
     counts = {"failed": 0, "prompt": 0, "reused": 0, "written": 0}

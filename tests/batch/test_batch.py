@@ -208,6 +208,8 @@ def test_rows_with_files_and_a_template(model: Path, llm: slimrt.LLM, tmp_path: 
         assert said in found[name]["error"]["message"]
     again = run(model, source, target, *options, "--json")
     assert json.loads(again.stdout)["before"] == 4
+    other = run(model, source, target, "--template", "another question", "-n", "3")
+    assert other.exit_code == 1 and "something else than answers to this batch" in " ".join(other.stderr.split())
     for arguments, said in (
         ((source, source), "the same file"), ((tmp_path / "none", target), "no such file"),
         ((source, target, "--system", "x"), "needs --template"), ((source, tmp_path), "a folder"),
