@@ -11,8 +11,19 @@ from slimrt.generation import GenerateOptions, GenerationRequest
 from slimrt.llm import LLM
 from slimrt.server.errors import ApiError
 from slimrt.server.fields import Field
+from slimrt.structured import guide as guides
+from slimrt.structured.grammar import Grammar, grammar_of, response_grammar
 
-__all__ = ["IGNORED", "SAMPLING", "TEXTS", "chat_ids", "generation_request", "messages_schema", "text_of"]
+__all__ = [
+    "IGNORED",
+    "SAMPLING",
+    "TEXTS",
+    "bound_grammar",
+    "chat_ids",
+    "generation_request",
+    "messages_schema",
+    "text_of",
+]
 
 NUMBER, INTEGER, STRING, BOOLEAN, OBJECT, ARRAY, ANY = (
     (kind,) for kind in ("number", "integer", "string", "boolean", "object", "array", "any")
@@ -94,6 +105,21 @@ def _biases(given: Mapping[str, Any] | None, vocab: int) -> dict[int, float]:
             )
         biases[int(token)] = -math.inf if bias == -100 else float(bias)  # -100: never, as OpenAI promises
     return biases
+
+
+def bound_grammar(llm: LLM, response_format: Any, grammar: str | None = None) -> Grammar | None:
+    """What the answer must match, compiled, so that a request that cannot be met is refused at once. Raises ApiError."""
+    param = "response_format" if response_format else "grammar"
+    try:
+        found = response_grammar(response_format or None)
+        if grammar and found is not None:
+            raise SettingError("an answer can be bound to one of response_format and grammar; leave the other out")
+        found = grammar_of(None, grammar or None) or found
+        if found is not None:
+            guides.start(found, llm.tokenizer, llm.config.vocab_size)
+    except SettingError as error:
+        raise ApiError(400, f"'{param}': {error}", param=param) from None
+    return found
 
 
 def text_of(content: Any, where: str) -> str:

@@ -7,7 +7,6 @@ import uuid
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from slimrt.errors import SettingError
 from slimrt.generation import GenerationRequest
 from slimrt.llama_cpp.openai_format import LogprobFormat
 from slimrt.llm import LLM
@@ -24,6 +23,7 @@ from slimrt.server.generation import (
     SAMPLING,
     STRING,
     TEXTS,
+    bound_grammar,
     chat_ids,
     generation_request,
     messages_schema,
@@ -31,8 +31,6 @@ from slimrt.server.generation import (
 )
 from slimrt.server.scheduler import Ended, Event, Failed, Piece, Progressed, Read
 from slimrt.session import Reading
-from slimrt.structured import guide as guides
-from slimrt.structured.grammar import Grammar, response_grammar
 
 __all__ = ["CHAT", "COMPLETION", "ChatReply", "CompletionReply", "chat_prompt", "completion_prompts"]
 
@@ -41,6 +39,8 @@ _ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 _COMMON: dict[str, Field] = {
     "model": Field(STRING, "any name: there is one model"),
     **SAMPLING,
+    "response_format": Field(OBJECT, "{type: text}, {type: json_object} or {type: json_schema, json_schema: {schema}}"),
+    "grammar": Field(STRING, "GBNF or Lark that the answer matches"),
     "stop": Field(("string", "array"), "a text, or up to 16, before which the answer ends"),
     "stream": Field(BOOLEAN, "send the answer as it comes", False),
     "stream_options": Field(OBJECT, "include_usage: a last chunk with the usage; include_progress: how far reading is"),
@@ -53,7 +53,6 @@ CHAT: dict[str, Field] = {
     "max_completion_tokens": Field(INTEGER, "the newer name of max_tokens", None, 1, 1 << 31),
     "logprobs": Field(BOOLEAN, "log-probabilities of the answer's tokens", False),
     "top_logprobs": Field(INTEGER, "and of so many others in each place", None, 0, 20),
-    "response_format": Field(OBJECT, "{type: text}, {type: json_object} or {type: json_schema, json_schema: {schema}}"),
     "tools": Field(ARRAY, "not supported yet: none"),
     "tool_choice": Field(ANY, "none or auto"),
     "functions": Field(ARRAY, "not supported: none"),
@@ -110,7 +109,7 @@ def chat_prompt(llm: LLM, data: Any) -> tuple[dict[str, Any], list[int], Generat
     """A chat request's fields, its prompt, and how it is answered. Raises ApiError."""
     values = checked(CHAT, data)
     refuse(values, "tools", "functions")
-    grammar = _grammar(llm, values["response_format"])
+    grammar = bound_grammar(llm, values["response_format"], values["grammar"])
     if values["modalities"] not in (None, ["text"]):
         raise ApiError(400, "'modalities': this model writes text only", param="modalities")
     if values["top_logprobs"] is not None and not values["logprobs"]:
@@ -122,17 +121,6 @@ def chat_prompt(llm: LLM, data: Any) -> tuple[dict[str, Any], list[int], Generat
         llm, values, max_tokens=most, stop=_stops(values["stop"]), logprobs=logprobs, grammar=grammar
     )
     return values, ids, request
-
-
-def _grammar(llm: LLM, response_format: Any) -> Grammar | None:
-    """What the answer must match, compiled, so that a request which cannot be met is refused at once."""
-    try:
-        grammar = response_grammar(response_format or None)
-        if grammar is not None:
-            guides.start(grammar, llm.tokenizer, llm.config.vocab_size)
-    except SettingError as error:
-        raise ApiError(400, f"'response_format': {error}", param="response_format") from None
-    return grammar
 
 
 def completion_prompts(llm: LLM, data: Any) -> tuple[dict[str, Any], list[list[int]], GenerationRequest]:
@@ -147,7 +135,12 @@ def completion_prompts(llm: LLM, data: Any) -> tuple[dict[str, Any], list[list[i
     if len(prompts) * values["n"] > _MOST_CHOICES:
         raise ApiError(400, f"{len(prompts)} prompts times n {values['n']}: at most {_MOST_CHOICES}", param="prompt")
     request = generation_request(
-        llm, values, max_tokens=values["max_tokens"], stop=_stops(values["stop"]), logprobs=values["logprobs"]
+        llm,
+        values,
+        max_tokens=values["max_tokens"],
+        stop=_stops(values["stop"]),
+        logprobs=values["logprobs"],
+        grammar=bound_grammar(llm, values["response_format"], values["grammar"]),
     )
     return values, prompts, request
 

@@ -21,6 +21,7 @@ from slimrt.server.generation import (
     NUMBER,
     OBJECT,
     STRING,
+    bound_grammar,
     chat_ids,
     generation_request,
     text_of,
@@ -40,7 +41,7 @@ RESPONSES: dict[str, Field] = {
     "temperature": Field(NUMBER, "0: the likeliest token", 1.0, 0, 2),
     "top_p": Field(NUMBER, "draw from the likeliest tokens with this probability in sum", 1.0, 0, 1),
     "stream": Field(BOOLEAN, "send the answer as events", False),
-    "text": Field(OBJECT, "{format: {type: text}}"),
+    "text": Field(OBJECT, "{format: {type: text | json_object | json_schema, schema}}"),
     "tools": Field(ARRAY, "tools of unknown kinds are skipped; functions are not supported yet"),
     "tool_choice": Field(ANY, "none or auto"),
     "previous_response_id": Field(STRING, "not supported: send the whole conversation"),
@@ -65,9 +66,10 @@ def response_prompt(llm: LLM, data: Any) -> tuple[dict[str, Any], list[int], Gen
             raise ApiError(
                 400, f"'{name}' is not supported: nothing is stored; send the whole conversation", param=name
             )
-    kind = ((values["text"] or {}).get("format") or {}).get("type", "text")
-    if kind != "text":
-        raise ApiError(400, f"'text.format' {str(kind)[:40]!r} is not supported; leave it out", param="text")
+    form = (values["text"] or {}).get("format")
+    if isinstance(form, dict) and form.get("type") == "json_schema":
+        form = {"type": "json_schema", "json_schema": form}  # as chat completions nest it
+    grammar = bound_grammar(llm, form)
     if any(isinstance(tool, dict) and tool.get("type") == "function" for tool in values["tools"] or []):
         raise ApiError(400, "'tools' of type function are not supported by this server; leave them out", param="tools")
     messages = [{"role": "system", "content": values["instructions"]}] if values["instructions"] else []
@@ -88,7 +90,11 @@ def response_prompt(llm: LLM, data: Any) -> tuple[dict[str, Any], list[int], Gen
         messages.append({"role": role, "content": text_of(item.get("content"), f"input[{at}]")})
     if not messages:
         raise ApiError(400, "'input' is empty; give some text", param="input")
-    return values, chat_ids(llm, messages), generation_request(llm, values, max_tokens=values["max_output_tokens"])
+    return (
+        values,
+        chat_ids(llm, messages),
+        generation_request(llm, values, max_tokens=values["max_output_tokens"], grammar=grammar),
+    )
 
 
 class ResponseReply:

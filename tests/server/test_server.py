@@ -110,6 +110,31 @@ def test_messages_and_responses(client: TestClient, llm: slimrt.LLM) -> None:
     assert "".join(one["delta"] for one in events if one["type"] == "response.output_text.delta") == wanted.text
 
 
+def test_answers_are_bound_to_a_schema_or_grammar(client: TestClient) -> None:
+    pytest.importorskip("llguidance")
+    schema = {
+        "type": "object", "properties": {"a": {"enum": ["x", "yy"]}}, "required": ["a"], "additionalProperties": False,
+    }  # fmt: skip
+    form = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}
+    hot = {"messages": ASK["messages"], "max_tokens": 60, "temperature": 2, "seed": 1}
+    (choice,) = client.post("/v1/chat/completions", json={**hot, "response_format": form}).json()["choices"]
+    assert json.loads(choice["message"]["content"])["a"] in ("x", "yy") and choice["finish_reason"] == "stop"
+    form_there = {"format": {"type": "json_schema", "name": "n", "schema": schema}}
+    answer = client.post("/v1/responses", json={"input": "hello", "temperature": 2, "text": form_there}).json()
+    assert json.loads(answer["output"][0]["content"][0]["text"])["a"] in ("x", "yy")
+    asked = {"prompt": "hello", "max_tokens": 30, "temperature": 1, "grammar": 'root ::= "hi" "ho" "!"', "stream": True}
+    parts = chunks(client.post("/v1/completions", json=asked))
+    assert "".join(part["choices"][0]["text"] for part in parts) == "hiho!"
+    nonsense = {"type": "json_schema", "json_schema": {"schema": {"type": "nonsense"}}}
+    for bad in (
+        {"response_format": {"type": "poem"}}, {"grammar": "what?"}, {"response_format": nonsense},
+        {"response_format": form, "grammar": "root ::= x"},
+    ):  # fmt: skip
+        refused = client.post("/v1/chat/completions", json={**hot, **bad})
+        assert refused.status_code == 400 and "\n" not in refused.json()["error"]["message"], refused.text
+    assert client.post("/v1/responses", json={"input": "x", "text": {"format": "poem"}}).status_code == 400
+
+
 def test_tokens_embeddings_models_and_what_operators_look_at(client: TestClient, llm: slimrt.LLM) -> None:
     ids = client.post("/tokenize", json={"content": "hello world"}).json()["tokens"]
     assert client.post("/detokenize", json={"tokens": ids}).json() == {"content": "hello world"}
