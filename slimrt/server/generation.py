@@ -108,7 +108,7 @@ def _biases(given: Mapping[str, Any] | None, vocab: int) -> dict[int, float]:
 
 
 def bound_grammar(llm: LLM, response_format: Any, grammar: str | None = None) -> Grammar | None:
-    """What the answer must match, compiled, so that a request that cannot be met is refused at once. Raises ApiError."""
+    """What the answer must match, compiled: a request that cannot be met is refused at once. Raises ApiError."""
     param = "response_format" if response_format else "grammar"
     try:
         found = response_grammar(response_format or None)
