@@ -19,6 +19,7 @@ from slimrt.terminal.options import (
     LoadSettings,
     Size,
     answer_options,
+    cache_option,
     ctx_option,
     device_option,
     file_option,
@@ -64,6 +65,7 @@ def print_json(data: Any) -> None:
 @click.option("--system", metavar="TEXT", help="System prompt; implies --chat.")
 @answer_options(max_tokens=GENERATE_MAX_TOKENS)
 @load_options
+@cache_option
 @json_option
 def generate(
     prompt: str | None, file: Path | None, chat: bool, system: str | None, answer: AnswerSettings, load: LoadSettings,
@@ -94,6 +96,7 @@ def generate(
 @click.option("--system", metavar="TEXT", help="System prompt.")
 @answer_options(max_tokens=CHAT_MAX_TOKENS, repeat_penalty=CHAT_REPEAT_PENALTY)
 @load_options
+@cache_option
 @json_option
 def chat(file: Path | None, system: str | None, answer: AnswerSettings, load: LoadSettings, as_json: bool) -> None:
     """Talk to a model.
@@ -148,6 +151,7 @@ def batch(load: LoadSettings, answer: AnswerSettings, as_json: bool, **settings:
 @click.option("--max-body", type=Size(), default=32 << 20, show_default=True, help="Bytes of a request.")
 @click.option("--cors", "origins", multiple=True, metavar="ORIGIN", help="Let web pages of ORIGIN ask; repeatable.")
 @load_options
+@cache_option
 def serve(load: LoadSettings, **settings: Any) -> None:
     """Answer over HTTP, as OpenAI's and Anthropic's servers do, and on a page to chat.
 
@@ -262,6 +266,29 @@ def quantize(source: Path, target: Path, kind: str, imatrix_text: Path | None, f
     from slimrt.terminal import models
 
     models.quantize(source, target, kind, imatrix_text=imatrix_text, force=force, as_json=as_json)
+
+
+@cli.group()
+def cache() -> None:
+    """The library of documents that were read: generate, chat and serve keep them, and do not read them again."""
+
+
+@cache.command("list")
+@json_option
+def list_cache(as_json: bool) -> None:
+    """Show what is kept: size, tokens, model, last use and first words."""
+    from slimrt.terminal import library
+
+    library.list_library(as_json=as_json)
+
+
+@cache.command("clear")
+@json_option
+def clear_cache(as_json: bool) -> None:
+    """Delete all that is kept."""
+    from slimrt.terminal import library
+
+    library.clear_library(as_json=as_json)
 
 
 # -- measuring ---------------------------------------------------------------------------------------------------------

@@ -104,6 +104,8 @@ class Engine:
         # Where several share the engine: called between the parts of a layer while a prompt is read, so that others can
         # read or write a little in contexts of their own. What it raises ends the reading.
         self.turn: Callable[[], None] | None = None
+        # Where sessions find and keep what was read of long prompts (a slimrt.library.store.Library), if anywhere.
+        self.library: Any = None
         if cache is not None and cache.budget is not None and cache.ctx > cache.budget:
             reserve_host_memory(ops, cache, model.config)
 

@@ -37,6 +37,7 @@ Overflow = Literal["error", "shift"]  # what happens when the context is full
 log = logging.getLogger(__name__)
 
 _WORTH_UNPACKING = 24  # tokens that take as long one by one as in a pass that unpacks every layer (2 cores, AVX2)
+_BEGINS = 64  # tokens of a prompt by which people know it
 SINK_TOKENS = 4  # first tokens that stay where text has no system message (StreamingLLM, arXiv 2309.17453)
 
 
@@ -298,6 +299,9 @@ class _Writing:
                 done.timings.decode_tok_s,
                 done.finish_reason,
             )
+        if self.reading is not None and written:
+            # After the answer: what was read of its prompt is kept for others.
+            self.session.keep(len(self.ids), self.tokenizer.decode(self.ids[:_BEGINS]))
         on_end, self.on_end = self.on_end, None
         if on_end is not None and written:
             on_end("".join(self.pieces))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self, Unpack, overload
 
 import numpy as np
 
+from slimrt import __version__
 from slimrt.config import CacheConfig, ModelConfig, context_advice, is_whole
 from slimrt.conversation import Conversation, fit_messages
 from slimrt.engine import Engine, Progress
@@ -22,6 +23,7 @@ from slimrt.generation import (
     check_overflow,
     request_from_options,
 )
+from slimrt.library.store import Library, library_folder
 from slimrt.memory import cuda as memory_cuda
 from slimrt.memory.cuda import CudaPlan
 from slimrt.memory.plan import DEFAULT_CTX, MemoryPlan, largest_context
@@ -29,11 +31,13 @@ from slimrt.memory.plan import plan as plan_memory
 from slimrt.models import build, read_config, stretch_rope
 from slimrt.ops.backend import Backend, check_device, find_gpu, open_backend, open_cuda, uses_kernels
 from slimrt.ops.cuda.device import wants_gpu
+from slimrt.paths import user_path
 from slimrt.prune.asked import Asked
 from slimrt.prune.plan import PrunePlan
 from slimrt.prune.presets import PlanChoice, choose_plan
 from slimrt.results import Completion
 from slimrt.session import Session
+from slimrt.session_file import model_fingerprint
 from slimrt.text.asking import asking
 from slimrt.text.tokenizer import Tokenizer
 from slimrt.weights.gguf import GGUFFile
@@ -80,6 +84,7 @@ def load(
     chat_template: str | None = None,
     overflow: Overflow = "error",
     stream_weights: bool = False,
+    cache: bool | str | Path = False,
     progress: Progress | None = None,
 ) -> LLM:
     """Open a GGUF model.
@@ -94,6 +99,8 @@ def load(
     built-in one, in place of the file's. ``overflow``: when the context is full, "error" ends the text or refuses the
     prompt, "shift" drops the oldest turns or text and says so in the timings. ``stream_weights``: keep the layers'
     weights in host memory and bring each to the GPU one layer ahead, for models that exceed it; decoding is slow then.
+    ``cache``: keep what is read of long prompts on disk (True: in the user's cache folder, or a folder), so that a
+    later process need not read it again; not under a ``kv_budget``.
     ``progress`` is called with (layers loaded, layers).
 
     Raises ModelFileError for an unusable file, SettingError for options out of range.
@@ -114,6 +121,7 @@ def load(
         chat_template=chat_template,
         overflow=overflow,
         stream_weights=stream_weights,
+        cache=cache,
         progress=progress,
     )
 
@@ -145,6 +153,7 @@ class LLM:
         chat_template: str | None = None,
         overflow: Overflow = "error",
         stream_weights: bool = False,
+        cache: bool | str | Path = False,
         progress: Progress | None = None,
     ) -> None:
         self.file = file
@@ -154,7 +163,7 @@ class LLM:
             if value is not None and not (is_whole(value) and value >= 1):
                 raise SettingError(f"{name} {value!r}: must be a whole number, at least 1")
         self.kv_budget = kv_budget
-        cache = CacheConfig(self.ctx, kv_budget)
+        kv = CacheConfig(self.ctx, kv_budget)
         check_device(device)
         check_overflow(overflow)
         self.overflow = overflow
@@ -172,7 +181,7 @@ class LLM:
         self._chat_template = chat_template
         self._template: ChatTemplate | None = None
         self.memory: MemoryPlan | CudaPlan
-        backend = self._gpu(device, cache, stream_weights)
+        backend = self._gpu(device, kv, stream_weights)
         if backend is None and stream_weights:
             raise SettingError(
                 "stream_weights: weights are streamed to a GPU, this runs on the CPU; leave it out or use device='cuda'"
@@ -199,12 +208,19 @@ class LLM:
             "%s loaded: context %d, %s, prompts by plan %s, at most %.2f GiB",
             config.name, self.ctx, backend.why, self.plan.source, self.memory.total / 2**30,
         )  # fmt: skip
-        self._engine = Engine(
-            build(self.config, file, backend.ops, progress, stream=stream_weights), backend.ops, cache
-        )
+        self._engine = Engine(build(self.config, file, backend.ops, progress, stream=stream_weights), backend.ops, kv)
         # Which tokens of a prompt ask (slimrt.text.asking). Sessions hold it: it must not hold the model.
         self.asking: Callable[[Sequence[int]], Asked] = partial(asking, self.tokenizer)
         self._session = Session(self._engine, self.ctx, self.asking)
+        if cache is not False and kv_budget is None:
+            self._engine.library = Library(library_folder() if cache is True else user_path(cache), self._bits())
+
+    def _bits(self) -> str:
+        """All that decides the bits of what is read: of the same weights, read in the same way, it is the same."""
+        ops, paths = self.backend.ops, [self.file.path]
+        status = [(path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+        kind = np.dtype(ops.kv_type).str, getattr(ops, "features", None)
+        return repr((__version__, model_fingerprint(self.file), status, self.config.rope, ops.name, *kind))
 
     def _gpu(self, device: str, cache: CacheConfig, stream: bool) -> Backend | None:
         """The GPU, opened, with ``memory`` its plan; None for the CPU, and a note if a GPU is there but not used.

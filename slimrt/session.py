@@ -94,7 +94,9 @@ class Session:
             self._mend()
             self.revision += 1
             rule = self._rule(ids, plan)
+            found = self._from_library(ids, rule)
             reused, note = self._reusable(ids, rule)
+            note += found if reused else ""
             self.truncate(reused)
             reused = len(self.tokens)  # none where rows were lost
             stages = self._read(ids[reused:], rule, progress, trace)
@@ -169,6 +171,30 @@ class Session:
             self.release()
             old, self.context, self.tokens, self.logits = self.context, context, tokens, logits
             old.cache.close()
+
+    def _from_library(self, ids: Sequence[int], rule: Schedule) -> str:
+        """Become what the library has of the prompt, where that is more than is held; in words, for the note."""
+        library = self.engine.library
+        if library is None or rule.whole:
+            return ""
+        held = common_prefix(self.tokens, ids)
+        found = library.find(self.engine, ids, rule.boundary, dict(rule.windows.reach), held)
+        if found is None:
+            return ""
+        context, tokens = found
+        self.replace(context, tokens, None)
+        self._questions = 0
+        return " (from the library on disk)"
+
+    def keep(self, count: int, begins: str) -> None:
+        """Let the library, if there is one, have the first ``count`` tokens as they were read; ``begins``: their first
+        words."""
+        library = self.engine.library
+        if library is None:
+            return
+        with self.lock:
+            if self._undo is None and len(self.tokens) >= count:
+                library.keep(self.engine, self.context, self.tokens, count, begins)
 
     def fork(self) -> Session:
         """A session of its own that has read the same tokens: what the model made of them is copied, not read again.

@@ -28,6 +28,7 @@ ORDER = (
     ("kv",),
     ("models",),
     ("convert", "memory", "engine"),
+    ("library",),
     ("session", "inspect", "importance"),
     ("session_file", "generation"),
     ("conversation",),

@@ -228,6 +228,7 @@ class Scheduler:
         except StopIteration:
             self._seconds += 0.2 * (time.monotonic() - job.came - self._seconds)
             job.put(Ended())
+            running.session.keep(len(job.ids), self._llm.tokenizer.decode(list(job.ids[:64])))
         except _Cancelled:
             pass
         except SlimrtError as error:

@@ -7,12 +7,13 @@ from typing import Any, Protocol
 
 from slimrt.generation import CompletionStream
 from slimrt.llm import LLM
+from slimrt.output import human_bytes
 from slimrt.results import Completion
 from slimrt.terminal.options import AnswerSettings
 from slimrt.terminal.progress import progress_bar
 from slimrt.terminal.screen import Screen
 
-__all__ = ["Answer", "cut_note", "larger_context", "stream_answer"]
+__all__ = ["Answer", "cut_note", "kept_note", "larger_context", "stream_answer"]
 
 
 class Begin(Protocol):
@@ -48,6 +49,17 @@ def stream_answer(begin: Begin, tokens: int, settings: AnswerSettings, screen: S
     completion = stream.completion
     screen.end_answer(completion.text)
     return Answer(completion, stopped)
+
+
+def kept_note(llm: LLM) -> str | None:
+    """What this program has written to the library of documents, to be said once; None for nothing."""
+    library = llm.engine.library
+    if library is None or not library.written:
+        return None
+    size, library.written = library.written, 0
+    return (
+        f"what was read is kept for next time ({human_bytes(size)} in {library.folder}; slimrt cache list, --no-cache)"
+    )
 
 
 def cut_note(llm: LLM, completion: Completion, settings: AnswerSettings) -> str | None:

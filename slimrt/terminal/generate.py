@@ -8,7 +8,7 @@ import json
 
 import click
 
-from slimrt.terminal.answer import Begin, cut_note, stream_answer
+from slimrt.terminal.answer import Begin, cut_note, kept_note, stream_answer
 from slimrt.terminal.guard import INTERRUPTED
 from slimrt.terminal.loading import announce_memory, load_model
 from slimrt.terminal.options import AnswerSettings, LoadSettings
@@ -42,5 +42,7 @@ def generate(
     if as_json:
         click.echo(json.dumps({"model": llm.config.name, **dataclasses.asdict(completion)}, ensure_ascii=False))
         return
+    if kept := kept_note(llm):
+        screen.remark(kept)
     cut = cut_note(llm, completion, answer)
     screen.remark(stats_line(completion) + (f" · {cut}" if cut else ""))

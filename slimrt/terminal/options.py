@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -24,6 +24,7 @@ __all__ = [
     "LazyChoice",
     "LoadSettings",
     "answer_options",
+    "cache_option",
     "ctx_option",
     "device_option",
     "file_option",
@@ -58,6 +59,7 @@ class LoadSettings:
     chat_template: str | None = None
     overflow: Overflow = "error"
     stream_weights: bool = False
+    cache: bool = False
 
 
 @dataclass(frozen=True)
@@ -173,6 +175,17 @@ def repeats_option(default: int) -> Decorator[Any]:
 def file_option(text: str) -> Decorator[Any]:
     """``--file/-f``; its content is UTF-8 text."""
     return click.option("--file", "-f", "file", type=user_path, metavar="FILE", help=text)
+
+
+def cache_option(command: Command) -> Command:
+    """``--no-cache``; applied below ``load_options``, it settles whether ``load`` uses the library of documents."""
+
+    @functools.wraps(command)
+    def wrapped(*, load: LoadSettings, no_cache: bool, **options: Any) -> Any:
+        return command(load=replace(load, cache=not no_cache), **options)
+
+    text = "Do not keep what is read of long documents on disk, nor use what is kept."
+    return _decorated(wrapped, click.option("--no-cache", is_flag=True, help=text))
 
 
 def load_options(command: Command) -> Command:

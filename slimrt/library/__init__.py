@@ -1,0 +1,1 @@
+"""Documents that were read, kept on disk for whoever reads them next."""

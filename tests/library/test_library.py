@@ -1,0 +1,164 @@
+"""The library of documents: a later process reads nothing twice, and nothing that lies on a disk can mislead it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+import slimrt
+from click_cli import cli
+from slimrt.library import store
+from slimrt.library.store import Library
+from tests.tiny_gguf import write_tiny_llama
+
+PLAN = slimrt.PrunePlan(
+    stages=(slimrt.Stage(1, 0.5), slimrt.Stage(2, 0.25)), block=8, unit=4, query_window=4, min_tokens=32,
+    windows=(slimrt.Window(0, (64, 64)),), full_rows=16,
+)  # fmt: skip
+DOCUMENT = np.random.default_rng(0).integers(3, 200, 300).tolist()
+ASKED = {"max_tokens": 5, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_llama(tmp_path_factory.mktemp("model") / "tiny.gguf", n_layers=4, ctx=1024)
+
+
+@pytest.fixture(autouse=True)
+def short_documents(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "LEAST", 100)
+    monkeypatch.setattr(store, "_FIRST", 32)
+
+
+def files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*"))
+
+
+@pytest.mark.parametrize("device", ["numpy", "cpu"])
+@pytest.mark.parametrize("prune", ["off", PLAN])
+def test_a_later_process_starts_from_it_and_answers_as_from_a_fresh_prompt(
+    model: Path, tmp_path: Path, device: str, prune: str | slimrt.PrunePlan
+) -> None:
+    first, other = ([*DOCUMENT, *question] for question in (range(5, 25), range(60, 75)))
+    one = slimrt.load(model, device=device, prune=prune, cache=tmp_path / "read", threads=1)
+    before = one.generate(first, **ASKED)
+    (kept,) = files(tmp_path / "read")
+    assert kept.stat().st_mode & 0o077 == 0 and one.engine.library.written == kept.stat().st_size
+    later = slimrt.load(model, device=device, prune=prune, cache=tmp_path / "read", threads=1)
+    again = later.generate(first, session=later.session(), **ASKED)
+    assert again.tokens == before.tokens and again.timings.stages == before.timings.stages
+    assert again.timings.reused_tokens >= len(first) - 20 and "library" in again.timings.reuse_note
+    fresh = slimrt.load(model, device=device, prune=prune, threads=1).generate(other, **ASKED)
+    found = later.generate(other, session=later.session(), **ASKED)
+    assert found.tokens == fresh.tokens and found.timings.stages == fresh.timings.stages
+    assert len(DOCUMENT) - 20 <= found.timings.reused_tokens <= len(DOCUMENT)
+    assert files(tmp_path / "read") == [kept]  # what both share is there already
+    # A conversation that is in memory already is not read from disk again.
+    session = later.session()
+    session.prefill(other, None if prune == "off" else PLAN)
+    assert "library" not in session.prefill([*other, 9], None if prune == "off" else PLAN).note
+
+
+def test_another_model_and_other_settings_never_match(model: Path, tmp_path: Path) -> None:
+    def reused(path: Path, **options: object) -> int:
+        llm = slimrt.load(path, device="numpy", cache=tmp_path / "read", **options)  # type: ignore[arg-type]
+        return llm.generate(DOCUMENT, **ASKED).timings.reused_tokens
+
+    assert reused(model, prune="off") == 0 and reused(model, prune="off") > 250
+    assert reused(write_tiny_llama(tmp_path / "other.gguf", n_layers=4, ctx=1024, seed=1), prune="off") == 0
+    assert reused(model, prune=PLAN) == 0
+    assert reused(model, prune="off", rope_base=5000.0) == 0
+    os.utime(model)  # a file that was written again, whatever is in it
+    assert reused(model, prune="off") == 0
+    assert slimrt.load(model, cache=tmp_path / "read", kv_budget=128).engine.library is None
+
+
+def test_a_damaged_entry_is_dropped_and_the_prompt_read(
+    model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    llm = slimrt.load(model, device="numpy", prune=PLAN, cache=tmp_path / "read")
+    wanted = llm.generate(DOCUMENT, **ASKED)
+    (path,) = files(tmp_path / "read")
+    whole = path.read_bytes()
+    places = [0, 9, 20, len(whole) // 3, len(whole) // 2, len(whole) - 1]
+    cases = [whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :] for at in places]
+    cases += [whole[:cut] for cut in (0, 8, 40, len(whole) // 2, len(whole) - 1)]
+    for case in cases:
+        for old in files(tmp_path / "read"):
+            old.unlink()
+        path.write_bytes(case)
+        path.chmod(0o600)
+        caplog.clear()
+        found = llm.generate(DOCUMENT, session=llm.session(), **ASKED)
+        assert found.tokens == wanted.tokens and found.timings.reused_tokens == 0
+        assert any("damaged" in record.message for record in caplog.records), len(case)
+        assert path not in files(tmp_path / "read") and len(files(tmp_path / "read")) == 1  # written anew
+
+
+def test_the_longest_unused_go_first_and_a_longer_one_takes_the_place_of_its_beginning(
+    model: Path, tmp_path: Path
+) -> None:
+    llm = slimrt.load(model, device="numpy", prune="off", cache=tmp_path / "read")
+    documents = [np.random.default_rng(seed).integers(3, 200, 200).tolist() for seed in range(3)]
+    llm.generate(documents[0], **ASKED)
+    (first,) = files(tmp_path / "read")
+    llm.engine.library = Library(tmp_path / "read", "x", limit=int(2.5 * first.stat().st_size))
+    for number, document in enumerate(documents):
+        llm.generate(document, session=llm.session(), **ASKED)
+        for path in files(tmp_path / "read"):
+            os.utime(path, (1000 + number, 1000 + number)) if path.stat().st_mtime > 1e6 else None
+    there = llm.engine.library.books()
+    assert len(there) == 2 and all(book.used >= 1001 for book in there)  # the first two writers' went
+    llm.generate([*documents[2], *documents[1]], session=llm.session(), **ASKED)
+    assert max(book.header.tokens for book in llm.engine.library.books()) == 400
+    llm.engine.library = Library(tmp_path / "read", "y", limit=1000)
+    llm.generate(documents[0], session=llm.session(), **ASKED)  # larger than the limit: not kept, nothing deleted
+    assert max(book.header.tokens for book in llm.engine.library.books()) == 400
+
+
+def test_a_disk_that_fails_and_a_folder_of_others_stop_nothing(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+
+    def full(number: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    llm = slimrt.load(model, device="numpy", prune="off", cache=tmp_path / "read")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        wanted = llm.generate(DOCUMENT, **ASKED)
+    assert "No space left" in caplog.text and files(tmp_path / "read") == []
+    assert llm.generate(DOCUMENT, session=llm.session(), **ASKED).tokens == wanted.tokens
+    (tmp_path / "read").chmod(0o777)
+    assert llm.generate(DOCUMENT, session=llm.session(), **ASKED).timings.reused_tokens == 0
+    assert "others may write to it" in caplog.text
+    (tmp_path / "file").write_text("")
+    blocked = slimrt.load(model, device="numpy", prune="off", cache=tmp_path / "file")
+    assert blocked.generate(DOCUMENT, **ASKED).tokens == wanted.tokens
+
+
+def test_the_commands(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLIMRT_CACHE", str(tmp_path))
+    text = "the world hello there " * 40
+
+    def run(*arguments: str) -> str:
+        result = CliRunner().invoke(cli, list(arguments))
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    asked = ("generate", text, "-m", str(model), "--device", "numpy", "--prune", "off", "-n", "2")
+    assert "is kept for next time" not in run(*asked, "--no-cache") and not (tmp_path / "read").exists()
+    assert "is kept for next time" in run(*asked) and "is kept for next time" not in run(*asked)
+    told = json.loads(run("cache", "list", "--json"))
+    assert len(told["entries"]) == 1 and told["bytes"] == told["entries"][0]["bytes"] <= told["limit"]
+    assert told["entries"][0]["begins"].startswith("the world hello")
+    assert "the world hello" in run("cache", "list")
+    assert json.loads(run("cache", "clear", "--json"))["bytes"] == told["bytes"]
+    assert json.loads(run("cache", "list", "--json"))["entries"] == []
