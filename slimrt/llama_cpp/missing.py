@@ -5,7 +5,7 @@ from __future__ import annotations
 __all__ = ["METHODS", "NAMES", "refuse"]
 
 _CACHE = "a prompt that begins like the last one is not read again; leave the cache out"
-_EMBEDDING = "slimrt generates text and gives no embeddings; use another model and library for them"
+_EMBEDDING = "texts become vectors by slimrt.load(...).embed(...), or /v1/embeddings of slimrt serve"
 _C_API = "there is no C interface beneath; use the methods of slimrt.Llama, or slimrt.load"
 
 NAMES = {
@@ -20,7 +20,6 @@ NAMES = {
     "llama_chat_format": "chats go through Jinja templates; give chat_format or chat_template",
     "llama_grammar": "LlamaGrammar lies in slimrt.llama_cpp itself; import it from there",
     "llama_speculative": "there is no speculative decoding; leave it out",
-    "server": "there is no server yet",
 }
 """Names that programs import from ``llama_cpp``."""
 

@@ -13,6 +13,8 @@ import pytest
 from click.testing import CliRunner
 
 from click_cli import cli
+from slimrt.calibrate import candidates as candidates_module
+from slimrt.calibrate import search as search_module
 from slimrt.calibrate.candidates import candidates, first_layer, recomputed, scoring, work
 from slimrt.calibrate.finding import Findings, observe
 from slimrt.calibrate.heads import head_losses, quiet, with_windows
@@ -288,14 +290,25 @@ def test_prompts_must_fit_and_be_long_enough_to_prune(llm: LLM, tmp_path: Path) 
     assert list(tmp_path.iterdir()) == []
 
 
+def few_plans(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer candidates and survivors than a calibration has: the same way, in less time."""
+    monkeypatch.setattr(candidates_module, "_BINS", 3)
+    monkeypatch.setattr(candidates_module, "_KINDS", 2)
+    monkeypatch.setattr(search_module, "_SURVIVORS", (2, 2))
+
+
 # -- being killed ------------------------------------------------------------------------------------------------------
 
 
-def test_a_broken_off_calibration_goes_on_and_finds_the_same(llm: LLM, tmp_path: Path) -> None:
+def test_a_broken_off_calibration_goes_on_and_finds_the_same(
+    llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few_plans(monkeypatch)
+
     class KilledError(Exception):
         pass
 
-    def kill(done: int, total: int, what: str, at: int = 60) -> None:
+    def kill(done: int, total: int, what: str, at: int = 40) -> None:
         if done == at:
             raise KilledError
 
@@ -310,7 +323,7 @@ def test_a_broken_off_calibration_goes_on_and_finds_the_same(llm: LLM, tmp_path:
         soon = functools.partial(kill, at=3)
         calibrate(llm, BOUNDS, tmp_path / "two", length=LENGTH, samples=8, seed=2, progress=soon)
     resumed, journal = calibrate(llm, BOUNDS, tmp_path / "two", length=LENGTH, samples=8, seed=1)
-    assert journal.resumed == 60
+    assert journal.resumed == 40
     assert [one.plan for one in resumed.measured] == [one.plan for one in whole.measured]
     for again, once in zip(resumed.measured, whole.measured, strict=True):  # resumed within a prompt: rounded otherwise
         assert again.kl == pytest.approx(once.kl, rel=1e-3, abs=1e-6) and again.samples == once.samples
@@ -333,7 +346,8 @@ def test_measurements_of_other_settings_are_not_taken_up(tmp_path: Path) -> None
 # -- the command -------------------------------------------------------------------------------------------------------
 
 
-def test_the_command_writes_presets_that_loading_takes(model: Path, llm: LLM) -> None:
+def test_the_command_writes_presets_that_loading_takes(model: Path, llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    few_plans(monkeypatch)
     arguments = ["calibrate", str(model), "--length", str(LENGTH), "--samples", "8", "--max-kl", "1", "--json"]
     result = CliRunner().invoke(cli, [*arguments, "--max-recall-drop", "1", "--max-nll-rise", "1"])
     assert result.exit_code == 0, result.output
@@ -376,7 +390,10 @@ def test_the_command_says_what_it_keeps_and_what_it_goes_on_with(
     assert "goes on after 5 measurements of an unfinished calibration" in result.stderr
 
 
-def test_no_plan_within_the_bounds_means_dense(model: Path, tmp_path: Path, llm: LLM) -> None:
+def test_no_plan_within_the_bounds_means_dense(
+    model: Path, tmp_path: Path, llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few_plans(monkeypatch)
     target = tmp_path / "strict.slim.json"
     options = ["--length", str(LENGTH), "--samples", "8", "--max-kl", "0", "-o", str(target)]
     result = CliRunner().invoke(cli, ["calibrate", str(model), *options])

@@ -131,7 +131,7 @@ def test_a_terminal_breaks_messages_between_words(monkeypatch: pytest.MonkeyPatc
 
 def _cut(llm: slimrt.LLM, written: int, limit: int | None) -> str | None:
     usage = SimpleNamespace(completion_tokens=written, total_tokens=llm.ctx)
-    completion: Any = SimpleNamespace(finish_reason="length", usage=usage)
+    completion: Any = SimpleNamespace(finish_reason="length", usage=usage, complete=None)
     return cut_note(llm, completion, AnswerSettings(SamplingConfig(), limit, ()))
 
 
