@@ -23,6 +23,7 @@ from slimrt.structured.grammar import Grammar, Schema, grammar_of
 from slimrt.text.tokenizer import Tokenizer
 
 __all__ = [
+    "BEGINS",
     "CompletionStream",
     "GenerateOptions",
     "GenerationRequest",
@@ -37,7 +38,7 @@ Overflow = Literal["error", "shift"]  # what happens when the context is full
 log = logging.getLogger(__name__)
 
 _WORTH_UNPACKING = 24  # tokens that take as long one by one as in a pass that unpacks every layer (2 cores, AVX2)
-_BEGINS = 64  # tokens of a prompt by which people know it
+BEGINS = 64  # tokens of a prompt by which people know it
 SINK_TOKENS = 4  # first tokens that stay where text has no system message (StreamingLLM, arXiv 2309.17453)
 
 
@@ -301,7 +302,7 @@ class _Writing:
             )
         if self.reading is not None and written:
             # After the answer: what was read of its prompt is kept for others.
-            self.session.keep(len(self.ids), self.tokenizer.decode(self.ids[:_BEGINS]))
+            self.session.keep(len(self.ids), self.tokenizer.decode(self.ids[:BEGINS]))
         on_end, self.on_end = self.on_end, None
         if on_end is not None and written:
             on_end("".join(self.pieces))

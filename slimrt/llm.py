@@ -217,8 +217,8 @@ class LLM:
 
     def _bits(self) -> str:
         """All that decides the bits of what is read: of the same weights, read in the same way, it is the same."""
-        ops, paths = self.backend.ops, [self.file.path]
-        status = [(path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+        ops = self.backend.ops
+        status = [(found.st_size, found.st_mtime_ns) for found in (path.stat() for path in self.file.paths)]
         kind = np.dtype(ops.kv_type).str, getattr(ops, "features", None)
         return repr((__version__, model_fingerprint(self.file), status, self.config.rope, ops.name, *kind))
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from slimrt.errors import SettingError
 
-__all__ = ["user_path"]
+__all__ = ["check_owner", "user_path"]
 
 
 def user_path(path: str | os.PathLike[str]) -> Path:
@@ -18,3 +18,9 @@ def user_path(path: str | os.PathLike[str]) -> Path:
         return Path(path).expanduser()
     except RuntimeError as error:
         raise SettingError(f"path {str(path)!r}: {error}; write the folder out") from None
+
+
+def check_owner(path: Path, status: os.stat_result) -> None:
+    """Raise PermissionError where somebody else could have written what lies at ``path``, whose status is given."""
+    if hasattr(os, "geteuid") and (status.st_uid not in (0, os.geteuid()) or status.st_mode & 0o022):
+        raise PermissionError(f"{path} belongs to another user, or others may write to it")

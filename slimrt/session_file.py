@@ -37,6 +37,7 @@ import numpy as np
 from slimrt.config import ModelConfig
 from slimrt.engine import Context, Engine
 from slimrt.errors import SessionFileError, SettingError
+from slimrt.kv.restore import placed, restore_layer
 from slimrt.output import whole_or_nothing
 from slimrt.paths import user_path
 from slimrt.prune.asked import HEAD
@@ -243,14 +244,15 @@ class _Reader:
             positions = self._array("<i8", (rows,), f"the positions of layer {layer}")
             if rows and not (positions[0] >= 0 and positions[-1] < tokens and (np.diff(positions) > 0).all()):
                 raise self._broken(f"the positions of layer {layer} do not ascend within 0..{tokens - 1}")
-            _put(engine, context, layer, keys, values, positions)
+            restore_layer(engine.ops, context.cache, layer, keys, values, positions)
         if context.boundary is not None:
             states = self._array("<f4", (tokens, c.d_model), "the boundary states")
             queries = None
             if header["first"]:
                 shape = (header["first"], c.n_heads, c.head_dim)
-                queries = _placed(engine, self._array("<f4", shape, "the first queries"), engine.ops.empty((0,)).dtype)
-            context.boundary.append(_placed(engine, states), queries)
+                first = self._array("<f4", shape, "the first queries")
+                queries = placed(engine.ops, first, engine.ops.empty((0,)).dtype)
+            context.boundary.append(placed(engine.ops, states), queries)
         return self._array("<f4", (c.vocab_size,), "the logits") if header["logits"] else None
 
     def _broken(self, what: str) -> SessionFileError:
@@ -359,23 +361,3 @@ class _Reader:
         if dtype == "<f4" and not np.isfinite(array).all():
             raise self._broken(f"{what} are not finite")
         return array
-
-
-def _placed(engine: Engine, rows: np.ndarray, dtype: Any = np.float32) -> Any:
-    """``rows`` where the model computes, as ``dtype``."""
-    ops = engine.ops
-    placed = ops.empty(rows.shape, dtype)
-    ops.wait(ops.copy([(placed, rows)], after=ops.mark()))
-    return placed
-
-
-def _put(
-    engine: Engine, context: Context, layer: int, keys: np.ndarray, values: np.ndarray, positions: np.ndarray
-) -> None:
-    """Give a layer of an empty context its rows, K, V [Hkv, n, Dh], as a pass over a prompt would; layers in order."""
-    ops = engine.ops
-    if len(positions):
-        k, v = (ops.empty((len(positions), *rows.shape[::2]), ops.kv_type) for rows in (keys, values))
-        ops.wait(ops.copy([(k, keys.transpose(1, 0, 2)), (v, values.transpose(1, 0, 2))], after=ops.mark()))
-        context.cache.update(layer, k, v, positions, None, exact=True)
-    context.cache.attended(layer)

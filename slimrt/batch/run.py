@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -18,12 +18,12 @@ import numpy as np
 
 from slimrt.batch.lines import Line, LineError, Rows, parsed, read_lines
 from slimrt.errors import OutputError, SettingError, SlimrtError
-from slimrt.generation import GenerationRequest, generate_tokens
+from slimrt.generation import GenerationRequest
 from slimrt.llm import LLM
 from slimrt.server.embeddings import embeddings
 from slimrt.server.errors import ApiError
 from slimrt.server.openai import ChatReply, CompletionReply, chat_prompt, completion_prompts, whole_completion
-from slimrt.server.scheduler import Ended, Piece, Read
+from slimrt.server.scheduler import Read, answers
 from slimrt.session import Session
 
 if sys.platform != "win32":
@@ -234,22 +234,13 @@ class _Worker:
                 400, f"the prompt has {len(ids)} tokens, the context holds {self._llm.ctx} with the answer; give a "
                 "larger --ctx", code="context_length_exceeded",
             )  # fmt: skip
-        plan = self._llm.plan.plan
-        for event in self._events(ids, request, choices, plan):
+        for event in answers(self._llm, self._session, ids, request, choices):
+            if isinstance(event, Read):
+                self._counts["prompt"] += len(ids)
+                self._counts["reused"] += event.reading.reused
             for _ in reply.take(event):
                 pass
         self._counts["written"] += reply.written
-
-    def _events(self, ids: list[int], request: GenerationRequest, choices: int, plan: Any) -> Iterator[Any]:
-        for index in range(choices):
-            reading = self._session.prefill(ids, plan)
-            if index == 0:
-                self._counts["prompt"] += len(ids)
-                self._counts["reused"] += reading.reused
-                yield Read(reading, 0.0)
-            for step in generate_tokens(self._session, self._llm.tokenizer, request, plan):
-                yield Piece(index, step)
-        yield Ended()
 
 
 _URLS: dict[str, Callable[[_Worker, dict[str, Any]], dict[str, Any]]] = {

@@ -24,11 +24,12 @@ import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 
 from slimrt.engine import Context, Engine
+from slimrt.kv.restore import placed, restore_layer
 from slimrt.output import whole_or_nothing
 from slimrt.prune.schedule import Windows
 
@@ -131,20 +132,16 @@ def read_context(file: BinaryIO, header: Header, engine: Engine) -> Context:
     positions = np.arange(n)
     try:
         for layer in range(header.layers):
-            k, v = (ops.empty((n, c.n_kv_heads, c.head_dim), ops.kv_type) for _ in range(2))
-            pairs = [
-                (rows, _array(file, header.dtype, (c.n_kv_heads, n, c.head_dim)).transpose(1, 0, 2)) for rows in (k, v)
-            ]
-            ops.wait(ops.copy(pairs, after=ops.mark()))
-            context.cache.update(layer, k, v, positions, None, exact=True)
-            context.cache.attended(layer)
+            shape = c.n_kv_heads, n, c.head_dim
+            keys, values = (_array(file, header.dtype, shape) for _ in range(2))
+            restore_layer(ops, context.cache, layer, keys, values, positions)
         if header.boundary is not None:
             assert context.boundary is not None
-            states = _placed(engine, _array(file, "<f4", (n, c.d_model)), np.float32)
+            states = placed(ops, _array(file, "<f4", (n, c.d_model)))
             queries = None
             if header.first:
                 found = _array(file, "<f4", (header.first, c.n_heads, c.head_dim))
-                queries = _placed(engine, found, ops.empty((0,)).dtype)
+                queries = placed(ops, found, ops.empty((0,)).dtype)
             context.boundary.append(states, queries)
     except BaseException:
         context.cache.close()
@@ -161,10 +158,3 @@ def _array(file: BinaryIO, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
     if file.read(_DIGEST) != hashlib.sha256(raw).digest():
         raise DamagedEntryError("a checksum differs")
     return array
-
-
-def _placed(engine: Engine, rows: np.ndarray, dtype: Any) -> Any:
-    ops = engine.ops
-    placed = ops.empty(rows.shape, dtype)
-    ops.wait(ops.copy([(placed, rows)], after=ops.mark()))
-    return placed

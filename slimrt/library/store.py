@@ -22,6 +22,8 @@ import numpy as np
 from slimrt.engine import Context, Engine
 from slimrt.hub.store import cache_dir
 from slimrt.library.entry import DamagedEntryError, Header, read_context, read_header, read_tokens, write_entry
+from slimrt.paths import check_owner
+from slimrt.session import common_prefix
 
 __all__ = ["LEAST", "Book", "Library", "library_folder"]
 
@@ -71,15 +73,14 @@ class Library:
         if len(ids) < LEAST:
             return None
         best: tuple[int, Path] | None = None  # tokens in common
-        wanted = np.asarray(ids)
         for path in self._entries(self._prefix(ids)):
             with self._forgiving(path, "could not be read"), path.open("rb") as file:
-                _check_owner(path, os.fstat(file.fileno()))
+                check_owner(path, os.fstat(file.fileno()))
                 header = read_header(file)
                 if header.key != self._key or header.boundary != boundary or dict(header.windows) != reach:
                     continue
                 tokens = read_tokens(file, header)
-                same = _common(tokens, wanted)
+                same = common_prefix(tokens, ids)
                 if same >= max(LEAST, held + 1) and (best is None or same > best[0]):
                     best = same, path
         if best is None:
@@ -117,7 +118,7 @@ class Library:
         path = self.folder / f"{prefix}-{secrets.token_hex(6)}{_SUFFIX}"
         with self._forgiving(None, "could not be written"):
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            _check_owner(self.folder, self.folder.stat())
+            check_owner(self.folder, self.folder.stat())
             c = engine.config
             size = 2 * layers * count * c.n_kv_heads * c.head_dim * np.dtype(engine.ops.kv_type).itemsize
             size += 0 if boundary is None else 4 * count * c.d_model
@@ -130,7 +131,7 @@ class Library:
 
     def _covered(self, prefix: str, header: Header, tokens: Sequence[int]) -> bool:
         """Whether an entry serves all but a little of what would be written; what it makes superfluous goes."""
-        mine = np.asarray(tokens[: header.tokens])
+        mine = tokens[: header.tokens]
         for path in self._entries(prefix):
             with self._forgiving(path, "could not be read"), path.open("rb") as file:
                 other = read_header(file)
@@ -138,7 +139,7 @@ class Library:
                 if not same_kind:
                     continue
                 theirs = read_tokens(file, other)
-                same = _common(theirs, mine)
+                same = common_prefix(theirs, mine)
                 if len(mine) - same < LEAST // 4:
                     return True
                 if same == len(theirs):
@@ -191,7 +192,7 @@ class Library:
 
     def _entries(self, prefix: str) -> list[Path]:
         try:
-            _check_owner(self.folder, self.folder.stat())
+            check_owner(self.folder, self.folder.stat())
             return sorted(self.folder.glob(f"{prefix}*{_SUFFIX}"))
         except FileNotFoundError:
             return []
@@ -217,16 +218,3 @@ class Library:
                     path.unlink(missing_ok=True)
         except OSError as error:
             log.warning("an entry of the library %s: %s", what, error)
-
-
-def _common(a: np.ndarray, b: np.ndarray) -> int:
-    """How many first tokens two prompts share."""
-    length = min(len(a), len(b))
-    differs = np.flatnonzero(a[:length] != b[:length])
-    return int(differs[0]) if len(differs) else length
-
-
-def _check_owner(path: Path, status: os.stat_result) -> None:
-    """Raise OSError where somebody else could have written what lies there."""
-    if hasattr(os, "geteuid") and (status.st_uid not in (0, os.geteuid()) or status.st_mode & 0o022):
-        raise PermissionError(f"{path} belongs to another user, or others may write to it")

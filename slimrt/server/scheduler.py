@@ -17,11 +17,11 @@ from dataclasses import dataclass, field
 
 from slimrt.engine import Progress
 from slimrt.errors import SlimrtError
-from slimrt.generation import GenerationRequest, Step, generate_tokens
+from slimrt.generation import BEGINS, GenerationRequest, Step, generate_tokens
 from slimrt.llm import LLM
 from slimrt.session import Reading, Session, common_prefix
 
-__all__ = ["Busy", "Ended", "Event", "Failed", "Job", "Piece", "Progressed", "Read", "Scheduler"]
+__all__ = ["Busy", "Ended", "Event", "Failed", "Job", "Piece", "Progressed", "Read", "Scheduler", "answers"]
 
 log = logging.getLogger(__name__)
 
@@ -94,6 +94,28 @@ class Job:
     came: float = field(default_factory=time.monotonic)
 
 
+def answers(
+    llm: LLM,
+    session: Session,
+    ids: Sequence[int],
+    request: GenerationRequest,
+    choices: int,
+    progress: Progress | None = None,
+    came: float | None = None,
+) -> Generator[Event, None, None]:
+    """Read the prompt ``ids`` in ``session`` and write ``choices`` answers to it: Read, the Pieces, Ended. Then the
+    library, if there is one, gets what was read. ``came``: when the request did (None: now), by ``time.monotonic``."""
+    plan, begun = llm.plan.plan, time.monotonic() if came is None else came
+    for index in range(choices):
+        reading = session.prefill(ids, plan, progress=progress)
+        if index == 0:
+            yield Read(reading, time.monotonic() - begun)
+        for step in generate_tokens(session, llm.tokenizer, request, plan):
+            yield Piece(index, step)
+    yield Ended()
+    session.keep(len(ids), llm.tokenizer.decode(list(ids[:BEGINS])))
+
+
 @dataclass(eq=False)
 class _Running:
     job: Job
@@ -117,7 +139,7 @@ class Scheduler:
         self._seconds = 1.0  # that a job takes, on the whole
         # Passes of a GPU share scratch memory, so there a prompt is read in one go; it takes little time.
         self._takes_turns = llm.backend.ops.name != "cuda"
-        self._reading: list[Job] = []  # whose prompts are being read, each within the one before
+        self._reading: list[Job] = []  # whose step is computed, each within the one before
         llm.engine.turn = self._turn if self._takes_turns else None
         self._thread = threading.Thread(target=self._work, name="slimrt computes", daemon=True)
         self._thread.start()
@@ -190,7 +212,8 @@ class Scheduler:
             job = self._waiting[at]
             del self._waiting[at]
             session = self._session_for(job.ids)
-            running = _Running(job, session, self._steps(job, session))
+            steps = answers(self._llm, session, job.ids, job.request, job.choices, self._told(job), job.came)
+            running = _Running(job, session, steps)
             self._running.append(running)
         self._advance(running)
         return True
@@ -223,37 +246,27 @@ class Scheduler:
     def _step(self, running: _Running) -> bool:
         """Whether more is to come."""
         job = running.job
+        self._reading.append(job)
         try:
-            event = next(running.steps)
-        except StopIteration:
-            self._seconds += 0.2 * (time.monotonic() - job.came - self._seconds)
-            job.put(Ended())
-            running.session.keep(len(job.ids), self._llm.tokenizer.decode(list(job.ids[:64])))
+            event = next(running.steps, None)
         except _Cancelled:
-            pass
+            return False
         except SlimrtError as error:
-            job.put(Failed(error))
+            event = Failed(error)
         except Exception as error:
             log.exception("a request failed")
-            job.put(Failed(error))
-        else:
-            running.last = time.monotonic()
+            event = Failed(error)
+        finally:
+            self._reading.pop()
+        if event is None:
+            return False
+        running.last = time.monotonic()
+        if isinstance(event, Ended):
+            self._seconds += 0.2 * (running.last - job.came - self._seconds)
             job.put(event)
-            return True
-        return False
-
-    def _steps(self, job: Job, session: Session) -> Generator[Event, None, None]:
-        plan = self._llm.plan.plan
-        for index in range(job.choices):
-            self._reading.append(job)
-            try:
-                reading = session.prefill(job.ids, plan, progress=self._told(job))
-            finally:
-                self._reading.pop()
-            if index == 0:
-                yield Read(reading, time.monotonic() - job.came)
-            for step in generate_tokens(session, self._llm.tokenizer, job.request, plan):
-                yield Piece(index, step)
+            return self._step(running)  # what is left to do, though nobody waits for it: a client that is gone included
+        job.put(event)
+        return not isinstance(event, Failed)
 
     def _told(self, job: Job) -> Progress:
         """What happens behind each layer of a prompt."""

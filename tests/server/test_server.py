@@ -322,6 +322,24 @@ def test_a_client_that_goes_frees_its_place_also_within_its_prompt(llm: slimrt.L
         scheduler.close()
 
 
+def test_a_defect_behind_an_answer_ends_that_request_alone(llm: slimrt.LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken:
+        def find(self, *_: Any) -> None: ...
+
+        def keep(self, *_: Any) -> None:
+            raise RuntimeError("no")
+
+    monkeypatch.setattr(llm.engine, "library", Broken())
+    scheduler = Scheduler(llm, sessions=1)
+    try:
+        for _ in range(2):
+            listener = Listener()
+            scheduler.submit(Job([5, 6, 7], request(2), listener))
+            assert listener.over.wait(60) and listener.of(Ended)
+    finally:
+        scheduler.close()
+
+
 def test_what_was_read_is_not_read_again(llm: slimrt.LLM) -> None:
     scheduler = Scheduler(llm, sessions=2)
     rng = np.random.default_rng(2)

@@ -34,6 +34,7 @@ from numba.core.dispatcher import Dispatcher
 from numba.core.extending import _Intrinsic
 from numba.core.serialize import dumps as numba_dumps
 
+from slimrt.paths import check_owner
 from slimrt.prune import reach
 
 __all__ = ["KERNEL", "Kernel", "compile_kernel", "inline"]
@@ -183,7 +184,7 @@ class _KernelFiles:
         try:
             with path.open("rb") as file:
                 for name, status in ((path.parent, path.parent.stat()), (path, os.fstat(file.fileno()))):
-                    _check_owner(name, status)
+                    check_owner(name, status)
                 whole = file.read()
         except FileNotFoundError:
             return None
@@ -203,12 +204,6 @@ class _KernelFiles:
         except BaseException:
             Path(part).unlink(missing_ok=True)
             raise
-
-
-def _check_owner(path: Path, status: os.stat_result) -> None:
-    """Raise OSError where somebody else could have written what lies there."""
-    if hasattr(os, "geteuid") and (status.st_uid not in (0, os.geteuid()) or status.st_mode & 0o022):
-        raise PermissionError(f"{path} belongs to another user, or others may write to it")
 
 
 class _KernelCache(caching.FunctionCache):
