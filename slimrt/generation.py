@@ -57,7 +57,7 @@ class GenerationRequest:
     either way. ``n_keep`` None: the system message of a chat, else 4.
 
     ``grammar``: what the answer must match. Tokens that it forces are read several at a time, unless
-    ``one_by_one`` or ``logprobs`` want the logits before each.
+    ``one_by_one`` or ``logprobs`` want the logits before each. ``shown``: control tokens that the text shows.
     """
 
     max_tokens: int | None = 128
@@ -70,6 +70,7 @@ class GenerationRequest:
     n_keep: int | None = None
     grammar: Grammar | None = None
     one_by_one: bool = False
+    shown: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
         check_overflow(self.overflow)
@@ -127,7 +128,7 @@ def generate_tokens(
     if request.grammar is not None:
         guide = guides.start(request.grammar, tokenizer, session.engine.config.vocab_size)
     sampler = Sampler(request.sampling, session.engine.config.vocab_size, request.processors)
-    decoder = tokenizer.stream_decoder()
+    decoder = tokenizer.stream_decoder(shown=request.shown)
     held = _StopStrings(request.stop)
     drawn = dropped = 0
     unread: list[int] = []  # written, and read with the next step: a token drawn and those that the grammar forced

@@ -44,6 +44,8 @@ from slimrt.weights.gguf import GGUFFile
 
 if TYPE_CHECKING:
     from slimrt.text.chat_template import ChatTemplate
+    from slimrt.tools.calling import Calling, ToolStream
+    from slimrt.tools.messages import ToolForm
 
 __all__ = ["LLM", "load"]
 
@@ -54,6 +56,7 @@ _LOGIT_ROWS = 256  # rows of [V] logits held at a time by logprobs
 Prompt = str | Sequence[int]
 Plan = PrunePlan | str | Path
 Messages = Sequence[Mapping[str, Any]]
+Tools = Sequence[Mapping[str, Any]]
 
 
 class ChatOptions(GenerateOptions, total=False):
@@ -180,6 +183,7 @@ class LLM:
         self.plan = choose_plan(prune, file, self.config)
         self._chat_template = chat_template
         self._template: ChatTemplate | None = None
+        self._tool_form: ToolForm | None = None
         self.memory: MemoryPlan | CudaPlan
         backend = self._gpu(device, kv, stream_weights)
         if backend is None and stream_weights:
@@ -427,7 +431,25 @@ class LLM:
 
     @overload
     def chat(
-        self, messages: Messages, *, stream: Literal[False] = False, **options: Unpack[ChatOptions]
+        self,
+        messages: Messages,
+        *,
+        tools: Tools | None,
+        stream: Literal[True],
+        tool_choice: Any = None,
+        parallel_tool_calls: bool | None = None,
+        **options: Unpack[ChatOptions],
+    ) -> ToolStream | CompletionStream: ...
+    @overload
+    def chat(
+        self,
+        messages: Messages,
+        *,
+        tools: Tools | None = None,
+        tool_choice: Any = None,
+        parallel_tool_calls: bool | None = None,
+        stream: Literal[False] = False,
+        **options: Unpack[ChatOptions],
     ) -> Completion: ...
     @overload
     def chat(
@@ -437,6 +459,9 @@ class LLM:
         self,
         messages: Messages,
         *,
+        tools: Tools | None = None,
+        tool_choice: Any = None,
+        parallel_tool_calls: bool | None = None,
         stream: bool = False,
         prune: Plan | None = None,
         session: Session | None = None,
@@ -447,12 +472,55 @@ class LLM:
 
         Options as for ``stream``. With ``overflow`` "shift" the oldest turns are left out where the context has no room
         for them and an answer.
+
+        ``tools``: what the answer may call, as OpenAI has it ({"type": "function", "function": {"name": ...,
+        "description": ..., "parameters": JSON schema}}) or the inner part alone; the arguments of a call fit its
+        schema. ``tool_choice``: "auto" (text, or text and calls), "none", "required", or {"type": "function",
+        "function": {"name": ...}}. ``parallel_tool_calls`` False: one call at most. The calls are
+        ``completion.tool_calls``; they go into ``messages`` as {"role": "assistant", "content": completion.text,
+        "tool_calls": [call.as_openai() for call in ...]}, and a result as {"role": "tool", "tool_call_id": ...,
+        "content": ...}. A stream then has ``deltas()`` beside the pieces of text.
         """
-        fitted = fit_messages(self.chat_tokens, messages, self.ctx, self.request(options))
-        answer = self.begin(
-            fitted.ids, fitted.request, prune=prune, session=session, progress=progress, note=fitted.note
-        )
+        calling = self.calling(tools, tool_choice, parallel_tool_calls)
+        request = self.request(options)
+        request = request if calling is None else calling.bind(request)
+        fitted = fit_messages(partial(self.chat_tokens, calling=calling), messages, self.ctx, request)
+        if calling is None:
+            answer = self.begin(
+                fitted.ids, fitted.request, prune=prune, session=session, progress=progress, note=fitted.note
+            )
+        else:
+            from slimrt.tools.calling import ToolStream
+
+            answer = ToolStream(
+                calling, session or self._session, self.tokenizer, fitted.ids, fitted.request, self._plan(prune),
+                progress, note=fitted.note,
+            )  # fmt: skip
         return answer if stream else answer.finished()
+
+    def calling(self, tools: Any, tool_choice: Any = None, parallel: bool | None = None) -> Calling | None:
+        """How an answer may call ``tools``, as ``chat`` takes them; None where it may call nothing.
+
+        Raises SettingError for tools that are none or not supported, and for a choice of what is not there."""
+        if not tools and tool_choice in (None, "none", "auto"):
+            return None
+        from slimrt.tools.calling import Calling
+
+        return Calling.of(self.tool_form, self.tokenizer, tools, tool_choice, parallel)
+
+    @property
+    def tool_form(self) -> ToolForm:
+        """How the model's chat template has tools and calls."""
+        if self._tool_form is None:
+            from slimrt.tools.messages import ToolForm
+
+            self._tool_form = form = ToolForm.of(self.chat_template)
+            log.info(
+                "tools: calls in the form %s%s", form.format.name,
+                "" if form.native else ", asked for in words: the chat template has no place for tools or its form is "
+                "not known",
+            )  # fmt: skip
+        return self._tool_form
 
     @property
     def has_chat_template(self) -> bool:
@@ -470,9 +538,17 @@ class LLM:
             self._template = ChatTemplate.from_tokenizer(self.tokenizer, self._chat_template)
         return self._template
 
-    def chat_tokens(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        """``messages`` as the model reads them; control tokens count in the chat template, and are text in messages."""
-        return self.chat_template.tokens(messages, self.tokenizer)
+    def chat_tokens(self, messages: Messages, calling: Calling | None = None) -> list[int]:
+        """``messages`` as the model reads them; control tokens count in the chat template, and are text in messages.
+
+        ``calling``: the tools that the answer may call."""
+        from slimrt.tools.messages import has_calls
+
+        listed = isinstance(messages, Sequence) and not isinstance(messages, str)
+        if calling is None and not (listed and has_calls(messages)):
+            return self.chat_template.tokens(messages, self.tokenizer)
+        tools = () if calling is None else calling.listed
+        return self.tool_form.prompt(self.chat_template, self.tokenizer, messages, tools)
 
     # -- conversations -----------------------------------------------------------------------------------------------
 

@@ -3,9 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "tool_calls"]
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """A call that a model made: of the tool ``name``, with ``arguments``, JSON text of an object."""
+
+    id: str
+    name: str
+    arguments: str
+
+    def as_openai(self) -> dict[str, Any]:
+        """The call as OpenAI's messages have it, which ``chat`` takes back."""
+        return {"id": self.id, "type": "function", "function": {"name": self.name, "arguments": self.arguments}}
 
 
 @dataclass(frozen=True)
@@ -61,7 +74,8 @@ class Completion:
     """A finished generation: ``text``, its ``tokens`` (the end token excluded), why it ended, and what it cost.
 
     ``complete``: whether the text is whole by the schema or grammar that it was bound to (False where ``max_tokens``,
-    the context or a stop string cut it); None without one.
+    the context or a stop string cut it); None without one. ``tool_calls``: what it called of the tools that it was
+    given; then ``finish_reason`` is "tool_calls", and ``text`` what stands beside the calls.
     """
 
     text: str
@@ -71,3 +85,4 @@ class Completion:
     timings: Timings
     logprobs: list[TokenLogprob] | None = field(default=None)
     complete: bool | None = None
+    tool_calls: tuple[ToolCall, ...] = ()

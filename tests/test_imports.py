@@ -31,6 +31,7 @@ ORDER = (
     ("session", "inspect", "importance"),
     ("library",),
     ("session_file", "generation"),
+    ("tools",),
     ("conversation",),
     ("llm",),
     ("llama_cpp", "eval"),

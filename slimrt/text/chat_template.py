@@ -11,7 +11,7 @@ from slimrt.text.template_process import render_apart
 if TYPE_CHECKING:
     from slimrt.text.tokenizer import Tokenizer
 
-__all__ = ["BUILTIN_TEMPLATES", "ChatTemplate"]
+__all__ = ["BUILTIN_TEMPLATES", "ChatTemplate", "Written"]
 
 _Change = Callable[[str, bool], str]
 _MARKS = tuple(map(chr, range(0xFDD0, 0xFDF0)))  # noncharacters, which no text has a use for
@@ -68,6 +68,19 @@ BUILTIN_TEMPLATES: Mapping[str, str] = {
 }
 
 
+class Written(str):
+    """A message's text put together of what the program writes, in which control tokens count, and of what others
+    do."""
+
+    pieces: Sequence[tuple[str, bool]]
+
+    def __new__(cls, pieces: Sequence[tuple[str, bool]]) -> Written:
+        """``pieces``: texts, and whether control tokens spelt in them count."""
+        made = super().__new__(cls, "".join(text for text, _ in pieces))
+        made.pieces = tuple(pieces)
+        return made
+
+
 class ChatTemplate:
     """One model's way to write a conversation down. ``source`` is the template, ``name`` a built-in's or ""."""
 
@@ -114,6 +127,11 @@ class ChatTemplate:
             return "" if id is None else tokenizer.token_text(id)
 
         return cls(source, text(tokenizer.bos_id), text(tokenizer.eos_id), with_tools=with_tools)
+
+    @property
+    def for_tools(self) -> ChatTemplate:
+        """The template that serves where tools are given."""
+        return self._with_tools or self
 
     def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **extra: Any) -> str:
         """The prompt for ``messages`` ([{"role": "user", "content": "..."}, ...]).
@@ -200,6 +218,8 @@ class ChatTemplate:
 
 def _plain(value: Any, change: _Change, *, whole: bool = False) -> Any:
     """``value`` as JSON knows it, every text in it changed. ``whole``: the template may complete no token behind it."""
+    if isinstance(value, Written):
+        return "".join(text if counts else change(text, whole) for text, counts in value.pieces)
     if isinstance(value, str):
         return change(str(value), whole)
     if value is None or isinstance(value, bool):

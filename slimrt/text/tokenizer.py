@@ -9,7 +9,7 @@ from __future__ import annotations
 import codecs
 import operator
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Literal, Protocol, cast
 
 from slimrt.errors import ModelFileError, TokenizerError
@@ -225,9 +225,29 @@ class Tokenizer:
             )
         return index
 
-    def stream_decoder(self, *, special: bool = False) -> StreamDecoder:
-        """A decoder that takes one token at a time and gives out whole characters only."""
-        return StreamDecoder(self, special=special)
+    def split_control(self, text: str) -> list[str | int]:
+        """``text`` as the ids of the control tokens that are spelt in it and the texts between them."""
+        split: list[str | int] = []
+        for part in self._special.cut_out(text, control=True, literal=None):
+            if isinstance(part, int) and not self.is_text(part):
+                split.append(part)
+                continue
+            piece = part if isinstance(part, str) else self.token_text(part)
+            if split and isinstance(split[-1], str):
+                split[-1] += piece
+            else:
+                split.append(piece)
+        return split
+
+    @property
+    def control_ids(self) -> list[int]:
+        """The ids of the control tokens, in order."""
+        return [id for id, kind in enumerate(self._vocab.types) if kind in (CONTROL, UNKNOWN)]
+
+    def stream_decoder(self, *, special: bool = False, shown: Collection[int] = ()) -> StreamDecoder:
+        """A decoder that takes one token at a time and gives out whole characters only. ``shown``: control tokens that
+        are written out though others (not ``special``) are left out."""
+        return StreamDecoder(self, special=special, shown=shown)
 
 
 def check_kind(file: GGUFFile) -> str:
@@ -254,14 +274,14 @@ def _one_of(vocab: Vocabulary, key: str, known: tuple[str, ...]) -> str | None:
 class _ByteStream:
     """Bytes token by token, the space behind an unwritten BOS taken away; the one place that knows this rule."""
 
-    def __init__(self, tokenizer: Tokenizer, special: bool) -> None:
+    def __init__(self, tokenizer: Tokenizer, special: bool, shown: Collection[int] = ()) -> None:
         self._tokenizer = tokenizer
-        self._special = special
+        self._special, self._shown = special, shown
         self._place = 0
 
     def push(self, id: int) -> bytes:
         tokenizer, place = self._tokenizer, self._place
-        piece = tokenizer.token_bytes(id, special=self._special)
+        piece = tokenizer.token_bytes(id, special=self._special or id in self._shown)
         if place < 2:
             after_bos = place == 0 and id == tokenizer.bos_id and tokenizer.space_prefix and not self._special
             self._place = 1 if after_bos else 2
@@ -273,8 +293,8 @@ class _ByteStream:
 class StreamDecoder:
     """Text token by token: what :meth:`Tokenizer.decode` gives, as soon as each character is complete."""
 
-    def __init__(self, tokenizer: Tokenizer, *, special: bool = False) -> None:
-        self._bytes = _ByteStream(tokenizer, special)
+    def __init__(self, tokenizer: Tokenizer, *, special: bool = False, shown: Collection[int] = ()) -> None:
+        self._bytes = _ByteStream(tokenizer, special, shown)
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, id: int) -> str:
