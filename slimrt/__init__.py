@@ -16,6 +16,7 @@ __all__ = [
     "SamplingConfig",
     "SlimrtError",
     "Stage",
+    "ToolCall",
     "Window",
     "load",
 ]
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from slimrt.llama_cpp.llama import Llama
     from slimrt.llm import LLM, load
     from slimrt.prune.plan import PrunePlan, Stage, Window
-    from slimrt.results import Completion
+    from slimrt.results import Completion, ToolCall
     from slimrt.structured.grammar import Grammar
     from slimrt.text.chat_template import ChatTemplate
 
@@ -40,6 +41,7 @@ _HOMES = {
     "SamplingConfig": "slimrt.config",
     "SlimrtError": "slimrt.errors",
     "Stage": "slimrt.prune.plan",
+    "ToolCall": "slimrt.results",
     "Window": "slimrt.prune.plan",
     "load": "slimrt.llm",
 }

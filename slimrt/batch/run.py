@@ -204,8 +204,11 @@ class _Worker:
         return answer
 
     def _chat(self, body: dict[str, Any]) -> dict[str, Any]:
-        values, ids, request = chat_prompt(self._llm, body)
-        reply = ChatReply(self._llm, len(ids), choices=values["n"], usage=False, progress=False)
+        values, ids, request, calling = chat_prompt(self._llm, body)
+        reply = ChatReply(
+            self._llm, len(ids), choices=values["n"], usage=False, progress=False, calling=calling,
+            older=values["older"],
+        )  # fmt: skip
         self._write(reply, ids, request, values["n"])
         return reply.whole(logprobs=values["logprobs"])
 

@@ -7,6 +7,7 @@ from typing import Any, Self
 
 from slimrt.errors import SettingError
 from slimrt.structured.grammar import Grammar
+from slimrt.tools.calling import Calling
 
 __all__ = ["LlamaGrammar", "grammar_of_llama"]
 
@@ -42,7 +43,7 @@ def grammar_of_llama(grammar: Any) -> Grammar | None:
     """The parameter ``grammar`` of a ``Llama``'s methods. Raises SettingError for another type."""
     if grammar is None or isinstance(grammar, Grammar):
         return grammar
-    if isinstance(grammar, LlamaGrammar):
+    if isinstance(grammar, (LlamaGrammar, Calling)):
         return grammar.grammar
     raise SettingError(
         f"grammar of type {type(grammar).__name__}: must be a LlamaGrammar, as LlamaGrammar.from_string(...) makes one"

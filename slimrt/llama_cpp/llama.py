@@ -39,6 +39,8 @@ from slimrt.results import FinishReason, TokenLogprob
 from slimrt.sampler import top_logprobs
 from slimrt.structured import guide as guides
 from slimrt.structured.grammar import response_grammar
+from slimrt.tools.calling import Calling
+from slimrt.tools.openai_form import tools_and_choice
 
 __all__ = ["Llama", "LlamaState", "LlamaTokenizer", "LogitsProcessorList", "StoppingCriteriaList"]
 
@@ -141,6 +143,7 @@ class Llama(LlamaContext):
             logprobs=logprobs,
             grammar=bound,
             one_by_one=stopping_criteria is not None,
+            shown=grammar.shown if isinstance(grammar, Calling) else frozenset(),
         )
         if echo and logprobs is not None and self._all_logits is None:
             raise SettingError("echo with logprobs needs the logits of the prompt; load with logits_all=True")
@@ -187,20 +190,18 @@ class Llama(LlamaContext):
 
         Control tokens that are spelt in a message are text, where llama_cpp lets them count.
 
+        ``tools``, ``tool_choice`` (and the older ``functions``, ``function_call``): as at OpenAI, through the model's
+        own template and form of calls; the arguments of a call fit its schema.
+
         Raises SettingError for malformed messages and for a model without a chat template.
         """
-        unbound = {"tool_choice": "none", "function_call": "none"}
-        check_refused(
-            {
-                "tools": tools or None,
-                "functions": functions or None,
-                "tool_choice": None if tool_choice == "auto" else tool_choice,
-                "function_call": None if function_call == "auto" else function_call,
-            },
-            unbound,
-        )
+        tools, tool_choice, older = tools_and_choice(tools, tool_choice, functions, function_call)
+        calling = self._model.calling(tools, tool_choice, False if older else None)
+        bound = response_grammar(response_format) or grammar
+        if calling is not None and bound is not None:
+            raise SettingError("tools with response_format or grammar: an answer is bound to one; leave one out")
         answer = self.create_completion(
-            self._model.chat_tokens(messages),
+            self._model.chat_tokens(messages, calling),
             max_tokens=max_tokens,
             temperature=temperature,
             top_p=top_p,
@@ -217,10 +218,10 @@ class Llama(LlamaContext):
             mirostat_mode=mirostat_mode,
             model=model,
             logits_processor=logits_processor,
-            grammar=response_grammar(response_format) or grammar,
+            grammar=calling or bound,
             logit_bias=logit_bias,
         )
-        return chat_chunks(answer) if stream else chat_completion(answer)
+        return chat_chunks(answer, calling, older=older) if stream else chat_completion(answer, calling, older=older)
 
     def _prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
         if not isinstance(prompt, str):

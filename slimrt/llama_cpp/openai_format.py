@@ -13,6 +13,9 @@ from typing import Any
 
 from slimrt.results import FinishReason, TokenLogprob
 from slimrt.text.tokenizer import Tokenizer
+from slimrt.tools.calling import Calling
+from slimrt.tools.openai_form import legacy, message_of, stream_deltas
+from slimrt.tools.parser import Answer
 
 __all__ = ["CompletionFormat", "LogprobFormat", "chat_chunks", "chat_completion"]
 
@@ -67,9 +70,16 @@ class LogprobFormat:
         return {self._text(token): value for token, value in logprob.top}
 
 
-def chat_completion(completion: dict[str, Any]) -> dict[str, Any]:
-    """A whole completion as a chat answer."""
+def chat_completion(
+    completion: dict[str, Any], calling: Calling | None = None, *, older: bool = False
+) -> dict[str, Any]:
+    """A whole completion as a chat answer; ``calling``: what it may call, told (``older``) as a function call."""
     (choice,) = completion["choices"]
+    message, reason = {"role": "assistant", "content": choice["text"]}, choice["finish_reason"]
+    if calling is not None:
+        answer = calling.answer(choice["text"])
+        message, reason = message_of(answer), calling.finish_reason(reason, answer)
+        message = legacy(message) if older else message
     return {
         "id": "chat" + completion["id"],
         "object": "chat.completion",
@@ -78,27 +88,45 @@ def chat_completion(completion: dict[str, Any]) -> dict[str, Any]:
         "choices": [
             {
                 "index": 0,
-                "message": {"role": "assistant", "content": choice["text"]},
+                "message": message,
                 "logprobs": _chat_logprobs(choice["logprobs"]),
-                "finish_reason": choice["finish_reason"],
+                "finish_reason": _named(reason, older),
             }
         ],
         "usage": completion["usage"],
     }
 
 
-def chat_chunks(chunks: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """A stream of completion chunks as chat chunks: first the role, then pieces of content, last the reason."""
+def chat_chunks(
+    chunks: Iterable[dict[str, Any]], calling: Calling | None = None, *, older: bool = False
+) -> Iterator[dict[str, Any]]:
+    """A stream of completion chunks as chat chunks: the role, then pieces of content and calls, last the reason."""
+    parser, answer = None if calling is None else calling.parser(), Answer()
     for number, chunk in enumerate(chunks):
         if number == 0:
             yield _chat_chunk(chunk, {"role": "assistant"}, None, None)
         (choice,) = chunk["choices"]
-        delta = {"content": choice["text"]} if choice["finish_reason"] is None else {}
-        yield _chat_chunk(chunk, delta, _chat_logprobs(choice["logprobs"]), choice["finish_reason"])
+        reason, logprobs = choice["finish_reason"], _chat_logprobs(choice["logprobs"])
+        deltas: list[dict[str, Any]] = [] if reason is not None else [{"content": choice["text"]}]
+        if calling is not None and parser is not None:
+            found = parser.push(choice["text"]) + (parser.finish() if reason is not None else [])
+            answer.take(found)
+            deltas = [legacy(delta) if older else delta for delta in stream_deltas(found)]
+            deltas = deltas or ([{"content": ""}] if logprobs else [])
+            reason = None if reason is None else calling.finish_reason(reason, answer)
+        for delta in deltas:
+            yield _chat_chunk(chunk, delta, logprobs, None)
+            logprobs = None
+        if reason is not None:
+            yield _chat_chunk(chunk, {}, logprobs, _named(reason, older))
+
+
+def _named(reason: FinishReason, older: bool) -> str:
+    return "function_call" if older and reason == "tool_calls" else reason
 
 
 def _chat_chunk(
-    chunk: dict[str, Any], delta: dict[str, str], logprobs: dict[str, Any] | None, reason: FinishReason | None
+    chunk: dict[str, Any], delta: dict[str, Any], logprobs: dict[str, Any] | None, reason: str | None
 ) -> dict[str, Any]:
     return {
         "id": "chat" + chunk["id"],

@@ -61,10 +61,6 @@ _REFUSED = {
     "grammar": "one token tells nothing of a whole answer; give it to generate or create_completion",
     "mirostat_mode": "mirostat is not offered; use top_p, min_p or typical_p",
     "suffix": "filling in the middle is not offered; leave it out",
-    "tools": "answers are not bound to tool calls; describe the tools in a message",
-    "functions": "answers are not bound to tool calls; describe the functions in a message",
-    "tool_choice": "answers are not bound to tool calls; leave it out",
-    "function_call": "answers are not bound to function calls; leave it out",
 }
 _CHAT_FORMATS = {"llama-2": "llama2", "llama-3": "llama3", "mistral-instruct": "mistral"}
 _ROPE_SCALINGS = {-1: None, 0: "none", 1: "linear", 2: "yarn"}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import uuid
 from collections.abc import Iterator
 from typing import Any
 
 from slimrt.generation import GenerationRequest
 from slimrt.llm import LLM
+from slimrt.server.calling import Reader, bound, calling_of, functions_only
 from slimrt.server.errors import ApiError
 from slimrt.server.fields import Field, checked
 from slimrt.server.generation import (
@@ -25,6 +27,8 @@ from slimrt.server.generation import (
 )
 from slimrt.server.scheduler import Ended, Event, Piece, Read
 from slimrt.session import Reading
+from slimrt.tools.calling import Calling
+from slimrt.tools.parser import Arguments, CallStarted, Delta, TextDelta
 
 __all__ = ["COUNT", "MESSAGES", "MessageReply", "counted_tokens", "message_prompt"]
 
@@ -34,8 +38,8 @@ COUNT: dict[str, Field] = {
         ARRAY, "[{role, content}, ...]", required=True, inside=messages_schema("user", "assistant", "system")
     ),
     "system": Field(("string", "array"), "the system prompt"),
-    "tools": Field(ARRAY, "not supported yet: none"),
-    "tool_choice": Field(OBJECT, "without effect where there are no tools"),
+    "tools": Field(ARRAY, "[{name, description, input_schema}]; what the provider runs itself is skipped"),
+    "tool_choice": Field(OBJECT, "{type: auto | any | none}, or {type: tool, name}; disable_parallel_tool_use"),
     "thinking": Field(OBJECT, "{type: disabled}"),
     "mcp_servers": Field(ARRAY, "not supported: none"),
     "cache_control": Field(OBJECT, "accepted, without effect: what was read is kept anyway"),
@@ -61,9 +65,19 @@ MESSAGES: dict[str, Field] = {
 }
 
 
+def _calling(llm: LLM, values: dict[str, Any]) -> Calling | None:
+    tools = [
+        {**{key: one[key] for key in ("name", "description") if key in one}, "parameters": one.get("input_schema")}
+        if isinstance(one, dict) and "function" not in one
+        else one
+        for one in functions_only(values["tools"], (None, "custom"))
+    ]
+    choice = values["tool_choice"] or {}
+    parallel = False if choice.get("disable_parallel_tool_use") else None
+    return calling_of(llm, tools, choice or None, parallel)
+
+
 def _messages(values: dict[str, Any]) -> list[dict[str, Any]]:
-    if values["tools"]:
-        raise ApiError(400, "'tools' is not supported by this server; leave it out")
     if values["mcp_servers"]:
         raise ApiError(400, "'mcp_servers' is not supported by this server; leave it out")
     if (values["output_config"] or {}).get("format"):
@@ -79,35 +93,60 @@ def _messages(values: dict[str, Any]) -> list[dict[str, Any]]:
         role = message.get("role") if isinstance(message, dict) else None
         if role not in ("user", "assistant", "system"):
             raise ApiError(400, f"messages.{at}: role {str(role)[:40]!r}; it must be user or assistant")
-        messages.append({"role": role, "content": text_of(message.get("content"), f"messages.{at}")})
+        messages += _turns(role, message.get("content"), f"messages.{at}")
     return messages
+
+
+def _turns(role: str, content: Any, where: str) -> list[dict[str, Any]]:
+    """A message as chat templates have it: results go before what the user says, calls behind what the model does."""
+    blocks = content if isinstance(content, list) else []
+    results = [one for one in blocks if isinstance(one, dict) and one.get("type") == "tool_result"]
+    calls = [one for one in blocks if isinstance(one, dict) and one.get("type") == "tool_use"]
+    rest = [one for one in blocks if one not in results and one not in calls] if blocks else content
+    turns: list[dict[str, Any]] = [
+        {"role": "tool", "tool_call_id": one.get("tool_use_id"), "content": text_of(one.get("content"), where)}
+        for one in results
+    ]
+    if rest or not (results or calls):
+        turns.append({"role": role, "content": text_of(rest, where)})
+    if calls:
+        if not rest:
+            turns.append({"role": role, "content": ""})
+        turns[-1]["tool_calls"] = [
+            {"id": one.get("id"), "function": {"name": one.get("name"), "arguments": one.get("input")}} for one in calls
+        ]
+    return turns
 
 
 def counted_tokens(llm: LLM, data: Any) -> dict[str, int]:
     """What /v1/messages/count_tokens answers. Raises ApiError."""
-    return {"input_tokens": len(chat_ids(llm, _messages(checked(COUNT, data))))}
+    values = checked(COUNT, data)
+    return {"input_tokens": len(chat_ids(llm, _messages(values), _calling(llm, values)))}
 
 
-def message_prompt(llm: LLM, data: Any) -> tuple[dict[str, Any], list[int], GenerationRequest]:
-    """A request's fields, its prompt, and how it is answered. Raises ApiError."""
+def message_prompt(llm: LLM, data: Any) -> tuple[dict[str, Any], list[int], GenerationRequest, Calling | None]:
+    """A request's fields, its prompt, how it is answered, and what it may call. Raises ApiError."""
     values = checked(MESSAGES, data)
     stops = values["stop_sequences"] or []
     if not all(isinstance(stop, str) and stop for stop in stops):
         raise ApiError(400, "stop_sequences: each must be a text, and not empty")
-    ids = chat_ids(llm, _messages(values))
-    return values, ids, generation_request(llm, values, max_tokens=values["max_tokens"], stop=tuple(stops))
+    calling = _calling(llm, values)
+    ids = chat_ids(llm, _messages(values), calling)
+    request = generation_request(llm, values, max_tokens=values["max_tokens"], stop=tuple(stops))
+    return values, ids, bound(request, calling), calling
 
 
 class MessageReply:
-    """An answer of /v1/messages."""
+    """An answer of /v1/messages: a block of text, and one for each call."""
 
     progress = False
 
-    def __init__(self, llm: LLM, prompt_tokens: int) -> None:
+    def __init__(self, llm: LLM, prompt_tokens: int, calling: Calling | None = None) -> None:
         self._llm, self.prompt_tokens = llm, prompt_tokens
         self._id = f"msg_{uuid.uuid4().hex}"
         self.reading: Reading | None = None
-        self.text, self.written, self._reason = "", 0, "end_turn"
+        self._reader, self.written, self._reason = Reader(calling), 0, "end_turn"
+        self._blocks, self._open = 0, ""  # how many there are in the stream, and of which kind the open one is
 
     def _usage(self) -> dict[str, int]:
         reused = self.reading.reused if self.reading else 0
@@ -120,12 +159,18 @@ class MessageReply:
 
     def whole(self) -> dict[str, Any]:
         """The answer so far."""
+        answer = self._reader.answer
+        content: list[dict[str, Any]] = [{"type": "text", "text": answer.text}] if answer.text else []
+        content += [
+            {"type": "tool_use", "id": call.id, "name": call.name, "input": json.loads(call.arguments)}
+            for call in answer.calls
+        ]
         return {
             "id": self._id,
             "type": "message",
             "role": "assistant",
             "model": self._llm.config.name,
-            "content": [{"type": "text", "text": self.text}] if self.text else [],
+            "content": content,
             "stop_reason": self._reason,
             "stop_sequence": None,
             "usage": self._usage(),
@@ -136,17 +181,44 @@ class MessageReply:
         if isinstance(event, Read):
             self.reading = event.reading
             yield {"type": "message_start", "message": {**self.whole(), "stop_reason": None}}
-            yield {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}}
         elif isinstance(event, Piece):
-            self.written += event.step.token is not None
-            self.text += event.step.text
-            if event.step.text:
-                delta = {"type": "text_delta", "text": event.step.text}
-                yield {"type": "content_block_delta", "index": 0, "delta": delta}
-            if event.step.finish_reason == "length":
-                self._reason = "max_tokens"
+            step = event.step
+            self.written += step.token is not None
+            for delta in self._reader.push(step.text, last=step.finish_reason is not None):
+                yield from self._told(delta)
+            if step.finish_reason is not None:
+                reason = self._reader.reason(step.finish_reason)
+                self._reason = {"length": "max_tokens", "tool_calls": "tool_use"}.get(reason, self._reason)
         elif isinstance(event, Ended):
-            yield {"type": "content_block_stop", "index": 0}
+            if not self._blocks:
+                yield from self._begin("text", {"type": "text", "text": ""})
+            yield from self._end()
             ended = {"stop_reason": self._reason, "stop_sequence": None}
             yield {"type": "message_delta", "delta": ended, "usage": self._usage()}
             yield {"type": "message_stop"}
+
+    def _told(self, delta: Delta) -> Iterator[dict[str, Any]]:
+        if isinstance(delta, TextDelta):
+            if self._open != "text":
+                yield from self._begin("text", {"type": "text", "text": ""})
+            yield self._delta({"type": "text_delta", "text": delta.text})
+        elif isinstance(delta, CallStarted):
+            block = {"type": "tool_use", "id": delta.id, "name": delta.name, "input": {}}
+            yield from self._begin("tool_use", block)
+        elif isinstance(delta, Arguments):
+            yield self._delta({"type": "input_json_delta", "partial_json": delta.text})
+        else:
+            yield from self._end()
+
+    def _begin(self, kind: str, block: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        yield from self._end()
+        self._blocks, self._open = self._blocks + 1, kind
+        yield {"type": "content_block_start", "index": self._blocks - 1, "content_block": block}
+
+    def _delta(self, delta: dict[str, Any]) -> dict[str, Any]:
+        return {"type": "content_block_delta", "index": self._blocks - 1, "delta": delta}
+
+    def _end(self) -> Iterator[dict[str, Any]]:
+        if self._open:
+            self._open = ""
+            yield {"type": "content_block_stop", "index": self._blocks - 1}

@@ -115,11 +115,11 @@ class _Server:
         return JSONResponse(await asyncio.to_thread(embeddings, self.llm, data))
 
     async def chat(self, request: Request) -> Response:
-        values, ids, asked = await self._prompt(chat_prompt, request)
+        values, ids, asked, calling = await self._prompt(chat_prompt, request)
         options = values["stream_options"] or {}
         reply = ChatReply(
             self.llm, len(ids), choices=values["n"], usage=bool(options.get("include_usage")),
-            progress=bool(options.get("include_progress")),
+            progress=bool(options.get("include_progress")), calling=calling, older=values["older"],
         )  # fmt: skip
         if values["stream"]:
             return await self._stream(request, [(reply, ids, asked, values["n"])], _openai_event, end="[DONE]")
@@ -144,16 +144,16 @@ class _Server:
         return JSONResponse(whole_completion(replies, logprobs=values["logprobs"] is not None))
 
     async def responses(self, request: Request) -> Response:
-        values, ids, asked = await self._prompt(response_prompt, request)
-        reply = ResponseReply(self.llm, values, len(ids))
+        values, ids, asked, calling = await self._prompt(response_prompt, request)
+        reply = ResponseReply(self.llm, values, len(ids), calling)
         if values["stream"]:
             return await self._stream(request, [(reply, ids, asked, 1)], _typed_event)
         await self._collect(request, [(reply, ids, asked, 1)])
         return JSONResponse(reply.whole())
 
     async def messages(self, request: Request) -> Response:
-        values, ids, asked = await self._prompt(message_prompt, request)
-        reply = MessageReply(self.llm, len(ids))
+        values, ids, asked, calling = await self._prompt(message_prompt, request)
+        reply = MessageReply(self.llm, len(ids), calling)
         if values["stream"]:
             return await self._stream(request, [(reply, ids, asked, 1)], _typed_event)
         await self._collect(request, [(reply, ids, asked, 1)])

@@ -13,6 +13,7 @@ from slimrt.server.errors import ApiError
 from slimrt.server.fields import Field
 from slimrt.structured import guide as guides
 from slimrt.structured.grammar import Grammar, grammar_of, response_grammar
+from slimrt.tools.calling import Calling
 
 __all__ = [
     "IGNORED",
@@ -144,11 +145,11 @@ def text_of(content: Any, where: str) -> str:
     return "".join(texts)
 
 
-def chat_ids(llm: LLM, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-    """Messages (role, content) as the model's chat template has them. Raises ApiError."""
+def chat_ids(llm: LLM, messages: Sequence[Mapping[str, Any]], calling: Calling | None = None) -> list[int]:
+    """Messages as the model's chat template has them, with the tools that may be called. Raises ApiError."""
     if not llm.has_chat_template:
         raise ApiError(400, f"{llm.config.name} has no chat template; use /v1/completions")
     try:
-        return llm.chat_tokens(messages)
+        return llm.chat_tokens(messages, calling)
     except SlimrtError as error:  # the template refuses, such as two user messages in a row
         raise ApiError(400, str(error), param="messages") from None

@@ -7,10 +7,11 @@ import uuid
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from slimrt.generation import GenerationRequest
+from slimrt.generation import GenerationRequest, Step
 from slimrt.llama_cpp.openai_format import LogprobFormat
 from slimrt.llm import LLM
-from slimrt.results import TokenLogprob
+from slimrt.results import FinishReason, TokenLogprob
+from slimrt.server.calling import Reader, bound, calling_of
 from slimrt.server.errors import ApiError
 from slimrt.server.fields import Field, checked
 from slimrt.server.generation import (
@@ -31,11 +32,15 @@ from slimrt.server.generation import (
 )
 from slimrt.server.scheduler import Ended, Event, Failed, Piece, Progressed, Read
 from slimrt.session import Reading
+from slimrt.tools.calling import Calling
+from slimrt.tools.openai_form import legacy, message_of, stream_deltas, tools_and_choice
 
 __all__ = ["CHAT", "COMPLETION", "ChatReply", "CompletionReply", "chat_prompt", "completion_prompts"]
 
 _MOST_CHOICES = 16
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+_TOOLS = ("tools", "tool_choice", "functions", "function_call")
+_CALLS = ("tool_calls", "tool_call_id", "function_call", "name")  # keys of a message beside role and content
 _COMMON: dict[str, Field] = {
     "model": Field(STRING, "any name: there is one model"),
     **SAMPLING,
@@ -53,14 +58,15 @@ CHAT: dict[str, Field] = {
     "max_completion_tokens": Field(INTEGER, "the newer name of max_tokens", None, 1, 1 << 31),
     "logprobs": Field(BOOLEAN, "log-probabilities of the answer's tokens", False),
     "top_logprobs": Field(INTEGER, "and of so many others in each place", None, 0, 20),
-    "tools": Field(ARRAY, "not supported yet: none"),
-    "tool_choice": Field(ANY, "none or auto"),
-    "functions": Field(ARRAY, "not supported: none"),
-    "function_call": Field(ANY, "not supported: none"),
+    "tools": Field(ARRAY, "what may be called: [{type: function, function: {name, description, parameters}}]"),
+    "tool_choice": Field(ANY, "none, auto, required or {type: function, function: {name}}"),
+    "functions": Field(ARRAY, "the older form of tools"),
+    "function_call": Field(ANY, "the older form of tool_choice"),
     "modalities": Field(ARRAY, "[text]"),
     "prediction": Field(OBJECT, "accepted, without effect"),
     "reasoning_effort": Field(ANY, "accepted, without effect"),
     **IGNORED,
+    "parallel_tool_calls": Field(BOOLEAN, "whether an answer may hold several calls"),
 }
 COMPLETION: dict[str, Field] = {
     "prompt": Field(("string", "array"), "a text, token ids, or a list of either", required=True, inside=TEXTS),
@@ -101,26 +107,30 @@ def messages_of(given: list[Any]) -> list[dict[str, Any]]:
                 400, f"{where}: role {str(role)[:40]!r}; it must be one of {', '.join(_ROLES)}", param="messages"
             )
         role = "system" if message["role"] == "developer" else message["role"]
-        messages.append({"role": role, "content": text_of(message.get("content"), where)})
+        calls = {key: message[key] for key in _CALLS if message.get(key) is not None}
+        messages.append({"role": role, "content": text_of(message.get("content"), where), **calls})
     return messages
 
 
-def chat_prompt(llm: LLM, data: Any) -> tuple[dict[str, Any], list[int], GenerationRequest]:
-    """A chat request's fields, its prompt, and how it is answered. Raises ApiError."""
+def chat_prompt(llm: LLM, data: Any) -> tuple[dict[str, Any], list[int], GenerationRequest, Calling | None]:
+    """A chat request's fields, its prompt, how it is answered, and what it may call. Raises ApiError."""
     values = checked(CHAT, data)
-    refuse(values, "tools", "functions")
+    tools, choice, older = tools_and_choice(*(values[name] for name in _TOOLS))
+    values["older"] = older
+    parallel = False if older else values["parallel_tool_calls"]
+    calling = calling_of(llm, tools, choice, parallel, param="functions" if older else "tools")
     grammar = bound_grammar(llm, values["response_format"], values["grammar"])
     if values["modalities"] not in (None, ["text"]):
         raise ApiError(400, "'modalities': this model writes text only", param="modalities")
     if values["top_logprobs"] is not None and not values["logprobs"]:
         raise ApiError(400, "'top_logprobs' needs 'logprobs': true", param="top_logprobs")
-    ids = chat_ids(llm, messages_of(values["messages"]))
+    ids = chat_ids(llm, messages_of(values["messages"]), calling)
     most = values["max_completion_tokens"] or values["max_tokens"]
     logprobs = (values["top_logprobs"] or 0) if values["logprobs"] else None
     request = generation_request(
         llm, values, max_tokens=most, stop=_stops(values["stop"]), logprobs=logprobs, grammar=grammar
     )
-    return values, ids, request
+    return values, ids, bound(request, calling), calling
 
 
 def completion_prompts(llm: LLM, data: Any) -> tuple[dict[str, Any], list[list[int]], GenerationRequest]:
@@ -224,11 +234,19 @@ class _Reply:
                 self.entries[index].append((step.token, step.logprob))
                 found = self._logprobs(index, self.entries[index][-1:])
         self.texts[index] += step.text
-        if step.text or found:
-            yield self._chunk([self._delta(index, step.text, found, None)])
+        for piece in self._pieces(index, step) or ([""] if found else []):
+            yield self._chunk([self._delta(index, piece, found, None)])
+            found = None
         if step.finish_reason is not None:
-            self.reasons[index] = step.finish_reason
-            yield self._chunk([self._delta(index, "", None, step.finish_reason)])
+            self.reasons[index] = reason = self._reason(index, step.finish_reason)
+            yield self._chunk([self._delta(index, "", None, reason)])
+
+    def _pieces(self, index: int, step: Step) -> list[Any]:
+        """What a step tells: texts, or parts of a message."""
+        return [step.text] if step.text else []
+
+    def _reason(self, index: int, reason: FinishReason) -> str:
+        return reason
 
     def _begin(self) -> Iterator[dict[str, Any]]:
         yield from ()
@@ -236,7 +254,7 @@ class _Reply:
     def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         raise NotImplementedError
 
-    def _delta(self, index: int, text: str, found: Any, reason: str | None) -> dict[str, Any]:
+    def _delta(self, index: int, piece: Any, found: Any, reason: str | None) -> dict[str, Any]:
         raise NotImplementedError
 
     def _logprobs(self, index: int, entries: list[tuple[int, TokenLogprob]]) -> dict[str, Any]:
@@ -249,16 +267,35 @@ class ChatReply(_Reply):
 
     kind = "chat.completion"
 
+    def __init__(self, *given: Any, calling: Calling | None = None, older: bool = False, **named: Any) -> None:
+        """``calling``: what may be called; ``older``: which is told as a function call."""
+        super().__init__(*given, **named)
+        self._readers = [Reader(calling) for _ in self.texts]
+        self._older = older
+
+    def _pieces(self, index: int, step: Step) -> list[Any]:
+        deltas = self._readers[index].push(step.text, last=step.finish_reason is not None)
+        found = stream_deltas(deltas)
+        return [legacy(one) for one in found] if self._older else found
+
+    def _reason(self, index: int, reason: FinishReason) -> str:
+        found = self._readers[index].reason(reason)
+        return "function_call" if found == "tool_calls" and self._older else found
+
+    def _message(self, index: int) -> dict[str, Any]:
+        message = message_of(self._readers[index].answer)
+        return {**(legacy(message) if self._older else message), "refusal": None}
+
     def whole(self, *, logprobs: bool) -> dict[str, Any]:
         """The answer in one piece."""
         choices = [
             {
                 "index": index,
-                "message": {"role": "assistant", "content": text, "refusal": None},
+                "message": self._message(index),
                 "logprobs": self._logprobs(index, self.entries[index]) if logprobs else None,
                 "finish_reason": self.reasons[index],
             }
-            for index, text in enumerate(self.texts)
+            for index in range(len(self.texts))
         ]
         return {
             **self._envelope, "object": self.kind, "choices": choices, "usage": self.usage(), "timings": self.timings(),
@@ -284,8 +321,8 @@ class ChatReply(_Reply):
     def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {**self._envelope, "object": "chat.completion.chunk", "choices": choices, "usage": None}
 
-    def _delta(self, index: int, text: str, found: Any, reason: str | None) -> dict[str, Any]:
-        delta = {} if reason else {"content": text}
+    def _delta(self, index: int, piece: Any, found: Any, reason: str | None) -> dict[str, Any]:
+        delta = {} if reason else piece or {"content": ""}
         return {"index": index, "delta": delta, "logprobs": found, "finish_reason": reason}
 
 
@@ -322,8 +359,8 @@ class CompletionReply(_Reply):
     def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {**self._envelope, "object": self.kind, "choices": choices}
 
-    def _delta(self, index: int, text: str, found: Any, reason: str | None) -> dict[str, Any]:
-        return {"index": self._first + index, "text": text, "logprobs": found, "finish_reason": reason}
+    def _delta(self, index: int, piece: Any, found: Any, reason: str | None) -> dict[str, Any]:
+        return {"index": self._first + index, "text": piece, "logprobs": found, "finish_reason": reason}
 
 
 def whole_completion(replies: list[CompletionReply], *, logprobs: bool) -> dict[str, Any]:

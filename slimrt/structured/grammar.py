@@ -134,7 +134,10 @@ def response_grammar(response_format: Mapping[str, Any] | None) -> Grammar | Non
 
 
 def _short(value: object) -> str:
-    text = " ".join((value if isinstance(value, str) else repr(value)[:200]).split())
+    try:
+        text = " ".join((value if isinstance(value, str) else repr(value)[:200]).split())
+    except RecursionError:
+        text = f"a {type(value).__name__} that is nested too deeply"
     return repr(text if len(text) <= 80 else text[:80] + "...") if isinstance(value, str) else text[:80]
 
 

@@ -229,7 +229,7 @@ def _plain(value: Any, change: _Change, *, whole: bool = False) -> Any:
     if isinstance(value, float):
         return float(value)
     if isinstance(value, Mapping):
-        return {str(key): _plain(item, change) for key, item in value.items()}
+        return {change(str(key), True): _plain(item, change) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item, change) for item in value]
     raise SettingError(

@@ -153,7 +153,7 @@ FORMATS = (
     Format(
         "mistral-list",
         ("[TOOL_CALLS]",),
-        (f'{{"name": "{NAME}", "arguments": {ARGS}, "id": "{ID}"}}',),
+        (f'{{"name": "{NAME}", "arguments": {ARGS}, "id": "{ID}"}}', _OBJECT),
         ("[TOOL_CALLS]",),
         begin="[TOOL_CALLS][",
         separator=", ",

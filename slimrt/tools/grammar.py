@@ -68,6 +68,7 @@ class _Lark:
         self._thinking: Thinking = thinking if plain else "no"
         self._rules = ["%llguidance {}"]
         self._made: set[str] = set()
+        self._one: dict[str, str] = {}  # how a call begins -> its rule
 
     def text(self, required: bool) -> str:
         """The grammar."""
@@ -107,12 +108,12 @@ class _Lark:
         heads = [part for call in form.calls for part in parts(call)[:1]]
         text = self._terminal("TEXT_NO_CALL", _not_beginning([head.rstrip(' "') for head in heads]))
         lead = f"{self._literal(form.lead)} {self._block('')} | " if form.lead else ""
-        free = self._free()
+        free = self._free(text)
         return f"{lead}{self._block('')} | {text}? | {f'{free} {self._any()}?' if free else text}"
 
     def _within(self, but: str) -> str:
         """Text, in the midst of which calls may begin; it does not begin with ``but``."""
-        free = self._free()
+        free = self._free(self._any())
         ways = self._ways(but)
         return " | ".join([*ways, f"{free} ({' | '.join(self._ways(''))})"] if free else ways)
 
@@ -143,11 +144,12 @@ class _Lark:
     def _terminal(self, name: str, regex: str) -> str:
         return self._rule(name, f"/{regex}/")
 
-    def _free(self) -> str:
-        """Text with control tokens in it that have no part in calls, such as those around thoughts; "" for none."""
+    def _free(self, first: str) -> str:
+        """Text, ``first`` at its beginning, with control tokens in it that have no part in calls, such as those around
+        thoughts; "" for none."""
         own = shown_tokens(self._form, self._tokenizer) | self._tokenizer.stop_ids | {self._tokenizer.bos_id}
         ranges = _ranges(id for id in self._tokenizer.control_ids if id not in own)
-        return self._rule("free", f"({self._any()}? <[{ranges}]>)+") if ranges else ""
+        return self._rule("free", f"{first}? <[{ranges}]> ({self._any()}? <[{ranges}]>)*") if ranges else ""
 
     # -- calls ---------------------------------------------------------------------------------------------------------
 
@@ -166,7 +168,9 @@ class _Lark:
 
     def _one_of(self, begun: str) -> str:
         """The rule for one call, which begins with ``begun`` that is there already."""
-        name = f"call_{len(self._made)}_" + "".join(char for char in begun if char.isalnum()).lower()
+        if begun in self._one:
+            return self._one[begun]
+        name = self._one[begun] = f"call_{len(self._one)}"
         ways = []
         for number, tool in enumerate(self._tools):
             for call in self._form.calls if begun or not self._form.triggers else self._form.calls[:1]:

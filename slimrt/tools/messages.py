@@ -276,7 +276,7 @@ def _checked(at: int, call: Any) -> ToolCall:
     given = inner.get("arguments", {})
     try:
         arguments = json.loads(given or "{}") if isinstance(given, str) else given
-        text = json.dumps(arguments, ensure_ascii=False)
+        text = given if isinstance(given, str) and given else json.dumps(arguments, ensure_ascii=False)
     except (TypeError, ValueError, RecursionError):
         arguments, text = None, ""
     if not isinstance(arguments, Mapping):

@@ -82,7 +82,7 @@ class CallParser:
         self._left = ""  # what came and was not looked at
         self._raw = ""  # what was taken of the call that is being read
         self._prefix = form.begin
-        self._tail: Sequence[str] = ()
+        self._tails: list[Sequence[str]] = []  # what may follow the arguments
         self._index, self._name = -1, ""
         self._arguments: list[str] = []
         self._json, self._scanned = JsonEnd(), 0
@@ -147,10 +147,10 @@ class CallParser:
             return self._enter(self._first_head)
         if form.triggers:
             return self._to(self._text)
-        blanks = len(text) - len(text.lstrip())
-        if text.startswith(form.lead, blanks):
-            self._raw = self._take(blanks + len(form.lead))
-        elif form.lead.startswith(text[blanks:]) and not self._final:
+        self._tell(self._take(len(text) - len(text.lstrip())))
+        if self._left.startswith(form.lead):
+            self._raw = self._take(len(form.lead))
+        elif form.lead.startswith(self._left) and not self._final:
             return False
         return self._enter(self._head)
 
@@ -187,7 +187,6 @@ class CallParser:
             at = literal_end(self._left, 0, self._prefix)
             if self._prefix.endswith("[") and self._left[after_blanks(self._left, at)] == "]":
                 self._take(at)  # an empty list says that there are none
-                self._tail = ()
                 return self._to(self._between)
         except More:
             return self._no_call() if self._final else False
@@ -202,7 +201,8 @@ class CallParser:
             except Failed:
                 continue
             if name in self._tools:
-                self._start(name, place, call[slot + 1 :])
+                alike = [other for other in self._calls if other[: slot + 1] == call[: slot + 1]]
+                self._start(name, place, [other[slot + 1 :] for other in alike])
                 return self._to(self._elements if call[slot] == PARAMETERS else self._object)
         if waits and not self._final:
             return False
@@ -211,8 +211,8 @@ class CallParser:
             return False
         return bool(found) or self._no_call()
 
-    def _start(self, name: str, place: int, tail: Sequence[str]) -> None:
-        self._index, self._name, self._tail = self._index + 1, name, tail
+    def _start(self, name: str, place: int, tails: list[Sequence[str]]) -> None:
+        self._index, self._name, self._tails = self._index + 1, name, tails
         self._raw += self._take(place)
         self._arguments = []
         self._json, self._scanned = JsonEnd(), 0
@@ -253,7 +253,7 @@ class CallParser:
         arguments = json_object(given) if isinstance(given, str) else given
         if name not in self._tools or not isinstance(arguments, dict):
             return False
-        self._start(name, end, [self._calls[0][-1].partition("}")[2]])
+        self._start(name, end, [[self._calls[0][-1].partition("}")[2]]])
         return self._whole(json.dumps(arguments, ensure_ascii=False))
 
     def _whole(self, last: str) -> bool:
@@ -304,14 +304,19 @@ class CallParser:
 
     def _close(self) -> bool:
         """What is behind a call's arguments. Where it is missing the call is whole nevertheless."""
-        try:
-            self._take(match_tail(self._left, 0, self._tail))
-        except More:
-            if not self._final:
-                return False
+        waits = False
+        for tail in self._tails:
+            try:
+                self._take(match_tail(self._left, 0, tail))
+                return self._to(self._between)
+            except More:
+                waits = True
+            except Failed:
+                continue
+        if waits and not self._final:
+            return False
+        if waits:
             self._take(len(self._left))
-        except Failed:
-            pass
         return self._to(self._between)
 
     def _between(self) -> bool:

@@ -322,19 +322,45 @@ def test_harmless_chat_options_are_taken(tiny: slimrt.Llama) -> None:
     )
 
 
+PLACE = {"type": "object", "properties": {"city": {"type": "string", "maxLength": 5}}, "required": ["city"]}
+WEATHER = {"name": "weather", "parameters": PLACE}
+
+
 @pytest.mark.parametrize(
-    "option",
+    ("option", "says"),
     [
-        {"tools": [{"type": "function"}]},
-        {"functions": [{"name": "f"}]},
-        {"tool_choice": {"type": "function"}},
-        {"mirostat_mode": 2},
+        ({"tools": [{"type": "function"}]}, "has the name null"),
+        ({"functions": [{"name": "a b"}]}, "1 to 128 letters"),
+        ({"tool_choice": {"type": "function", "function": {"name": "x"}}}, "no tool has this name"),
+        ({"tools": [WEATHER], "response_format": {"type": "json_object"}}, "tools with response_format"),
+        ({"mirostat_mode": 2}, "^mirostat_mode="),
     ],
 )
-def test_chat_options_that_would_bind_the_answer_are_refused(tiny: slimrt.Llama, option: dict[str, Any]) -> None:
-    with pytest.raises(SettingError, match=f"^{next(iter(option))}=") as error:
+def test_chat_options_that_cannot_be_met_are_refused(tiny: slimrt.Llama, option: dict[str, Any], says: str) -> None:
+    with pytest.raises(SettingError, match=says) as error:
         tiny.create_chat_completion(TALK, **option)
     assert "\n" not in str(error.value)
+
+
+def test_a_chat_calls_tools(tmp_path: Path) -> None:
+    pytest.importorskip("llguidance")
+    tiny = slimrt.Llama(write_tiny_llama(tmp_path / "long.gguf", seed=3, ctx=2048), n_ctx=2048)
+    how: dict[str, Any] = {"temperature": 1.0, "seed": 4, "max_tokens": 200}
+    tools = {"tools": [{"type": "function", "function": WEATHER}], "tool_choice": "required"}
+    (choice,) = tiny.create_chat_completion(TALK, **tools, **how)["choices"]
+    calls = choice["message"]["tool_calls"]
+    assert all(len(json.loads(call["function"]["arguments"])["city"]) <= 5 for call in calls)
+    assert choice["finish_reason"] in ("tool_calls", "length")
+    deltas = [one["choices"][0]["delta"] for one in tiny.create_chat_completion(TALK, **tools, stream=True, **how)]
+    told = [call for delta in deltas for call in delta.get("tool_calls", ()) if call["index"] == 0]
+    assert told[0]["function"]["name"] == "weather" and deltas[0] == {"role": "assistant"}
+    assert "".join(one["function"]["arguments"] for one in told) == calls[0]["function"]["arguments"]
+    older = {"functions": [WEATHER], "function_call": {"name": "weather"}}
+    (choice,) = tiny.create_chat_completion(TALK, **older, **how)["choices"]
+    assert choice["finish_reason"] == "function_call" and choice["message"]["function_call"]["name"] == "weather"
+    parts = [one["choices"][0] for one in tiny.create_chat_completion(TALK, **older, stream=True, **how)]
+    text = "".join(part["delta"].get("function_call", {}).get("arguments", "") for part in parts)
+    assert text == choice["message"]["function_call"]["arguments"] and parts[-1]["finish_reason"] == "function_call"
 
 
 # -- the running context ---------------------------------------------------------------------------------------------

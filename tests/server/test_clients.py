@@ -117,6 +117,52 @@ def test_anthropic(server: tuple[int, str], llm: slimrt.LLM) -> None:
         client.messages.create(**{**asked, "messages": [{"role": "user", "content": "hello " * 3000}]})
 
 
+PLACE = {"type": "object", "properties": {"city": {"type": "string", "maxLength": 5}}, "required": ["city"]}
+
+
+def test_tools_of_openai(server: tuple[int, str], llm: slimrt.LLM) -> None:
+    pytest.importorskip("llguidance")
+    client = openai.OpenAI(base_url=f"{server[1]}/v1", api_key="none", max_retries=0)
+    tools: Any = [{"type": "function", "function": {"name": "weather", "parameters": PLACE}}]
+    asked: dict[str, Any] = {"model": "any", "tools": tools, "tool_choice": "required", "parallel_tool_calls": False}
+    wanted = llm.chat(MESSAGES, **{name: asked[name] for name in asked if name != "model"}, max_tokens=300)
+    asked |= {"messages": MESSAGES, "temperature": 0, "max_tokens": 300}
+    (choice,) = client.chat.completions.create(**asked).choices
+    assert choice.finish_reason == wanted.finish_reason == "tool_calls"
+    assert choice.message.tool_calls[0].function.arguments == wanted.tool_calls[0].arguments
+    with client.chat.completions.stream(**asked) as stream:  # which puts the deltas together
+        final = stream.get_final_completion().choices[0].message
+    assert final.tool_calls[0].function.arguments == wanted.tool_calls[0].arguments
+    again: Any = [*MESSAGES, final, {"role": "tool", "tool_call_id": final.tool_calls[0].id, "content": "21"}]
+    assert client.chat.completions.create(model="any", messages=again, tools=tools, max_tokens=2).choices
+    flat: Any = [{"type": "function", "name": "weather", "parameters": PLACE, "strict": True}]
+    with client.responses.stream(
+        model="any", input="hello world", tools=flat, tool_choice="required", parallel_tool_calls=False, temperature=0
+    ) as events:
+        (item,) = events.get_final_response().output
+    assert item.type == "function_call" and item.arguments == wanted.tool_calls[0].arguments
+
+
+def test_tools_of_anthropic(server: tuple[int, str], llm: slimrt.LLM) -> None:
+    pytest.importorskip("llguidance")
+    client = anthropic.Anthropic(base_url=server[1], api_key="none", max_retries=0)
+    asked: dict[str, Any] = {"model": "any", "tools": [{"name": "weather", "input_schema": PLACE}], "max_tokens": 300}
+    how: Any = {"type": "any", "disable_parallel_tool_use": True}
+    wanted = llm.chat(
+        MESSAGES, tools=[{"name": "weather", "parameters": PLACE}], tool_choice="required", parallel_tool_calls=False,
+        max_tokens=300,
+    )  # fmt: skip
+    asked["extra_body"] = {"temperature": 0}
+    (block,) = client.messages.create(messages=MESSAGES, tool_choice=how, **asked).content
+    assert block.type == "tool_use" and block.input == json.loads(wanted.tool_calls[0].arguments)
+    with client.messages.stream(messages=MESSAGES, tool_choice=how, **asked) as stream:
+        final = stream.get_final_message()
+    assert final.stop_reason == "tool_use" and final.content[0].input == block.input
+    result: Any = {"role": "user", "content": [{"type": "tool_result", "tool_use_id": block.id, "content": "21"}]}
+    again: Any = [*MESSAGES, {"role": "assistant", "content": final.content}, result]
+    assert client.messages.create(messages=again, **{**asked, "max_tokens": 2}).usage.output_tokens <= 2
+
+
 def test_no_field_of_the_packages_is_unknown_but_what_is_not_text() -> None:
     """Fields that change accounting, routing or caching at a provider are taken: programs need not be changed."""
     known = openai.OpenAI(api_key="none"), anthropic.Anthropic(api_key="none")

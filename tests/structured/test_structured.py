@@ -298,7 +298,7 @@ def test_the_command_line_takes_files(model: Path, tmp_path: Path) -> None:
 
 def test_the_server_binds_a_chat_to_its_response_format(llm: slimrt.LLM) -> None:
     body = {"messages": TALK, "max_tokens": 200, "response_format": {"type": "json_object", "schema": RECORD}}
-    _, ids, request = chat_prompt(llm, body)
+    _, ids, request, _ = chat_prompt(llm, body)
     assert is_record(llm.begin(ids, request).finished().text)
     with pytest.raises(ApiError, match="response_format"):
         chat_prompt(llm, {**body, "response_format": {"type": "json_object", "schema": {"type": "strin"}}})

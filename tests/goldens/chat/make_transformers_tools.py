@@ -32,6 +32,14 @@ TEMPLATES = {
     "command-r7b": "CohereForAI-c4ai-command-r7b-12-2024-tool_use.jinja",
     "llama-3.1": "meta-llama-Llama-3.1-8B-Instruct.jinja",
     "deepseek-v3.1": "deepseek-ai-DeepSeek-V3.1.jinja",
+    "llama-3.2": "meta-llama-Llama-3.2-3B-Instruct.jinja",
+    "qwen2.5": "Qwen-Qwen2.5-7B-Instruct.jinja",
+    "qwen3-coder": "Qwen3-Coder.jinja",
+    "mistral-nemo": "mistralai-Mistral-Nemo-Instruct-2407.jinja",
+    "mistral-small-3.2": "Mistral-Small-3.2-24B-Instruct-2506.jinja",
+    "functionary-3.1": "meetkai-functionary-medium-v3.1.jinja",
+    "functionary-3.2": "meetkai-functionary-medium-v3.2.jinja",
+    "hermes-2-pro": "NousResearch-Hermes-2-Pro-Llama-3-8B-tool_use.jinja",
 }
 DAY = "{% macro strftime_now(format) %}2025-01-02{% endmacro %}"
 BOS, EOS = "<s>", "</s>"
