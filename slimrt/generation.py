@@ -37,7 +37,7 @@ Overflow = Literal["error", "shift"]  # what happens when the context is full
 
 log = logging.getLogger(__name__)
 
-_WORTH_UNPACKING = 24  # tokens that take as long one by one as in a pass that unpacks every layer (2 cores, AVX2)
+_WORTH_UNPACKING = 48  # tokens that a few at a time take as long as in a pass that unpacks every layer (2 cores, AVX2)
 BEGINS = 64  # tokens of a prompt by which people know it
 SINK_TOKENS = 4  # first tokens that stay where text has no system message (StreamingLLM, arXiv 2309.17453)
 
@@ -183,9 +183,13 @@ def generate_tokens(
 
 
 def _read(session: Session, ids: list[int]) -> None:
-    """Read the written ``ids``, in the parts that cost least: packed weights serve a few rows at a time."""
+    """Read the written ``ids`` in the way that costs least: packed weights serve a few rows at a time."""
+    together = session.engine.together(session.context)
+    if len(ids) < _WORTH_UNPACKING and together > 1:
+        session.decode(ids)
+        return
     few = max(1, session.engine.ops.unpack_rows - 1)
-    part = len(ids) if len(ids) >= _WORTH_UNPACKING else few
+    part = few if len(ids) < _WORTH_UNPACKING else len(ids)
     for at in range(0, len(ids), part):
         session.extend(ids[at : at + part])
 

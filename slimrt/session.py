@@ -237,15 +237,38 @@ class Session:
     def extend(self, ids: Sequence[int], *, progress: Progress | None = None) -> None:
         """Read further tokens through all layers, as decode does. Raises as ``prefill`` does."""
         with self.lock:
-            self._mend()
-            self.check(ids, len(self.tokens))
-            if self.context.length and not self.context.cache.length(self.engine.config.n_layers - 1):
-                raise ContextError(
-                    "the last prompt was interrupted before its end, and what followed its first cut is not computed; "
-                    "read a prompt before you go on"
-                )
-            self.revision += 1
+            self._check_further(ids)
             self._read(ids, None, progress)
+
+    def decode(self, ids: Sequence[int]) -> np.ndarray:
+        """Read further tokens as decode does one after the other, bit for bit, but several in one pass where the
+        backend can (``Engine.together``).
+
+        Returns the logits [T, V] after each of them. Raises as ``extend``.
+        """
+        with self.lock:
+            self._check_further(ids)
+            self._undo = _Undo(len(self.tokens))
+            try:
+                logits = self.engine.decode(self.context, ids)
+                self.tokens.extend(ids)
+                self.logits = logits[-1]
+                self._undo = None
+            except BaseException:
+                self._mend()
+                raise
+        return logits
+
+    def _check_further(self, ids: Sequence[int]) -> None:
+        """Raise what reading ``ids`` behind all that was read would; count the change."""
+        self._mend()
+        self.check(ids, len(self.tokens))
+        if self.context.length and not self.context.cache.length(self.engine.config.n_layers - 1):
+            raise ContextError(
+                "the last prompt was interrupted before its end, and what followed its first cut is not computed; "
+                "read a prompt before you go on"
+            )
+        self.revision += 1
 
     def _read(
         self,

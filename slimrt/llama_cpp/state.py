@@ -40,9 +40,9 @@ class AllLogits(Engine):
             self.scores[start + at : start + at + len(rows)] = rows
         return hidden[len(ids) - wanted :], kept
 
-    def decode_one_token(self, context: Context, token: int) -> np.ndarray:
-        logits = super().decode_one_token(context, token)
-        self.scores[context.length - 1] = logits
+    def decode(self, context: Context, tokens: Sequence[int]) -> np.ndarray:
+        logits = super().decode(context, tokens)
+        self.scores[context.length - len(tokens) : context.length] = logits
         return logits
 
 

@@ -9,6 +9,7 @@ room is made ahead, and the graph is captured anew when that is used up.
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -39,11 +40,13 @@ class CapturedDecode:
         self._graph: Any = None
         self._lock = threading.Lock()
 
+    most = 1  # what the graph does is for one token
+
     def step(
-        self, cache: Cache, token: int, position: int, *, middle: int | None = None
+        self, cache: Cache, tokens: Sequence[int], position: int, *, middle: int | None = None
     ) -> tuple[np.ndarray, Array | None]:
-        """Read ``token``; the logits [V] on the host, the hidden states [1, D] of layer ``middle`` on the device."""
-        ops = self._ops
+        """Read one token; the logits [1, V] on the host, the hidden states [1, D] of layer ``middle`` on the device."""
+        (token,), ops = tokens, self._ops
         with self._lock, ops.computing():  # its buffers and states are those of one token
             self._write(cache, token, position)
             states = self._captured(cache).launch()
@@ -51,7 +54,7 @@ class CapturedDecode:
                 cache.appended(layer, np.array([position]))
             hidden = None if middle is None else ops.copied(states[middle])
             ops.mark().synchronize()
-            return self._logits.copy(), hidden
+            return self._logits[None].copy(), hidden
 
     def _captured(self, cache: Cache) -> Any:
         """The graph for ``cache`` as it lies."""

@@ -3,6 +3,10 @@
 The keys of one KV head are cut into spans; an item takes one and leaves its maximum, its sum and its weighted values,
 which are joined as in flash-decoding. Keys and values are float16; all arithmetic is float32. The
 query heads that share a KV head are computed together, so that each number is loaded and widened once for all of them.
+
+What a row sees decides how its keys are cut, so it gives the same bits among others as alone: a table ``seen`` int64
+[T, 3] has for each row the number of keys up to its own, how many of the first of them it leaves out, and the keys of a
+span.
 """
 
 from __future__ import annotations
@@ -43,7 +47,9 @@ from slimrt.ops.fast.vectors import (
 )
 from slimrt.prune.reach import RUN, SINK, Reach
 
-__all__ = ["Grouping", "attend", "attend_kernel", "join_kernel", "partial_bytes", "score_key", "spans_for"]
+__all__ = [
+    "Grouping", "attend", "attend_kernel", "join_kernel", "most_spans", "partial_bytes", "score_key", "spans_for",
+]  # fmt: skip
 
 _TOGETHER = 4  # query heads that share a loaded key
 _AHEAD = 4096  # bytes that keys and values are prefetched ahead
@@ -51,6 +57,7 @@ TILE = 64  # keys at a time: the sink's length, so that a window behind it begin
 ITEMS = 32  # pieces of a layer's attention: some for each of eight threads
 _HEAD = 16  # floats before the weighted values of a partial result: the maximum, the sum
 _LOWEST = -1e30  # a maximum before there is one
+_SEEN_BYTES = 24  # of a row's entry
 
 
 def partial_bytes(head_dim: int) -> int:
@@ -81,11 +88,16 @@ class Grouping:
         return self.together * (16 * 64 + TILE * 4) + self.chunks * self.together * each
 
 
-def spans_for(rows: int, kv_heads: int) -> int:
-    """Rows a span, a multiple of TILE: ``ITEMS`` items or fewer, not tiny ones; the same for any number of threads, so
-    that the bits are."""
+def spans_for(rows: np.ndarray, kv_heads: int) -> np.ndarray:
+    """Keys a span, a multiple of TILE, for a query that sees ``rows`` keys: ``ITEMS`` items or fewer, not tiny ones;
+    the same for any number of threads, so that the bits are."""
     wanted = -(-rows * kv_heads // ITEMS)
-    return max(2, -(-wanted // TILE)) * TILE
+    return np.maximum(2, -(-wanted // TILE)) * TILE
+
+
+def most_spans(kv_heads: int) -> int:
+    """Spans of any number of keys, at most."""
+    return -(-ITEMS // kv_heads)
 
 
 @inline
@@ -198,11 +210,13 @@ def capped_score(cap: float) -> Any:
 
 @cache
 def attend_kernel(features: Features, head_dim: int, group: int, cap: float = 0.0) -> Kernel:
-    """Item: (query row, KV head, span), the span running fastest. ``group`` = H / Hkv; ``cap``: of the scores, softly.
+    """Item: (KV head, span, query row), the row running fastest: rows follow each other at keys that are near.
+    ``group`` = H / Hkv; ``cap``: of the scores, softly.
 
-    Args: 0 queries f32 [T, H, Dh], 1 keys, 2 values (float16 [Hkv, N, Dh]), 3 bytes from head to head of keys, 4 N,
-    5 T, 6 Hkv, 7 rows a span, 8 spans, 9 partial results [T, H, spans], 10 reach int64 [Hkv] or 0, 11 scratch, 12 bytes
-    of it for a thread, 13 bytes from head to head of values.
+    Args: 0 queries f32 [T, H, Dh], 1 keys, 2 values (float16 [Hkv, N, Dh]), 3 bytes from head to head of keys, 4
+    ``seen``, 5 T, 6 Hkv, 7 spans of the row with most, 8 spans for which there is room, 9 partial results [T, H, room],
+    10 reach int64 [Hkv] or 0, 11 scratch, 12 bytes of it for a thread, 13 bytes from head to head of values, 14 bytes
+    from row to row of queries.
     """
     grouping = Grouping(group)
     heads, chunks = grouping.together, grouping.chunks
@@ -210,8 +224,10 @@ def attend_kernel(features: Features, head_dim: int, group: int, cap: float = 0.
     scale = np.float32(1 / math.sqrt(head_dim))
     partial = partial_bytes(head_dim)
     lines = -(-row_bytes // 64)
-    # As many pieces of 16 columns at once as their sums fit into half of the 32 registers, for each of the heads.
-    wide = max(n for n in range(1, pieces + 1) if pieces % n == 0 and (n == 1 or n * heads <= 16))
+    # As many pieces of 16 columns at once as their sums fit into the registers beside what is added, for each of the
+    # heads: half of 32, or two each of 16.
+    sums_held = 16 if features.avx512 else 6
+    wide = max(n for n in range(1, pieces + 1) if pieces % n == 0 and (n == 1 or n * heads <= sums_held))
     score = score_key(head_dim, heads)
     squash, capped = capped_score(cap), cap != 0
     begin, add, end = _mix_key(heads, wide, partial)
@@ -266,26 +282,30 @@ def attend_kernel(features: Features, head_dim: int, group: int, cap: float = 0.
 
     def attend(item, thread, args):
         tokens, kv_heads = argument(args, 5), argument(args, 6)
-        size, spans = argument(args, 7), argument(args, 8)
-        span, head, token = item % spans, item // spans % kv_heads, item // spans // kv_heads
-        row = argument(args, 4) - tokens + token
+        spans, room = argument(args, 7), argument(args, 8)
+        token, span, head = item % tokens, item // tokens % spans, item // tokens // spans
+        own = argument(args, 4) + token * _SEEN_BYTES
+        skipped, size = argument(own, 1), argument(own, 2)
+        row = argument(own, 0) - skipped - 1
+        if span * size > row:
+            return
         first = 0
         if argument(args, 10) != 0:
             first = _first_row(argument(argument(args, 10), head), row)
         seen = row + 1
         if first != 0:
             seen += SINK - first  # the rows that are read count as one run
-        keys = argument(args, 1) + head * argument(args, 3)
-        values = argument(args, 2) + head * argument(args, 13)
+        keys = argument(args, 1) + head * argument(args, 3) + skipped * row_bytes
+        values = argument(args, 2) + head * argument(args, 13) + skipped * row_bytes
         sums = argument(args, 11) + thread * argument(args, 12)
         scores = sums + heads * 16 * 64
         queries = scores + heads * TILE * 4
         results = queries + chunks * heads * head_dim * 4
-        number = (token * kv_heads + head) * group  # of the first query head
+        source_row = argument(args, 0) + token * argument(args, 14)
         for slot in range(chunks * heads):
-            source = number + min(slot // heads * heads, group - heads) + slot % heads
+            source = head * group + min(slot // heads * heads, group - heads) + slot % heads
             for i in range(0, head_dim, 16):
-                query = load(F32X16, argument(args, 0) + (source * head_dim + i) * 4)
+                query = load(F32X16, source_row + (source * head_dim + i) * 4)
                 store(queries + (slot * head_dim + i) * 4, query * splat(F32X16, scale))
             for i in range(partial // 64):
                 store(results + slot * partial + i * 64, splat(F32X16, 0.0))
@@ -302,8 +322,8 @@ def attend_kernel(features: Features, head_dim: int, group: int, cap: float = 0.
                     store_scalar(sums + h * 4, weigh_tile(scores + h * TILE * 4, of_chunk + h * partial))
                 mix_tile(values + start * row_bytes, count, scores, sums, of_chunk)
         for slot in range(chunks * heads):
-            target = number + min(slot // heads * heads, group - heads) + slot % heads
-            to = argument(args, 9) + (target * spans + span) * partial
+            target = (token * kv_heads + head) * group + min(slot // heads * heads, group - heads) + slot % heads
+            to = argument(args, 9) + (target * room + span) * partial
             for i in range(partial // 64):
                 store(to + i * 64, load(F32X16, results + slot * partial + i * 64))
 
@@ -314,15 +334,18 @@ def attend_kernel(features: Features, head_dim: int, group: int, cap: float = 0.
 def join_kernel(features: Features, head_dim: int) -> Kernel:
     """Item: one query row. Joins its spans' results into f32 [H, Dh].
 
-    Args: 0 partial results, 1 spans, 2 H, 3 out, 4 bytes from row to row of out, 5 padded columns to quantize it, or 0.
+    Args: 0 partial results, 1 spans for which there is room, 2 H, 3 out, 4 bytes from row to row of out, 5 padded
+    columns to quantize it, or 0, 6 ``seen``.
     """
     partial = partial_bytes(head_dim)
 
     def join(item, thread, args):
-        spans, heads = argument(args, 1), argument(args, 2)
-        out = argument(args, 3) + item * argument(args, 4)
+        room, heads = argument(args, 1), argument(args, 2)
+        out, own = argument(args, 3) + item * argument(args, 4), argument(args, 6) + item * _SEEN_BYTES
+        size = argument(own, 2)
+        spans = (argument(own, 0) - argument(own, 1) + size - 1) // size
         for head in range(heads):
-            results = argument(args, 0) + (item * heads + head) * spans * partial
+            results = argument(args, 0) + (item * heads + head) * room * partial
             peak = np.float32(_LOWEST)
             for span in range(spans):
                 peak = max(peak, load_scalar(float32, results + span * partial))
@@ -358,19 +381,22 @@ def attend(ops: Any, q: np.ndarray, k: np.ndarray, v: np.ndarray, reach: Reach =
     group = heads // kv_heads
     q = np.ascontiguousarray(q)
     k, v = (x if x.strides[1:] == (head_dim * 2, 2) else np.ascontiguousarray(x) for x in (k, v))
-    size = spans_for(rows, kv_heads * tokens)
-    spans = -(-rows // size)
-    partial = np.empty((tokens, heads, spans, partial_bytes(head_dim)), np.uint8)
+    seen = np.zeros((tokens, 3), np.int64)
+    seen[:, 0] = np.arange(rows - tokens, rows) + 1
+    seen[:, 2] = spans_for(seen[:, 0], kv_heads)
+    spans, room = int((-(-seen[:, 0] // seen[:, 2])).max()), most_spans(kv_heads)
+    partial = np.empty((tokens, heads, room, partial_bytes(head_dim)), np.uint8)
     scratch = aligned_zeros(ops.threads, Grouping(group).scratch_bytes(head_dim))
     windows = None if reach is None else np.array(reach, np.int64)
     out = np.empty(q.shape, np.float32)
     program = Program()
     program.add(
         attend_kernel(ops.features, head_dim, group, cap), tokens * kv_heads * spans,
-        address(q), address(k), address(v), k.strides[0], rows, tokens, kv_heads, size, spans, address(partial),
-        0 if windows is None else address(windows), address(scratch), scratch.strides[0], v.strides[0],
+        address(q), address(k), address(v), k.strides[0], address(seen), tokens, kv_heads, spans, room,
+        address(partial), 0 if windows is None else address(windows), address(scratch), scratch.strides[0],
+        v.strides[0], q.strides[0],
     )  # fmt: skip
     joined = join_kernel(ops.features, head_dim)
-    program.add(joined, tokens, address(partial), spans, heads, address(out), out.strides[0], 0)
+    program.add(joined, tokens, address(partial), room, heads, address(out), out.strides[0], 0, address(seen))
     ops.team.run(program)
     return out

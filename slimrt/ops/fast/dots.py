@@ -1,8 +1,9 @@
 """One dot product for each type of packed weights: all that the products of few rows know about a format.
 
-A matrix row is cut into *spans* of whole blocks. ``dot(sums, minima, w, floats, record)`` adds what the span at
-address w contributes, to two vectors: with a weight of d * q + offset * m (d, m of its block, or sub-block; m is d
-itself where the type stores none), x of the activations and every lane a partial sum,
+A matrix row is cut into *spans* of whole blocks. ``unpack(w)`` makes vectors of the span at address w, and
+``multiply(sums, minima, unpacked, floats, record)`` adds what it contributes, to two vectors: with a weight of d * q +
+offset * m (d, m of its block, or sub-block; m is d itself where the type stores none), x of the activations and every
+lane a partial sum,
 
     sums   += (d * q * x).sum()        minima += (m * x).sum()        row @ x == sums.sum() + offset * minima.sum()
 
@@ -34,7 +35,7 @@ from slimrt.ops.fast.activations import (
     SUMS,
     SUMS16,
 )  # fmt: skip
-from slimrt.ops.fast.byte_products import byte_products, ints, signed_products
+from slimrt.ops.fast.byte_products import byte_products, ints, pair_products, signed_products
 from slimrt.ops.fast.features import Features
 from slimrt.ops.fast.kernels import inline
 from slimrt.ops.fast.lanes import bits_times, constant, joiner, picker, where_set
@@ -76,17 +77,19 @@ class Format:
     nbytes: int  # of a span
     offset: float
     quantized: bool  # whether it reads records; else the floats
-    dot: Callable[..., Any]
+    unpack: Callable[..., Any]
+    multiply: Callable[..., Any]
 
 
-_MAKERS: dict[GGMLQuantizationType, tuple[int, float, bool, Callable[[Features], Any]]] = {}
+Words = tuple[Any, Any]  # unpack and multiply
+_MAKERS: dict[GGMLQuantizationType, tuple[int, float, bool, Callable[[Features], Words]]] = {}
 FORMATS = _MAKERS.keys()
 
 
 def _format(
     kind: GGMLQuantizationType, span: int, offset: float = 0.0, *, quantized: bool = True
-) -> Callable[[Callable[[Features], Any]], Callable[[Features], Any]]:
-    def register(maker: Callable[[Features], Any]) -> Callable[[Features], Any]:
+) -> Callable[[Callable[[Features], Words]], Callable[[Features], Words]]:
+    def register(maker: Callable[[Features], Words]) -> Callable[[Features], Words]:
         _MAKERS[kind] = span, offset, quantized, maker
         return maker
 
@@ -95,10 +98,10 @@ def _format(
 
 @cache
 def format_of(kind: GGMLQuantizationType, features: Features) -> Format:
-    """The format of ``kind``, its dot product made for ``features``. KeyError for a kind not in FORMATS."""
+    """The format of ``kind``, its words made for ``features``. KeyError for a kind not in FORMATS."""
     span, offset, quantized, maker = _MAKERS[kind]
     elements, size = GGML_QUANT_SIZES[kind]
-    return Format(kind, span, span // elements * size, offset, quantized, maker(features))
+    return Format(kind, span, span // elements * size, offset, quantized, *maker(features))
 
 
 # -- four blocks of 32 -----------------------------------------------------------------------------------------------
@@ -145,14 +148,12 @@ _by_block = picker(0, 0, 0, 0, 2, 2, 2, 2, 4, 4, 4, 4, 6, 6, 6, 6)
 _low_words, _high_words = picker(0, 2, 4, 6), picker(1, 3, 5, 7)
 
 
-def _nibble_blocks(
-    features: Features, stride: int, *, minimum: bool, high_bits: int | None
-) -> Callable[[Any, Any, Any, Any, Any], Any]:
-    """The dot product of the types whose blocks are d, maybe m, maybe 32 high bits, and 16 bytes of two nibbles.
+def _nibble_blocks(features: Features, stride: int, *, minimum: bool, high_bits: int | None) -> Words:
+    """Of the types whose blocks are d, maybe m, maybe 32 high bits, and 16 bytes of two nibbles.
 
     The element's integer is its nibble, plus 16 where its high bit is set.
     """
-    products = byte_products(features)
+    products = pair_products(features)
     scales = field(features, 4 if minimum else 2, stride, 0)
     codes = field(features, 16, stride, stride - 16)
     tops = field(features, 4, stride, high_bits or 0)
@@ -165,7 +166,7 @@ def _nibble_blocks(
         return convert(F32X8, _doubled(reinterpret(F16X4, scales(w))))
 
     @inline
-    def dot(sums, minima, w, floats, record):
+    def unpack(w):
         dm = pairs(w)
         packed = codes(w)
         low = packed & splat(U8X64, 15)
@@ -174,31 +175,35 @@ def _nibble_blocks(
             words = reinterpret(U16X8, tops(w))  # of each block the bits of elements 0-15, then those of 16-31
             low = low | bits_times(reinterpret(U64X1, _low_words(words)), splat(U8X64, 16))
             high = high | bits_times(reinterpret(U64X1, _high_words(words)), splat(U8X64, 16))
-        whole = products(splat(I32X16, 0), low, load(I8X64, record + HALVES))
-        whole = products(whole, high, load(I8X64, record + HALVES + 64))
-        scale = _by_block(dm) * load(F32X16, record + SCALES16)
-        return fma(scale, convert(F32X16, whole), sums), fma(dm, load(F32X8, record + PAIRS), minima)
+        return low, high, _by_block(dm), dm
 
-    return dot
+    @inline
+    def multiply(sums, minima, unpacked, floats, record):
+        low, high, scale, dm = unpacked
+        whole = products(low, load(I8X64, record + HALVES), high, load(I8X64, record + HALVES + 64))
+        sums = fma(scale * load(F32X16, record + SCALES16), convert(F32X16, whole), sums)
+        return sums, fma(dm, load(F32X8, record + PAIRS), minima)
+
+    return unpack, multiply
 
 
 @_format(Kind.Q4_0, 128, -8.0)
-def _q4_0(features: Features) -> Any:
+def _q4_0(features: Features) -> Words:
     return _nibble_blocks(features, 18, minimum=False, high_bits=None)
 
 
 @_format(Kind.Q4_1, 128, 1.0)
-def _q4_1(features: Features) -> Any:
+def _q4_1(features: Features) -> Words:
     return _nibble_blocks(features, 20, minimum=True, high_bits=None)
 
 
 @_format(Kind.Q5_0, 128, -16.0)
-def _q5_0(features: Features) -> Any:
+def _q5_0(features: Features) -> Words:
     return _nibble_blocks(features, 22, minimum=False, high_bits=2)
 
 
 @_format(Kind.Q5_1, 128, 1.0)
-def _q5_1(features: Features) -> Any:
+def _q5_1(features: Features) -> Words:
     return _nibble_blocks(features, 24, minimum=True, high_bits=4)
 
 
@@ -207,18 +212,25 @@ _two = joiner(*range(64))
 
 
 @_format(Kind.Q8_0, 128)
-def _q8_0(features: Features) -> Any:
-    products, scales = signed_products(features), field(features, 2, 34, 0)
+def _q8_0(features: Features) -> Words:
+    (size, products), scales = signed_products(features), field(features, 2, 34, 0)
 
     @inline
-    def dot(sums, minima, w, floats, record):
-        scale = convert(F32X4, reinterpret(F16X4, scales(w))) * load(F32X4, record + SCALES)
-        a = products(_two(load(I8X32, w + 2), load(I8X32, w + 36)), load(I8X64, record + NATURAL))
-        b = products(_two(load(I8X32, w + 70), load(I8X32, w + 104)), load(I8X64, record + NATURAL + 64))
+    def unpack(w):
+        first = _two(load(I8X32, w + 2), load(I8X32, w + 36))
+        last = _two(load(I8X32, w + 70), load(I8X32, w + 104))
+        return first, last, size(first), size(last), convert(F32X4, reinterpret(F16X4, scales(w)))
+
+    @inline
+    def multiply(sums, minima, unpacked, floats, record):
+        first, last, first_size, last_size, scale = unpacked
+        scale = scale * load(F32X4, record + SCALES)
+        a = products(first_size, first, load(I8X64, record + NATURAL))
+        b = products(last_size, last, load(I8X64, record + NATURAL + 64))
         sums = fma(_first_two(scale), convert(F32X16, a), sums)
         return fma(_last_two(scale), convert(F32X16, b), sums), minima
 
-    return dot
+    return unpack, multiply
 
 
 # -- blocks of 256 ---------------------------------------------------------------------------------------------------
@@ -259,48 +271,58 @@ def scales_and_minima(w):
     return _d_and_dmin(d) * convert(F32X16, convert(I32X16, bytes_))
 
 
-def _nibbles_256(features: Features, *, high_bits: int | None, nibbles: int) -> Any:
-    """The dot product of Q4_K and Q5_K: byte i of each 32 holds elements i and, in its upper half, i + 32."""
+def _nibbles_256(features: Features, *, high_bits: int | None, nibbles: int) -> Words:
+    """Of Q4_K and Q5_K: byte i of each 32 holds elements i and, in its upper half, i + 32."""
     products = byte_products(features)
     shifts = constant(U32X16, *[0] * 8, *[4] * 8)
     quarter0, quarter1, quarter2, quarter3 = _quarters
     bit0, bit1, bit2, bit3 = (constant(U8X64, *[1 << 2 * j] * 32, *[2 << 2 * j] * 32) for j in range(4))
 
     @inline
-    def part(w, j, bit, x):
+    def part(w, j, bit):
         codes = load(U8X32, w + nibbles + 32 * j)
         values = reinterpret(U8X64, reinterpret(U32X16, _twice(codes, codes)) >> shifts()) & splat(U8X64, 15)
         if high_bits is not None:  # bit i of byte j belongs to element j of sub-block i
             tops = load(U8X32, w + high_bits)
             values = values | where_set(_twice(tops, tops) & bit, splat(U8X64, 16))
-        return convert(F32X16, products(splat(I32X16, 0), values, x))
+        return values
 
     @inline
-    def dot(sums, minima, w, floats, record):
+    def unpack(w):
         scale = scales_and_minima(w)
-        minima = fma(_upper(scale), _of_both(record, SUMS), minima)
-        d = _lower(scale) * _of_both(record, SCALES)
-        sums = fma(quarter0(d), part(w, 0, bit0(), load(I8X64, record + NATURAL)), sums)
-        sums = fma(quarter1(d), part(w, 1, bit1(), load(I8X64, record + NATURAL + 64)), sums)
-        sums = fma(quarter2(d), part(w, 2, bit2(), load(I8X64, record + RECORD_BYTES + NATURAL)), sums)
-        sums = fma(quarter3(d), part(w, 3, bit3(), load(I8X64, record + RECORD_BYTES + NATURAL + 64)), sums)
+        parts = part(w, 0, bit0()), part(w, 1, bit1()), part(w, 2, bit2()), part(w, 3, bit3())
+        return parts, _lower(scale), _upper(scale)
+
+    @inline
+    def share(values, x):
+        return convert(F32X16, products(splat(I32X16, 0), values, load(I8X64, x)))
+
+    @inline
+    def multiply(sums, minima, unpacked, floats, record):
+        parts, scale, minimum = unpacked
+        minima = fma(minimum, _of_both(record, SUMS), minima)
+        d = scale * _of_both(record, SCALES)
+        sums = fma(quarter0(d), share(parts[0], record + NATURAL), sums)
+        sums = fma(quarter1(d), share(parts[1], record + NATURAL + 64), sums)
+        sums = fma(quarter2(d), share(parts[2], record + RECORD_BYTES + NATURAL), sums)
+        sums = fma(quarter3(d), share(parts[3], record + RECORD_BYTES + NATURAL + 64), sums)
         return sums, minima
 
-    return dot
+    return unpack, multiply
 
 
 @_format(Kind.Q4_K, 256, -1.0)
-def _q4_k(features: Features) -> Any:
+def _q4_k(features: Features) -> Words:
     return _nibbles_256(features, high_bits=None, nibbles=16)
 
 
 @_format(Kind.Q5_K, 256, -1.0)
-def _q5_k(features: Features) -> Any:
+def _q5_k(features: Features) -> Words:
     return _nibbles_256(features, high_bits=16, nibbles=48)
 
 
 @_format(Kind.Q6_K, 256, -32.0)
-def _q6_k(features: Features) -> Any:
+def _q6_k(features: Features) -> Words:
     # Two halves of 128 elements: 64 bytes of low nibbles for elements i and i + 64, 32 bytes with two bits each for
     # elements i, i + 32, i + 64 and i + 96; a scale for each 16 elements.
     products = byte_products(features)
@@ -309,54 +331,66 @@ def _q6_k(features: Features) -> Any:
     high_shifts = constant(U32X16, *[4] * 8, *[6] * 8)
 
     @inline
-    def part(codes, tops, x):
-        values = (codes & splat(U8X64, 15)) | ((tops & splat(U8X64, 3)) << splat(U8X64, 4))
-        return convert(F32X16, products(splat(I32X16, 0), values, x))
+    def values(codes, tops):
+        return (codes & splat(U8X64, 15)) | ((tops & splat(U8X64, 3)) << splat(U8X64, 4))
 
     @inline
-    def dot(sums, minima, w, floats, record):
+    def half(w, tops):
+        codes, both = load(U8X64, w), load(U8X32, tops)
+        both = reinterpret(U32X16, _twice(both, both))
+        high = reinterpret(U8X64, reinterpret(U32X16, codes) >> splat(U32X16, 4))
+        first = values(codes, reinterpret(U8X64, both >> low_shifts()))
+        return first, values(high, reinterpret(U8X64, both >> high_shifts()))
+
+    @inline
+    def unpack(w):
         d = convert(F32X1, load(F16X1, w + 208))
         scale = _all(d) * convert(F32X16, convert(I32X16, load(I8X16, w + 192)))
+        return half(w, w + 128), half(w + 64, w + 160), scale
+
+    @inline
+    def share(codes, x):
+        return convert(F32X16, products(splat(I32X16, 0), codes, load(I8X64, x)))
+
+    @inline
+    def multiply(sums, minima, unpacked, floats, record):
+        low, high, scale = unpacked
         shares = scale * _sixteen(load(F32X8, record + SUMS16), load(F32X8, record + RECORD_BYTES + SUMS16))
         minima = minima + _lower(shares) + _upper(shares)
         scale = scale * _pairwise(_of_both(record, SCALES))
-        for half in range(2):
-            x = record + half * RECORD_BYTES + NATURAL
-            codes = load(U8X64, w + 64 * half)
-            high = reinterpret(U8X64, reinterpret(U32X16, codes) >> splat(U32X16, 4))
-            tops = load(U8X32, w + 128 + 32 * half)
-            both = reinterpret(U32X16, _twice(tops, tops))
-            first = part(codes, reinterpret(U8X64, both >> low_shifts()), load(I8X64, x))
-            second = part(high, reinterpret(U8X64, both >> high_shifts()), load(I8X64, x + 64))
-            if half == 0:
-                sums = fma(sixteenth1(scale), second, fma(sixteenth0(scale), first, sums))
-            else:
-                sums = fma(sixteenth3(scale), second, fma(sixteenth2(scale), first, sums))
+        x = record + NATURAL
+        sums = fma(sixteenth1(scale), share(low[1], x + 64), fma(sixteenth0(scale), share(low[0], x), sums))
+        x += RECORD_BYTES
+        sums = fma(sixteenth3(scale), share(high[1], x + 64), fma(sixteenth2(scale), share(high[0], x), sums))
         return sums, minima
 
-    return dot
+    return unpack, multiply
 
 
 # -- floats ----------------------------------------------------------------------------------------------------------
 
 
-def _floats(widened: Any, size: int) -> Any:
-    """The dot product of types that ``widened(address)`` reads as F32X16; ``size`` bytes for an element."""
+def _floats(widened: Any, size: int) -> Words:
+    """Of types that ``widened(address)`` reads as F32X16; ``size`` bytes for an element."""
 
     @inline
-    def dot(sums, minima, w, floats, record):
+    def unpack(w):
+        return widened(w), widened(w + 16 * size), widened(w + 32 * size), widened(w + 48 * size)
+
+    @inline
+    def multiply(sums, minima, unpacked, floats, record):
         # Two chains and one sum at the end: the next span waits for one addition only.
-        a = widened(w) * load(F32X16, floats)
-        b = widened(w + 16 * size) * load(F32X16, floats + 64)
-        a = fma(widened(w + 32 * size), load(F32X16, floats + 128), a)
-        b = fma(widened(w + 48 * size), load(F32X16, floats + 192), b)
+        a = unpacked[0] * load(F32X16, floats)
+        b = unpacked[1] * load(F32X16, floats + 64)
+        a = fma(unpacked[2], load(F32X16, floats + 128), a)
+        b = fma(unpacked[3], load(F32X16, floats + 192), b)
         return sums + (a + b), minima
 
-    return dot
+    return unpack, multiply
 
 
 @_format(Kind.F32, 64, quantized=False)
-def _f32(features: Features) -> Any:
+def _f32(features: Features) -> Words:
     @inline
     def widened(w):
         return load(F32X16, w)
@@ -365,7 +399,7 @@ def _f32(features: Features) -> Any:
 
 
 @_format(Kind.F16, 64, quantized=False)
-def _f16(features: Features) -> Any:
+def _f16(features: Features) -> Words:
     @inline
     def widened(w):
         return convert(F32X16, load(F16X16, w))
@@ -374,7 +408,7 @@ def _f16(features: Features) -> Any:
 
 
 @_format(Kind.BF16, 64, quantized=False)
-def _bf16(features: Features) -> Any:
+def _bf16(features: Features) -> Words:
     @inline
     def widened(w):
         return reinterpret(F32X16, convert(U32X16, load(U16X16, w)) << splat(U32X16, 16))

@@ -23,7 +23,7 @@ from numba import float32, int64
 from slimrt.ops.fast.activations import RECORD, RECORD_BYTES, padded, quantize_record
 from slimrt.ops.fast.elements import activation_argument
 from slimrt.ops.fast.features import Features
-from slimrt.ops.fast.gemv import PART, Product, Rows, add_products
+from slimrt.ops.fast.gemv import HEAD, PART, Product, Rows, add_products
 from slimrt.ops.fast.kernels import Kernel, compile_kernel
 from slimrt.ops.fast.lanes import exp
 from slimrt.ops.fast.team import Program, address
@@ -154,5 +154,5 @@ def add_stacked(
     for words, same in add_products(program, ops.features, ops.threads, source, 0, 1, products):
         for number, product in enumerate(same):
             place = next(i for i, one in enumerate(products) if one is product)
-            found[place] = address(words) + (6 + number * PART + 1) * 8
+            found[place] = address(words) + (HEAD + number * PART + 1) * 8
     return [found[place] for place in range(len(products))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ from gguf.constants import GGMLQuantizationType
 
 pytest.importorskip("numba")
 
+from slimrt.config import CacheConfig
 from slimrt.engine import Context, Engine
 from slimrt.models import build, read_config
 from slimrt.ops.fast import attend_few
@@ -102,6 +104,15 @@ def decoded(engine: Engine, ids: list[int], read: int) -> tuple[np.ndarray, Cont
     return np.stack([engine.decode_one_token(context, token) for token in ids[read:]]), context
 
 
+def together(engine: Engine, context: Context, ids: list[int], read: int, parts: Sequence[int]) -> np.ndarray:
+    """What ``decoded`` returns, by passes of as many tokens as ``parts`` say."""
+    context.truncate(read)
+    assert engine.together(context) >= max(parts)
+    ends = np.cumsum(parts).tolist()
+    rows = [engine.decode(context, ids[read + end - part : read + end]) for part, end in zip(parts, ends, strict=True)]
+    return np.concatenate(rows)
+
+
 def near(ours: np.ndarray, layers: np.ndarray, truth: np.ndarray) -> bool:
     """No further from NumPy's result than the same kernels layer by layer, which round where the program rounds."""
     unit = np.abs(layers - truth).max()
@@ -133,6 +144,8 @@ def test_tokens(tmp_path: Path, kind: str, threads: int, mask: tuple[str, ...], 
     assert near(ours, layers, truth)
     assert context.length == len(ids)
     assert all(context.cache.rows(layer)[2].tolist() == list(range(30)) for layer in range(3))
+    for parts in ((4, 1, 5), (10,)):
+        assert np.array_equal(together(engine, context, ids, 20, parts), ours)
 
 
 def test_parts_of_several_types(tmp_path: Path) -> None:
@@ -163,6 +176,30 @@ def test_a_head_width_that_the_kernels_do_not_take(tmp_path: Path) -> None:
     assert engine._decoder is None
     ours, naive = errors(path, Session(engine, 64), list(range(3, 23)), 18)
     assert ours.max() <= ROUNDED_SLACK * naive.max()
+
+
+def test_tokens_together_are_those_one_by_one(default_model: Path) -> None:
+    """Bit for bit, also where the keys' shares change within a pass (after 682 and 1365), and in what they leave."""
+    engine, rng = engine_of(default_model, FastOps()), np.random.default_rng(1)
+    for read, parts in ((3, (16, 2)), (675, (3, 13)), (1360, (8, 7))):
+        ids = rng.integers(3, 49000, read + sum(parts)).tolist()
+        ours, context = decoded(engine, ids, read)
+        left = [row.copy() for row in context.cache.rows(29)]
+        assert np.array_equal(together(engine, context, ids, read, parts), ours)
+        assert all(map(np.array_equal, left, context.cache.rows(29)))
+
+
+def test_more_tokens_than_fit_a_pass_and_caches_that_choose(tmp_path: Path) -> None:
+    path = write_tiny_llama(tmp_path / "tiny.gguf", type="Q8_0", n_layers=3, ctx=2048, **QWEN)
+    ids = np.random.default_rng(2).integers(3, 200, 330).tolist()
+    for budget in (None, 256):
+        file, ops = GGUFFile(path), FastOps(2)
+        engine = Engine(build(read_config(file), file, ops), ops, CacheConfig(2048, budget, block=16))
+        ours, _ = decoded(engine, ids, 290)
+        again = engine.new_context()
+        engine.prefill(again, ids[:290])
+        assert engine.together(again) == (16 if budget is None else 1)
+        assert np.array_equal(engine.decode(again, ids[290:]), ours)
 
 
 def test_default_model(default_model: Path) -> None:
