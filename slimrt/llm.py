@@ -376,6 +376,18 @@ class LLM:
             vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), np.finfo(np.float32).tiny)
         return vectors
 
+    def token_states(self, ids: Sequence[int]) -> np.ndarray:
+        """The hidden states behind the output norm of each of ``ids``, from an empty context -> float32 [T, D].
+
+        Raises as ``embed`` does."""
+        ids = self.token_ids(ids)
+        self._session.check(ids)
+        context = self._engine.new_context()
+        try:
+            return self._engine.last_states(self._engine.prefill(context, ids, wanted=len(ids))[0])
+        finally:
+            context.cache.close()
+
     # -- generation -------------------------------------------------------------------------------------------------
 
     def stream(

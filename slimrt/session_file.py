@@ -46,7 +46,15 @@ from slimrt.prune.schedule import Windows
 from slimrt.session import Session
 from slimrt.weights.gguf import GGUFFile
 
-__all__ = ["MAGIC", "SavedTalk", "model_fingerprint", "read_session", "write_session"]
+__all__ = [
+    "MAGIC",
+    "DamagedFileError",
+    "SavedTalk",
+    "model_fingerprint",
+    "read_session",
+    "saved_tokens",
+    "write_session",
+]
 
 MAGIC = b"SLIMRTS\n"
 VERSION = 2
@@ -69,6 +77,10 @@ _KEYS = {
     "windowed",
     "logits",
 }
+
+
+class DamagedFileError(SessionFileError):
+    """A session's file that is not as it was written."""
 
 
 @dataclass(frozen=True)
@@ -208,21 +220,38 @@ def read_session(path: str | Path, session: Session, file: GGUFFile) -> SavedTal
         ) from None
 
 
+def saved_tokens(path: str | Path, session: Session, model: str) -> list[int]:
+    """The tokens that ``path`` holds, without anything else of it; ``model``: the fingerprint of the session's.
+
+    Raises SessionFileError as ``read_session`` does."""
+    path = user_path(path)
+    try:
+        with path.open("rb") as stream:
+            size = os.fstat(stream.fileno()).st_size
+            return _Reader(path, stream, size, session.engine.config, session.ctx).tokens(model)[1]
+    except OSError as error:
+        raise SessionFileError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
+
+
 class _Reader:
     """One file, read front to back; nothing is allocated before it is known that the file holds it."""
 
     def __init__(self, path: Path, stream: BinaryIO, size: int, config: ModelConfig, ctx: int) -> None:
         self._path, self._stream, self._size, self._config, self._ctx = path, stream, size, config, ctx
 
-    def read(self, session: Session, model: str) -> SavedTalk:
+    def tokens(self, model: str) -> tuple[SavedTalk, list[int], dict[str, Any]]:
+        """What the file holds besides the model's memory: the talk, the tokens, the header."""
         header = self._header()
         talk = self._checked(header, model)
-        tokens, boundary = header["tokens"], header["boundary"]
         self._check_size(header)
-        c = self._config
-        ids = self._array("<i4", (tokens,), "the tokens")
-        if tokens and not 0 <= ids.min() <= ids.max() < c.vocab_size:
-            raise self._broken(f"a token id lies outside 0..{c.vocab_size - 1}")
+        ids = self._array("<i4", (header["tokens"],), "the tokens")
+        if len(ids) and not 0 <= ids.min() <= ids.max() < self._config.vocab_size:
+            raise self._broken(f"a token id lies outside 0..{self._config.vocab_size - 1}")
+        return talk, ids.tolist(), header
+
+    def read(self, session: Session, model: str) -> SavedTalk:
+        talk, ids, header = self.tokens(model)
+        tokens, boundary = header["tokens"], header["boundary"]
         reach = {window.layer: window.reach for window in self._plan({"windows": header["windows"]}).windows}
         context = session.engine.new_context(boundary, Windows(reach, header["windowed"]))
         try:
@@ -231,7 +260,7 @@ class _Reader:
             context.cache.close()
             raise
         context.length = tokens
-        session.replace(context, ids.tolist(), logits)
+        session.replace(context, ids, logits)
         return talk
 
     def _fill(self, engine: Engine, context: Context, header: dict[str, Any]) -> np.ndarray | None:
@@ -255,8 +284,8 @@ class _Reader:
             context.boundary.append(placed(engine.ops, states), queries)
         return self._array("<f4", (c.vocab_size,), "the logits") if header["logits"] else None
 
-    def _broken(self, what: str) -> SessionFileError:
-        return SessionFileError(f"{self._path}: {what}; the file is damaged; restore it from a copy or begin anew")
+    def _broken(self, what: str) -> DamagedFileError:
+        return DamagedFileError(f"{self._path}: {what}; the file is damaged; restore it from a copy or begin anew")
 
     def _header(self) -> dict[str, Any]:
         prefix = self._stream.read(_PREFIX.size)

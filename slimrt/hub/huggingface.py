@@ -16,7 +16,7 @@ from typing import Any
 
 from slimrt.errors import FetchError
 
-__all__ = ["PREFIX", "cached", "models", "pull"]
+__all__ = ["PREFIX", "cached", "fetched", "models", "pull"]
 
 PREFIX = "hf:"
 
@@ -64,6 +64,19 @@ def cached(text: str) -> Path | None:
     except hf.errors.LocalEntryNotFoundError:
         return None
     except ValueError as error:  # not a repository's name
+        raise FetchError(f"model {text!r}: {_one_line(error)}") from error
+    return paths[0]
+
+
+def fetched(text: str, local_dir: str | Path | None = None, cache_dir: str | Path | None = None) -> Path:
+    """All files of a model in a folder of the caller's (``local_dir``), or another cache (``cache_dir``); the first."""
+    repo, files = _split_name(text)
+    hf = _library()
+    where = {name: str(place) for name, place in (("local_dir", local_dir), ("cache_dir", cache_dir)) if place}
+    try:
+        hf.get_hf_file_metadata(hf.hf_hub_url(repo, files[0]))  # asks once, see pull
+        paths = [Path(hf.hf_hub_download(repo, file, **where)) for file in files]
+    except (OSError, ValueError, hf.errors.HTTPError) as error:
         raise FetchError(f"model {text!r}: {_one_line(error)}") from error
     return paths[0]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import random
 import warnings
 from collections import deque
@@ -12,8 +11,9 @@ from typing import Any, Self
 
 import numpy as np
 
-from slimrt.errors import ContextError, SettingError, TokenizerError
+from slimrt.errors import SettingError, TokenizerError
 from slimrt.hub import store
+from slimrt.llama_cpp.embedding import check_pooling
 from slimrt.llama_cpp.grammar import grammar_of_llama
 from slimrt.llama_cpp.options import (
     RANDOM_SEED,
@@ -27,7 +27,7 @@ from slimrt.llama_cpp.options import (
     rope_options,
     sampling_config,
 )
-from slimrt.llama_cpp.state import AllLogits, LlamaState
+from slimrt.llama_cpp.state import AllLogits
 from slimrt.llm import LLM
 from slimrt.models import read_config
 from slimrt.prune.plan import PrunePlan
@@ -119,13 +119,19 @@ class LlamaContext:
         spm_infill: bool = False,
         verbose: bool = True,
         prune: PrunePlan | str | Path = "off",
+        device: str | None = None,
+        kv_budget: int | None = None,
         **kwargs: Any,
     ) -> None:
         """Load ``model_path``: a file, or "hf:owner/repo/file.gguf", or a name that ``slimrt pull`` knows.
 
         ``n_ctx`` 0 is the trained context. ``n_threads`` None uses all cores. ``seed`` -1 (or the default) draws anew
         for each call. ``chat_format``: llama_cpp's name of a format, a Jinja template, or None for the file's.
-        ``vocab_only`` loads the tokenizer alone. ``prune`` is slimrt's own: "auto", "fast", "off" or a plan.
+        ``vocab_only`` loads the tokenizer alone. ``n_gpu_layers`` 0 computes on the CPU, any other number on a GPU
+        where one works and the model fits. ``pooling_type``: what ``embed`` makes of a text's tokens: 0 (and -1) a
+        vector for each, 1 their mean, 2 the first one's, 3 the last one's. slimrt's own: ``prune`` ("auto", "fast",
+        "off" or a plan), ``device`` ("cpu", "cuda", "auto" or "numpy", in the place of ``n_gpu_layers``), ``kv_budget``
+        (rows of each layer's keys and values that stay at hand).
 
         Raises SettingError (a ValueError) for a path that does not exist and for parameters that cannot be honoured,
         ModelFileError for an unusable file.
@@ -133,19 +139,23 @@ class LlamaContext:
         self._arguments = {name: value for name, value in locals().items() if name not in ("self", "kwargs")}
         check_refused(
             {
-                "kv_overrides": kv_overrides or None, "embedding": embedding or None, "lora_path": lora_path,
+                "kv_overrides": kv_overrides or None, "lora_path": lora_path,
                 "lora_base": lora_base, "draft_model": draft_model, "tokenizer": tokenizer,
-                "chat_handler": chat_handler, "pooling_type": pooling_type, "attention_type": attention_type,
+                "chat_handler": chat_handler, "attention_type": attention_type,
                 "yarn_ext_factor": yarn_ext_factor, "yarn_attn_factor": yarn_attn_factor,
                 "yarn_beta_fast": yarn_beta_fast, "yarn_beta_slow": yarn_beta_slow, "yarn_orig_ctx": yarn_orig_ctx,
             },
             {
-                "pooling_type": -1, "attention_type": -1, "yarn_ext_factor": -1.0, "yarn_attn_factor": 1.0,
+                "attention_type": -1, "yarn_ext_factor": -1.0, "yarn_attn_factor": 1.0,
                 "yarn_beta_fast": 32.0, "yarn_beta_slow": 1.0, "yarn_orig_ctx": 0,
             },
         )  # fmt: skip
         if kwargs:  # llama_cpp takes them in silence, and programs carry parameters of its older versions
             warnings.warn(f"Llama: unknown parameters {', '.join(kwargs)} have no effect", RuntimeWarning, stacklevel=2)
+        check_pooling(pooling_type)
+        if logits_all and kv_budget is not None:
+            raise SettingError("kv_budget with logits_all: only all rows give the logits of all tokens; leave one out")
+        self._pooling = pooling_type
         file = GGUFFile(_path(model_path))
         template = chat_template_of(file, chat_format)
         self.model_path, self.verbose = str(model_path), verbose
@@ -154,7 +164,6 @@ class LlamaContext:
         self.chat_format = chat_format
         if chat_format is None and "tokenizer.chat_template" in file.metadata:
             self.chat_format = "chat_template.default"
-        self.cache: Any = None
         self.set_seed(seed)
         self._config = read_config(file)
         self._ctx = n_ctx or self._config.ctx_train
@@ -167,6 +176,8 @@ class LlamaContext:
             file,
             ctx=self._ctx,
             threads=n_threads,
+            device=device or ("cpu" if n_gpu_layers == 0 else "auto"),
+            kv_budget=kv_budget,
             prune="off" if logits_all else prune,
             chat_template=template,
             **rope_options(self._config.rope.scaling, rope_scaling_type, rope_freq_base, rope_freq_scale),
@@ -270,10 +281,6 @@ class LlamaContext:
         if seed is None:
             return None if self._seeds is None else self._seeds.getrandbits(32)
         return None if seed in (-1, RANDOM_SEED) else seed
-
-    def set_cache(self, cache: Any) -> None:
-        """Remembered only: the longest common beginning with the last prompt is always used again."""
-        self.cache = cache
 
     def reset(self) -> None:
         """Forget the context."""
@@ -391,40 +398,12 @@ class LlamaContext:
         else:
             self._current.extend(ids)
 
-    # -- state -------------------------------------------------------------------------------------------------------
-
-    def save_state(self) -> LlamaState:
-        """A copy of the context, to be given to ``load_state`` of the same model."""
-        session = self._current
-        with session.lock:
-            scores = np.empty((0, self.n_vocab()), np.float32) if self._all_logits is None else self._scores.copy()
-            context = copy.deepcopy(session.context)
-            return LlamaState(self.input_ids, scores, self.n_tokens, context, session.kv_bytes, session.logits)
-
-    def load_state(self, state: LlamaState) -> None:
-        """Return to a saved context. Raises ContextError if it does not fit into this one's."""
-        if state.n_tokens > self._ctx:
-            raise ContextError(
-                f"the state holds {state.n_tokens} tokens, the context {self._ctx}; load with a larger n_ctx"
-            )
-        context = copy.deepcopy(state.llama_state)
-        self._current.replace(context, state.input_ids[: state.n_tokens].tolist(), state.logits)
-        if self._all_logits is not None:
-            self._all_logits.scores[: len(state.scores)] = state.scores
-
     def close(self) -> None:
         """Free the model; only tokens and metadata are at hand afterwards."""
         if self._llm is not None:
             self._llm.close()
         self._llm = self._all_logits = None
         self.__dict__.pop("_session", None)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """How the model was loaded; an unpickled copy loads it anew, with an empty context."""
-        return self._arguments
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        type(self).__init__(self, **state)
 
     def __enter__(self) -> Self:
         return self

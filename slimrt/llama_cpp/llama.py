@@ -8,7 +8,6 @@ printed.
 
 from __future__ import annotations
 
-import fnmatch
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,14 +15,16 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from slimrt.errors import ContextError, FetchError, SettingError
+from slimrt.errors import ContextError, SettingError
 from slimrt.generation import GenerationRequest, Step, generate_tokens
-from slimrt.llama_cpp.context import LlamaContext, LlamaTokenizer
+from slimrt.llama_cpp.context import LlamaTokenizer
+from slimrt.llama_cpp.embedding import embedded, embedding_response
 from slimrt.llama_cpp.grammar import grammar_of_llama
 from slimrt.llama_cpp.missing import METHODS
 from slimrt.llama_cpp.openai_format import CompletionFormat, LogprobFormat, chat_chunks, chat_completion
 from slimrt.llama_cpp.options import (
     LogitsProcessorList,
+    MinTokensLogitsProcessor,
     Processors,
     StoppingCriteria,
     StoppingCriteriaList,
@@ -34,7 +35,9 @@ from slimrt.llama_cpp.options import (
     sampling_config,
     token_biases,
 )
+from slimrt.llama_cpp.pretrained import fetched, matching_file
 from slimrt.llama_cpp.state import LlamaState
+from slimrt.llama_cpp.states import LlamaStates
 from slimrt.results import FinishReason, TokenLogprob
 from slimrt.sampler import top_logprobs
 from slimrt.structured import guide as guides
@@ -42,12 +45,19 @@ from slimrt.structured.grammar import response_grammar
 from slimrt.tools.calling import Calling
 from slimrt.tools.openai_form import tools_and_choice
 
-__all__ = ["Llama", "LlamaState", "LlamaTokenizer", "LogitsProcessorList", "StoppingCriteriaList"]
+__all__ = [
+    "Llama",
+    "LlamaState",
+    "LlamaTokenizer",
+    "LogitsProcessorList",
+    "MinTokensLogitsProcessor",
+    "StoppingCriteriaList",
+]
 
 Messages = Sequence[Mapping[str, Any]]
 
 
-class Llama(LlamaContext):
+class Llama(LlamaStates):
     """A model and one conversation, with the interface of ``llama_cpp.Llama``."""
 
     @classmethod
@@ -63,14 +73,15 @@ class Llama(LlamaContext):
     ) -> Self:
         """Load ``filename`` (a name or a pattern that one file matches) of a Hugging Face repository.
 
-        The other parts of a model in several files come along without being named. Raises FetchError where the file
-        cannot be had, SettingError for ``local_dir`` and ``cache_dir``: HF_HOME says where files are kept.
+        The other parts of a model in several files come along without being named; ``additional_files`` are fetched
+        beside it. ``local_dir``: a folder for the files themselves; ``cache_dir``: in the place of huggingface_hub's
+        cache. Raises FetchError where a file cannot be had.
         """
-        if local_dir is not None or cache_dir is not None:
-            raise SettingError(
-                f"folder {str(local_dir or cache_dir)!r}: set the HF_HOME variable to choose the cache folder"
-            )
-        return cls(f"hf:{repo_id}/{_matching_file(repo_id, filename)}", **kwargs)
+        file = matching_file(repo_id, filename)
+        others = [matching_file(repo_id, other) for other in additional_files or ()]
+        if local_dir is None and cache_dir is None and not others:
+            return cls(f"hf:{repo_id}/{file}", **kwargs)
+        return cls(fetched(repo_id, file, others, local_dir, cache_dir), **kwargs)
 
     if not TYPE_CHECKING:
 
@@ -223,6 +234,49 @@ class Llama(LlamaContext):
         )
         return chat_chunks(answer, calling, older=older) if stream else chat_completion(answer, calling, older=older)
 
+    def create_chat_completion_openai_v1(self, *args: Any, **kwargs: Any) -> Any:
+        """As ``create_chat_completion``, in the openai package's classes: a ChatCompletion, or with ``stream`` an
+        iterator of ChatCompletionChunk. Raises ImportError where that package is missing."""
+        try:
+            from openai.types.chat import ChatCompletion, ChatCompletionChunk
+        except ImportError as error:
+            raise ImportError("create_chat_completion_openai_v1 needs a package: pip install openai") from error
+        answer = self.create_chat_completion(*args, **kwargs)
+        if kwargs.get("stream", False):
+            return (ChatCompletionChunk(**chunk) for chunk in answer)
+        return ChatCompletion(**answer)
+
+    # -- embeddings ----------------------------------------------------------------------------------------------------
+
+    def pooling_type(self) -> int:
+        """What ``embed`` makes of a text's tokens; a decoder's own way is none (0)."""
+        return max(0, self._pooling)
+
+    def embed(
+        self, input: str | list[str], normalize: bool = False, truncate: bool = True, return_count: bool = False
+    ) -> Any:
+        """A text's vector, or a list of them: lists of numbers, without pooling one for each of its tokens.
+
+        ``truncate``: texts are cut at ``n_batch`` tokens, as in llama_cpp; else longer ones are refused. With
+        ``return_count`` a pair: that, and how many tokens were read. The running context is forgotten.
+        """
+        ids = [self.tokenize(text.encode()) for text in ([input] if isinstance(input, str) else input)]
+        if truncate:
+            ids = [one[: self.n_batch] for one in ids]
+        long = next((len(one) for one in ids if len(one) > self.n_batch), None)
+        if long is not None:
+            raise SettingError(f"a text has {long} tokens, n_batch is {self.n_batch}; load with a larger one")
+        self.reset()
+        vectors = embedded(self._model, ids, self.pooling_type(), normalize)
+        found = vectors[0] if isinstance(input, str) else vectors
+        return (found, sum(map(len, ids))) if return_count else found
+
+    def create_embedding(self, input: str | list[str], model: str | None = None) -> dict[str, Any]:
+        """OpenAI's list of embeddings as a dictionary."""
+        texts = [input] if isinstance(input, str) else input
+        vectors, tokens = self.embed(texts, return_count=True)
+        return embedding_response(vectors, model or self.model_path, tokens)
+
     def _prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
         if not isinstance(prompt, str):
             if not isinstance(prompt, (Sequence, np.ndarray)):
@@ -259,16 +313,20 @@ class _Run:
         tokens: list[int] = []
         session = llama._current
         with session.lock:
+            llama._recall(self._ids)
             llama._read(self._ids)
             revision = session.revision
         for step in generate_tokens(session, self._tokenizer, self._request, revision=revision):
             if step.token is not None and self._criteria is not None and session.logits is not None:
                 # As in llama_cpp: asked before the drawn token counts, which is dropped if the answer is yes.
                 if self._criteria(llama._input_ids, session.logits):
+                    llama._remember()
                     yield Step(None, self._tokenizer.decode(tokens)[shown:], None, "stop")
                     return
                 tokens.append(step.token)
             shown += len(step.text)
+            if step.finish_reason is not None:
+                llama._remember()
             yield step
 
     def chunks(self) -> Iterator[dict[str, Any]]:
@@ -304,29 +362,3 @@ class _Run:
         first = 1 if ids[0] == self._tokenizer.bos_id and len(ids) > 1 else 0
         rest = [(ids[at], top_logprobs(scores[at - 1], ids[at], top)) for at in range(first + 1, len(ids))]
         return [(ids[first], None), *rest]
-
-
-def _matching_file(repo: str, pattern: str) -> str:
-    """The file of a Hugging Face repository that matches ``pattern``; a plain name is not looked up."""
-    if not any(sign in pattern for sign in "*?["):
-        return pattern
-    try:
-        from huggingface_hub import HfApi
-        from huggingface_hub.errors import HTTPError
-    except ImportError as error:
-        raise FetchError(
-            'models named by repository need the huggingface_hub package: pip install "slimrt[hf]"'
-        ) from error
-    try:
-        names = HfApi().list_repo_files(repo)
-    except (OSError, ValueError, HTTPError) as error:
-        raise FetchError(f"repository {repo!r}: {' '.join(str(error).split())}") from error
-    found = [name for name in names if fnmatch.fnmatch(name, pattern) and "-of-" not in name] or [
-        name for name in names if fnmatch.fnmatch(name, pattern) and "-00001-of-" in name
-    ]
-    if len(found) != 1:
-        files = ", ".join(names)[:500]
-        raise FetchError(
-            f"repository {repo!r}: {len(found)} files match {pattern!r}, it must be one; there are {files}"
-        )
-    return found[0]

@@ -4,19 +4,11 @@ from __future__ import annotations
 
 __all__ = ["METHODS", "NAMES", "refuse"]
 
-_CACHE = "a prompt that begins like the last one is not read again; leave the cache out"
-_EMBEDDING = "texts become vectors by slimrt.load(...).embed(...), or /v1/embeddings of slimrt serve"
 _C_API = "there is no C interface beneath; use the methods of slimrt.Llama, or slimrt.load"
 
 NAMES = {
-    "LlamaCache": _CACHE,
-    "LlamaRAMCache": _CACHE,
-    "LlamaDiskCache": _CACHE,
-    "BaseLlamaCache": _CACHE,
-    "LLAMA_POOLING_TYPE_MEAN": _EMBEDDING,
-    "LLAMA_POOLING_TYPE_CLS": _EMBEDDING,
-    "LLAMA_POOLING_TYPE_LAST": _EMBEDDING,
-    "LLAMA_POOLING_TYPE_NONE": _EMBEDDING,
+    "LlamaHFTokenizer": "tokens come from the model file; leave it out",
+    "Jinja2ChatFormatter": "give the template itself as chat_format",
     "llama_chat_format": "chats go through Jinja templates; give chat_format or chat_template",
     "llama_grammar": "LlamaGrammar lies in slimrt.llama_cpp itself; import it from there",
     "llama_speculative": "there is no speculative decoding; leave it out",
@@ -24,9 +16,6 @@ NAMES = {
 """Names that programs import from ``llama_cpp``."""
 
 METHODS = {
-    "embed": _EMBEDDING,
-    "create_embedding": _EMBEDDING,
-    "create_chat_completion_openai_v1": "use create_chat_completion, whose dictionary has the same fields",
     "ctx": _C_API,
     "model": _C_API,
     "batch": _C_API,

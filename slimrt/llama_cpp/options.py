@@ -22,6 +22,7 @@ from slimrt.weights.gguf import GGUFFile
 __all__ = [
     "RANDOM_SEED",
     "LogitsProcessorList",
+    "MinTokensLogitsProcessor",
     "Processors",
     "StoppingCriteria",
     "StoppingCriteriaList",
@@ -45,13 +46,11 @@ RANDOM_SEED = 0xFFFFFFFF  # LLAMA_DEFAULT_SEED: a fresh one; -1 means the same
 
 _REFUSED = {
     "kv_overrides": "metadata is used as it stands in the file; change the file",
-    "embedding": "slimrt generates text and gives no embeddings; leave it out",
     "lora_path": "adapters are not applied; merge the adapter into the model",
     "lora_base": "adapters are not applied; merge the adapter into the model",
     "draft_model": "there is no speculative decoding; leave it out",
     "tokenizer": "tokens come from the model file; leave it out",
     "chat_handler": "chats go through Jinja templates; give chat_format",
-    "pooling_type": "slimrt gives no embeddings; leave it out",
     "attention_type": "attention is causal; leave it out",
     "yarn_ext_factor": "YaRN's constants are the paper's; leave it out",
     "yarn_attn_factor": "YaRN's constants are the paper's; leave it out",
@@ -62,7 +61,12 @@ _REFUSED = {
     "mirostat_mode": "mirostat is not offered; use top_p, min_p or typical_p",
     "suffix": "filling in the middle is not offered; leave it out",
 }
-_CHAT_FORMATS = {"llama-2": "llama2", "llama-3": "llama3", "mistral-instruct": "mistral"}
+_CHAT_FORMATS = {
+    "chatml-function-calling": "chatml",
+    "llama-2": "llama2",
+    "llama-3": "llama3",
+    "mistral-instruct": "mistral",
+}
 _ROPE_SCALINGS = {-1: None, 0: "none", 1: "linear", 2: "yarn"}
 
 
@@ -72,6 +76,21 @@ class LogitsProcessorList(list[LogitsProcessor]):
     def __call__(self, input_ids: np.ndarray, scores: np.ndarray) -> np.ndarray:
         for processor in self:
             scores = processor(input_ids, scores)
+        return scores
+
+
+class MinTokensLogitsProcessor:
+    """Keeps the text from ending before it has ``min_tokens`` tokens; one for each text."""
+
+    def __init__(self, min_tokens: int, token_eos: int) -> None:
+        self.min_tokens, self.token_eos = min_tokens, token_eos
+        self.prompt_tokens: int | None = None
+
+    def __call__(self, input_ids: np.ndarray, scores: np.ndarray) -> np.ndarray:
+        if self.prompt_tokens is None:
+            self.prompt_tokens = len(input_ids)
+        if len(input_ids) - self.prompt_tokens < self.min_tokens:
+            scores[self.token_eos] = -np.inf
         return scores
 
 

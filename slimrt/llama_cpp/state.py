@@ -51,7 +51,8 @@ class LlamaState:
 
     def __init__(
         self, input_ids: np.ndarray, scores: np.ndarray, n_tokens: int, llama_state: Context, llama_state_size: int,
-        logits: np.ndarray | None,
+        logits: np.ndarray | None, model: str,
     ) -> None:  # fmt: skip
+        self.model = model  # its fingerprint
         self.input_ids, self.scores, self.n_tokens = input_ids, scores, n_tokens
         self.llama_state, self.llama_state_size, self.logits = llama_state, llama_state_size, logits

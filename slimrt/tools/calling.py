@@ -51,7 +51,7 @@ class Calling:
             choice.tools,
             tokenizer,
             required=choice.mode == "required",
-            many=form.many and parallel is not False,
+            many=form.many and (not choice.named if parallel is None else parallel),
             thinking=form.thinking,
         )
         return cls(choice.tools, listed, form.format, grammar, shown_tokens(form.format, tokenizer), form.thinking)

@@ -71,10 +71,12 @@ class Tool:
 
 @dataclass(frozen=True)
 class Choice:
-    """``mode`` none: text alone; auto: text or calls; required: calls. ``tools``: those that may be called."""
+    """``mode`` none: text alone; auto: text or calls; required: calls. ``tools``: those that may be called; ``named``:
+    the request names one, which is called once unless it asks for parallel calls."""
 
     mode: Literal["none", "auto", "required"]
     tools: tuple[Tool, ...]
+    named: bool = False
 
 
 def tools_of(given: Any) -> tuple[Tool, ...]:
@@ -107,7 +109,7 @@ def choice_of(tools: Sequence[Tool], choice: Any = None) -> Choice:
         names = [_name(one) for one in allowed.get("tools") or ()]
         return choice_of([_named(tools, one) for one in names], allowed.get("mode", "auto"))
     if name is not None:
-        return Choice("required", (_named(tools, name),))
+        return Choice("required", (_named(tools, name),), True)
     if kind in (None, "auto", "none"):
         return Choice("auto" if tools and kind != "none" else "none", tools)
     if kind in ("required", "any"):

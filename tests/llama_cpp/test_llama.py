@@ -493,8 +493,8 @@ def test_parameters_without_effect_are_taken(tiny_path: Path) -> None:
 @pytest.mark.parametrize(
     "option",
     [
-        {"embedding": True}, {"lora_path": "x"}, {"draft_model": object()}, {"kv_overrides": {"a": 1}},
-        {"tokenizer": object()}, {"chat_handler": print}, {"yarn_ext_factor": 0.5}, {"pooling_type": 1},
+        {"lora_path": "x"}, {"draft_model": object()}, {"kv_overrides": {"a": 1}},
+        {"tokenizer": object()}, {"chat_handler": print}, {"yarn_ext_factor": 0.5}, {"pooling_type": 7},
         {"rope_scaling_type": 3}, {"rope_freq_scale": -1},
     ],
 )  # fmt: skip
@@ -585,8 +585,16 @@ def test_from_pretrained(monkeypatch: pytest.MonkeyPatch, tiny_path: Path) -> No
         assert asked.pop() == f"hf:owner/repo/{found}" and llama.n_ctx() == 32
     with pytest.raises(FetchError, match="2 files match"):
         slimrt.Llama.from_pretrained("owner/repo", filename="model*")
-    with pytest.raises(SettingError, match="HF_HOME"):
-        slimrt.Llama.from_pretrained("owner/repo", filename="model-q4.gguf", local_dir="x")
+    fetched = []
+    monkeypatch.setattr(hf, "get_hf_file_metadata", lambda url: None)
+    monkeypatch.setattr(
+        hf, "hf_hub_download", lambda repo, file, **where: fetched.append((file, where)) or str(tiny_path)
+    )
+    slimrt.Llama.from_pretrained(
+        "owner/repo", filename="big/*", additional_files=["*q8.gguf"], local_dir="here", cache_dir=Path("there")
+    )
+    where = {"local_dir": "here", "cache_dir": "there"}
+    assert fetched == [(files[3], where), (files[4], where), ("model-q8.gguf", where)]
 
 
 # -- what is missing ---------------------------------------------------------------------------------------------------
@@ -606,7 +614,8 @@ def test_the_names_of_llama_cpp_are_there() -> None:
     import slimrt.llama_cpp as package
 
     for name in package.__all__:
-        assert getattr(package, name).__name__ == name
+        assert getattr(package, name).__name__ == ("LlamaRAMCache" if name == "LlamaCache" else name)
+    assert (package.LLAMA_POOLING_TYPE_MEAN, package.LLAMA_ROPE_SCALING_TYPE_YARN, package.GGML_TYPE_Q8_0) == (1, 2, 8)
 
 
 def test_missing_methods_say_why(tiny: slimrt.Llama) -> None:
