@@ -16,7 +16,7 @@ from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -26,14 +26,27 @@ from slimrt.paths import user_path
 from slimrt.session import Session, common_prefix
 from slimrt.session_file import DamagedFileError, SavedTalk, read_session, saved_tokens, write_session
 
-if TYPE_CHECKING:
-    from slimrt.llama_cpp.states import LlamaStates
-
 __all__ = ["BaseLlamaCache", "LlamaCache", "LlamaDiskCache", "LlamaRAMCache"]
 
 log = logging.getLogger(__name__)
 
 _CAPACITY = 2 << 30
+
+
+class _User(Protocol):
+    """What a cache on disk asks of the ``Llama`` that uses it."""
+
+    @property
+    def _fingerprint(self) -> str: ...
+    @property
+    def _model(self) -> Any: ...
+    @property
+    def _current(self) -> Session: ...
+    def n_ctx(self) -> int: ...
+    def n_vocab(self) -> int: ...
+    def _fresh_session(self) -> Session: ...
+    def _state_of(self, session: Session, scores: np.ndarray) -> LlamaState: ...
+    def _check_state(self, state: Any) -> None: ...
 
 
 class BaseLlamaCache(ABC):
@@ -104,7 +117,7 @@ class LlamaDiskCache(BaseLlamaCache):
         super().__init__(capacity_bytes)
         self._folder = user_path(cache_dir)
         self._lock = threading.RLock()
-        self._llama: weakref.ref[LlamaStates] | None = None
+        self._llama: weakref.ref[_User] | None = None
         self._known: dict[Path, tuple[int, tuple[int, ...]]] = {}  # file -> its time when it was read, its tokens
         try:
             self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -112,7 +125,7 @@ class LlamaDiskCache(BaseLlamaCache):
             raise SettingError(f"cache_dir {str(cache_dir)!r}: {error.strerror}; name a folder to write to") from None
 
     @contextlib.contextmanager
-    def used_by(self, llama: LlamaStates) -> Iterator[None]:
+    def used_by(self, llama: _User) -> Iterator[None]:
         """Entries are read and written with this model's sizes."""
         with self._lock:
             before, self._llama = self._llama, weakref.ref(llama)
@@ -159,7 +172,7 @@ class LlamaDiskCache(BaseLlamaCache):
                 log.warning("not kept: %s", error)
             self._trim()
 
-    def _user(self) -> LlamaStates:
+    def _user(self) -> _User:
         llama = None if self._llama is None else self._llama()
         if llama is None:
             raise SettingError("LlamaDiskCache: no model uses it yet; give it to Llama.set_cache first")
