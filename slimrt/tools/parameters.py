@@ -17,25 +17,31 @@ from slimrt.tools.tool import Tool
 __all__ = ["argument", "is_plain_text", "next_element", "properties", "words"]
 
 _BEGIN, _END, _LAST = "<parameter=", "</parameter>", "</function>"
+_TOGETHER = (
+    "anyOf", "oneOf", "allOf", "$ref", "not", "if", "patternProperties", "propertyNames", "minProperties",
+    "maxProperties", "dependentRequired", "dependentSchemas", "dependencies", "unevaluatedProperties",
+)  # fmt: skip
 _BOUND = ("enum", "const", "pattern", "format", "minLength", "maxLength", "anyOf", "oneOf", "allOf", "$ref")
 
 
 def properties(tool: Tool) -> Iterator[tuple[str, dict[str, Any], bool]]:
     """A tool's parameters: name, schema with the definitions that it may refer to, whether it must be there.
 
-    Raises SettingError for a schema that names no properties but combines others: elements cannot express it."""
-    schema = tool.parameters
-    if any(key in schema for key in ("anyOf", "oneOf", "allOf", "$ref", "patternProperties")):
+    Raises SettingError for a schema that says more of the arguments than each alone: elements are written one by one."""
+    schema = tool.arguments_schema()
+    bound = next((key for key in _TOGETHER if key in schema), None)
+    if bound is not None:
         raise SettingError(
-            f"tool '{tool.name}': this model writes arguments one by one, and they are combined by "
-            "anyOf, oneOf, allOf, $ref or patternProperties; list them under properties"
+            f"tool '{tool.name}': this model writes arguments one by one, and {bound} binds them together; "
+            "list them under properties"
         )
     shared = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
     required = schema.get("required") or ()
-    for name, own in schema.get("properties", {}).items():
+    listed = schema.get("properties", {})
+    for name, own in {**listed, **{name: True for name in required if name not in listed}}.items():
         if any(char in name for char in "<>\n"):
             raise SettingError(f"tool '{tool.name}': a parameter is called {name!r}; leave out '<', '>' and line ends")
-        one = {**own, **shared} if isinstance(own, Mapping) else {"type": ["string", "number", "object", "array"]}
+        one = {**own, **shared} if isinstance(own, Mapping) else {}
         yield name, one, name in required
 
 

@@ -24,6 +24,12 @@ _COMBINED = (
     "if",
     "not",
 )  # which may ask for further properties
+# Formats that the grammar enforces (llguidance's list).
+_FORMATS = frozenset(
+    ("date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri", "unknown")
+)
+_NAMED = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")  # objects of schemas
+_INNER = ("items", "prefixItems", "additionalProperties", "anyOf", "oneOf", "allOf", "not", "if", "then", "else")
 
 
 @dataclass(frozen=True)
@@ -63,8 +69,9 @@ class Tool:
     def arguments_schema(self) -> dict[str, Any]:
         """What the arguments are bound to: ``parameters``, without properties that it does not name unless it says
         that there may be some."""
-        schema = dict(self.parameters)
-        if "properties" in schema and not any(key in schema for key in _COMBINED):
+        schema = _without_unknown_formats(self.parameters)
+        named = schema.get("properties", {}).keys() >= set(schema.get("required") or ())
+        if named and "properties" in schema and not any(key in schema for key in _COMBINED):
             schema.setdefault("additionalProperties", False)
         return schema
 
@@ -150,12 +157,35 @@ def _object_schema(name: str, schema: Any) -> Mapping[str, Any]:
         )
     if not isinstance(schema.get("properties", {}), Mapping):
         raise SettingError(f"tool '{name}': its properties are {_short(schema['properties'])}; they must be an object")
+    required = schema.get("required", [])
+    if not isinstance(required, list) or not all(isinstance(one, str) for one in required):
+        raise SettingError(f"tool '{name}': 'required' is {_short(required)}; it must be a list of names")
     schema = {"type": "object", **schema}
     try:
         Grammar.json_schema(schema)
     except SettingError as error:
         raise SettingError(f"tool '{name}': {error}") from None
     return schema
+
+
+def _without_unknown_formats(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy in which a format that is not known says nothing, as JSON Schema has it: tools that programs describe have
+    some of their languages' own, such as int64."""
+    copied: dict[str, Any] = json.loads(json.dumps(schema))
+    left: list[Any] = [copied]
+    while left:
+        node = left.pop()
+        if isinstance(node, list):
+            left += node
+        elif isinstance(node, dict):
+            if isinstance(node.get("format"), str) and node["format"] not in _FORMATS:
+                del node["format"]
+            for key, value in node.items():
+                if key in _NAMED and isinstance(value, dict):
+                    left += value.values()
+                elif key in _INNER:
+                    left.append(value)
+    return copied
 
 
 def _short(value: Any) -> str:

@@ -236,7 +236,7 @@ def test_requests_that_are_refused_before_the_prompt_is_read(
 
 def test_elements_name_what_they_cannot_hold(llm: slimrt.LLM) -> None:
     for parameters, says in (
-        ({"anyOf": [{"properties": {}}]}, "they are combined by"),
+        ({"anyOf": [{"properties": {}}]}, "anyOf binds them together"),
         ({"properties": {"a>": {}}}, "a parameter is called 'a>'"),
     ):
         with pytest.raises(SettingError, match=says):

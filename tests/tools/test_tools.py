@@ -23,6 +23,21 @@ def test_tools_in_both_spellings() -> None:
     assert tools_of(None) == tools_of([]) == () and tools_of([add]) == (add,)
 
 
+def test_formats_of_other_languages_say_nothing() -> None:
+    """A property may be called format, and a default may look like a schema: these stay."""
+    inner = {"type": "array", "items": {"type": "number", "format": "double"}}
+    about = {"a": {"type": "integer", "format": "int64"}, "format": {"type": "string", "format": "uri"}, "b": inner}
+    (tool,) = tools_of([{"name": "f", "parameters": {"properties": about, "default": {"format": "x"}}}])
+    bound = tool.arguments_schema()
+    assert bound["properties"] == {
+        "a": {"type": "integer"}, "format": {"type": "string", "format": "uri"},
+        "b": {"type": "array", "items": {"type": "number"}},
+    }  # fmt: skip
+    assert bound["default"] == {"format": "x"} and tool.parameters["properties"] == about
+    (missing,) = tools_of([{"name": "f", "parameters": {"properties": {"a": {}}, "required": ["b"]}}])
+    assert "additionalProperties" not in missing.arguments_schema()
+
+
 @pytest.mark.parametrize(
     ("tools", "says"),
     [
@@ -40,6 +55,7 @@ def test_tools_in_both_spellings() -> None:
         ([{"name": "f", "parameters": "x"}], "must be a JSON schema of type object"),
         ([{"name": "f", "parameters": {"type": "string"}}], 'are of type "string"; arguments are an object'),
         ([{"name": "f", "parameters": {"properties": [1]}}], r"its properties are \[1\]"),
+        ([{"name": "f", "parameters": {"required": 5}}], "'required' is 5; it must be a list of names"),
         ([{"name": "f", "parameters": {"properties": {"a": {1, 2}}}}], "tool 'f': schema .* must be JSON"),
         (
             [{"name": "f", "parameters": {"properties": {"a": {"$ref": "#"}}, "required": ["a"]}}],
