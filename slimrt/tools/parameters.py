@@ -27,7 +27,7 @@ _BOUND = ("enum", "const", "pattern", "format", "minLength", "maxLength", "anyOf
 def properties(tool: Tool) -> Iterator[tuple[str, dict[str, Any], bool]]:
     """A tool's parameters: name, schema with the definitions that it may refer to, whether it must be there.
 
-    Raises SettingError for a schema that says more of the arguments than each alone: elements are written one by one."""
+    Raises SettingError for a schema that binds arguments together: elements are written one by one."""
     schema = tool.arguments_schema()
     bound = next((key for key in _TOGETHER if key in schema), None)
     if bound is not None:
