@@ -106,6 +106,9 @@ class Engine:
         self.turn: Callable[[], None] | None = None
         # Where sessions find and keep what was read of long prompts (a slimrt.library.store.Library), if anywhere.
         self.library: Any = None
+        # How generations guess next tokens that do not say so themselves: "auto", "lookup", a
+        # slimrt.drafting.model.DraftModel, or None.
+        self.draft: Any = "auto"
         if cache is not None and cache.budget is not None and cache.ctx > cache.budget:
             reserve_host_memory(ops, cache, model.config)
 
@@ -239,13 +242,15 @@ class Engine:
         """
         return self.decode(context, [token])[0]
 
-    def decode(self, context: Context, tokens: Sequence[int]) -> np.ndarray:
+    def decode(self, context: Context, tokens: Sequence[int], *, alike: bool = True) -> np.ndarray:
         """Read ``tokens`` as ``decode_one_token`` reads one after the other, bit for bit, ``together`` of them at a
-        time.
+        time. ``alike`` False: where that is one, all in a pass nevertheless, which rounds as one over a prompt does.
 
         Returns the logits [T, V] after each of them. Raises as ``logits`` does.
         """
         parts, some = [], self.together(context)
+        if some == 1 and not alike and len(tokens) > 1:
+            return self.logits(self.extend(context, tokens, wanted=len(tokens)))
         for at in range(0, len(tokens), some):
             parts.append(self._decoded(context, tokens[at : at + some]))
         return parts[0] if len(parts) == 1 else np.concatenate(parts)

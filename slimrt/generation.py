@@ -8,15 +8,17 @@ import logging
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Literal, TypedDict, get_args
+from dataclasses import dataclass, replace
+from typing import TypedDict
 
-from slimrt.config import SamplingConfig, is_whole
+from slimrt.config import SamplingConfig
+from slimrt.drafting.drawing import Drawing, Guesses, check_draft
 from slimrt.engine import Progress
 from slimrt.errors import SettingError
 from slimrt.prune.plan import PrunePlan
+from slimrt.request import Draft, GenerationRequest, Overflow, check_overflow
 from slimrt.results import Completion, FinishReason, Timings, TokenLogprob, Usage
-from slimrt.sampler import LogitsProcessor, Sampler, top_logprobs
+from slimrt.sampler import LogitsProcessor
 from slimrt.session import Reading, Session
 from slimrt.structured import guide as guides
 from slimrt.structured.grammar import Grammar, Schema, grammar_of
@@ -33,63 +35,9 @@ __all__ = [
     "generate_tokens",
 ]
 
-Overflow = Literal["error", "shift"]  # what happens when the context is full
-
 log = logging.getLogger(__name__)
 
-_WORTH_UNPACKING = 48  # tokens that a few at a time take as long as in a pass that unpacks every layer (2 cores, AVX2)
 BEGINS = 64  # tokens of a prompt by which people know it
-SINK_TOKENS = 4  # first tokens that stay where text has no system message (StreamingLLM, arXiv 2309.17453)
-
-
-def check_overflow(overflow: object) -> None:
-    """Raise SettingError unless ``overflow`` is one of the two ways."""
-    if overflow not in get_args(Overflow):
-        raise SettingError(f"overflow {overflow!r}: must be 'error' or 'shift' (drop the oldest text)")
-
-
-@dataclass(frozen=True)
-class GenerationRequest:
-    """How far to generate and how. ``max_tokens`` None: until the model stops or the context is full.
-
-    With ``overflow`` "shift" a full context does not end the text: the first ``n_keep`` tokens stay, of the others the
-    older half is dropped, and what is left is read anew at its new positions. A prompt that does not fit is refused
-    either way. ``n_keep`` None: the system message of a chat, else 4.
-
-    ``grammar``: what the answer must match. Tokens that it forces are read several at a time, unless
-    ``one_by_one`` or ``logprobs`` want the logits before each. ``shown``: control tokens that the text shows.
-    """
-
-    max_tokens: int | None = 128
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    stop: tuple[str, ...] = ()
-    processors: tuple[LogitsProcessor, ...] = ()
-    logprobs: int | None = None
-    ignore_eos: bool = False
-    overflow: Overflow = "error"
-    n_keep: int | None = None
-    grammar: Grammar | None = None
-    one_by_one: bool = False
-    shown: frozenset[int] = frozenset()
-
-    def __post_init__(self) -> None:
-        check_overflow(self.overflow)
-        if self.n_keep is not None and not (isinstance(self.n_keep, int) and self.n_keep >= 0):
-            raise SettingError(f"n_keep {self.n_keep!r}: must be a whole number of tokens, at least 0")
-        if self.max_tokens is not None and not (is_whole(self.max_tokens) and self.max_tokens >= 0):
-            raise SettingError(
-                f"max_tokens {self.max_tokens!r}: must be a whole number, at least 0, or None for no limit"
-            )
-        if self.logprobs is not None and not (is_whole(self.logprobs) and self.logprobs >= 0):
-            raise SettingError(
-                f"logprobs {self.logprobs!r}: must be a whole number, at least 0 (how many alternatives), "
-                "or None for none"
-            )
-        if self.grammar is not None and self.ignore_eos:
-            raise SettingError("ignore_eos with a schema or grammar: an answer ends when it is whole; leave one out")
-        for text in self.stop:
-            if not isinstance(text, str) or not text:
-                raise SettingError(f"stop {text!r}: must be a text or a list of texts, none of them empty")
 
 
 @dataclass(frozen=True)
@@ -116,63 +64,46 @@ def generate_tokens(
     request: GenerationRequest,
     plan: PrunePlan | None = None,
     revision: int | None = None,
+    count: Guesses | None = None,
 ) -> Generator[Step, None, None]:
     """Draw tokens from ``session``, which has read the prompt, until a stop; the last step carries the reason.
 
-    A token joins the session when the next one is asked for, so an abandoned generator leaves no half-done work.
+    A token joins the session when the next one is asked for, so an abandoned generator leaves no half-done work; tokens
+    that were guessed and drawn are in it before, and leave it where the generator ends before them.
     ``plan`` prunes what is read anew when the context shifts. ``revision``: the session's after the prompt (None: its
-    present one). Raises SettingError if the session is moved on by another call meanwhile, and for a grammar as
-    ``slimrt.structured.guide.start`` does.
+    present one). ``count`` counts guesses. Raises SettingError if the session is moved on by another call meanwhile,
+    for a grammar as ``slimrt.structured.guide.start`` does, and where guessing was asked for and cannot be.
     """
     guide = None
     if request.grammar is not None:
         guide = guides.start(request.grammar, tokenizer, session.engine.config.vocab_size)
-    sampler = Sampler(request.sampling, session.engine.config.vocab_size, request.processors)
+    stops = frozenset() if request.ignore_eos else tokenizer.stop_ids
+    drawing = Drawing(session, request, guide, stops, plan, revision, count)
     decoder = tokenizer.stream_decoder(shown=request.shown)
     held = _StopStrings(request.stop)
-    drawn = dropped = 0
-    unread: list[int] = []  # written, and read with the next step: a token drawn and those that the grammar forced
+    drawn = 0
     while request.max_tokens is None or drawn < request.max_tokens:
-        with session.lock:  # between two steps others may have their turn, but not between reading and drawing
-            if revision is not None and session.revision != revision:
-                raise SettingError(
-                    "the session read something else while this text was written; use a session for each"
-                )
+        turn = drawing.turn(None if request.max_tokens is None else request.max_tokens - drawn)
+        if turn is None:
+            break
+        dropped = turn.dropped
+        for one in turn.written:
+            drawn += 1
+            text = held.push(decoder.push(one.token))
+            if held.stopped:
+                drawing.take_back(one)
+                yield Step(one.token, text, one.logprob, "stop", dropped, None if guide is None else False)
+                return
+            try:
+                yield Step(one.token, text, one.logprob, None, dropped)
+            except GeneratorExit:
+                drawing.take_back(one)
+                raise
             dropped = 0
-            if not unread:
-                if session.logits is None:
-                    raise SettingError("nothing was read yet; a generation starts from a prompt; call prefill first")
-            elif len(session.tokens) + len(unread) <= session.ctx:
-                _read(session, unread)
-            elif request.overflow == "shift":
-                kept = _shifted(session.tokens, SINK_TOKENS if request.n_keep is None else request.n_keep)
-                dropped = len(session.tokens) - len(kept)
-                session.prefill([*kept, *unread], plan)
-            else:
-                break
-            revision, logits = session.revision, session.logits
-            assert logits is not None
-            token = sampler(logits, session.tokens, guide)
-            room = session.ctx - len(session.tokens) - 1
-        if token in tokenizer.stop_ids and not request.ignore_eos:
+        if turn.ended:
             text = held.push(decoder.flush()) + held.flush()
             yield Step(None, text, None, "stop", dropped, None if guide is None else not held.stopped)
             return
-        logprob = None if request.logprobs is None else top_logprobs(logits, token, request.logprobs)
-        unread = [token]
-        if guide is not None:
-            guide.take(token)
-            if logprob is None and not request.one_by_one:
-                left = room if request.max_tokens is None else min(room, request.max_tokens - drawn - 1)
-                unread += guide.forced(left)
-        for one in unread:
-            drawn += 1
-            text = held.push(decoder.push(one))
-            if held.stopped:
-                yield Step(one, text, logprob, "stop", dropped, None if guide is None else False)
-                return
-            yield Step(one, text, logprob, None, dropped)
-            logprob, dropped = None, 0
         if guide is not None and guide.done:
             break
     # The last token asked for is not read: nothing is drawn after it.
@@ -180,25 +111,6 @@ def generate_tokens(
     ended = held.stopped or (guide is not None and guide.done)
     complete = None if guide is None else guide.complete and not held.stopped
     yield Step(None, text, None, "stop" if ended else "length", 0, complete)
-
-
-def _read(session: Session, ids: list[int]) -> None:
-    """Read the written ``ids`` in the way that costs least: packed weights serve a few rows at a time."""
-    together = session.engine.together(session.context)
-    if len(ids) < _WORTH_UNPACKING and together > 1:
-        session.decode(ids)
-        return
-    few = max(1, session.engine.ops.unpack_rows - 1)
-    part = few if len(ids) < _WORTH_UNPACKING else len(ids)
-    for at in range(0, len(ids), part):
-        session.extend(ids[at : at + part])
-
-
-def _shifted(tokens: list[int], n_keep: int) -> list[int]:
-    """What stays of a full context: the first ``n_keep`` tokens and the newer half of the rest; fewer in any case."""
-    n_keep = min(n_keep, len(tokens) - 1)
-    rest = len(tokens) - n_keep
-    return tokens[:n_keep] + tokens[len(tokens) - rest // 2 :]
 
 
 class _StopStrings:
@@ -253,6 +165,7 @@ class _Writing:
         self.reason: FinishReason = "length"
         self.complete = None if request.grammar is None else False
         self.dropped = 0
+        self.guesses = Guesses()
         self.interrupted = False
 
     def read(self) -> None:
@@ -277,7 +190,7 @@ class _Writing:
 
     def _texts(self) -> Generator[str, None, None]:
         self.read()
-        for step in generate_tokens(self.session, self.tokenizer, self.request, self.plan, self.revision):
+        for step in generate_tokens(self.session, self.tokenizer, self.request, self.plan, self.revision, self.guesses):
             self.last = time.perf_counter()
             self.first = self.first or self.last
             self.dropped += step.dropped
@@ -333,6 +246,8 @@ class _Writing:
                 windowed_tokens=reading.windowed,
                 dense_note=reading.dense,
                 doubts=reading.doubts,
+                drafted_tokens=self.guesses.made,
+                accepted_tokens=self.guesses.right,
             ),
             logprobs=None if self.request.logprobs is None else list(self.logprobs),
             complete=self.complete,
@@ -374,6 +289,7 @@ class CompletionStream:
         if request.n_keep is not None and request.n_keep >= session.ctx:
             raise SettingError(f"n_keep {request.n_keep}: must be less than the context, {session.ctx}")
         session.check(ids)
+        check_draft(request, session)
         if request.grammar is not None:  # one that cannot be followed is refused before the prompt is read
             guides.start(request.grammar, tokenizer, session.engine.config.vocab_size)
         self._writing = _Writing(session, tokenizer, list(ids), request, plan, progress, note, on_end)
@@ -453,6 +369,7 @@ class GenerateOptions(TypedDict, total=False):
     seed: int | None
     schema: Schema | None
     grammar: Grammar | str | None
+    draft: Draft | None
 
 
 def request_from_options(overflow: Overflow, options: GenerateOptions) -> GenerationRequest:
@@ -485,4 +402,5 @@ def request_from_options(overflow: Overflow, options: GenerateOptions) -> Genera
         overflow=options.get("overflow") or overflow,
         n_keep=options.get("n_keep"),
         grammar=grammar_of(options.get("schema"), options.get("grammar")),
+        draft=options.get("draft", "auto"),
     )

@@ -6,13 +6,15 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self, Unpack, overload
+from typing import TYPE_CHECKING, Any, Literal, Self, Union, Unpack, overload
 
 import numpy as np
 
 from slimrt import __version__
 from slimrt.config import CacheConfig, ModelConfig, context_advice, is_whole
 from slimrt.conversation import Conversation, fit_messages
+from slimrt.drafting.drawing import check_draft
+from slimrt.drafting.model import DraftModel, check_vocabulary
 from slimrt.engine import Engine, Progress
 from slimrt.errors import ContextError, SettingError, SlimrtError
 from slimrt.generation import (
@@ -55,6 +57,7 @@ _LOGIT_ROWS = 256  # rows of [V] logits held at a time by logprobs
 
 Prompt = str | Sequence[int]
 Plan = PrunePlan | str | Path
+Draft = Union[str, Path, "LLM", None]
 Messages = Sequence[Mapping[str, Any]]
 Tools = Sequence[Mapping[str, Any]]
 
@@ -88,6 +91,7 @@ def load(
     overflow: Overflow = "error",
     stream_weights: bool = False,
     cache: bool | str | Path = False,
+    draft: Draft = "auto",
     progress: Progress | None = None,
 ) -> LLM:
     """Open a GGUF model.
@@ -104,6 +108,9 @@ def load(
     weights in host memory and bring each to the GPU one layer ahead, for models that exceed it; decoding is slow then.
     ``cache``: keep what is read of long prompts on disk (True: in the user's cache folder, or a folder), so that a
     later process need not read it again; not under a ``kv_budget``.
+    ``draft``: how next tokens are guessed, so that several are read at once; the text is the same. "auto": by what
+    stood behind the same words before, where that costs nothing (compiled kernels); "lookup": wherever it works; a
+    path (or LLM): by a smaller model of the same vocabulary; "off" or None: not at all.
     ``progress`` is called with (layers loaded, layers).
 
     Raises ModelFileError for an unusable file, SettingError for options out of range.
@@ -125,6 +132,7 @@ def load(
         overflow=overflow,
         stream_weights=stream_weights,
         cache=cache,
+        draft=draft,
         progress=progress,
     )
 
@@ -157,6 +165,7 @@ class LLM:
         overflow: Overflow = "error",
         stream_weights: bool = False,
         cache: bool | str | Path = False,
+        draft: Draft = "auto",
         progress: Progress | None = None,
     ) -> None:
         self.file = file
@@ -218,6 +227,27 @@ class LLM:
         self._session = Session(self._engine, self.ctx, self.asking)
         if cache is not False and kv_budget is None:
             self._engine.library = Library(library_folder() if cache is True else user_path(cache), self._bits())
+        self._engine.draft = self._drafter(draft, threads)
+        check_draft(GenerationRequest(), self._session)
+
+    def _drafter(self, draft: Draft, threads: int | None) -> Any:
+        """What ``Engine.draft`` takes. Raises SettingError for a draft model of another vocabulary, or without room."""
+        if draft in (None, "off", "auto", "lookup"):
+            return None if draft == "off" else draft
+        if isinstance(draft, LLM):
+            check_vocabulary(self.tokenizer, draft.tokenizer, draft.config.name)
+            return DraftModel(draft.engine, draft.ctx, draft.config.name)
+        from slimrt.hub.store import resolve
+
+        file = GGUFFile(resolve(draft))
+        config = read_config(file)
+        check_vocabulary(self.tokenizer, Tokenizer.from_gguf(file), config.name)
+        ctx, ops = min(self.ctx, config.ctx_train), self.backend.ops
+        if ops.name != "cuda":
+            memory = plan_memory(config, file, ctx, threads=threads, fast=ops.name == "fast", kv_budget=None)
+            if not memory.fits():
+                raise SettingError(f"draft model {config.name}: {_does_not_fit(memory, 0)}")
+        return DraftModel(Engine(build(config, file, ops), ops), ctx, config.name)
 
     def _bits(self) -> str:
         """All that decides the bits of what is read: of the same weights, read in the same way, it is the same."""
@@ -408,7 +438,8 @@ class LLM:
         ``penalty_last_n``, ``logit_bias``, ``logits_processors`` (callables (ids, logits) -> logits), ``logprobs``
         (how many alternatives), ``ignore_eos``; ``schema`` (a JSON schema) or ``grammar`` (a ``slimrt.Grammar``, GBNF
         or Lark), which the answer then matches:
-        ``completion.complete`` tells whether it is whole. ``special``: control tokens in a text prompt count as such.
+        ``completion.complete`` tells whether it is whole; ``draft`` ("lookup" or None, in place of what was chosen at
+        load). ``special``: control tokens in a text prompt count as such.
         ``progress`` is called with (layers done, layers) during prefill.
         ``overflow`` "shift": when the context fills up while the text is written, its first ``n_keep`` tokens (4) stay,
         the older half of the others is dropped, and what is left is read anew; the timings say so.

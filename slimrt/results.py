@@ -54,7 +54,8 @@ class Timings:
     prompt its windows held for, ``dense_note``: why the prompt ran dense although there is a plan, empty if it did not,
     ``doubts``: in words, what was in doubt about a prompt, so that more of it was kept or it was cut later.
     ``kv_bytes_*``: bytes of keys and values at the end. ``reused_tokens``: prompt tokens whose work an earlier call had
-    done, ``reuse_note`` says why.
+    done, ``reuse_note`` says why. ``drafted_tokens``: guessed while the text was written (``draft``), of which
+    ``accepted_tokens`` were right.
     """
 
     ttft_s: float = 0.0
@@ -67,6 +68,8 @@ class Timings:
     windowed_tokens: int = 0
     dense_note: str = ""
     doubts: tuple[str, ...] = ()
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 @dataclass(frozen=True)

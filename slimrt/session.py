@@ -240,24 +240,42 @@ class Session:
             self._check_further(ids)
             self._read(ids, None, progress)
 
-    def decode(self, ids: Sequence[int]) -> np.ndarray:
+    def decode(self, ids: Sequence[int], guesses: Sequence[int] = (), *, alike: bool = True) -> np.ndarray:
         """Read further tokens as decode does one after the other, bit for bit, but several in one pass where the
-        backend can (``Engine.together``).
+        backend can (``alike``: see ``Engine.decode``).
 
-        Returns the logits [T, V] after each of them. Raises as ``extend``.
+        Returns the logits [1 + G, V] after ``ids`` and after each of the G ``guesses`` behind them. A guess joins
+        ``tokens`` by ``accept``, in order; ``settle`` forgets the others. Raises as ``extend``.
         """
         with self.lock:
-            self._check_further(ids)
+            self._check_further([*ids, *guesses])
             self._undo = _Undo(len(self.tokens))
             try:
-                logits = self.engine.decode(self.context, ids)
+                logits = self.engine.decode(self.context, [*ids, *guesses], alike=alike)[len(ids) - 1 :]
                 self.tokens.extend(ids)
-                self.logits = logits[-1]
-                self._undo = None
+                self.logits = logits[0]
+                self._undo = _Undo(len(self.tokens)) if guesses else None
             except BaseException:
                 self._mend()
                 raise
         return logits
+
+    def accept(self, guess: int) -> None:
+        """The next of the guesses that were read last is right."""
+        self.tokens.append(guess)
+        self._undo = _Undo(len(self.tokens))
+
+    def settle(self, logits: np.ndarray) -> None:
+        """Forget the guesses that were not accepted; ``logits`` [V]: those after the last that was."""
+        if self.context.length > len(self.tokens):
+            self.context.truncate(len(self.tokens))
+        self.logits, self._undo = logits, None
+
+    def take_back(self, length: int, logits: np.ndarray) -> None:
+        """Forget the tokens from index ``length`` on; ``logits`` [V] are those after the last one left."""
+        with self.lock:
+            self.truncate(length)
+            self.logits = logits
 
     def _check_further(self, ids: Sequence[int]) -> None:
         """Raise what reading ``ids`` behind all that was read would; count the change."""

@@ -30,6 +30,8 @@ ORDER = (
     ("convert", "memory", "engine"),
     ("session", "inspect", "importance"),
     ("library",),
+    ("request",),
+    ("drafting",),
     ("session_file", "generation"),
     ("tools",),
     ("conversation",),

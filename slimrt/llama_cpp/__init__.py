@@ -10,6 +10,7 @@ __all__ = [
     "LlamaCache",
     "LlamaDiskCache",
     "LlamaGrammar",
+    "LlamaPromptLookupDecoding",
     "LlamaRAMCache",
     "LlamaState",
     "LlamaTokenizer",
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
         MinTokensLogitsProcessor,
         StoppingCriteriaList,
     )
+    from slimrt.llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 else:
 
     def __getattr__(name: str) -> object:
@@ -45,7 +47,8 @@ else:
         from importlib import import_module
 
         if name in __all__:
-            home = "cache" if name.endswith("Cache") else "grammar" if name == "LlamaGrammar" else "llama"
+            homes = {"LlamaGrammar": "grammar", "LlamaPromptLookupDecoding": "llama_speculative"}
+            home = "cache" if name.endswith("Cache") else homes.get(name, "llama")
             return getattr(import_module(f"slimrt.llama_cpp.{home}"), name)
         from slimrt.llama_cpp.missing import refuse
 

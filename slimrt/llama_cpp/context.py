@@ -15,6 +15,7 @@ from slimrt.errors import SettingError, TokenizerError
 from slimrt.hub import store
 from slimrt.llama_cpp.embedding import check_pooling
 from slimrt.llama_cpp.grammar import grammar_of_llama
+from slimrt.llama_cpp.llama_speculative import draft_of
 from slimrt.llama_cpp.options import (
     RANDOM_SEED,
     Processors,
@@ -129,9 +130,10 @@ class LlamaContext:
         for each call. ``chat_format``: llama_cpp's name of a format, a Jinja template, or None for the file's.
         ``vocab_only`` loads the tokenizer alone. ``n_gpu_layers`` 0 computes on the CPU, any other number on a GPU
         where one works and the model fits. ``pooling_type``: what ``embed`` makes of a text's tokens: 0 (and -1) a
-        vector for each, 1 their mean, 2 the first one's, 3 the last one's. slimrt's own: ``prune`` ("auto", "fast",
-        "off" or a plan), ``device`` ("cpu", "cuda", "auto" or "numpy", in the place of ``n_gpu_layers``), ``kv_budget``
-        (rows of each layer's keys and values that stay at hand).
+        vector for each, 1 their mean, 2 the first one's, 3 the last one's. ``draft_model``: LlamaPromptLookupDecoding,
+        or None, where guesses are made if that costs nothing. slimrt's own: ``prune`` ("auto", "fast", "off" or a
+        plan), ``device`` ("cpu", "cuda", "auto" or "numpy", in the place of ``n_gpu_layers``), ``kv_budget`` (rows of
+        each layer's keys and values that stay at hand).
 
         Raises SettingError (a ValueError) for a path that does not exist and for parameters that cannot be honoured,
         ModelFileError for an unusable file.
@@ -140,7 +142,7 @@ class LlamaContext:
         check_refused(
             {
                 "kv_overrides": kv_overrides or None, "lora_path": lora_path,
-                "lora_base": lora_base, "draft_model": draft_model, "tokenizer": tokenizer,
+                "lora_base": lora_base, "tokenizer": tokenizer,
                 "chat_handler": chat_handler, "attention_type": attention_type,
                 "yarn_ext_factor": yarn_ext_factor, "yarn_attn_factor": yarn_attn_factor,
                 "yarn_beta_fast": yarn_beta_fast, "yarn_beta_slow": yarn_beta_slow, "yarn_orig_ctx": yarn_orig_ctx,
@@ -158,7 +160,7 @@ class LlamaContext:
         self._pooling = pooling_type
         file = GGUFFile(_path(model_path))
         template = chat_template_of(file, chat_format)
-        self.model_path, self.verbose = str(model_path), verbose
+        self.model_path, self.verbose, self.draft_model = str(model_path), verbose, draft_model
         self.metadata = metadata_texts(file)
         self.n_batch, self.last_n_tokens_size = n_batch, last_n_tokens_size
         self.chat_format = chat_format
@@ -180,12 +182,14 @@ class LlamaContext:
             kv_budget=kv_budget,
             prune="off" if logits_all else prune,
             chat_template=template,
+            draft=draft_of(draft_model),
             **rope_options(self._config.rope.scaling, rope_scaling_type, rope_freq_base, rope_freq_scale),
         )
         self._tokenizer = self._llm.tokenizer
         self._session = self._llm.current
         if logits_all:
             self._all_logits = AllLogits(self._session.engine, self._ctx)
+            self._all_logits.draft = self._session.engine.draft
             self._session = Session(self._all_logits, self._ctx, self._llm.asking)
 
     # -- tokens -----------------------------------------------------------------------------------------------------

@@ -11,7 +11,6 @@ NAMES = {
     "Jinja2ChatFormatter": "give the template itself as chat_format",
     "llama_chat_format": "chats go through Jinja templates; give chat_format or chat_template",
     "llama_grammar": "LlamaGrammar lies in slimrt.llama_cpp itself; import it from there",
-    "llama_speculative": "there is no speculative decoding; leave it out",
 }
 """Names that programs import from ``llama_cpp``."""
 
@@ -23,7 +22,6 @@ METHODS = {
     "model_params": "slimrt has no llama.cpp parameters; the constructor's arguments say the same",
     "lora_path": "adapters are not applied; merge the adapter into the model",
     "chat_handler": "chats go through Jinja templates; give chat_format",
-    "draft_model": "there is no speculative decoding; leave it out",
 }
 """Methods and attributes of ``llama_cpp.Llama``."""
 

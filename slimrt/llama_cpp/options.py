@@ -48,7 +48,6 @@ _REFUSED = {
     "kv_overrides": "metadata is used as it stands in the file; change the file",
     "lora_path": "adapters are not applied; merge the adapter into the model",
     "lora_base": "adapters are not applied; merge the adapter into the model",
-    "draft_model": "there is no speculative decoding; leave it out",
     "tokenizer": "tokens come from the model file; leave it out",
     "chat_handler": "chats go through Jinja templates; give chat_format",
     "attention_type": "attention is causal; leave it out",

@@ -40,8 +40,8 @@ class AllLogits(Engine):
             self.scores[start + at : start + at + len(rows)] = rows
         return hidden[len(ids) - wanted :], kept
 
-    def decode(self, context: Context, tokens: Sequence[int]) -> np.ndarray:
-        logits = super().decode(context, tokens)
+    def decode(self, context: Context, tokens: Sequence[int], *, alike: bool = True) -> np.ndarray:
+        logits = super().decode(context, tokens, alike=alike)
         self.scores[context.length - len(tokens) : context.length] = logits
         return logits
 

@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from slimrt.drafting.drawing import Guesses
 from slimrt.generation import GenerationRequest, Step
 from slimrt.llama_cpp.openai_format import LogprobFormat
 from slimrt.llm import LLM
@@ -185,6 +186,7 @@ class _Reply:
         self.written = 0
         self.reading: Reading | None = None
         self.ttft = 0.0
+        self.guesses = Guesses()
 
     def usage(self) -> dict[str, Any]:
         """Tokens read and written, and what of the prompt was there already."""
@@ -206,12 +208,14 @@ class _Reply:
             "kept_tokens": list(reading.stages),
             "dense_note": reading.dense,
             "doubts": list(reading.doubts),
+            "drafted_tokens": self.guesses.made,
+            "accepted_tokens": self.guesses.right,
         }
 
     def take(self, event: Event) -> Iterator[dict[str, Any]]:
         """The chunks that an event makes in a stream; the answer is kept as well."""
         if isinstance(event, Read):
-            self.reading, self.ttft = event.reading, event.seconds
+            self.reading, self.ttft, self.guesses = event.reading, event.seconds, event.guesses
             yield from self._begin()
         elif isinstance(event, Progressed):
             if self.progress:

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 
+from slimrt.drafting.drawing import Guesses
 from slimrt.engine import Progress
 from slimrt.errors import SlimrtError
 from slimrt.generation import BEGINS, GenerationRequest, Step, generate_tokens
@@ -39,10 +40,11 @@ class Progressed:
 
 @dataclass(frozen=True)
 class Read:
-    """The prompt is read, ``seconds`` after the request came."""
+    """The prompt is read, ``seconds`` after the request came. ``guesses`` counts on while the answers are written."""
 
     reading: Reading
     seconds: float
+    guesses: Guesses
 
 
 @dataclass(frozen=True)
@@ -105,12 +107,12 @@ def answers(
 ) -> Generator[Event, None, None]:
     """Read the prompt ``ids`` in ``session`` and write ``choices`` answers to it: Read, the Pieces, Ended. Then the
     library, if there is one, gets what was read. ``came``: when the request did (None: now), by ``time.monotonic``."""
-    plan, begun = llm.plan.plan, time.monotonic() if came is None else came
+    plan, begun, guesses = llm.plan.plan, time.monotonic() if came is None else came, Guesses()
     for index in range(choices):
         reading = session.prefill(ids, plan, progress=progress)
         if index == 0:
-            yield Read(reading, time.monotonic() - begun)
-        for step in generate_tokens(session, llm.tokenizer, request, plan):
+            yield Read(reading, time.monotonic() - begun, guesses)
+        for step in generate_tokens(session, llm.tokenizer, request, plan, count=guesses):
             yield Piece(index, step)
     yield Ended()
     session.keep(len(ids), llm.tokenizer.decode(list(ids[:BEGINS])))

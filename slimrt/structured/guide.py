@@ -68,6 +68,12 @@ class Guide:
         self._taken += 1
         self._check()
 
+    def valid(self, tokens: list[int]) -> int:
+        """How many of ``tokens`` may come next, one after the other."""
+        count = int(self._matcher.validate_tokens(tokens))
+        self._check()
+        return count
+
     def forced(self, most: int) -> list[int]:
         """The tokens that must come next, at most ``most``, already taken."""
         if most < 1:

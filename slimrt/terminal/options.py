@@ -60,6 +60,7 @@ class LoadSettings:
     overflow: Overflow = "error"
     stream_weights: bool = False
     cache: bool = False
+    draft: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -212,6 +213,8 @@ def load_options(command: Command) -> Command:
         click.option("--rope-factor", type=float, metavar="X", help="How far RoPE is stretched.  [as --ctx needs]"),
         click.option("--overflow", type=click.Choice(["error", "shift"]), default="error", show_default=True,
                      help="When the context is full: stop, or drop the oldest text."),
+        click.option("--draft", default="auto", show_default=True, metavar="auto|lookup|off|MODEL",
+                     help="How next tokens are guessed, to read several at once; the text is the same."),
         click.option("--stream-weights", is_flag=True,
                      help="Keep weights in host memory, for models larger than the GPU."),
         click.option("--chat-template", metavar="NAME|JINJA", help="In place of the model's own chat template."),

@@ -89,7 +89,8 @@ def stats_line(completion: Completion) -> str:
         parts.append(f"kept {' > '.join(f'{kept:,}' for kept in timings.stages)}")
     if timings.dense_note:
         parts.append("dense")
-    parts.append(f"answer {usage.completion_tokens:,}")
+    guessed = f" ({timings.accepted_tokens:,} guessed)" if timings.accepted_tokens else ""
+    parts.append(f"answer {usage.completion_tokens:,}{guessed}")
     memory = resident_bytes()
     if memory is not None:
         parts.append(f"memory {human_bytes(memory)}")

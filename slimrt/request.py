@@ -1,0 +1,74 @@
+"""What is asked of a generation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from slimrt.config import SamplingConfig, is_whole
+from slimrt.errors import SettingError
+from slimrt.sampler import LogitsProcessor
+from slimrt.structured.grammar import Grammar
+
+__all__ = ["Draft", "GenerationRequest", "Overflow", "check_overflow"]
+
+Overflow = Literal["error", "shift"]  # what happens when the context is full
+Draft = Literal["auto", "lookup"]  # how next tokens are guessed, see GenerationRequest
+
+
+def check_overflow(overflow: object) -> None:
+    """Raise SettingError unless ``overflow`` is one of the two ways."""
+    if overflow not in get_args(Overflow):
+        raise SettingError(f"overflow {overflow!r}: must be 'error' or 'shift' (drop the oldest text)")
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """How far to generate and how. ``max_tokens`` None: until the model stops or the context is full.
+
+    With ``overflow`` "shift" a full context does not end the text: the first ``n_keep`` tokens stay, of the others the
+    older half is dropped, and what is left is read anew at its new positions. A prompt that does not fit is refused
+    either way. ``n_keep`` None: the system message of a chat, else 4.
+
+    ``grammar``: what the answer must match. Tokens that it forces are read several at a time, unless
+    ``one_by_one`` or ``logprobs`` want the logits before each. ``shown``: control tokens that the text shows.
+
+    ``draft``: how next tokens are guessed; the text is the same. "auto": as the model was loaded; "lookup": by what
+    stood behind the same words before; None: not at all.
+    """
+
+    max_tokens: int | None = 128
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    stop: tuple[str, ...] = ()
+    processors: tuple[LogitsProcessor, ...] = ()
+    logprobs: int | None = None
+    ignore_eos: bool = False
+    overflow: Overflow = "error"
+    n_keep: int | None = None
+    grammar: Grammar | None = None
+    one_by_one: bool = False
+    shown: frozenset[int] = frozenset()
+    draft: Draft | None = "auto"
+
+    def __post_init__(self) -> None:
+        check_overflow(self.overflow)
+        if self.draft is not None and self.draft not in get_args(Draft):
+            raise SettingError(
+                f"draft {self.draft!r}: must be 'auto', 'lookup' or None; a draft model is named at load"
+            )
+        if self.n_keep is not None and not (isinstance(self.n_keep, int) and self.n_keep >= 0):
+            raise SettingError(f"n_keep {self.n_keep!r}: must be a whole number of tokens, at least 0")
+        if self.max_tokens is not None and not (is_whole(self.max_tokens) and self.max_tokens >= 0):
+            raise SettingError(
+                f"max_tokens {self.max_tokens!r}: must be a whole number, at least 0, or None for no limit"
+            )
+        if self.logprobs is not None and not (is_whole(self.logprobs) and self.logprobs >= 0):
+            raise SettingError(
+                f"logprobs {self.logprobs!r}: must be a whole number, at least 0 (how many alternatives), "
+                "or None for none"
+            )
+        if self.grammar is not None and self.ignore_eos:
+            raise SettingError("ignore_eos with a schema or grammar: an answer ends when it is whole; leave one out")
+        for text in self.stop:
+            if not isinstance(text, str) or not text:
+                raise SettingError(f"stop {text!r}: must be a text or a list of texts, none of them empty")
