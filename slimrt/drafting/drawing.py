@@ -154,6 +154,8 @@ class Drawing:
 
     def _new_drafter(self) -> Drafter | None:
         session = self._session
+        if self._request.one_by_one:
+            return None
         check_draft(self._request, session)
         asked: Any = session.engine.draft if self._request.draft == "auto" else self._request.draft
         if asked is None or (asked == "auto" and session.engine.together(session.context) == 1):
@@ -175,17 +177,18 @@ class Drawing:
         the next tokens are drawn."""
         session, ids = self._session, self._unread
         engine, begun = session.engine, time.perf_counter()
-        if engine.together(session.context) > 1 or guesses or len(ids) == 1:
+        if engine.together(session.context) > 1 or guesses:
             rows = session.decode(ids, guesses, alike=not guesses)
-            self._costs.note(len(ids) + len(guesses), time.perf_counter() - begun)
-            self._count.made += len(guesses)
-            return rows
-        few = max(1, engine.ops.unpack_rows - 1)
-        part = few if len(ids) < _WORTH_UNPACKING else len(ids)
-        for at in range(0, len(ids), part):
-            session.extend(ids[at : at + part])
-        assert session.logits is not None
-        return session.logits[None]
+        else:
+            few = max(1, engine.ops.unpack_rows - 1)
+            part = few if len(ids) < _WORTH_UNPACKING else len(ids)
+            for at in range(0, len(ids), part):
+                session.extend(ids[at : at + part])
+            assert session.logits is not None
+            rows = session.logits[None]
+        self._costs.note(len(ids) + len(guesses), time.perf_counter() - begun)
+        self._count.made += len(guesses)
+        return rows
 
     def _draw(self, rows: np.ndarray, guesses: list[int], left: int | None) -> tuple[list[Written], bool]:
         """Draw from the first of ``rows``, and from each further one if all before it were guessed right."""
