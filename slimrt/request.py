@@ -32,7 +32,8 @@ class GenerationRequest:
 
     ``grammar``: what the answer must match. Tokens that it forces are read several at a time, unless
     ``one_by_one`` or ``logprobs`` want the logits before each. With ``one_by_one`` the session has read all but the
-    last token that was written whenever somebody looks; nothing is guessed. ``shown``: control tokens that the text shows.
+    last token that was written whenever somebody looks; nothing is guessed. ``shown``: control tokens that the text
+    shows.
 
     ``draft``: how next tokens are guessed; the text is the same. "auto": as the model was loaded; "lookup": by what
     stood behind the same words before; None: not at all.
