@@ -209,8 +209,8 @@ class Llama(LlamaStates):
         tools, tool_choice, older = tools_and_choice(tools, tool_choice, functions, function_call)
         calling = self._model.calling(tools, tool_choice, False if older else None)
         bound = response_grammar(response_format) or grammar
-        if calling is not None and bound is not None:
-            raise SettingError("tools with response_format or grammar: an answer is bound to one; leave one out")
+        if calling is not None:
+            calling = calling.or_valid_by(grammar_of_llama(bound))
         answer = self.create_completion(
             self._model.chat_tokens(messages, calling),
             max_tokens=max_tokens,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,8 @@ __all__ = ["Calling", "ToolStream"]
 
 @dataclass(frozen=True)
 class Calling:
-    """How one answer may call ``tools``; ``listed``: those that the prompt has."""
+    """How one answer may call ``tools``; ``listed``: those that the prompt has. ``made``: makes the grammar of answers
+    that are calls, or valid by a JSON schema."""
 
     tools: tuple[Tool, ...]
     listed: tuple[Tool, ...]
@@ -31,6 +32,7 @@ class Calling:
     grammar: Grammar
     shown: frozenset[int]
     thinking: Thinking
+    made: Callable[[Grammar], Grammar]
 
     @classmethod
     def of(
@@ -46,21 +48,30 @@ class Calling:
             return None
         if parallel is not None and not isinstance(parallel, bool):
             raise SettingError(f"parallel_tool_calls {str(parallel)[:80]!r}: must be true or false")
-        grammar = answer_grammar(
-            form.format,
-            choice.tools,
-            tokenizer,
-            required=choice.mode == "required",
-            many=form.many and (not choice.named if parallel is None else parallel),
-            thinking=form.thinking,
-        )
-        return cls(choice.tools, listed, form.format, grammar, shown_tokens(form.format, tokenizer), form.thinking)
+        many = form.many and (not choice.named if parallel is None else parallel)
+
+        def made(answer: Grammar | None) -> Grammar:
+            return answer_grammar(
+                form.format, choice.tools, tokenizer, required=choice.mode == "required", many=many,
+                thinking=form.thinking, answer=answer,
+            )  # fmt: skip
+
+        shown = shown_tokens(form.format, tokenizer)
+        return cls(choice.tools, listed, form.format, made(None), shown, form.thinking, made)
+
+    def or_valid_by(self, answer: Grammar | None) -> Calling:
+        """The same where an answer without calls is bound to ``answer``. Raises SettingError for what is no JSON
+        schema."""
+        if answer is None:
+            return self
+        if answer.kind != "JSON schema":
+            raise SettingError(f"tools with a {answer.kind}: beside tools answers can be bound to a JSON schema alone")
+        return dataclasses.replace(self, grammar=self.made(answer))
 
     def bind(self, request: GenerationRequest) -> GenerationRequest:
-        """``request``, its answer bound. Raises SettingError where it is bound to something else already."""
-        if request.grammar is not None:
-            raise SettingError("tools with a schema or grammar: an answer can be bound to one of them; leave one out")
-        return dataclasses.replace(request, grammar=self.grammar, shown=self.shown)
+        """``request``, its answer bound; raises as ``or_valid_by``."""
+        grammar = self.or_valid_by(request.grammar).grammar
+        return dataclasses.replace(request, grammar=grammar, shown=self.shown)
 
     def parser(self) -> CallParser:
         """A reader of one answer."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from slimrt.errors import SettingError
 from slimrt.structured import guide as guides
@@ -28,15 +29,19 @@ _ANY = r"(.|\n)*"
 
 def answer_grammar(
     form: Format, tools: Sequence[Tool], tokenizer: Tokenizer, *, required: bool = False, many: bool = True,
-    thinking: Thinking = "no",
+    thinking: Thinking = "no", answer: Grammar | None = None,
 ) -> Grammar:  # fmt: skip
     """What an answer may be: text with calls of ``tools`` behind it, or (``required``) calls; ``many``: more than one.
+    ``answer``: a JSON schema; then it is calls, or in the place of text a value that is valid by it.
 
     Raises SettingError that names the tool where its schema is not supported or nothing fits it."""
     for tool in tools:
         if tool.arguments_schema().get("x-guidance"):
             raise SettingError(f"tool '{tool.name}': 'x-guidance' is the grammar's own key; leave it out")
-    grammar = Grammar.lark(_Lark(form, tools, tokenizer, many, thinking).text(required))
+    if answer is not None:
+        guides.start(answer, tokenizer)  # what is wrong with it is not the tools'
+    value = None if answer is None or required else json.loads(answer.text)
+    grammar = Grammar.lark(_Lark(form, tools, tokenizer, many, thinking).text(required, value))
     try:
         guides.start(grammar, tokenizer)
     except SettingError as error:
@@ -70,10 +75,17 @@ class _Lark:
         self._made: set[str] = set()
         self._one: dict[str, str] = {}  # how a call begins -> its rule
 
-    def text(self, required: bool) -> str:
-        """The grammar."""
-        if required:
+    def text(self, required: bool, value: dict[str, Any] | None = None) -> str:
+        """The grammar; ``value``: what answers without calls are bound to."""
+        if required or value is not None:
             block = self._block(self._form.given, empty=False)
+            if value is not None:
+                mark = self._form.text_mark.removeprefix(self._form.given)
+                schema = {**value, "x-guidance": {**_GUIDANCE, **value.get("x-guidance", {})}}
+                self._rule("value", f"{self._literal(mark)} %json {json.dumps(schema)}")
+                if not self._form.triggers:  # a call and a value begin alike: one lexer must tell them apart
+                    block = " | ".join(self._whole_call(number, tool) for number, tool in enumerate(self._tools))
+                block = f"(value | {block} | {self._literal(self._form.lead)} ({block}))"
             starts = {"no": block, "may": f"(thought BLANK?)? {block}", "open": f"thought BLANK? {block}"}
             self._rule("start", starts[self._thinking])
         elif self._thinking == "no":
@@ -178,6 +190,14 @@ class _Lark:
                 if spelt.startswith(begun):
                     ways.append(" ".join(self._slot(part, number, tool) for part in parts(spelt[len(begun) :])))
         return self._rule(name, " | ".join(ways))
+
+    def _whole_call(self, number: int, tool: Tool) -> str:
+        """The rule for a call that is one JSON object, by a schema of its own."""
+        schema = tool.arguments_schema()
+        shared = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
+        keys: dict[str, Any] = {"name": {"const": tool.name}, "parameters": schema}
+        whole = {"type": "object", "properties": keys, "required": [*keys], "additionalProperties": False, **shared}
+        return self._rule(f"whole_{number}", f"%json {json.dumps({**whole, 'x-guidance': _GUIDANCE})}")
 
     def _slot(self, part: str, number: int, tool: Tool) -> str:
         if part == ARGS:

@@ -17,7 +17,7 @@ import pytest
 import slimrt
 from slimrt.errors import ContextError, FetchError, SettingError
 from slimrt.hub import store
-from slimrt.llama_cpp import missing
+from slimrt.llama_cpp import LlamaGrammar, missing
 from slimrt.llama_cpp.llama import LogitsProcessorList, StoppingCriteriaList
 from slimrt.memory.plan import available_memory
 from slimrt.ops.numpy.numpy_ops import NumpyOps
@@ -332,7 +332,7 @@ WEATHER = {"name": "weather", "parameters": PLACE}
         ({"tools": [{"type": "function"}]}, "has the name null"),
         ({"functions": [{"name": "a b"}]}, "1 to 128 letters"),
         ({"tool_choice": {"type": "function", "function": {"name": "x"}}}, "no tool has this name"),
-        ({"tools": [WEATHER], "response_format": {"type": "json_object"}}, "tools with response_format"),
+        ({"tools": [WEATHER], "grammar": LlamaGrammar.from_string('root ::= "a"')}, "tools with a GBNF grammar"),
         ({"mirostat_mode": 2}, "^mirostat_mode="),
     ],
 )

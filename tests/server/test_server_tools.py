@@ -90,6 +90,19 @@ def test_chat_in_the_older_words(client: TestClient) -> None:
     assert client.post("/v1/chat/completions", json={"messages": again, "max_tokens": 2}).status_code == 200
 
 
+def test_a_schema_beside_tools(client: TestClient) -> None:
+    """An answer is calls, or valid by the schema."""
+    schema = {"type": "object", "properties": {"n": {"enum": [1, 2]}}, "required": ["n"], "additionalProperties": False}
+    form = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}
+    for seed in range(3):
+        asked = {"messages": TALK, "tools": TOOLS, "response_format": form, "temperature": 2, "seed": seed}
+        (choice,) = client.post("/v1/chat/completions", json={**asked, "max_tokens": 400}).json()["choices"]
+        if choice["finish_reason"] == "stop":
+            assert json.loads(choice["message"]["content"])["n"] in (1, 2)
+        else:
+            assert fits(choice["message"]["tool_calls"][0]["function"]["arguments"])
+
+
 def test_what_a_limit_cuts(client: TestClient) -> None:
     (choice,) = client.post("/v1/chat/completions", json={**CHAT, "max_tokens": 12}).json()["choices"]
     assert choice["finish_reason"] == "length" and "tool_calls" not in choice["message"]
@@ -151,7 +164,7 @@ def test_messages(client: TestClient) -> None:
             "no tool has this",
         ),
         ("chat/completions", {"messages": TALK, "tool_choice": "required"}, "there are no tools"),
-        ("chat/completions", {**CHAT, "response_format": {"type": "json_object"}}, "tools with a schema or grammar"),
+        ("chat/completions", {**CHAT, "grammar": "start: /a/"}, "tools with a Lark grammar"),
         ("chat/completions", {**CHAT, "parallel_tool_calls": "x"}, "'parallel_tool_calls' is of type string"),
         ("chat/completions", {"messages": TALK, "functions": [{"name": "a b"}]}, "1 to 128 letters"),
         (

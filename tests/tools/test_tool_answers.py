@@ -120,6 +120,22 @@ def test_what_an_answer_may_be(name: str, control: slimrt.LLM, llm: slimrt.LLM) 
     assert {control.tokenizer.token_text(id) for id in ids} == {spelt for spelt in SPELT if spelt in form.lead + call}
 
 
+@pytest.mark.parametrize("name", sorted(ALL))
+def test_an_answer_without_calls_may_be_bound_to_a_schema(name: str, control: slimrt.LLM) -> None:
+    form, tokenizer = ALL[name], control.tokenizer
+    value = slimrt.Grammar.json_schema({"type": "object", "properties": {"n": {"enum": [1, 2]}}, "required": ["n"],
+                                        "additionalProperties": False})  # fmt: skip
+    begun = form.text_mark.removeprefix(form.given)
+    call = form.write([slimrt.ToolCall("7", "now", "{}") if name == "command-r7b" else CALL])
+    call = call.replace("Oslo", '"Oslo"') if name == "qwen3-coder" else call
+    assert accepts(form, tokenizer, begun + '{"n": 2}', answer=value) is True
+    assert accepts(form, tokenizer, call.removeprefix(form.given), answer=value) is True
+    assert accepts(form, tokenizer, begun + '{"n": 3}', answer=value) is False
+    assert accepts(form, tokenizer, f"{begun}Hello", answer=value) is False
+    if not form.given:
+        assert accepts(form, tokenizer, '<think>so</think>\n{"n": 1}', answer=value, thinking="may") is True
+
+
 def test_other_control_tokens_may_stand_in_text(control: slimrt.LLM) -> None:
     text = "[THINK]hm [TOOL_[THINK] "
     assert accepts(ALL["mistral"], control.tokenizer, text) is True
@@ -137,7 +153,7 @@ def test_calls_fit_their_schema_at_every_setting(name: str, control: slimrt.LLM)
     from slimrt.generation import GenerationRequest
     from slimrt.tools.calling import Calling
 
-    calling = Calling(tools, tools, form, grammar, shown, "no")
+    calling = Calling(tools, tools, form, grammar, shown, "no", lambda answer: grammar)
     seen = set()
     for seed, options in enumerate([{"temperature": 3.0}, {"temperature": 1.0, "top_p": 0.1}, {}]):
         config = slimrt.SamplingConfig(seed=seed, **options)
@@ -181,6 +197,20 @@ def test_chat_and_its_stream(llm: slimrt.LLM) -> None:
     assert plain.tool_calls == () and plain.usage.prompt_tokens < len(prompt)
 
 
+def test_a_schema_beside_tools(llm: slimrt.LLM) -> None:
+    schema = {"type": "object", "properties": {"n": {"enum": [1, 2]}}, "required": ["n"], "additionalProperties": False}
+    kinds = set()
+    for seed in range(6):
+        done = llm.chat(ASK, tools=TOOLS, schema=schema, temperature=3.0, seed=seed, max_tokens=400)
+        assert done.complete or done.finish_reason == "length"
+        kinds.add(done.finish_reason)
+        if done.finish_reason == "tool_calls":
+            assert all(map(fits, done.tool_calls)) and done.text == ""
+        elif done.complete:
+            assert json.loads(done.text)["n"] in (1, 2) and not done.tool_calls
+    assert len(kinds) == 2
+
+
 def test_text_stays_text(llm: slimrt.LLM) -> None:
     free = llm.chat(ASK, tools=TOOLS, max_tokens=12)
     assert free.tool_calls == () and free.finish_reason in ("length", "stop") and free.text
@@ -211,7 +241,8 @@ def test_a_call_that_is_cut_is_text_and_says_so(llm: slimrt.LLM) -> None:
         ({"tools": TOOLS, "tool_choice": {"name": "sub"}}, "no tool has this name; there are: weather, now"),
         ({"tool_choice": "required"}, "there are no tools"),
         ({"tools": TOOLS, "parallel_tool_calls": 1}, "parallel_tool_calls '1': must be true or false"),
-        ({"tools": TOOLS, "schema": {"type": "object"}}, "tools with a schema or grammar"),
+        ({"tools": TOOLS, "grammar": 'root ::= "a"'}, "tools with a GBNF grammar"),
+        ({"tools": TOOLS, "schema": {"type": "strin"}}, "^JSON schema .*strin"),
         ({"tools": TOOLS, "ignore_eos": True}, "ignore_eos"),
         (
             {"tools": [TOOLS[1], {"name": "f", "parameters": {"properties": {"a": {"type": "strin"}}}}]},
