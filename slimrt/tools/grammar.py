@@ -194,10 +194,10 @@ class _Lark:
     def _whole_call(self, number: int, tool: Tool) -> str:
         """The rule for a call that is one JSON object, by a schema of its own."""
         schema = tool.arguments_schema()
-        shared = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
-        keys: dict[str, Any] = {"name": {"const": tool.name}, "parameters": schema}
-        whole = {"type": "object", "properties": keys, "required": [*keys], "additionalProperties": False, **shared}
-        return self._rule(f"whole_{number}", f"%json {json.dumps({**whole, 'x-guidance': _GUIDANCE})}")
+        whole: dict[str, Any] = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
+        whole |= {"type": "object", "required": ["name", "parameters"], "additionalProperties": False}
+        whole |= {"properties": {"name": {"const": tool.name}, "parameters": schema}, "x-guidance": _GUIDANCE}
+        return self._rule(f"whole_{number}", f"%json {json.dumps(whole)}")
 
     def _slot(self, part: str, number: int, tool: Tool) -> str:
         if part == ARGS:
