@@ -41,9 +41,10 @@ types: .venv/installed-dev
 	@cd build/layout && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache \
 		-p slimrt -m click_cli
 
+# Dozens of tests start a process that imports slimrt: without its bytecode on disk each takes half as long again.
 unit: .venv/installed-dev
 	@echo "== pytest"
-	@$(BIN)/pytest -q -n 2 --dist worksteal --durations=5 --durations-min=5 $(TESTS)
+	@PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -q -n 2 --dist worksteal --durations=5 --durations-min=5 $(TESTS)
 
 # Any Python with CuPy will do, .venv's where there is one: nothing is installed, no network is needed (scripts/gpu.py).
 # Results go to docs/results, and from there, where the README has a place for them, into its table.

@@ -19,10 +19,6 @@ from typing import Any
 import pytest
 
 pytest.importorskip("uvicorn")
-pytest.importorskip("openai")
-pytest.importorskip("anthropic")
-import anthropic
-import openai
 
 import slimrt
 from scripts.crowd import soak
@@ -34,6 +30,17 @@ from slimrt.server.responses import RESPONSES
 from tests.tiny_gguf import write_tiny_llama
 
 MESSAGES: list[Any] = [{"role": "user", "content": "hello world"}]
+
+
+@pytest.fixture(scope="module")
+def openai() -> Any:
+    """Imported by the worker that needs it: it takes seconds."""
+    return pytest.importorskip("openai")
+
+
+@pytest.fixture(scope="module")
+def anthropic() -> Any:
+    return pytest.importorskip("anthropic")
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +75,7 @@ def server(model: Path) -> Iterator[tuple[int, str]]:
         process.wait(20)
 
 
-def test_openai(server: tuple[int, str], llm: slimrt.LLM) -> None:
+def test_openai(openai: Any, server: tuple[int, str], llm: slimrt.LLM) -> None:
     client = openai.OpenAI(base_url=f"{server[1]}/v1", api_key="none", max_retries=0)
     (served,) = client.models.list().data
     assert served.id == llm.config.name
@@ -100,7 +107,7 @@ def test_openai(server: tuple[int, str], llm: slimrt.LLM) -> None:
     assert refused.value.code == "context_length_exceeded"
 
 
-def test_anthropic(server: tuple[int, str], llm: slimrt.LLM) -> None:
+def test_anthropic(anthropic: Any, server: tuple[int, str], llm: slimrt.LLM) -> None:
     client = anthropic.Anthropic(base_url=server[1], api_key="none", max_retries=0)
     wanted = llm.chat([{"role": "system", "content": "be brief"}, *MESSAGES], max_tokens=8)
     asked: dict[str, Any] = {"model": "any", "system": "be brief", "messages": MESSAGES, "max_tokens": 8}
@@ -120,7 +127,7 @@ def test_anthropic(server: tuple[int, str], llm: slimrt.LLM) -> None:
 PLACE = {"type": "object", "properties": {"city": {"type": "string", "maxLength": 5}}, "required": ["city"]}
 
 
-def test_tools_of_openai(server: tuple[int, str], llm: slimrt.LLM) -> None:
+def test_tools_of_openai(openai: Any, server: tuple[int, str], llm: slimrt.LLM) -> None:
     pytest.importorskip("llguidance")
     client = openai.OpenAI(base_url=f"{server[1]}/v1", api_key="none", max_retries=0)
     tools: Any = [{"type": "function", "function": {"name": "weather", "parameters": PLACE}}]
@@ -143,7 +150,7 @@ def test_tools_of_openai(server: tuple[int, str], llm: slimrt.LLM) -> None:
     assert item.type == "function_call" and item.arguments == wanted.tool_calls[0].arguments
 
 
-def test_tools_of_anthropic(server: tuple[int, str], llm: slimrt.LLM) -> None:
+def test_tools_of_anthropic(anthropic: Any, server: tuple[int, str], llm: slimrt.LLM) -> None:
     pytest.importorskip("llguidance")
     client = anthropic.Anthropic(base_url=server[1], api_key="none", max_retries=0)
     asked: dict[str, Any] = {"model": "any", "tools": [{"name": "weather", "input_schema": PLACE}], "max_tokens": 300}
@@ -163,7 +170,7 @@ def test_tools_of_anthropic(server: tuple[int, str], llm: slimrt.LLM) -> None:
     assert client.messages.create(messages=again, **{**asked, "max_tokens": 2}).usage.output_tokens <= 2
 
 
-def test_no_field_of_the_packages_is_unknown_but_what_is_not_text() -> None:
+def test_no_field_of_the_packages_is_unknown_but_what_is_not_text(openai: Any, anthropic: Any) -> None:
     """Fields that change accounting, routing or caching at a provider are taken: programs need not be changed."""
     known = openai.OpenAI(api_key="none"), anthropic.Anthropic(api_key="none")
     missing = {

@@ -265,25 +265,25 @@ def test_a_copy_without_its_event_is_found(monkeypatch: pytest.MonkeyPatch, tmp_
 def test_a_failing_copy_is_never_silent(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Whichever copy of a conversation is refused: an error in one line, and the session is right afterwards."""
     file = tiny(tmp_path, type="Q8_0", n_layers=2)
-    tokens = ids(file, 200)
+    tokens = ids(file, 150)
     FakeCupy(monkeypatch)
     ops = CupyOps()
     session = Session(engine(file, ops, BUDGET), 1024)
     session.prefill(tokens)
     right = [session.logits]
-    for token in tokens[:20]:
+    for token in tokens[:17]:
         session.extend([token])
         right.append(session.logits)
     fake = FakeCupy(monkeypatch)
     one = engine(file, CupyOps(), BUDGET)
     failures = 0
-    for number in range(1, 60, 7):
+    for number in range(1, 60, 9):
         session = Session(one, 1024)
         fake.copy_count, fake.fail_at = 0, number
         try:
             session.prefill(tokens)
             found = [session.logits]
-            for token in tokens[:20]:
+            for token in tokens[:17]:
                 session.extend([token])
                 found.append(session.logits)
             session.context.cache.close()

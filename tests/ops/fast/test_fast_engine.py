@@ -101,6 +101,7 @@ def test_threads_and_lesser_processors(tiny: Path, llm: slimrt.LLM, ids: list[in
         assert np.array_equal(other.logits(ids, prune=HALVES), llm.logits(ids, prune=HALVES))
 
 
+@pytest.mark.skipif(not detect().avx512, reason="this processor has none: all other tests are of that code")
 def test_code_for_a_processor_without_avx512(tiny: Path, llm: slimrt.LLM, ids: list[int]) -> None:
     """Not just other words but other instructions: Numba itself is told that this is a Haswell."""
     code = (

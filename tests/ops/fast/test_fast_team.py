@@ -158,9 +158,9 @@ def test_an_interrupted_start_leaves_no_helper(count: Kernel) -> None:
 def test_an_interrupted_wake_is_made_up_for(count: Kernel) -> None:
     team, program = Team(2), Program()
     done, by_thread = np.zeros(64, np.int64), np.zeros(2, np.int64)
-    program.add(count, 64, address(done), 100, address(by_thread))
+    program.add(count, 64, address(done), 100_000, address(by_thread))  # long enough for a helper to wake up
     team.run(program)
-    for at in range(moments(lambda: team.run(program))):
+    for at in spread(moments(lambda: team.run(program)), 60):
         wait_for(lambda: team._shared is not None and len(team._shared.sleeping) > 0)
         interrupted(lambda: team.run(program), at)
         by_thread[:] = 0
