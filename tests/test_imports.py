@@ -21,7 +21,7 @@ INSTALLED = {
 ORDER = (
     ("errors",),
     ("paths", "results", "config"),
-    ("output", "weights"),
+    ("output", "weights", "documents"),
     ("prune", "hub", "kernels_cu", "plans"),
     ("text",),
     ("ops", "sampler", "structured"),

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from slimrt.documents import document_text
 from slimrt.errors import SettingError
 
 __all__ = ["Line", "Rows", "read_lines"]
@@ -74,13 +75,13 @@ class Rows:
                 content = file.read(self.largest + 1)
             if len(content) > self.largest:
                 raise LineError(f"{name!a}: larger than {self.largest >> 20} MiB")
-            return content.decode("utf-8-sig")
+            return document_text(content, name)
         except OSError as error:
             raise LineError(f"{name[:200]}: {error.strerror}") from None
         except UnicodeEncodeError:
             raise LineError(f"{ascii(name)[:200]}: no file can have such a name") from None
-        except UnicodeDecodeError as error:
-            raise LineError(f"{name}: byte {error.start} is not valid UTF-8") from None
+        except SettingError as error:
+            raise LineError(str(error)) from None
 
 
 def read_lines(source: Path, rows: Rows | None = None) -> Iterator[tuple[Line, bytes]]:

@@ -11,8 +11,8 @@ from typing import Any, Protocol
 
 import platformdirs
 
+from slimrt.documents import plain_text
 from slimrt.terminal.guard import note, one_line
-from slimrt.terminal.text_input import decode
 
 __all__ = ["COMMANDS", "LineInput", "PipeInput", "completions", "open_input", "read_message"]
 
@@ -118,7 +118,7 @@ class PipeInput:
         if not raw:
             raise EOFError
         self._number += 1
-        return decode(raw, f"line {self._number} of the input").rstrip("\r\n")
+        return plain_text(raw, f"line {self._number} of the input").rstrip("\r\n")
 
     def close(self) -> None:
         """Nothing is held."""

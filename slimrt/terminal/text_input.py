@@ -1,4 +1,4 @@
-"""Prompts and documents as the shell hands them over: arguments, files, standard input; UTF-8, and bounded."""
+"""Prompts and documents as the shell hands them over: arguments, files, standard input; bounded."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from typing import BinaryIO
 
 import click
 
+from slimrt.documents import LARGEST, document_text, kind_of
 from slimrt.errors import SettingError
 from slimrt.paths import user_path
 
-__all__ = ["checked_argument", "decode", "join_document", "prompt_text", "read_document", "size_limit"]
+__all__ = ["checked_argument", "join_document", "prompt_text", "read_document", "size_limit"]
 
 _DEFAULT_CTX = 8192
 _BYTES_A_TOKEN = 1024  # no vocabulary has longer tokens, so more bytes than this per token cannot fit
@@ -29,7 +30,7 @@ def size_limit(ctx: int | None) -> int:
 def read_document(path: Path, limit: int = _MOST_BYTES) -> str:
     """The text of ``path`` ("-": standard input), without a byte-order mark.
 
-    Raises SettingError if it cannot be read, is empty, has more than ``limit`` bytes or is not UTF-8.
+    Raises SettingError if it cannot be read, is empty, has more than ``limit`` bytes, or as ``document_text`` does.
     """
     if str(path) == "-":
         return _read(sys.stdin.buffer, "standard input", limit)
@@ -45,56 +46,20 @@ def _read(file: BinaryIO, name: str, limit: int) -> str:
     raw = _bounded(file, name, limit)
     if not raw.strip():
         raise SettingError(f"{name}: no text in it; name a file that has some")
-    return decode(raw, name)
+    return document_text(raw, name, most=limit)
 
 
 def _bounded(file: BinaryIO, name: str, limit: int) -> bytes:
     # Bounded by what is read, not by the size that the system reports: a pipe has none.
     raw = file.read(limit + 1)
+    if len(raw) > limit and kind_of(raw, name) is not None and limit < LARGEST:
+        raw += file.read(LARGEST + 1 - len(raw))  # its text may be a small part of it
+        limit = LARGEST
     if len(raw) > limit:
         raise SettingError(
             f"{name}: more than {limit // 1024:,} KiB, which no context set here can hold; cut it, or raise --ctx"
         )
     return raw
-
-
-_KINDS = {  # how files begin that people take for documents -> what they are, and what makes text of them
-    b"%PDF-": ("a PDF", "pdftotext FILE.pdf FILE.txt"),
-    b"PK\x03\x04": ("a zip archive, as Word and LibreOffice files are", "pandoc FILE.docx -t plain -o FILE.txt"),
-    b"\xd0\xcf\x11\xe0": ("an old Office file", "soffice --convert-to txt FILE.doc"),
-    b"{\\rtf": ("a rich-text file", "pandoc FILE.rtf -t plain -o FILE.txt"),
-    b"\x89PNG": ("a picture", ""),
-    b"\xff\xd8\xff": ("a picture", ""),
-    b"GIF8": ("a picture", ""),
-    b"GGUF": ("a model", ""),
-    b"SLIMRTS\n": ("a saved conversation", "/restore FILE"),
-    b"\x1f\x8b": ("a compressed file", "gunzip FILE.gz"),
-    b"\x7fELF": ("a program", ""),
-    b"SQLite format 3": ("a database", ""),
-    b"\xff\xfe": ("text in UTF-16", "iconv -f UTF-16 -t UTF-8 FILE"),
-    b"\xfe\xff": ("text in UTF-16", "iconv -f UTF-16 -t UTF-8 FILE"),
-}
-
-
-def _kind_of(raw: bytes) -> tuple[str, str] | None:
-    """What a file that begins like ``raw`` is, and the command that makes text of it ("" for none); None: unknown."""
-    return next((kind for begin, kind in _KINDS.items() if raw.startswith(begin)), None)
-
-
-def decode(raw: bytes, name: str) -> str:
-    """``raw`` as UTF-8 text; raises SettingError that names the kind of file, or the first bad byte."""
-    kind = _kind_of(raw)
-    if kind is not None:
-        remedy = f"make text of it first, for example with: {kind[1]}" if kind[1] else "name a text file"
-        raise SettingError(f"{name}: is {kind[0]}, and only plain text can be read; {remedy}")
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        byte = raw[error.start]
-        raise SettingError(
-            f"{name}: byte {error.start} (0x{byte:02x}) is not valid UTF-8; "
-            "make it UTF-8 text first (for example: iconv -f LATIN1 -t UTF-8 FILE)"
-        ) from None
 
 
 def checked_argument(text: str, name: str) -> str:
@@ -123,7 +88,7 @@ def prompt_text(prompt: str | None, file: Path | None, limit: int = _MOST_BYTES)
     if _is_piped():
         piped = _bounded(sys.stdin.buffer, "standard input", limit)
         if piped.strip():
-            return join_document(decode(piped, "standard input"), question)
+            return join_document(document_text(piped, "standard input", most=limit), question)
     return question
 
 

@@ -230,9 +230,8 @@ def test_tab_completes_commands_and_files(tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("begin", "kind"),
     [
-        (b"%PDF-1.7\n\xe2\xe3", "is a PDF, and only plain text can be read; make text of it first, .*pdftotext"),
-        (b"PK\x03\x04\x14\0", "is a zip archive, as Word and LibreOffice files are.*pandoc"),
-        (b"\x89PNG\r\n", "is a picture, and only plain text can be read; name a text file"),
+        (b"PK\x03\x04\x14\0", "is a zip archive, as LibreOffice and other Office files are.*pandoc"),
+        (b"\x89PNG\r\n", "is a picture, and only text can be read; name a text file"),
         (b"GGUF\3\0\0\0", "is a model"),
         ("text".encode("utf-16"), "is text in UTF-16.*iconv"),
         (b"caf\xe9", r"byte 3 \(0xe9\) is not valid UTF-8.*iconv"),
