@@ -17,12 +17,14 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from scripts.browser import chromium
 from tests.tiny_gguf import write_tiny_llama
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAMS = Path(sys.executable).parent
 # Left out: an answer for whatever fits the description. What messages may follow each other, and which token ids and
 # stops there are, is beyond a schema.
+STEPS = ("examples", "page", "llm", "schemathesis", "crowd")
 LEFT_OUT = "positive_data_acceptance"
 
 
@@ -59,12 +61,12 @@ def run(name: str, command: Sequence[str | Path], limit: int, place: str | Path 
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", action="append", choices=("examples", "llm", "schemathesis", "crowd"))
+    parser.add_argument("--only", action="append", choices=STEPS)
     parser.add_argument("--max-examples", type=int, default=40, help="of schemathesis, for each operation")
     parser.add_argument("--connections", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    wanted = options.only or ["examples", "llm", "schemathesis", "crowd"]
+    wanted = options.only or STEPS
     failed = []
 
     def note(name: str, ended_well: bool) -> None:
@@ -76,6 +78,12 @@ def main() -> None:
             with serving("--ctx", "2k") as (_, url):
                 for program in sorted((ROOT / "examples" / "clients").glob("*.py")):
                     note(program.name, run(program.name, [sys.executable, program], 300, SLIMRT_URL=url))
+        if "page" in wanted:
+            if chromium() is None:
+                print("== the page: left out, no Chromium is installed")
+            else:
+                with serving("--ctx", "8k") as (_, url):
+                    note("page", run("the page, in Chromium", [sys.executable, "-m", "scripts.browser", url], 900))
         if "llm" in wanted:
             ask = [PROGRAMS / "llm", "-m", "slimrt", "-o", "max_tokens", "20", "-o", "ctx", "2048", "-s", "Be brief."]
             note("llm", run("llm", [*ask, "Name three colours."], 300, LLM_USER_PATH=folder))

@@ -31,9 +31,9 @@ R = TypeVar("R")
 
 
 class Kept(NamedTuple):
-    """How many tokens a cut kept, and in words why more than usual (empty: not more)."""
+    """What a cut kept: the places [K] of tokens in the prompt; in words why more than usual (empty: not more)."""
 
-    tokens: int
+    positions: np.ndarray
     why: str
 
 
@@ -220,7 +220,7 @@ class Engine:
             if number in cut_at:
                 scores, by = self._scores(context, schedule, number, q, keys, positions)
                 rows, why = select_rows(schedule, cut_at[number], scores, len(x))
-                kept.append(Kept(len(rows), why))
+                kept.append(Kept(positions[rows], why))
                 if trace:
                     trace.cut(number, positions, scores, rows, by)
                 x, positions = ops.take(x, rows), positions[rows]

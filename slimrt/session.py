@@ -27,7 +27,8 @@ _GROWN = 512  # rows that a conversation grows by, under a plan without cuts, be
 @dataclass(frozen=True)
 class Reading:
     """How a prompt was read: tokens that an earlier call had done already and why not more; tokens each cut kept; first
-    tokens under windows; why it ran dense although there is a plan; what was in doubt, so that more was kept."""
+    tokens under windows; why it ran dense although there is a plan; what was in doubt, so that more was kept; which
+    tokens each cut kept, as runs (first, behind the last)."""
 
     reused: int
     note: str
@@ -35,6 +36,7 @@ class Reading:
     windowed: int = 0
     dense: str = ""
     doubts: tuple[str, ...] = ()
+    kept: tuple[tuple[tuple[int, int], ...], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -103,8 +105,8 @@ class Session:
             if rule.whole:
                 self.context.boundary = None
             self._questions = (self._questions if _most(reused, ids) else 0) + 1 if rule.cuts else 0
-            kept = tuple(one.tokens for one in stages)
-            return Reading(reused, note, kept, rule.windows.rows, rule.why_dense, _doubts(rule, stages))
+            sizes, runs = tuple(len(one.positions) for one in stages), tuple(_runs(one.positions) for one in stages)
+            return Reading(reused, note, sizes, rule.windows.rows, rule.why_dense, _doubts(rule, stages), runs)
 
     def _rule(self, ids: Sequence[int], plan: PrunePlan | None) -> Schedule:
         """What ``plan`` does to the prompt ``ids``, after what was read before."""
@@ -379,6 +381,12 @@ def common_prefix(a: Sequence[int] | np.ndarray, b: Sequence[int] | np.ndarray) 
     length = min(len(a), len(b))
     differs = np.flatnonzero(np.asarray(a[:length]) != np.asarray(b[:length]))
     return int(differs[0]) if len(differs) else length
+
+
+def _runs(positions: np.ndarray) -> tuple[tuple[int, int], ...]:
+    """Rising ``positions`` as runs (first, behind the last)."""
+    breaks = np.flatnonzero(np.diff(positions) != 1) + 1
+    return tuple((int(run[0]), int(run[-1]) + 1) for run in np.split(positions, breaks) if len(run))
 
 
 def _most(tokens: int, ids: Sequence[int]) -> bool:

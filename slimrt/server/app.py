@@ -24,7 +24,9 @@ from slimrt import __version__
 from slimrt.errors import SlimrtError
 from slimrt.generation import GenerationRequest
 from slimrt.llm import LLM
+from slimrt.memory.resident import resident_bytes
 from slimrt.server.anthropic import MessageReply, counted_tokens, message_prompt
+from slimrt.server.documents import document
 from slimrt.server.embeddings import embeddings
 from slimrt.server.errors import ApiError
 from slimrt.server.fields import checked
@@ -38,6 +40,7 @@ from slimrt.server.scheduler import Busy, Ended, Event, Failed, Job, Piece, Read
 __all__ = ["create_app"]
 
 _PING_S = 15
+_READERS = 2  # documents that become text at a time, each in a process that may take a gibibyte
 _OPEN = ("/", "/health", "/openapi.json")  # paths that need no key
 
 
@@ -60,6 +63,7 @@ class _Server:
         self.scheduler = Scheduler(llm, sessions=limits.sessions, queue=limits.queue)
         self.metrics = Metrics(self.scheduler)
         self.description = description(llm)
+        self.readers = asyncio.Semaphore(_READERS)
 
     # -- routes -------------------------------------------------------------------------------------------------------
 
@@ -69,7 +73,10 @@ class _Server:
         return HTMLResponse(page, headers={"Content-Security-Policy": policy})
 
     async def health(self, request: Request) -> Response:
-        state = {"status": "ok", "running": self.scheduler.running, "waiting": self.scheduler.waiting}
+        state = {
+            "status": "ok", "running": self.scheduler.running, "waiting": self.scheduler.waiting,
+            "memory_bytes": resident_bytes(), "idle_kv_bytes": self.scheduler.kv_bytes,
+        }  # fmt: skip
         return JSONResponse(state)
 
     async def get_metrics(self, request: Request) -> Response:
@@ -109,6 +116,11 @@ class _Server:
             if type(token) is not int or not 0 <= token < vocab:
                 raise ApiError(400, f"token {str(token)[:40]}: ids lie in 0..{vocab - 1}", param="tokens")
         return JSONResponse({"content": self.llm.detokenize(tokens)})
+
+    async def document(self, request: Request) -> Response:
+        data = await self._json(request)
+        async with self.readers:
+            return JSONResponse(await asyncio.to_thread(document, data))
 
     async def embeddings(self, request: Request) -> Response:
         data = await self._json(request)
@@ -368,6 +380,7 @@ def create_app(llm: LLM, limits: Limits | None = None) -> Starlette:
             route("/v1/models/{name:path}", server.model, "GET"),
             route("/tokenize", server.tokenize, "POST"),
             route("/detokenize", server.detokenize, "POST"),
+            route("/document", server.document, "POST"),
             route("/v1/embeddings", server.embeddings, "POST"),
             route("/v1/chat/completions", server.chat, "POST"),
             route("/v1/completions", server.completion, "POST"),

@@ -206,6 +206,7 @@ class _Reply:
             "reused_tokens": reading.reused,
             "reuse_note": reading.note,
             "kept_tokens": list(reading.stages),
+            "kept_runs": [[list(run) for run in runs] for runs in reading.kept],
             "dense_note": reading.dense,
             "doubts": list(reading.doubts),
             "drafted_tokens": self.guesses.made,

@@ -8,6 +8,7 @@ from typing import Any
 from slimrt import __version__
 from slimrt.llm import LLM
 from slimrt.server.anthropic import COUNT, MESSAGES
+from slimrt.server.documents import DOCUMENT
 from slimrt.server.embeddings import EMBEDDINGS
 from slimrt.server.fields import Field, schema
 from slimrt.server.openai import CHAT, COMPLETION
@@ -31,6 +32,7 @@ _POSTS: tuple[tuple[str, str, Mapping[str, Field], bool], ...] = (
     ("/v1/embeddings", "Texts as vectors (OpenAI's embeddings)", EMBEDDINGS, False),
     ("/tokenize", "Text to token ids", TOKENIZE, False),
     ("/detokenize", "Token ids to text", DETOKENIZE, False),
+    ("/document", "A file (text, PDF, Word, HTML) to text", DOCUMENT, False),
 )
 _GETS = (
     ("/", "A page to chat with the model", "text/html"),

@@ -14,6 +14,7 @@ from typing import Any
 from slimrt.errors import ContextError, SettingError, SlimrtError
 from slimrt.generation import CompletionStream
 from slimrt.llm import LLM
+from slimrt.memory.resident import resident_bytes
 from slimrt.output import human_bytes, write_atomically
 from slimrt.paths import user_path
 from slimrt.results import Completion
@@ -21,7 +22,7 @@ from slimrt.terminal.answer import cut_note, larger_context, stream_answer
 from slimrt.terminal.guard import one_line
 from slimrt.terminal.line_input import LineInput, read_message
 from slimrt.terminal.options import AnswerSettings
-from slimrt.terminal.screen import Screen, quiet_keyboard, resident_bytes, stats_line
+from slimrt.terminal.screen import Screen, quiet_keyboard, stats_line
 from slimrt.terminal.text_input import join_document, read_document, size_limit
 
 __all__ = ["Chat"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 from collections.abc import Iterator
@@ -10,12 +9,13 @@ from contextlib import contextmanager
 
 import click
 
+from slimrt.memory.resident import resident_bytes
 from slimrt.output import human_bytes
 from slimrt.results import Completion
 from slimrt.terminal.guard import columns, dim, print_error, wrapped
 from slimrt.terminal.wrap import WordWrap
 
-__all__ = ["Screen", "printable", "quiet_keyboard", "resident_bytes", "stats_line"]
+__all__ = ["Screen", "printable", "quiet_keyboard", "stats_line"]
 
 # Control characters that a terminal obeys: a model's answer must not move the cursor or rename the window.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -95,18 +95,3 @@ def stats_line(completion: Completion) -> str:
     if memory is not None:
         parts.append(f"memory {human_bytes(memory)}")
     return " · ".join(parts)
-
-
-def resident_bytes() -> int | None:
-    """Bytes of memory that this process holds now (its peak, or None, where the system does not say)."""
-    try:
-        with open("/proc/self/statm") as file:  # noqa: PTH123
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        pass
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

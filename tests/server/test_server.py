@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -153,6 +155,8 @@ def test_tokens_embeddings_models_and_what_operators_look_at(client: TestClient,
     assert client.get(f"/v1/models/{model['id']}").status_code == 200
     assert client.get("/v1/models/other").status_code == 404
     assert client.get("/health").json()["status"] == "ok"
+    health = client.get("/health").json()
+    assert health["memory_bytes"] > 1 << 20 and health["idle_kv_bytes"] >= 0
     text = client.get("/metrics").text
     for name in (
         "time_to_first_token_seconds_count",
@@ -165,6 +169,40 @@ def test_tokens_embeddings_models_and_what_operators_look_at(client: TestClient,
     assert told["openapi"] == "3.1.0" and "/v1/messages" in told["paths"]
     page = client.get("/")
     assert page.status_code == 200 and "http" not in page.text.split("<script>")[0]  # nothing from elsewhere
+
+
+def test_files_become_text(client: TestClient) -> None:
+    def sent(raw: bytes, name: str) -> Any:
+        return client.post("/document", json={"name": name, "data": base64.b64encode(raw).decode()})
+
+    assert sent("Café".encode(), "a.txt").json() == {"name": "a.txt", "content": "Café"}
+    assert sent(b"<h1>Title</h1><script>1</script><p>Text</p>", "a.html").json()["content"] == "# Title\n\nText"
+    for raw, name, told in (
+        (b"%PDF-1.7", "a.pdf", "a.pdf: "),
+        (b"\x89PNG", "b.png", "b.png: is a picture"),
+        (b"\xe9", "c", "c: byte 0"),
+    ):
+        refused = sent(raw, name)
+        assert refused.status_code == 400 and refused.json()["error"]["message"].startswith(told)
+    assert (
+        client.post("/document", json={"name": "a", "data": "?"}).json()["error"]["message"] == "'data' is not base64"
+    )
+
+
+def test_the_answer_tells_which_tokens_were_kept(tmp_path: Path) -> None:
+    llm = slimrt.load(
+        write_tiny_llama(tmp_path / "tiny.gguf", n_layers=4, ctx=2048),
+        threads=1,
+        device="numpy",
+        prune=slimrt.PrunePlan((slimrt.Stage(1, 128), slimrt.Stage(2, 64)), block=16),
+    )
+    with TestClient(create_app(llm)) as client:
+        prompt = list(np.random.default_rng(0).integers(0, 200, 300).tolist())
+        told = client.post("/v1/completions", json={"prompt": prompt, "max_tokens": 1}).json()["timings"]
+    sizes = [sum(end - first for first, end in runs) for runs in told["kept_runs"]]
+    assert sizes == told["kept_tokens"] and len(sizes) == 2
+    kept = [{at for first, end in runs for at in range(first, end)} for runs in told["kept_runs"]]
+    assert kept[1] < kept[0] <= set(range(300)) and {0, 299} <= kept[1]
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------
