@@ -9,8 +9,11 @@ import numpy as np
 
 from slimrt.llm import LLM
 from slimrt.structured.grammar import Grammar
-from slimrt.structured.guide import start
+from slimrt.structured.guide import forget, start
 from slimrt.text.tokenizer import Tokenizer
+from slimrt.tools.formats import GENERIC
+from slimrt.tools.grammar import answer_grammar
+from slimrt.tools.tool import tools_of
 
 __all__ = ["GRAMMARS", "GuideCost", "decode_ms", "measure"]
 
@@ -52,7 +55,13 @@ class GuideCost:
 def measure(tokenizer: Tokenizer, tokens: int = 400, seed: int = 0) -> list[GuideCost]:
     """Walk through every grammar of ``GRAMMARS`` for about ``tokens`` tokens, drawn evenly from those allowed."""
     start(Grammar.regex("."), tokenizer)  # the vocabulary is read once for all
-    return [_walk(name, grammar, tokenizer, tokens, seed) for name, grammar in GRAMMARS.items()]
+    tools = tools_of([{"name": f"tool_{number}", "parameters": _PERSON} for number in range(8)])
+    called = {
+        f"8 tools, {name}": answer_grammar(GENERIC, tools, tokenizer, required=required)
+        for name, required in (("text", False), ("calls", True))
+    }
+    forget(tokenizer)  # so that compiling counts
+    return [_walk(name, grammar, tokenizer, tokens, seed) for name, grammar in {**GRAMMARS, **called}.items()]
 
 
 def decode_ms(llm: LLM, tokens: int = 24) -> float:

@@ -18,7 +18,7 @@ from slimrt.errors import SettingError
 from slimrt.structured.grammar import Grammar
 from slimrt.text.tokenizer import Tokenizer
 
-__all__ = ["Guide", "start"]
+__all__ = ["Guide", "forget", "start"]
 
 _KEPT = 16  # compiled grammars kept for each model: a server is asked for the same ones again and again
 _ESCAPE = re.compile(r"\\(?:u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|.)", re.DOTALL)
@@ -38,6 +38,13 @@ def start(grammar: Grammar, tokenizer: Tokenizer, vocab_size: int | None = None)
             compiler = _COMPILERS[tokenizer] = _Compiler(tokenizer)
         matcher = compiler.matcher(grammar)
     return Guide(matcher, grammar, vocab_size or tokenizer.vocab_size)
+
+
+def forget(tokenizer: Tokenizer) -> None:
+    """Compile what was compiled for ``tokenizer`` again when it is asked for: for measurements."""
+    with _LOCK:
+        if tokenizer in _COMPILERS:
+            _COMPILERS[tokenizer].forget()
 
 
 class Guide:
@@ -123,6 +130,10 @@ class _Compiler:
             self._kept[grammar] = made
         self._kept.move_to_end(grammar)
         return made.deep_copy()
+
+    def forget(self) -> None:
+        """Let the compiled grammars go."""
+        self._kept.clear()
 
     def _compiled(self, grammar: Grammar) -> Any:
         library = _library()
