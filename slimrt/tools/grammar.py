@@ -170,13 +170,18 @@ class _Lark:
         form = self._form
         name = f"block_{len(self._rules)}"
         begin, first = form.begin[len(begun) :], begun[len(form.begin) :]
+        if form.is_list:  # in which models are trained on several layouts
+            gap = self._terminal("GAP", r"[ \n]{1,6}")
+            opened = f'{self._literal(begin.removesuffix("["))} {gap}? "[" {gap}?'
+            between, closed = f'"," {gap}?', f"{gap}? {self._literal(form.end)}"
+        else:
+            opened, between, closed = (self._literal(text) for text in (begin, form.separator, form.end))
         calls = self._one_of(first)
         if self._many:
-            further = self._one_of("")
-            calls = f"{calls} ({self._literal(form.separator)} {further}){{0,{_MOST_CALLS - 1}}}"
+            calls = f"{calls} ({between} {self._one_of('')}){{0,{_MOST_CALLS - 1}}}"
         if empty and form.is_list:
             calls = f"({calls})?"
-        return self._rule(name, f"{self._literal(begin)} {calls} {self._literal(form.end)}")
+        return self._rule(name, f"{opened} {calls} {closed}")
 
     def _one_of(self, begun: str) -> str:
         """The rule for one call, which begins with ``begun`` that is there already."""

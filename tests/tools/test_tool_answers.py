@@ -20,9 +20,11 @@ from slimrt.text.tokenizer import Tokenizer
 from slimrt.tools.calling import ToolStream
 from slimrt.tools.formats import FORMATS, SMOLLM2, Format
 from slimrt.tools.grammar import answer_grammar, shown_tokens
-from slimrt.tools.parser import Answer, Arguments, CallEnded, CallStarted, TextDelta
+from slimrt.tools.parser import Answer, Arguments, CallEnded, CallParser, CallStarted, TextDelta
 from slimrt.tools.tool import tools_of
+from slimrt.weights.gguf import GGUFFile
 from tests.tiny_gguf import vocabulary, write_tiny_llama
+from tests.vocabularies import sentencepiece_metadata, write_vocabulary
 
 ALL = {form.name: form for form in (*FORMATS, SMOLLM2)}
 PLACE = {
@@ -118,6 +120,48 @@ def test_what_an_answer_may_be(name: str, control: slimrt.LLM, llm: slimrt.LLM) 
         assert accepts(form, tokenizer, thought.removeprefix("<think>") + call, thinking="open", required=True) is True
     ids = shown_tokens(form, control.tokenizer)
     assert {control.tokenizer.token_text(id) for id in ids} == {spelt for spelt in SPELT if spelt in form.lead + call}
+
+
+def test_layouts_of_lists_that_models_are_trained_on(control: slimrt.LLM) -> None:
+    tokenizer = control.tokenizer
+    one = '{"name": "now", "arguments": {}}'
+    for name, text in (
+        ("mistral-list", '[TOOL_CALLS] [{"name": "now", "arguments": {}, "id": "123456789"}]'),
+        ("granite-3", f"<|tool_call|> [{one},{one}]"),
+        ("smollm2", f"<tool_call>[\n{one},\n{one}\n]</tool_call>"),
+        ("smollm2", "<tool_call>[]</tool_call>"),
+        (
+            "command-r7b",
+            '<|START_ACTION|>[\n    {"tool_call_id": "0", "tool_name": "now", "parameters": {}}\n]<|END_ACTION|>',
+        ),
+    ):
+        assert accepts(ALL[name], tokenizer, f"Hello {text}") is True, name
+    assert accepts(ALL["smollm2"], tokenizer, "<tool_call>[]</tool_call>", required=True) is False
+
+
+def test_the_vocabulary_of_mistral_7b(tmp_path: Path) -> None:
+    """A SentencePiece vocabulary with a control token in front of calls: what is drawn at random is read back."""
+    metadata = sentencepiece_metadata("mistral-v3")
+    tokenizer = Tokenizer.from_gguf(GGUFFile(write_vocabulary(tmp_path / "v.gguf", metadata)))
+    form, tools = ALL["mistral-list"], tools_of(TOOLS)
+    (trigger,) = shown_tokens(form, tokenizer)
+    assert tokenizer.token_text(trigger) == "[TOOL_CALLS]"
+    written = form.write([CALL])
+    assert (
+        accepts(form, tokenizer, written) is True and accepts(form, tokenizer, written.replace("S][", "S] [")) is True
+    )
+    grammar, rng = answer_grammar(form, tools, tokenizer, required=True, many=False), np.random.default_rng(0)
+    for _ in range(4):
+        guide = start(grammar, tokenizer)
+        decoder, parser, answer = tokenizer.stream_decoder(shown={trigger}), CallParser(form, tools), Answer()
+        while not guide.done:
+            token = int(rng.choice(np.flatnonzero(guide.allowed())))
+            guide.take(token)
+            for one in (token, *guide.forced(100)):
+                answer.take(parser.push(decoder.push(one)))
+        answer.take(parser.finish())
+        (call,) = answer.calls
+        assert fits(call) and not answer.text
 
 
 @pytest.mark.parametrize("name", sorted(ALL))
