@@ -32,6 +32,11 @@ from slimrt.weights.gguf import GGUFFile
 
 Turns = tuple[tuple[Array, Array], ...]
 
+# Without a bias, a key is a product of factors that were rounded to bfloat16, and its magnitude is some units: rounding
+# it once more costs as much again. A bias is added in float32, and one above this (Qwen2.5 has some hundreds) is the
+# larger part of the key: rounding it costs much more than the product did.
+_LARGE_BIAS = 16.0
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -84,6 +89,10 @@ class Llama:
 
         self.layers: list[Layer] | StreamedLayers = (
             StreamedLayers(cast(StreamingOps, ops), layers()) if stream else list(layers())
+        )
+        # Layers whose keys bfloat16 would round by more than it rounds the products that they are sums of.
+        self.large_keys = frozenset(
+            number for number in range(config.n_layers) if load.largest_key_bias(number) > _LARGE_BIAS
         )
         self.norm = load.vector("output_norm.weight", config.d_model)
         tied = "output.weight" not in file.tensors

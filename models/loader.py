@@ -132,6 +132,19 @@ class Loader:
             )
         )
 
+    def largest_key_bias(self, number: int) -> float:
+        """The largest magnitude in the bias of the keys of layer ``number``, 0 where there is none."""
+        c, blk = self.config, f"blk.{number}"
+        q, kv = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
+        whole = self._joint(blk, "attn_qkv", {"attn_q": q, "attn_k": kv, "attn_v": kv}, "bias")
+        if whole is not None:
+            bias = dequantize(self.checked(whole, q + 2 * kv)).reshape(-1)[q : q + kv]
+        elif f"{blk}.attn_k.bias" in self.file.tensors:
+            bias = dequantize(self.checked(f"{blk}.attn_k.bias", kv))
+        else:
+            return 0.0
+        return float(np.abs(bias).max())
+
     def _ordered(self, name: str, tensor: TensorInfo) -> TensorInfo:
         """Rows of a query or key tensor moved from RoPE's interleaved layout to the half-split one.
 

@@ -348,6 +348,8 @@ class Engine:
             how["first"] = np.searchsorted(held, positions[len(positions) - len(q) :] - window + 1)
         if self._cap:
             how["cap"] = self.config.attention_cap
+        if layer in self.model.large_keys:
+            how["precise"] = True
         limited = 0  # of the rows in q
         if layer in windows.reach:
             limited = int(np.searchsorted(positions[len(positions) - len(q) :], windows.rows))
@@ -399,6 +401,7 @@ def _finite(logits: np.ndarray) -> np.ndarray:
     """``logits`` themselves; raises ComputeError if one is NaN or infinite."""
     if not np.isfinite(logits).all():
         raise ComputeError(
-            "the model's logits are not finite; its weights hold NaN or infinity, or overflow; fetch or convert it anew"
+            "the model's logits are not finite: its weights hold NaN or infinity (fetch or convert it anew), or its "
+            "keys are too large for float16 (use device 'numpy')"
         )
     return logits

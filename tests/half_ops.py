@@ -50,8 +50,9 @@ class HalfOps(NumpyOps):
         return half(super().unit_means(k, unit))
 
     def attend(  # type: ignore[override]
-        self, q: Any, k: Any, v: Any, out: Any = None, reach: Reach = None, *, first: Any = None, cap: float = 0.0
-    ) -> np.ndarray:
+        self, q: Any, k: Any, v: Any, out: Any = None, reach: Reach = None, *, first: Any = None, cap: float = 0.0,
+        precise: bool = False,
+    ) -> np.ndarray:  # fmt: skip
         assert reach is None or not any(reach)
         tokens, heads, width = q.shape
         kv_heads, keys, _ = k.shape

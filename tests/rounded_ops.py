@@ -1,7 +1,8 @@
 """A naive computation in the compiled kernels' precision: its error is the unit in which theirs is measured.
 
 Rounded where the kernels round: a single row to int8 in blocks of 32 before a product with packed integers; the factors
-of many rows to bfloat16 where the processor multiplies that; keys and values to float16. Sums are float32.
+of many rows to bfloat16 where the processor multiplies that (those of attention not where keys are large); keys and
+values to float16. Sums are float32.
 """
 
 from __future__ import annotations
@@ -71,12 +72,13 @@ class RoundedOps(NumpyOps):
         return q, k.astype(np.float16), v.astype(np.float16)
 
     def attend(  # type: ignore[override]
-        self, q: Any, k: Any, v: Any, out: Any = None, reach: Reach = None, *, first: Any = None, cap: float = 0.0
-    ) -> np.ndarray:
+        self, q: Any, k: Any, v: Any, out: Any = None, reach: Reach = None, *, first: Any = None, cap: float = 0.0,
+        precise: bool = False,
+    ) -> np.ndarray:  # fmt: skip
         assert reach is None or not any(reach)
         tokens, heads, width = q.shape
         kv_heads, keys, _ = k.shape
-        rounded = bfloat16 if self.bf16 and tokens > 1 else np.float32
+        rounded = bfloat16 if self.bf16 and tokens > 1 and not precise else np.float32
         result = np.empty_like(q) if out is None else out
         later = np.arange(keys)[None, :] > (keys - tokens + np.arange(tokens))[:, None]
         if first is not None:

@@ -97,6 +97,7 @@ def write_tiny_llama(
     type: str = "F32",
     tied: bool = True,
     qkv_bias: bool | None = None,
+    k_bias: float = 0.1,
     rope_freqs: bool = False,
     seed: int = 0,
     split_max_tensors: int = 0,
@@ -106,8 +107,8 @@ def write_tiny_llama(
 
     ``type``: name of the matrices' type; vectors are F32. Types with blocks of 256 want ``d_model`` and ``d_ff`` to be
     multiples of 256. ``head_dim`` other than d_model / n_heads is written as key and value length. ``qkv_bias`` None:
-    as the architecture has it. ``metadata``: keys to add or replace (``**{"llama.rope.freq_base": 5e5}``), None drops
-    one; int, float, bool, str or list.
+    as the architecture has it; ``k_bias``: the deviation of that of the keys. ``metadata``: keys to add or replace
+    (``**{"llama.rope.freq_base": 5e5}``), None drops one; int, float, bool, str or list.
     """
     rng = np.random.default_rng(seed)
     width = head_dim or d_model // n_heads
@@ -141,8 +142,8 @@ def write_tiny_llama(
     for key, value in (keys | metadata).items():
         _add(writer, key, value)
 
-    def vector(name: str, size: int, centre: float) -> None:
-        writer.add_tensor(name, (centre + rng.standard_normal(size) * 0.1).astype(np.float32))
+    def vector(name: str, size: int, centre: float, deviation: float = 0.1) -> None:
+        writer.add_tensor(name, (centre + rng.standard_normal(size) * deviation).astype(np.float32))
 
     def matrix(name: str, rows: int, columns: int) -> None:
         kind = GGMLQuantizationType[type]
@@ -162,7 +163,7 @@ def write_tiny_llama(
         ):
             matrix(f"blk.{layer}.{part}.weight", rows, columns)
             if part in ("attn_q", "attn_k", "attn_v") and (arch == "qwen2" if qkv_bias is None else qkv_bias):
-                vector(f"blk.{layer}.{part}.bias", rows, 0)
+                vector(f"blk.{layer}.{part}.bias", rows, 0, k_bias if part == "attn_k" else 0.1)
         vector(f"blk.{layer}.ffn_norm.weight", d_model, 1)
     vector("output_norm.weight", d_model, 1)
     if not tied:

@@ -158,10 +158,11 @@ class Ops(MemoryOps, RowOps, Protocol):
 
     def attend(
         self, q: Array, k: Array, v: Array, out: Array | None = ..., reach: Reach = ...,
-        *, first: np.ndarray | None = ..., cap: float = ...,
+        *, first: np.ndarray | None = ..., cap: float = ..., precise: bool = ...,
     ) -> Array:  # fmt: skip
         """Causal attention by index: q [T, H, Dh], k and v [Hkv, N, Dh] -> [T, H, Dh]. Row t sees no key before
-        ``first[t]``, scores are capped softly at ``cap`` (0: not)."""
+        ``first[t]``, scores are capped softly at ``cap`` (0: not). ``precise``: keys are large, so none of the factors
+        may be rounded to fewer bits than float16 has."""
 
     def score_blocks(self, kind: str, q: Array, k: Array, block: int, unit: int) -> np.ndarray:
         """How much q [W, H, Dh] of the last rows want each block of k [Hkv, N, Dh] -> [B] on the host."""

@@ -261,11 +261,11 @@ class CupyOps(FewRows, InPlaceLayer):
 
     def attend(
         self, q: Array, k: Array, v: Array, out: Array | None = None, reach: Reach = None,
-        *, first: np.ndarray | None = None, cap: float = 0.0,
+        *, first: np.ndarray | None = None, cap: float = 0.0, precise: bool = False,
     ) -> Array:  # fmt: skip
         """Causal grouped-query attention by index: query row t sees key rows 0 .. N-T+t, within the heads' ``reach``.
 
-        q [T, H, Dh], k and v [Hkv, N, Dh] of one stride -> [T, H, Dh].
+        q [T, H, Dh], k and v [Hkv, N, Dh] of one stride -> [T, H, Dh]. ``precise`` changes nothing: all is float16.
         """
         tokens, heads, width = q.shape
         kv_heads, keys, _ = k.shape

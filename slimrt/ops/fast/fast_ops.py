@@ -340,9 +340,10 @@ class FastOps(NumpyOps):
 
     def attend(
         self, q: Array, k: Array, v: Array, out: Array | None = None, reach: Reach = None,
-        *, first: np.ndarray | None = None, cap: float = 0.0,
+        *, first: np.ndarray | None = None, cap: float = 0.0, precise: bool = False,
     ) -> Array:  # fmt: skip
-        """See ``NumpyOps``; k and v float16, the rows of a head follow each other."""
+        """See ``NumpyOps``; k and v float16, the rows of a head follow each other. Many rows are multiplied in bfloat16
+        where the processor does that, but for ``precise`` ones."""
         if len(q) == 1 and q.shape[2] % 16 == 0:
             if first is not None:  # one query sees a run of keys
                 assert reach is None
@@ -350,7 +351,7 @@ class FastOps(NumpyOps):
             result = attend_few.attend(self, q, k, v, reach, cap)
         else:
             result = self._attend_tiles(
-                _plain(q), _rows_together(k), _rows_together(v), reach or [0] * len(k), first, cap
+                _plain(q), _rows_together(k), _rows_together(v), reach or [0] * len(k), first, cap, precise
             )
         if out is None:
             return result
@@ -358,17 +359,20 @@ class FastOps(NumpyOps):
         return out
 
     def _attend_tiles(  # type: ignore[override]
-        self, q: Array, k: Array, v: Array, reach: Sequence[int], first: np.ndarray | None = None, cap: float = 0.0
-    ) -> Array:
+        self, q: Array, k: Array, v: Array, reach: Sequence[int], first: np.ndarray | None = None, cap: float = 0.0,
+        precise: bool = False,
+    ) -> Array:  # fmt: skip
         tokens, heads, width = q.shape
         kv_heads, keys, _ = k.shape
-        offset, blocks, padded = keys - tokens, -(-keys // KEY_BLOCK), self._shape.padded(width)
+        features = self.features.without("bf16") if precise else self.features
+        shape = shape_of(features)
+        offset, blocks, padded = keys - tokens, -(-keys // KEY_BLOCK), shape.padded(width)
         out = np.empty(q.shape, np.float32)
-        element = self._shape.element_bytes
+        element = shape.element_bytes
         packed = np.empty(2 * kv_heads * blocks * KEY_BLOCK * padded * element + 64, np.uint8)
         key_panels = -(-address(packed) // 64) * 64
         value_panels = key_panels + kv_heads * blocks * KEY_BLOCK * padded * element
-        nbytes = tile_scratch(self.features, heads // kv_heads, width)
+        nbytes = tile_scratch(features, heads // kv_heads, width)
         program = Program()
         scratch, stride = self._thread_scratch(program, nbytes)
         starts = [0, *range(RUN - offset % RUN, tokens, RUN)]
@@ -381,13 +385,13 @@ class FastOps(NumpyOps):
             np.int64,
         )
         program.add(
-            pack_kernel(self.features), kv_heads * blocks,
+            pack_kernel(features), kv_heads * blocks,
             address(k), address(v), k.strides[0], v.strides[0], keys, blocks, width, padded, key_panels, value_panels,
             scratch, stride,
         )  # fmt: skip
         lowest = None if first is None else np.maximum(first, 0).astype(np.int64)
         program.add(
-            flash_kernel(self.features, first is not None, cap), len(tiles),
+            flash_kernel(features, first is not None, cap), len(tiles),
             address(tiles), address(q), heads, kv_heads, width, padded, keys, tokens, key_panels, value_panels, blocks,
             _LOG2_E / math.sqrt(width), address(out), scratch, stride, _at(lowest),
         )  # fmt: skip

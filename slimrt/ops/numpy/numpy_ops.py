@@ -253,14 +253,15 @@ class NumpyOps(NumpyMemory, LayerOps):
 
     def attend(
         self, q: Array, k: Array, v: Array, out: Array | None = None, reach: Reach = None,
-        *, first: np.ndarray | None = None, cap: float = 0.0,
+        *, first: np.ndarray | None = None, cap: float = 0.0, precise: bool = False,
     ) -> Array:  # fmt: skip
         """Causal grouped-query attention by index: query row t sees key rows 0 .. N-T+t.
 
         q [T, H, Dh], k and v [Hkv, N, Dh], query head h reads KV head h // (H/Hkv) -> [T, H, Dh]. After pruning rows
         are not contiguous in position, but they keep their order, so an index-causal mask is right. ``reach``: how far
         back each KV head looks, see ``slimrt.prune.reach``. ``first`` [T]: row t sees no key before this one. ``cap``:
-        scores become cap * tanh(score / cap) (Gemma 2, arXiv 2408.00118).
+        scores become cap * tanh(score / cap) (Gemma 2, arXiv 2408.00118). ``precise`` changes nothing: all is
+        float32.
         """
         if out is None:
             out = np.empty(q.shape, np.float32)

@@ -9,12 +9,14 @@ import subprocess
 import sys
 import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 import slimrt
 from slimrt import PrunePlan, Stage
+from slimrt.errors import ComputeError
 from slimrt.memory.plan import plan
 from slimrt.models import read_config
 from slimrt.weights.gguf import GGUFFile
@@ -28,6 +30,7 @@ from tests.rounded_ops import SLACK, RoundedOps, errors, read_and_decoded, sessi
 
 pytestmark = pytest.mark.skipif(not detect().avx2, reason="this processor has no fast path")
 
+SIZES: dict[str, Any] = {"d_model": 128, "n_heads": 6, "n_kv_heads": 2, "head_dim": 32, "d_ff": 160, "type": "Q8_0"}
 KEEP_ALL = PrunePlan(stages=(Stage(1, 1.0), Stage(2, 1.0)), block=32)
 HALVES = PrunePlan(stages=(Stage(1, 0.5), Stage(2, 0.25)), block=32, query_window=8)
 
@@ -35,7 +38,7 @@ HALVES = PrunePlan(stages=(Stage(1, 0.5), Stage(2, 0.25)), block=32, query_windo
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("fast") / "tiny.gguf"
-    return write_tiny_llama(path, n_layers=4, d_model=128, n_heads=6, n_kv_heads=2, head_dim=32, d_ff=160, type="Q8_0")
+    return write_tiny_llama(path, n_layers=4, **SIZES)
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +77,38 @@ def test_small_models_agree_with_numpy(tmp_path: Path, options: dict) -> None:
     llm = slimrt.load(path, ctx=1024, rope_scaling="none", prune="off")
     for start in (1, 2, 16, 130, 660):
         assert agrees(llm, path, ids[: start + 40], start)
+
+
+class _Attending(RoundedOps):
+    """Rounds factors to bfloat16, those of attention as ``precise`` says, whatever the engine asks for."""
+
+    def __init__(self, precise: bool) -> None:
+        super().__init__(1, bf16=True)
+        self._precise = precise
+
+    def attend(self, *args: Any, **how: Any) -> np.ndarray:
+        return super().attend(*args, **{**how, "precise": self._precise})
+
+
+def test_large_key_biases_are_not_rounded_to_bfloat16(tmp_path: Path) -> None:
+    """As in Qwen2.5: rounded to eight bits, keys of some hundreds would choose other tokens."""
+    path = write_tiny_llama(tmp_path / "tiny.gguf", arch="qwen2", k_bias=300, **SIZES)
+    ids = np.random.default_rng(7).integers(0, 200, 170).tolist()
+    truth, engine, precise, coarse = (
+        read_and_decoded(session_on(ops, path, 1024), ids, 150)
+        for ops in (NumpyOps(1), RoundedOps(1, bf16=True), _Attending(True), _Attending(False))
+    )
+    assert np.array_equal(engine, precise)
+    assert np.abs(coarse[0] - truth[0]).max() > 4 * np.abs(precise[0] - truth[0]).max()  # so it matters
+    assert agrees(slimrt.load(path, ctx=1024, rope_scaling="none", prune="off"), path, ids, 150)
+
+
+def test_keys_beyond_float16_are_not_the_files_fault(tmp_path: Path) -> None:
+    path = write_tiny_llama(tmp_path / "tiny.gguf", arch="qwen2", k_bias=70000, **SIZES)
+    ids = list(range(3, 30))
+    with pytest.raises(ComputeError, match=r"too large for float16 .use device 'numpy'"):
+        slimrt.load(path, rope_scaling="none", prune="off").logits(ids)
+    assert np.isfinite(slimrt.load(path, rope_scaling="none", prune="off", device="numpy").logits(ids)).all()
 
 
 def test_keeping_everything_is_dense_bit_for_bit(llm: slimrt.LLM, ids: list[int]) -> None:

@@ -176,6 +176,14 @@ def test_attention(ops: FastOps, heads: int, kv_heads: int, width: int, tokens: 
     held(ours, naive, truth)
 
 
+def test_precise_attention_is_that_of_a_processor_without_bfloat16() -> None:
+    """Whatever this processor has: the kernels that are chosen run on any."""
+    q, k, v = random(0, 40, 9, 64), *(random(seed, 3, 111, 64).astype(np.float16) for seed in (1, 2))
+    expected = FastOps(1, features=detect().without("bf16")).attend(q, k, v)
+    found = FastOps(1, features=replace(detect(), bf16=True, amx=True)).attend(q, k, v, precise=True)
+    assert np.array_equal(found, expected)
+
+
 def test_attention_where_early_keys_win(ops: FastOps) -> None:
     """Later blocks exceed the reference maximum by far, and fall below it by far: rows are rescaled on the way."""
     tokens, width = 700, 64
