@@ -64,9 +64,10 @@ def has_calls(messages: Sequence[Message]) -> bool:
 @dataclass(frozen=True)
 class ToolForm:
     """How one model has tools and calls. ``native``: the template has a place for tools; ``arguments``: how it takes
-    the arguments of calls in messages, "object" or "text", "" where it has no place for calls; ``results``: whether it
-    has one for the role tool; ``system``: for the role system; ``many``: for several calls in one message;
-    ``thinking``: whether answers may begin with thoughts, or the prompt begins one."""
+    the arguments of calls in messages, "object" or "text", "" where it has no place for calls; ``empty``: whether it
+    wants a content beside calls; ``results``: whether it has a place for the role tool; ``system``: for the role
+    system; ``many``: for several calls in one message; ``thinking``: whether answers may begin with thoughts, or the
+    prompt begins one; ``nine``: whether ids must have nine letters and digits."""
 
     format: Format
     native: bool
