@@ -379,16 +379,21 @@ class LLM:
     # -- embeddings -------------------------------------------------------------------------------------------------
 
     def embed(
-        self, texts: Prompt | Sequence[Prompt], *, pooling: Literal["mean", "last"] = "mean", normalize: bool = True
+        self,
+        texts: Prompt | Sequence[Prompt],
+        *,
+        pooling: Literal["mean", "last", "cls"] = "mean",
+        normalize: bool = True,
     ) -> np.ndarray:
         """One vector a text, of the hidden states behind the output norm -> float32 [n, D].
 
-        ``texts``: a text, token ids, or a list of either. ``pooling``: the mean over a text's tokens, or its last
-        token's. ``normalize``: vectors of length 1. Texts are read whole (no plan), each from an empty context. Raises
-        SettingError for what is no text, ContextError for an empty text and one that exceeds the context.
+        ``texts``: a text, token ids, or a list of either. ``pooling``: the mean over a text's tokens, its last
+        token's, or its first one's ("cls", for models that are trained so). ``normalize``: vectors of length 1. Texts
+        are read whole (no plan), each from an empty context. Raises SettingError for what is no text, ContextError for
+        an empty text and one that exceeds the context.
         """
-        if pooling not in ("mean", "last"):
-            raise SettingError(f"pooling {pooling!r}: must be 'mean' or 'last'")
+        if pooling not in ("mean", "last", "cls"):
+            raise SettingError(f"pooling {pooling!r}: must be 'mean', 'last' or 'cls' (the first token)")
         single = isinstance(texts, str) or all(is_whole(item) for item in texts)
         prompts = [self.token_ids(text) for text in ([texts] if single else texts)]  # type: ignore[arg-type]
         for ids in prompts:
@@ -397,7 +402,8 @@ class LLM:
         context = self._engine.new_context()
         try:
             for vector, ids in zip(vectors, prompts, strict=True):
-                states, _ = self._engine.prefill(context, ids, wanted=len(ids) if pooling == "mean" else 1)
+                states, _ = self._engine.prefill(context, ids, wanted=1 if pooling == "last" else len(ids))
+                states = states[:1] if pooling == "cls" else states
                 vector[:] = self._engine.last_states(states).mean(axis=0, dtype=np.float64)
                 context.truncate(0)
         finally:

@@ -21,7 +21,7 @@ EMBEDDINGS: dict[str, Field] = {
     "input": Field(("string", "array"), "a text, token ids, or a list of either", required=True, inside=TEXTS),
     "encoding_format": Field(STRING, "how vectors are written", "float", choices=("float", "base64")),
     "dimensions": Field(INTEGER, "not supported: the model's width", None, 1, 1 << 31),
-    "pooling": Field(STRING, "how a text's tokens become one vector", "mean", choices=("mean", "last")),
+    "pooling": Field(STRING, "how a text's tokens become one vector", "mean", choices=("mean", "last", "cls")),
     "user": Field(STRING, "accepted, without effect"),
 }
 

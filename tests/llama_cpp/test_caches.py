@@ -170,12 +170,17 @@ def test_a_budget_of_keys_and_values(path: Path) -> None:
 def test_embeddings_are_those_of_the_python_interface(path: Path) -> None:
     llm = slimrt.load(path, device="numpy", prune="off")
     texts = ["hello world", "the"]
-    for kind, pooling in ((1, "mean"), (3, "last")):
+    for kind, pooling in ((1, "mean"), (2, "cls"), (3, "last")):
         llama = loaded(path, embedding=True, pooling_type=kind)
         assert llama.embed(texts, normalize=True) == llm.embed(texts, pooling=pooling).tolist()  # type: ignore[arg-type]
         assert llama.embed("the") == llm.embed("the", pooling=pooling, normalize=False)[0].tolist()  # type: ignore[arg-type]
     every = loaded(path, embedding=True)
     states = every.embed(texts)
+    first = llm.embed(texts[0], pooling="cls", normalize=False)[0]
+    assert states[0][0] == pytest.approx(first.tolist(), abs=1e-6)
+    assert llm.token_states(llm.tokenize("hello")) == pytest.approx(
+        llm.token_states(llm.tokenize("hello world"))[:1], abs=1e-5
+    )
     assert [len(one) for one in states] == [len(llm.tokenize(text)) for text in texts]
     assert states[0][-1] == pytest.approx(llm.embed(texts[0], pooling="last", normalize=False)[0].tolist(), abs=1e-6)
     small = slimrt.Llama(path, n_ctx=64, n_batch=2, device="numpy")
