@@ -49,6 +49,8 @@ def answer_grammar(
             try:
                 guides.start(Grammar.json_schema(tool.arguments_schema()), tokenizer)
             except SettingError as problem:
+                if str(problem) == str(error):  # nothing of the tool's, such as a package that is missing
+                    raise
                 raise SettingError(f"tool '{tool.name}': {problem}") from None
         raise SettingError(f"tools: {' '.join(str(error).split())[-200:]}") from None
     return grammar

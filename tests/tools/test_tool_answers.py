@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -307,6 +308,13 @@ def test_requests_that_are_refused_before_the_prompt_is_read(
     with pytest.raises(SettingError, match=says) as caught:
         llm.chat(ASK, **options)
     assert "\n" not in str(caught.value) and not llm.current.tokens
+
+
+def test_a_missing_package_is_named(llm: slimrt.LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    with pytest.raises(SettingError, match=r"^schemas and grammars need the llguidance package"):
+        fresh = {"name": "f", "parameters": {"properties": {"compiled_nowhere_else": {"type": "string"}}}}
+        answer_grammar(ALL["hermes"], tools_of([fresh]), llm.tokenizer)
 
 
 def test_elements_name_what_they_cannot_hold(llm: slimrt.LLM) -> None:
