@@ -519,6 +519,21 @@ def ttft(model: str | None, file: Path | None, as_json: bool, **settings: Any) -
 
 @bench.command()
 @model_option
+@click.option("--draft", default="auto", show_default=True, metavar="auto|lookup|MODEL", help="Who guesses.")
+@click.option("--tokens", type=Size(), default=256, show_default=True, help="Tokens of each text.")
+@repeats_option(5)
+@threads_option
+@json_option
+def draft(model: str | None, draft: str, tokens: int, repeats: int, threads: int | None, as_json: bool) -> None:
+    """What guesses at the next tokens bring, on text that repeats and text that does not."""
+    from slimrt.terminal import benchmark
+
+    load = LoadSettings(model, None, "auto", "off", threads, draft=draft)
+    benchmark.bench_draft(load, tokens, repeats, as_json=as_json)
+
+
+@bench.command()
+@model_option
 @click.option("--tokens", type=Size(), default=400, show_default=True, help="Tokens of each grammar.")
 @threads_option
 @json_option

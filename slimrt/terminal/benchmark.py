@@ -163,6 +163,32 @@ def bench_serve(load: LoadSettings, settings: dict[str, Any], *, as_json: bool) 
         print_wide(table)
 
 
+def bench_draft(load: LoadSettings, tokens: int, repeats: int, *, as_json: bool) -> None:
+    """Measure what guesses bring; two tables, or with ``as_json`` their rows, go to stdout."""
+    from slimrt.bench.drafting import measure, pass_costs
+
+    llm = load_model(load)
+    with progress_bar("measuring") as progress:
+        rows = measure(llm, tokens, repeats, progress)
+    passes = pass_costs(llm)
+    if as_json:
+        about = {"model": llm.config.name, "backend": llm.backend.why, "pass_s": passes}
+        click.echo(json.dumps({**about, "texts": [{**dataclasses.asdict(row), "factor": row.factor} for row in rows]}))
+        return
+    table = Table("text", "repeats", "without, tokens/s", "with", "factor", "guessed", "right")
+    for row in rows:
+        table.add_row(
+            row.name, "yes" if row.repeats else "no", f"{row.plain_tok_s:.1f}", f"{row.drafted_tok_s:.1f}",
+            f"{row.factor:.2f}", f"{row.drafted}", f"{row.accepted}",
+        )  # fmt: skip
+    table.caption = f"{llm.config.name}, {tokens} tokens, medians of {repeats} runs in turns; {llm.backend.why}"
+    print_wide(table)
+    costs = Table("tokens of a pass", *(f"{count}" for count in passes))
+    costs.add_row("ms", *(f"{seconds * 1e3:.1f}" for seconds in passes.values()))
+    costs.add_row("of one token's time", *(f"{seconds / passes[1]:.2f}" for seconds in passes.values()))
+    print_wide(costs)
+
+
 def bench_structured(load: LoadSettings, tokens: int, *, as_json: bool) -> None:
     """Measure what grammars cost with the model's vocabulary; a table, or with ``as_json`` its rows, goes to stdout."""
     from slimrt.bench.structured import decode_ms, measure
