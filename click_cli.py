@@ -520,7 +520,7 @@ def ttft(model: str | None, file: Path | None, as_json: bool, **settings: Any) -
 @bench.command()
 @model_option
 @click.option("--draft", default="auto", show_default=True, metavar="auto|lookup|MODEL", help="Who guesses.")
-@click.option("--tokens", type=Size(), default=256, show_default=True, help="Tokens of each text.")
+@click.option("--tokens", type=Size(), default=128, show_default=True, help="Tokens of each text.")
 @repeats_option(5)
 @threads_option
 @json_option

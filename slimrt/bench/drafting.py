@@ -42,19 +42,26 @@ class Case:
 
 @dataclass(frozen=True)
 class DraftRow:
-    """Tokens a second without guesses and with them (medians of as many runs each), tokens guessed and right."""
+    """Tokens a second after the first, and milliseconds of processor time a token (all threads; which other programs do
+    not change as they change the clock's), without guesses and with them: medians. Tokens guessed and right."""
 
     name: str
     repeats: bool
     tokens: int
     plain_tok_s: float
     drafted_tok_s: float
+    plain_cpu_ms: float
+    drafted_cpu_ms: float
     drafted: int
     accepted: int
 
     @property
     def factor(self) -> float:
         return self.drafted_tok_s / self.plain_tok_s
+
+    @property
+    def cpu_factor(self) -> float:
+        return self.plain_cpu_ms / self.drafted_cpu_ms
 
 
 def cases() -> list[Case]:
@@ -88,29 +95,35 @@ def measure(llm: LLM, tokens: int = 256, repeats: int = 5, progress: Progress | 
     rows, all_cases = [], cases()
     for number, case in enumerate(all_cases):
         ids = llm.tokenize(case.prompt)
-        speeds: dict[str | None, list[float]] = {None: [], "auto": []}
+        speeds: dict[str | None, list[tuple[float, float]]] = {None: [], "auto": []}
         with llm.session() as session:
             for turn in range(repeats + 1):
                 if progress:
                     progress(number * (repeats + 1) + turn, len(all_cases) * (repeats + 1), case.name)
                 texts = []
                 for draft in (None, "auto") if turn % 2 else ("auto", None):
-                    done = llm.generate(
+                    stream = llm.stream(
                         ids, session=session, max_tokens=tokens, ignore_eos=True, draft=draft, **case.options
                     )
+                    next(stream)
+                    written, begun, processor = len(stream.completion.tokens), time.perf_counter(), time.process_time()
+                    done = stream.finished()
+                    took, worked = time.perf_counter() - begun, time.process_time() - processor
                     texts.append(done.tokens)
                     if draft:
                         timings = done.timings
+                    written = len(done.tokens) - written
                     if turn:  # the first one warms up
-                        speeds[draft].append(done.timings.decode_tok_s)
+                        speeds[draft].append((written / took, 1e3 * worked / written))
                 if texts[0] != texts[1]:
                     raise SettingError(
                         f"{case.name}: the text differs with guesses; this backend rounds otherwise then"
                     )
-        plain, drafted = (statistics.median(speeds[draft]) for draft in (None, "auto"))
-        rows.append(
-            DraftRow(case.name, case.repeats, tokens, plain, drafted, timings.drafted_tokens, timings.accepted_tokens)
+        (plain, plain_ms), (drafted, drafted_ms) = (
+            [statistics.median(column) for column in zip(*speeds[draft], strict=True)] for draft in (None, "auto")
         )
+        counts = timings.drafted_tokens, timings.accepted_tokens
+        rows.append(DraftRow(case.name, case.repeats, tokens, plain, drafted, plain_ms, drafted_ms, *counts))
     return rows
 
 

@@ -173,13 +173,14 @@ def bench_draft(load: LoadSettings, tokens: int, repeats: int, *, as_json: bool)
     passes = pass_costs(llm)
     if as_json:
         about = {"model": llm.config.name, "backend": llm.backend.why, "pass_s": passes}
-        click.echo(json.dumps({**about, "texts": [{**dataclasses.asdict(row), "factor": row.factor} for row in rows]}))
+        click.echo(json.dumps({**about, "texts": [dataclasses.asdict(row) for row in rows]}))
         return
-    table = Table("text", "repeats", "without, tokens/s", "with", "factor", "guessed", "right")
+    table = Table("text", "repeats", "tokens/s", "guessing", "factor", "CPU ms a token", "guessing", "factor", "right")
     for row in rows:
         table.add_row(
             row.name, "yes" if row.repeats else "no", f"{row.plain_tok_s:.1f}", f"{row.drafted_tok_s:.1f}",
-            f"{row.factor:.2f}", f"{row.drafted}", f"{row.accepted}",
+            f"{row.factor:.2f}", f"{row.plain_cpu_ms:.1f}", f"{row.drafted_cpu_ms:.1f}", f"{row.cpu_factor:.2f}",
+            f"{row.accepted} of {row.drafted}",
         )  # fmt: skip
     table.caption = f"{llm.config.name}, {tokens} tokens, medians of {repeats} runs in turns; {llm.backend.why}"
     print_wide(table)
