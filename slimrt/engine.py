@@ -18,7 +18,7 @@ from slimrt.kv.layer_rows import reserve_host_memory
 from slimrt.kv.offload import OffloadedKVCache
 from slimrt.kv.windowed import WindowedKVCache
 from slimrt.models import Llama
-from slimrt.ops.protocol import Array, Cache, Decoder, Ops
+from slimrt.ops.protocol import Array, Cache, Decoder, Ops, Part
 from slimrt.prune.asked import wanted
 from slimrt.prune.reach import Reach
 from slimrt.prune.schedule import DENSE, Schedule, Windows
@@ -263,11 +263,29 @@ class Engine:
     def _decoded(self, context: Context, tokens: Sequence[int]) -> np.ndarray:
         if self._decoder is None:
             return self.logits(self.extend(context, tokens, exact=False))
-        middle = None if context.boundary is None else context.boundary.layer
-        logits, hidden = self._decoder.step(context.cache, tokens, context.length, middle=middle)
-        if context.boundary is not None and hidden is not None:
-            context.boundary.append(hidden)
-        context.length += len(tokens)
+        return self._stepped(self._decoder, [(context, tokens)])
+
+    def decode_together(self, reads: Sequence[tuple[Context, Sequence[int]]]) -> list[np.ndarray]:
+        """Read tokens behind several contexts in one pass over the weights, each as ``decode`` does, bit for bit. All
+        of them together are not more than ``together`` says of each.
+
+        Returns the logits [T, V] of each. Raises as ``logits`` does, then for all of them.
+        """
+        if self._decoder is None or sum(len(tokens) for _, tokens in reads) > self._decoder.most:
+            raise ValueError("so many tokens pass one after the other on this backend; see Engine.together")
+        logits = self._stepped(self._decoder, reads)
+        return np.split(logits, np.cumsum([len(tokens) for _, tokens in reads])[:-1])
+
+    def _stepped(self, decoder: Decoder, reads: Sequence[tuple[Context, Sequence[int]]]) -> np.ndarray:
+        parts = []
+        for context, tokens in reads:
+            middle = None if context.boundary is None else context.boundary.layer
+            parts.append(Part(context.cache, tokens, context.length, middle))
+        logits, states = decoder.step(parts)
+        for (context, tokens), hidden in zip(reads, states, strict=True):
+            if context.boundary is not None and hidden is not None:
+                context.boundary.append(hidden)
+            context.length += len(tokens)
         return _finite(self.model.finished(logits))
 
     @functools.cached_property

@@ -65,20 +65,24 @@ def generate_tokens(
     plan: PrunePlan | None = None,
     revision: int | None = None,
     count: Guesses | None = None,
+    begun: Callable[[Drawing], None] | None = None,
 ) -> Generator[Step, None, None]:
     """Draw tokens from ``session``, which has read the prompt, until a stop; the last step carries the reason.
 
     A token joins the session when the next one is asked for, so an abandoned generator leaves no half-done work; tokens
     that were guessed and drawn are in it before, and leave it where the generator ends before them.
     ``plan`` prunes what is read anew when the context shifts. ``revision``: the session's after the prompt (None: its
-    present one). ``count`` counts guesses. Raises SettingError if the session is moved on by another call meanwhile,
-    for a grammar as ``slimrt.structured.guide.start`` does, and where guessing was asked for and cannot be.
+    present one). ``count`` counts guesses; ``begun`` is given what draws, to ask it what it will read next. Raises
+    SettingError if the session is moved on by another call meanwhile, for a grammar as
+    ``slimrt.structured.guide.start`` does, and where guessing was asked for and cannot be.
     """
     guide = None
     if request.grammar is not None:
         guide = guides.start(request.grammar, tokenizer, session.engine.config.vocab_size)
     stops = frozenset() if request.ignore_eos else tokenizer.stop_ids
     drawing = Drawing(session, request, guide, stops, plan, revision, count)
+    if begun is not None:
+        begun(drawing)
     decoder = tokenizer.stream_decoder(shown=request.shown)
     held = _StopStrings(request.stop)
     drawn = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import threading
@@ -68,6 +69,7 @@ class Session:
         self.revision = 0
         self.lock = threading.RLock()
         self._undo: _Undo | None = None  # while something is under way
+        self._ahead: tuple[list[int], np.ndarray] | None = None  # tokens read by read_together, the logits after each
         self._questions = 0  # prompts in a row that were cut, on the same document
         after_fork(self, Session._forked)
 
@@ -195,7 +197,8 @@ class Session:
         if library is None:
             return
         with self.lock:
-            if self._undo is None and len(self.tokens) >= count:
+            self._mend()
+            if len(self.tokens) >= count:
                 library.keep(self.engine, self.context, self.tokens, count, begins)
 
     def fork(self) -> Session:
@@ -240,6 +243,7 @@ class Session:
         """Read further tokens through all layers, as decode does. Raises as ``prefill`` does."""
         with self.lock:
             self._check_further(ids)
+            self.revision += 1
             self._read(ids, None, progress)
 
     def decode(self, ids: Sequence[int], guesses: Sequence[int] = (), *, alike: bool = True) -> np.ndarray:
@@ -250,10 +254,15 @@ class Session:
         ``tokens`` by ``accept``, in order; ``settle`` forgets the others. Raises as ``extend``.
         """
         with self.lock:
-            self._check_further([*ids, *guesses])
+            further = [*ids, *guesses]
+            ahead = self._taken_ahead(further)
+            if ahead is None:
+                self._check_further(further)
+            self.revision += 1
             self._undo = _Undo(len(self.tokens))
             try:
-                logits = self.engine.decode(self.context, [*ids, *guesses], alike=alike)[len(ids) - 1 :]
+                logits = self.engine.decode(self.context, further, alike=alike) if ahead is None else ahead
+                logits = logits[len(ids) - 1 :]
                 self.tokens.extend(ids)
                 self.logits = logits[0]
                 self._undo = _Undo(len(self.tokens)) if guesses else None
@@ -261,6 +270,36 @@ class Session:
                 self._mend()
                 raise
         return logits
+
+    @staticmethod
+    def read_together(wanted: Sequence[tuple[Session, Sequence[int]]]) -> None:
+        """Read tokens behind several sessions of one engine in one pass, as many as its ``together`` says in all; the
+        next ``decode`` of just these tokens finds it done. Any other call of a session forgets them.
+
+        Raises what ``extend`` raises, then for none of them is it done.
+        """
+        with contextlib.ExitStack() as locks:
+            for session, ids in wanted:
+                locks.enter_context(session.lock)
+                session._check_further(ids)
+                session._undo = _Undo(len(session.tokens))
+            try:
+                rows = wanted[0][0].engine.decode_together([(session.context, ids) for session, ids in wanted])
+                for (session, ids), logits in zip(wanted, rows, strict=True):
+                    session._ahead = list(ids), logits
+            except BaseException:
+                for session, _ in wanted:
+                    session._mend()
+                raise
+
+    def holds_ahead(self, ids: Sequence[int]) -> bool:
+        """Whether just ``ids`` were read by ``read_together``, and nothing happened since."""
+        return self._ahead is not None and self._ahead[0] == list(ids)
+
+    def _taken_ahead(self, ids: list[int]) -> np.ndarray | None:
+        """The logits of ``ids``, where just these were read by ``read_together``."""
+        ahead, self._ahead = self._ahead, None
+        return ahead[1] if ahead is not None and ahead[0] == ids else None
 
     def accept(self, guess: int) -> None:
         """The next of the guesses that were read last is right."""
@@ -280,7 +319,7 @@ class Session:
             self.logits = logits
 
     def _check_further(self, ids: Sequence[int]) -> None:
-        """Raise what reading ``ids`` behind all that was read would; count the change."""
+        """Raise what reading ``ids`` behind all that was read would."""
         self._mend()
         self.check(ids, len(self.tokens))
         if self.context.length and not self.context.cache.length(self.engine.config.n_layers - 1):
@@ -288,7 +327,6 @@ class Session:
                 "the last prompt was interrupted before its end, and what followed its first cut is not computed; "
                 "read a prompt before you go on"
             )
-        self.revision += 1
 
     def _read(
         self,
@@ -319,7 +357,7 @@ class Session:
 
     def _mend(self) -> None:
         """Undo what a call had begun that did not end."""
-        undo = self._undo
+        undo, self._ahead = self._undo, None
         if undo is None:
             return
         length = undo.length if self.context.cache.intact else 0

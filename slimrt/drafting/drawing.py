@@ -110,6 +110,8 @@ class Drawing:
         self._costs = _COSTS.setdefault(session.engine, Costs())
         self._drafter: Drafter | None = None
         self._begun = False
+        self._foreseen: list[int] | None = None  # guesses of the next turn, if they were made before it
+        self._left: int | None = None  # tokens that may still be drawn after this turn
 
     def turn(self, left: int | None) -> Turn | None:
         """Read what was drawn last and draw on, at most ``left`` tokens; None where the context is full."""
@@ -124,7 +126,7 @@ class Drawing:
                     raise SettingError("nothing was read yet; a generation starts from a prompt; call prefill first")
                 rows = session.logits[None]
             elif len(session.tokens) + len(self._unread) <= session.ctx:
-                guesses = self._guesses(left)
+                guesses = self._guesses(left) if self._foreseen is None else self._foreseen
                 rows = self._read(guesses)
             elif request.overflow == "shift":
                 kept = _shifted(session.tokens, SINK_TOKENS if request.n_keep is None else request.n_keep)
@@ -134,11 +136,26 @@ class Drawing:
                 rows = session.logits[None]
             else:
                 return None
-            self._revision = session.revision
+            self._revision, self._foreseen = session.revision, None
             written, ended = self._draw(rows, guesses, left)
+            self._left = None if left is None else left - len(written)
         if self._drafter is not None:
             self._drafter.wrote([one.token for one in written])
         return Turn(written, ended, dropped)
+
+    def next_tokens(self) -> list[int]:
+        """What the next turn will read, so that others' tokens can be read with them (``Session.read_together``); none
+        where it cannot, or where no turn comes."""
+        session, guide = self._session, self._guide
+        if not self._unread or self._left == 0 or (guide is not None and guide.done):
+            return []
+        with session.lock:
+            held = session.revision == self._revision and len(session.tokens) + len(self._unread) <= session.ctx
+            if not held or session.engine.together(session.context) == 1:
+                return []
+            if self._foreseen is None:
+                self._foreseen = self._guesses(self._left)
+            return [*self._unread, *self._foreseen]
 
     def take_back(self, last: Written) -> None:
         """The text ends with ``last``, though more was drawn: the session is as it was when that one was drawn."""
@@ -177,6 +194,7 @@ class Drawing:
         the next tokens are drawn."""
         session, ids = self._session, self._unread
         engine, begun = session.engine, time.perf_counter()
+        together = session.holds_ahead([*ids, *guesses])  # what it took is not known for these alone
         if engine.together(session.context) > 1 or guesses:
             rows = session.decode(ids, guesses, alike=not guesses)
         else:
@@ -186,7 +204,8 @@ class Drawing:
                 session.extend(ids[at : at + part])
             assert session.logits is not None
             rows = session.logits[None]
-        self._costs.note(len(ids) + len(guesses), time.perf_counter() - begun)
+        if not together:
+            self._costs.note(len(ids) + len(guesses), time.perf_counter() - begun)
         self._count.made += len(guesses)
         return rows
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -258,6 +259,17 @@ class Cache(Protocol):
         """Wait for what is under way and let go of the memory; the cache cannot be used any more."""
 
 
+@dataclass(frozen=True)
+class Part:
+    """Of a step of decode the ``tokens`` that follow each other in one conversation, the first at ``position``.
+    ``middle``: a layer whose hidden states are wanted, or None."""
+
+    cache: Cache
+    tokens: Sequence[int]
+    position: int
+    middle: int | None = None
+
+
 class Decoder(Protocol):
     """Made by a backend's ``decoder(model, budget=...)`` for caches with or without a budget of resident rows; None
     there: the engine goes through the layers as for many tokens."""
@@ -266,12 +278,10 @@ class Decoder(Protocol):
     def most(self) -> int:
         """How many tokens a step reads at once, at most: quicker than one by one, with the same bits."""
 
-    def step(
-        self, cache: Cache, tokens: Sequence[int], position: int, *, middle: int | None = None
-    ) -> tuple[np.ndarray, Any]:
-        """Read ``tokens`` [T], the first at ``position``: their keys and values are appended to every layer of
-        ``cache``; each looks at all up to its own, or (T = 1) at those that the cache chooses.
+    def step(self, parts: Sequence[Part]) -> tuple[np.ndarray, Sequence[Any]]:
+        """Read the tokens of ``parts``, ``most`` in all: their keys and values are appended to every layer of their
+        caches; each looks at all up to its own, or (a token by itself) at those that the cache chooses.
 
-        Returns the logits [T, V] on the host (finite or not), and the hidden states [T, D] of layer ``middle`` (None:
-        None) between attention and feed-forward, where the model computes; both new arrays.
+        Returns the logits [T, V] of all on the host (finite or not), and for each part the hidden states [T, D] of its
+        ``middle`` between attention and feed-forward, where the model computes; new arrays.
         """

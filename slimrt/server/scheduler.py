@@ -2,7 +2,8 @@
 
 A prompt is read layer by layer and within a layer some rows at a time, and between these others have their turns:
 streams whose last token is some time ago get their next one, and a short prompt is read. So nobody waits behind a long
-document. Sessions are kept when a request has ended: the one that shares most with the next prompt serves it, and
+document. Streams that write at the same time are read in one pass over the weights where the backend gains by it.
+Sessions are kept when a request has ended: the one that shares most with the next prompt serves it, and
 what it has read of it is not read again.
 """
 
@@ -15,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 
-from slimrt.drafting.drawing import Guesses
+from slimrt.drafting.drawing import Drawing, Guesses
 from slimrt.engine import Progress
 from slimrt.errors import SlimrtError
 from slimrt.generation import BEGINS, GenerationRequest, Step, generate_tokens
@@ -104,15 +105,17 @@ def answers(
     choices: int,
     progress: Progress | None = None,
     came: float | None = None,
+    draws: Callable[[Drawing], None] | None = None,
 ) -> Generator[Event, None, None]:
     """Read the prompt ``ids`` in ``session`` and write ``choices`` answers to it: Read, the Pieces, Ended. Then the
-    library, if there is one, gets what was read. ``came``: when the request did (None: now), by ``time.monotonic``."""
+    library, if there is one, gets what was read. ``came``: when the request did (None: now), by ``time.monotonic``;
+    ``draws`` is given what draws each answer."""
     plan, begun, guesses = llm.plan.plan, time.monotonic() if came is None else came, Guesses()
     for index in range(choices):
         reading = session.prefill(ids, plan, progress=progress)
         if index == 0:
             yield Read(reading, time.monotonic() - begun, guesses)
-        for step in generate_tokens(session, llm.tokenizer, request, plan, count=guesses):
+        for step in generate_tokens(session, llm.tokenizer, request, plan, count=guesses, begun=draws):
             yield Piece(index, step)
     yield Ended()
     session.keep(len(ids), llm.tokenizer.decode(list(ids[:BEGINS])))
@@ -122,9 +125,14 @@ def answers(
 class _Running:
     job: Job
     session: Session
-    steps: Generator[Event, None, None]
+    steps: Generator[Event, None, None] = field(init=False)
+    drawing: Drawing | None = None  # of the answer that is being written
     last: float = 0.0  # when its last token came
     busy: bool = False  # computing now, further down this thread's stack
+
+    def draws(self, drawing: Drawing) -> None:
+        """Another answer begins."""
+        self.drawing = drawing
 
 
 class Scheduler:
@@ -195,6 +203,7 @@ class Scheduler:
                 if self._closed:
                     break
             self._start_next()
+            self._read_together(self._running)
             for running in list(self._running):
                 self._advance(running)
         error = SlimrtError("the server is shutting down")
@@ -214,8 +223,10 @@ class Scheduler:
             job = self._waiting[at]
             del self._waiting[at]
             session = self._session_for(job.ids)
-            steps = answers(self._llm, session, job.ids, job.request, job.choices, self._told(job), job.came)
-            running = _Running(job, session, steps)
+            running = _Running(job, session)
+            running.steps = answers(
+                self._llm, session, job.ids, job.request, job.choices, self._told(job), job.came, running.draws
+            )
             self._running.append(running)
         self._advance(running)
         return True
@@ -244,6 +255,29 @@ class Scheduler:
             with self._condition:
                 self._running.remove(running)
                 self._free.append(running.session)
+
+    def _read_together(self, streams: Sequence[_Running]) -> None:
+        """Read what the next steps of ``streams`` need in few passes over the weights, each of several streams."""
+        most, wanted = 0, []
+        for running in streams:
+            if running.drawing is None or running.job.cancelled:
+                continue
+            ids = running.drawing.next_tokens()
+            if ids and not running.session.holds_ahead(ids):
+                most = self._llm.engine.together(running.session.context)
+                wanted.append((running.session, ids))
+        while len(wanted) > 1:
+            size, some = 0, []
+            while wanted and size + len(wanted[0][1]) <= most:
+                size += len(wanted[0][1])
+                some.append(wanted.pop(0))
+            if len(some) < 2:
+                wanted = wanted if some else wanted[1:]  # one that fills a pass reads alone
+                continue
+            try:
+                Session.read_together(some)
+            except SlimrtError:
+                return  # whose it is shows when each reads for itself
 
     def _step(self, running: _Running) -> bool:
         """Whether more is to come."""
@@ -291,8 +325,9 @@ class Scheduler:
         if not self._takes_turns:
             return
         now = time.monotonic()
-        for other in list(self._running):
-            if not other.busy and now - other.last > _TURN_S:
-                self._advance(other)
+        waiting = [other for other in self._running if not other.busy and now - other.last > _TURN_S]
+        self._read_together(waiting)
+        for other in waiting:
+            self._advance(other)
         if len(job.ids) > _SHORT:
             self._start_next(longest=_SHORT)

@@ -7,6 +7,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,13 @@ pytest.importorskip("starlette")
 from starlette.testclient import TestClient
 
 import slimrt
-from slimrt.generation import GenerationRequest
+from slimrt.config import SamplingConfig
+from slimrt.engine import Engine
+from slimrt.generation import GenerationRequest, generate_tokens
 from slimrt.server.app import create_app
 from slimrt.server.limits import Limits
 from slimrt.server.scheduler import Busy, Ended, Event, Failed, Job, Piece, Progressed, Read, Scheduler
+from slimrt.session import Session
 from tests.tiny_gguf import write_tiny_llama
 
 ASK = {"messages": [{"role": "user", "content": "hello world"}], "max_tokens": 8, "temperature": 0, "ignore_eos": True}
@@ -324,6 +328,58 @@ def test_a_stream_goes_on_while_a_long_prompt_is_read_and_a_short_one_overtakes(
     finally:
         scheduler.close()
     assert stream.over.is_set()  # what was under way is told that there is no more
+
+
+def test_streams_are_read_together_and_write_what_each_writes_alone(
+    llm: slimrt.LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if llm.engine.together(llm.session().context) == 1:
+        pytest.skip("this backend reads tokens one by one")
+    passes: list[int] = []
+    whole = Engine.decode_together
+
+    def counted(self: Engine, reads: list[Any]) -> list[np.ndarray]:
+        passes.append(len(reads))
+        return whole(self, reads)
+
+    monkeypatch.setattr(Engine, "decode_together", counted)
+    rng = np.random.default_rng(4)
+    prompts = [rng.integers(3, 200, length).tolist() for length in (40, 7, 90)]
+    asked = [
+        replace(request(60), sampling=SamplingConfig(temperature=0.9, seed=3)),
+        replace(request(50), draft=None),
+        replace(request(70), sampling=SamplingConfig(repeat_penalty=1.3)),
+    ]
+    scheduler, listeners = Scheduler(llm, sessions=3), [Listener() for _ in prompts]
+    try:
+        for ids, how, listener in zip(prompts, asked, listeners, strict=True):
+            scheduler.submit(Job(ids, how, listener))
+        assert all(listener.over.wait(60) for listener in listeners)
+    finally:
+        scheduler.close()
+    assert max(passes) == 3 and len(passes) > 30
+    for ids, how, listener in zip(prompts, asked, listeners, strict=True):
+        session = llm.session()
+        session.prefill(ids)
+        alone = [step.token for step in generate_tokens(session, llm.tokenizer, how) if step.token is not None]
+        assert [piece.step.token for piece in listener.of(Piece) if piece.step.token is not None] == alone
+
+
+def test_what_was_read_ahead_is_forgotten_where_another_call_comes(llm: slimrt.LLM) -> None:
+    if llm.engine.together(llm.session().context) == 1:
+        pytest.skip("this backend reads tokens one by one")
+    ids = list(range(3, 40))
+    one, other, alone = (llm.session() for _ in range(3))
+    for session in (one, other, alone):
+        session.prefill(ids)
+    Session.read_together([(one, [5, 6]), (other, [7])])
+    assert one.tokens == ids and one.holds_ahead([5, 6]) and not one.holds_ahead([5])
+    wanted = alone.decode([5, 6])
+    assert np.array_equal(one.decode([5, 6]), wanted) and one.tokens == [*ids, 5, 6]
+    other.extend([9])  # not what was read ahead
+    alone.truncate(len(ids))
+    alone.extend([9])
+    assert other.tokens == [*ids, 9] and np.array_equal(other.logits, alone.logits)
 
 
 def test_a_client_that_goes_frees_its_place_also_within_its_prompt(llm: slimrt.LLM) -> None:

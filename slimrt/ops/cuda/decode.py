@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from slimrt.ops.protocol import Array, Cache
+from slimrt.ops.protocol import Array, Cache, Part
 
 __all__ = ["CapturedDecode"]
 
@@ -42,11 +42,10 @@ class CapturedDecode:
 
     most = 1  # what the graph does is for one token
 
-    def step(
-        self, cache: Cache, tokens: Sequence[int], position: int, *, middle: int | None = None
-    ) -> tuple[np.ndarray, Array | None]:
+    def step(self, parts: Sequence[Part]) -> tuple[np.ndarray, list[Array | None]]:
         """Read one token; the logits [1, V] on the host, the hidden states [1, D] of layer ``middle`` on the device."""
-        (token,), ops = tokens, self._ops
+        (part,), ops = parts, self._ops
+        (token,), cache, position, middle = part.tokens, part.cache, part.position, part.middle
         with self._lock, ops.computing():  # its buffers and states are those of one token
             self._write(cache, token, position)
             states = self._captured(cache).launch()
@@ -54,7 +53,7 @@ class CapturedDecode:
                 cache.appended(layer, np.array([position]))
             hidden = None if middle is None else ops.copied(states[middle])
             ops.mark().synchronize()
-            return self._logits[None].copy(), hidden
+            return self._logits[None].copy(), [hidden]
 
     def _captured(self, cache: Cache) -> Any:
         """The graph for ``cache`` as it lies."""

@@ -5,8 +5,8 @@ which are joined as in flash-decoding. Keys and values are float16; all arithmet
 query heads that share a KV head are computed together, so that each number is loaded and widened once for all of them.
 
 What a row sees decides how its keys are cut, so it gives the same bits among others as alone: a table ``seen`` int64
-[T, 3] has for each row the number of keys up to its own, how many of the first of them it leaves out, and the keys of a
-span.
+[T, 7] has for each row the number of keys up to its own, how many of the first of them it leaves out, the keys of a
+span; and where they are: the address of keys, of values (float16 [Hkv, N, Dh]), the bytes from head to head of each.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ from slimrt.ops.fast.vectors import (
 from slimrt.prune.reach import RUN, SINK, Reach
 
 __all__ = [
-    "Grouping", "attend", "attend_kernel", "join_kernel", "most_spans", "partial_bytes", "score_key", "spans_for",
+    "SEEN", "Grouping", "attend", "attend_kernel", "join_kernel", "most_spans", "partial_bytes", "score_key",
+    "spans_for",
 ]  # fmt: skip
 
 _TOGETHER = 4  # query heads that share a loaded key
@@ -57,7 +58,8 @@ TILE = 64  # keys at a time: the sink's length, so that a window behind it begin
 ITEMS = 32  # pieces of a layer's attention: some for each of eight threads
 _HEAD = 16  # floats before the weighted values of a partial result: the maximum, the sum
 _LOWEST = -1e30  # a maximum before there is one
-_SEEN_BYTES = 24  # of a row's entry
+SEEN = 7  # words of a row's entry
+_SEEN_BYTES = SEEN * 8
 
 
 def partial_bytes(head_dim: int) -> int:
@@ -213,10 +215,9 @@ def attend_kernel(features: Features, head_dim: int, group: int, cap: float = 0.
     """Item: (KV head, span, query row), the row running fastest: rows follow each other at keys that are near.
     ``group`` = H / Hkv; ``cap``: of the scores, softly.
 
-    Args: 0 queries f32 [T, H, Dh], 1 keys, 2 values (float16 [Hkv, N, Dh]), 3 bytes from head to head of keys, 4
-    ``seen``, 5 T, 6 Hkv, 7 spans of the row with most, 8 spans for which there is room, 9 partial results [T, H, room],
-    10 reach int64 [Hkv] or 0, 11 scratch, 12 bytes of it for a thread, 13 bytes from head to head of values, 14 bytes
-    from row to row of queries.
+    Args: 0 queries f32 [T, H, Dh], 1 bytes from row to row of them, 2 ``seen``, 3 T, 4 Hkv, 5 spans of the row with
+    most, 6 spans for which there is room, 7 partial results [T, H, room], 8 reach int64 [Hkv] or 0, 9 scratch, 10 bytes
+    of it for a thread.
     """
     grouping = Grouping(group)
     heads, chunks = grouping.together, grouping.chunks
@@ -281,27 +282,27 @@ def attend_kernel(features: Features, head_dim: int, group: int, cap: float = 0.
             end(mixed, to)
 
     def attend(item, thread, args):
-        tokens, kv_heads = argument(args, 5), argument(args, 6)
-        spans, room = argument(args, 7), argument(args, 8)
+        tokens, kv_heads = argument(args, 3), argument(args, 4)
+        spans, room = argument(args, 5), argument(args, 6)
         token, span, head = item % tokens, item // tokens % spans, item // tokens // spans
-        own = argument(args, 4) + token * _SEEN_BYTES
+        own = argument(args, 2) + token * _SEEN_BYTES
         skipped, size = argument(own, 1), argument(own, 2)
         row = argument(own, 0) - skipped - 1
         if span * size > row:
             return
         first = 0
-        if argument(args, 10) != 0:
-            first = _first_row(argument(argument(args, 10), head), row)
+        if argument(args, 8) != 0:
+            first = _first_row(argument(argument(args, 8), head), row)
         seen = row + 1
         if first != 0:
             seen += SINK - first  # the rows that are read count as one run
-        keys = argument(args, 1) + head * argument(args, 3) + skipped * row_bytes
-        values = argument(args, 2) + head * argument(args, 13) + skipped * row_bytes
-        sums = argument(args, 11) + thread * argument(args, 12)
+        keys = argument(own, 3) + head * argument(own, 5) + skipped * row_bytes
+        values = argument(own, 4) + head * argument(own, 6) + skipped * row_bytes
+        sums = argument(args, 9) + thread * argument(args, 10)
         scores = sums + heads * 16 * 64
         queries = scores + heads * TILE * 4
         results = queries + chunks * heads * head_dim * 4
-        source_row = argument(args, 0) + token * argument(args, 14)
+        source_row = argument(args, 0) + token * argument(args, 1)
         for slot in range(chunks * heads):
             source = head * group + min(slot // heads * heads, group - heads) + slot % heads
             for i in range(0, head_dim, 16):
@@ -323,7 +324,7 @@ def attend_kernel(features: Features, head_dim: int, group: int, cap: float = 0.
                 mix_tile(values + start * row_bytes, count, scores, sums, of_chunk)
         for slot in range(chunks * heads):
             target = (token * kv_heads + head) * group + min(slot // heads * heads, group - heads) + slot % heads
-            to = argument(args, 9) + (target * room + span) * partial
+            to = argument(args, 7) + (target * room + span) * partial
             for i in range(partial // 64):
                 store(to + i * 64, load(F32X16, results + slot * partial + i * 64))
 
@@ -381,9 +382,10 @@ def attend(ops: Any, q: np.ndarray, k: np.ndarray, v: np.ndarray, reach: Reach =
     group = heads // kv_heads
     q = np.ascontiguousarray(q)
     k, v = (x if x.strides[1:] == (head_dim * 2, 2) else np.ascontiguousarray(x) for x in (k, v))
-    seen = np.zeros((tokens, 3), np.int64)
+    seen = np.zeros((tokens, SEEN), np.int64)
     seen[:, 0] = np.arange(rows - tokens, rows) + 1
     seen[:, 2] = spans_for(seen[:, 0], kv_heads)
+    seen[:, 3:] = address(k), address(v), k.strides[0], v.strides[0]
     spans, room = int((-(-seen[:, 0] // seen[:, 2])).max()), most_spans(kv_heads)
     partial = np.empty((tokens, heads, room, partial_bytes(head_dim)), np.uint8)
     scratch = aligned_zeros(ops.threads, Grouping(group).scratch_bytes(head_dim))
@@ -392,9 +394,8 @@ def attend(ops: Any, q: np.ndarray, k: np.ndarray, v: np.ndarray, reach: Reach =
     program = Program()
     program.add(
         attend_kernel(ops.features, head_dim, group, cap), tokens * kv_heads * spans,
-        address(q), address(k), address(v), k.strides[0], address(seen), tokens, kv_heads, spans, room,
-        address(partial), 0 if windows is None else address(windows), address(scratch), scratch.strides[0],
-        v.strides[0], q.strides[0],
+        address(q), q.strides[0], address(seen), tokens, kv_heads, spans, room, address(partial),
+        0 if windows is None else address(windows), address(scratch), scratch.strides[0],
     )  # fmt: skip
     joined = join_kernel(ops.features, head_dim)
     program.add(joined, tokens, address(partial), room, heads, address(out), out.strides[0], 0, address(seen))

@@ -22,8 +22,9 @@ Behind the last layer stand a norm and the head. The residual stream goes from `
 arguments: how many rows a layer holds, and where they lie. Under a KV budget the cache chooses what the query reads:
 there the program halts before every attention.
 
-Several tokens that follow each other pass together where that can be: the weights are read and unpacked once for them.
-Every job does for each of them what it would do for it alone, in the same order, so the bits are the same.
+Several tokens that follow each other, and those of several conversations, pass together where that can be: the weights
+are read and unpacked once for them. Every job does for each of them what it would do for it alone, in the same order,
+so the bits are the same.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ from typing import Any
 import numpy as np
 
 from slimrt.ops.fast.activations import activation_bytes, padded
-from slimrt.ops.fast.attend_few import Grouping, attend_kernel, join_kernel, most_spans, partial_bytes, spans_for
-from slimrt.ops.fast.decode_kernels import append_kernel, gate_items, gate_kernel, merge_kernel, norm_kernel
+from slimrt.ops.fast.attend_few import SEEN, Grouping, attend_kernel, join_kernel, most_spans, partial_bytes, spans_for
+from slimrt.ops.fast.decode_kernels import PLACE, append_kernel, gate_items, gate_kernel, merge_kernel, norm_kernel
 from slimrt.ops.fast.gemv import VECTORS, Product, Rows, add_products, aligned_zeros, gemv_kernel, gemv_scratch
 from slimrt.ops.fast.kernels import Kernel
 from slimrt.ops.fast.layer_kernels import head_norm_words
@@ -45,36 +46,38 @@ from slimrt.ops.fast.mixture import Stacked, add_stacked, choose_kernel, gate_ex
 from slimrt.ops.fast.mixture import gate_items as gate_experts_items
 from slimrt.ops.fast.team import Program, address
 from slimrt.ops.forks import after_fork, open_lock
-from slimrt.ops.protocol import Cache
+from slimrt.ops.protocol import Cache, Part
 
 __all__ = ["Decoder"]
 
 
 class _Layer:
-    """The words of one layer's jobs that change from step to step."""
+    """What of one layer changes from step to step: where the rows of its tokens go and what they see."""
 
-    def __init__(self, append: np.ndarray, attend: np.ndarray, job: int, window: int) -> None:
-        self.append, self.attend = append, attend
+    def __init__(self, places: np.ndarray, seen: np.ndarray, attend: np.ndarray, job: int, window: int) -> None:
+        self.places, self.seen = places, seen  # int64 [most, PLACE], [most, SEEN]: see the kernels
+        self.attend = attend  # the words of its attention
         self.job = job  # number of the attention's job in the program
         self.window = window  # of the layer, 0: it sees everything
-        self.store: weakref.ref[np.ndarray] | None = None  # whose address the words hold
+        self._stores: list[weakref.ref[np.ndarray] | None] = [None] * len(places)  # whose addresses the rows hold
 
-    def place(self, store: np.ndarray) -> None:
-        """The rows lie in ``store`` [2, Hkv, capacity, Dh]."""
-        self.write_to(store)
-        self.read_from(*store)
-        self.store = weakref.ref(store)
+    def place(self, rows: slice, store: np.ndarray) -> None:
+        """The tokens of ``rows`` write to and read from ``store`` [2, Hkv, capacity, Dh]."""
+        if all(held is not None and held() is store for held in self._stores[rows]):
+            return
+        self.write_to(rows, store)
+        self.read_from(rows, *store)
+        self._stores[rows] = [weakref.ref(store)] * (rows.stop - rows.start)
 
-    def write_to(self, store: np.ndarray) -> None:
+    def write_to(self, rows: slice, store: np.ndarray) -> None:
         """New rows go to ``store`` [2, Hkv, capacity, Dh]."""
-        self.store = None
+        self._stores[rows] = [None] * (rows.stop - rows.start)
         keys, values = store
-        self.append[6:9] = address(keys), address(values), keys.strides[0]
+        self.places[rows, :3] = address(keys), address(values), keys.strides[0]
 
-    def read_from(self, keys: np.ndarray, values: np.ndarray) -> None:
+    def read_from(self, rows: slice, keys: np.ndarray, values: np.ndarray) -> None:
         """Attention reads ``keys``, ``values`` [Hkv, N, Dh]."""
-        self.attend[1:4] = address(keys), address(values), keys.strides[0]
-        self.attend[13] = values.strides[0]
+        self.seen[rows, 3:] = address(keys), address(values), keys.strides[0], values.strides[0]
 
 
 class Decoder:
@@ -120,7 +123,8 @@ class Decoder:
         )
         self._activated = aligned_zeros(count, activation_bytes(c.d_ff))
         # What each token sees in each layer, see ``attend_few``; how many spans of keys that are, at most.
-        self._seen, self._spans = np.zeros((c.n_layers, most, 3), np.int64), np.zeros(c.n_layers, np.int64)
+        self._seen, self._spans = np.zeros((c.n_layers, most, SEEN), np.int64), np.zeros(c.n_layers, np.int64)
+        self._places = np.zeros((c.n_layers, most, PLACE), np.int64)
         self._room = most_spans(c.n_kv_heads)
         self._partial = aligned_zeros(most * c.n_heads * self._room, partial_bytes(c.head_dim))
         self._sums = gemv_scratch(self._ops.threads)
@@ -154,18 +158,19 @@ class Decoder:
         self._products(self._normed, qkv, [joint], layer.qkv_bias)
         norms, turns = layer.head_norms, max(0, layer.turns)
         q_gain, k_gain, whole = head_norm_words(norms, c.head_dim)
-        append = self._each(
+        self._each(
             append_kernel(features, c.head_dim, norms is not None), 1, address(joint), c.n_heads, c.n_kv_heads,
             address(self._angles[2 * turns]), address(self._angles[2 * turns + 1]),
-            c.rope.dims // 2 if layer.turns >= 0 else 0, 0, 0, 0, 0, joint.strides[0], self._angles.strides[1],
+            c.rope.dims // 2 if layer.turns >= 0 else 0, address(self._places[number]), joint.strides[0],
+            self._angles.strides[1],
             q_gain, k_gain, whole, 0.0 if norms is None else float(norms.eps), 1.0 if norms is None else norms.scale,
         )  # fmt: skip
         attend = program.add(
             attend_kernel(features, c.head_dim, c.n_heads // c.n_kv_heads, c.attention_cap), 0,
-            address(joint), 0, 0, 0, address(self._seen[number]), 1, c.n_kv_heads, 0, self._room,
-            address(self._partial), 0, address(self._scratch), self._scratch.strides[0], 0, joint.strides[0],
+            address(joint), joint.strides[0], address(self._seen[number]), 1, c.n_kv_heads, 0, self._room,
+            address(self._partial), 0, address(self._scratch), self._scratch.strides[0],
         )  # fmt: skip
-        job = len(program) - 1
+        changing = _Layer(self._places[number], self._seen[number], attend, len(program) - 1, c.window(number))
         rounded = padded(width) if any(rows.format.quantized for rows in out) else 0
         self._each(
             join_kernel(features, c.head_dim), 1, address(self._partial), self._room, c.n_heads, address(self._mixed),
@@ -177,7 +182,7 @@ class Decoder:
             consumers = [*self._rows(layer.experts.gate_up[0]), *self._rows(layer.experts.router)]
             self._norm(middle, self._vector(layer.ffn_norm, d), consumers)
             self._add_experts(layer, middle, hidden)
-            return _Layer(append, attend, job, c.window(number))
+            return changing
         gate_up, down = self._rows(layer.gate_up), self._rows(layer.down)
         self._norm(hidden if c.parallel else middle, self._vector(layer.ffn_norm, d), gate_up)
         self._products(self._normed, gate_up, [self._gate, self._up], layer.gate_up_bias)
@@ -188,7 +193,7 @@ class Decoder:
         self._joined(self._activated, down, hidden, layer.down_bias, middle, layer.ffn_merge)
         if c.parallel:  # the state that a boundary keeps is that after the whole layer, as in prefill
             self._copy(hidden, middle)
-        return _Layer(append, attend, job, c.window(number))
+        return changing
 
     def _add_experts(self, layer: Any, middle: np.ndarray, hidden: np.ndarray) -> None:
         """The router's choice and the chosen experts' feed-forwards, from ``middle`` to ``hidden``; see ``mixture``."""
@@ -290,27 +295,30 @@ class Decoder:
 
     # -- a step -------------------------------------------------------------------------------------------------------
 
-    def step(
-        self, cache: Cache, tokens: Sequence[int], position: int, *, middle: int | None = None
-    ) -> tuple[np.ndarray, np.ndarray | None]:
+    def step(self, parts: Sequence[Part]) -> tuple[np.ndarray, list[np.ndarray | None]]:
         """See ``slimrt.ops.protocol.Decoder``."""
         with self._lock:
-            count, d = len(tokens), self.config.d_model
-            rooms: list[Any] = [cache.room(number, count) for number in range(len(self._layers))]
-            chooses = any(room is None for room in rooms)
+            d, layers = self.config.d_model, range(len(self._layers))
+            at = np.concatenate([np.arange(part.position, part.position + len(part.tokens)) for part in parts])
+            count = len(at)
+            rooms: list[Any] = [[part.cache.room(number, len(part.tokens)) for number in layers] for part in parts]
+            chooses = any(room is None for rooms_of_one in rooms for room in rooms_of_one)
             if chooses and count > 1:
                 raise ValueError(f"{count} tokens at once: a cache under a budget chooses for each what it reads")
-            at = np.arange(position, position + count)
             self._for_tokens(count)
             for number, (cos, sin) in enumerate(self._model.rope(at)[:-1]):
                 self._angles[2 * number, :count, : cos.shape[1]] = cos
                 self._angles[2 * number + 1, :count, : sin.shape[1]] = sin
-            self._hidden[:count, :d] = self._model.embed(np.array(tokens))
+            self._hidden[:count, :d] = self._model.embed(np.concatenate([part.tokens for part in parts]))
             if chooses:
-                self._run_by_layer(cache, position)
+                self._run_by_layer(parts[0].cache, parts[0].position)
             else:
-                self._run(cache, rooms, at)
-            between = None if middle is None else self._middle[middle, :count, :d].copy()
+                self._run(parts, rooms)
+            between, first = [], 0
+            for part in parts:
+                rows = slice(first, first + len(part.tokens))
+                between.append(None if part.middle is None else self._middle[part.middle, rows, :d].copy())
+                first = rows.stop
             return self._logits[:count, : self.config.vocab_size].copy(), between
 
     def _for_tokens(self, count: int) -> None:
@@ -324,59 +332,62 @@ class Decoder:
             words[3] = count
             self._table[job, 0] = gemv_kernel(features, kind, several=count > 1).address
         for layer in self._layers:
-            layer.attend[5] = count
+            layer.attend[3] = count
         self._tokens = count
 
-    def _run(self, cache: Cache, rooms: Sequence[np.ndarray], at: np.ndarray) -> None:
+    def _run(self, parts: Sequence[Part], rooms: Sequence[Sequence[np.ndarray]]) -> None:
         """All layers in one go: where rows lie and how many there are is known before."""
-        for number, (layer, room) in enumerate(zip(self._layers, rooms, strict=True)):
-            if layer.store is None or layer.store() is not room:
-                layer.place(room)
-            held = cache.length(number)
-            cache.appended(number, at)
-            layer.append[9] = held
-            self._seen[number, 0, 0] = held + 1
-            if layer.window:
-                self._skip(number, layer.window, cache.positions(number), held)
+        first = 0
+        for part, stores in zip(parts, rooms, strict=True):
+            rows, cache = slice(first, first + len(part.tokens)), part.cache
+            own = np.arange(len(part.tokens))
+            held = np.array([cache.length(number) for number in range(len(stores))])
+            for number, (layer, store) in enumerate(zip(self._layers, stores, strict=True)):
+                layer.place(rows, store)
+                cache.appended(number, part.position + own)
+                if layer.window:
+                    self._skip(number, rows, cache.positions(number), held[number])
+            self._places[:, rows, 3] = held[:, None] + own
+            self._seen[:, rows, 0] = held[:, None] + own + 1
+            first = rows.stop
         self._share(slice(None))
         self._ops.team.run(self._program)
 
     def _run_by_layer(self, cache: Cache, position: int) -> None:
         """Between the rotation and the attention of each layer the cache says which rows the query reads."""
-        c, at, begun = self.config, np.array([position]), 0
+        c, at, begun, alone = self.config, np.array([position]), 0, slice(0, 1)
         q = self._joint[:1, : c.n_heads * c.head_dim].reshape(1, c.n_heads, c.head_dim)
         k, v = self._row.transpose(0, 2, 1, 3)  # [1, Hkv, Dh] each
         for number, layer in enumerate(self._layers):
-            layer.write_to(self._row)
-            layer.append[9] = 0
+            layer.write_to(alone, self._row)
+            layer.places[0, 3] = 0
             self._ops.team.run(self._program, begun, layer.job)
             if number:
                 cache.attended(number - 1)
             keys, values, held = cache.update(number, k, v, at, q)
-            layer.read_from(keys, values)
+            layer.read_from(alone, keys, values)
             self._seen[number, 0, 0] = keys.shape[1]
             if layer.window:
-                self._skip(number, layer.window, held, keys.shape[1] - 1)
+                self._skip(number, alone, held, keys.shape[1] - 1)
             self._share(slice(number, number + 1))
             begun = layer.job
         self._ops.team.run(self._program, begun)
         cache.attended(len(self._layers) - 1)
 
-    def _skip(self, number: int, window: int, held: np.ndarray, before: int) -> None:
-        """Tokens behind the first ``before`` rows of a layer, which are at positions ``held``, see those within its
-        ``window`` only."""
-        own = held[before : before + self._tokens]
-        self._seen[number, : len(own), 1] = np.searchsorted(held, own - window + 1)
+    def _skip(self, number: int, rows: slice, held: np.ndarray, before: int) -> None:
+        """The tokens of ``rows``, behind the first ``before`` rows of a layer, which are at positions ``held``, see
+        those within its window only."""
+        own = held[before : before + rows.stop - rows.start]
+        self._seen[number, rows, 1] = np.searchsorted(held, own - self._layers[number].window + 1)
 
     def _share(self, layers: slice) -> None:
-        """How the keys that the tokens see in some layers are shared out; how many the first sees is known."""
+        """How the keys that the tokens see in some layers are shared out."""
         count, kv_heads = self._tokens, self.config.n_kv_heads
         seen = self._seen[layers, :count]
-        seen[..., 0] = seen[:, :1, 0] + np.arange(count)
         rows = seen[..., 0] - seen[..., 1]
         seen[..., 2] = spans_for(rows, kv_heads)
         spans = (-(-rows // seen[..., 2])).max(axis=1)
         for number in np.flatnonzero(spans != self._spans[layers]).tolist():
             at = number + (layers.start or 0)
-            self._layers[at].attend[7] = self._spans[at] = spans[number]
+            self._layers[at].attend[5] = self._spans[at] = spans[number]
         self._table[self._jobs[layers], 1] = spans * (kv_heads * count)

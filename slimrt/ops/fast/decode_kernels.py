@@ -29,8 +29,10 @@ from slimrt.ops.fast.vectors import (
     sum_lanes,
 )
 
-__all__ = ["append_kernel", "gate_items", "gate_kernel", "merge_kernel", "norm_kernel"]
+__all__ = ["PLACE", "append_kernel", "gate_items", "gate_kernel", "merge_kernel", "norm_kernel"]
 
+PLACE = 4  # words of a row's place in a cache
+_PLACE_BYTES = PLACE * 8
 _RECORDS = 4  # of silu(gate) * up that an item computes
 
 
@@ -99,18 +101,19 @@ def append_kernel(features: Features, head_dim: int, norms: bool = False) -> Ker
     """Rotate q and k [H + Hkv, Dh] (pairs (i, half + i) by an angle) in place; k and v to float16 rows of the cache.
     With ``norms`` q and k are normed before.
 
-    Item: one row. Args: 0 q, k, v f32 [H + 2 Hkv, Dh], 1 H, 2 Hkv, 3 cos, 4 sin [half], 5 half, 6 keys, 7 values, 8
-    bytes from head to head, 9 row of the cache that takes the first, 10 bytes from row to row of q, k, v, 11 of cos and
-    sin; with ``norms`` 12 gain of q, 13 of k (or 0), 14 whether of whole rows, 15 eps, 16 factor of q.
+    Item: one row. Args: 0 q, k, v f32 [H + 2 Hkv, Dh], 1 H, 2 Hkv, 3 cos, 4 sin [half], 5 half, 6 places int64 [T, 4]
+    (where a row's key and value go: addresses of keys and values, bytes from head to head, row there), 7 bytes from row
+    to row of q, k, v, 8 of cos and sin; with ``norms`` 9 gain of q, 10 of k (or 0), 11 whether of whole rows, 12 eps,
+    13 factor of q.
     """
 
     def append(item, thread, args):
-        joint, heads, kv_heads = argument(args, 0) + item * argument(args, 10), argument(args, 1), argument(args, 2)
+        joint, heads, kv_heads = argument(args, 0) + item * argument(args, 7), argument(args, 1), argument(args, 2)
         if norms:
-            whole_rows, eps = argument(args, 14), argument_float(args, 15)
-            norm_heads(joint, argument(args, 12), heads, head_dim, whole_rows, eps, argument_float(args, 16))
-            norm_heads(joint + heads * head_dim * 4, argument(args, 13), kv_heads, head_dim, whole_rows, eps, 1.0)
-        turned = item * argument(args, 11)
+            whole_rows, eps = argument(args, 11), argument_float(args, 12)
+            norm_heads(joint, argument(args, 9), heads, head_dim, whole_rows, eps, argument_float(args, 13))
+            norm_heads(joint + heads * head_dim * 4, argument(args, 10), kv_heads, head_dim, whole_rows, eps, 1.0)
+        turned = item * argument(args, 8)
         cos, sin, half = argument(args, 3) + turned, argument(args, 4) + turned, argument(args, 5)
         whole = half // 16 * 16
         for head in range(heads + kv_heads):
@@ -128,11 +131,12 @@ def append_kernel(features: Features, head_dim: int, norms: bool = False) -> Ker
         # Infinite scores would choose keys or leave them out without a word: NaN is seen in the logits.
         spoil(joint, heads * head_dim, 3e38)
         spoil(joint + heads * head_dim * 4, kv_heads * head_dim, 65520.0)
-        offset = (argument(args, 9) + item) * head_dim * 2
+        place = argument(args, 6) + item * _PLACE_BYTES
+        offset = argument(place, 3) * head_dim * 2
         for head in range(kv_heads):
             for side in range(2):
                 x = joint + (heads + side * kv_heads + head) * head_dim * 4
-                to = argument(args, 6 + side) + head * argument(args, 8) + offset
+                to = argument(place, side) + head * argument(place, 2) + offset
                 for i in range(0, head_dim, 16):
                     store(to + i * 2, convert(F16X16, load(F32X16, x + i * 4)))
 

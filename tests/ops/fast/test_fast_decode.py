@@ -146,6 +146,16 @@ def test_tokens(tmp_path: Path, kind: str, threads: int, mask: tuple[str, ...], 
     assert all(context.cache.rows(layer)[2].tolist() == list(range(30)) for layer in range(3))
     for parts in ((4, 1, 5), (10,)):
         assert np.array_equal(together(engine, context, ids, 20, parts), ours)
+    # Beside another conversation, before and behind it in the pass, at other positions and in another cache.
+    other, beside = decoded(engine, ids[::-1], 24)
+    for turn, (mine, theirs) in enumerate([(3, 1), (5, 4), (2, 1)]):
+        done, held = (0, 3, 8)[turn], (0, 1, 5)[turn]
+        context.truncate(20 + done)
+        beside.truncate(24 + held)
+        reads = [(context, ids[20 + done :][:mine]), (beside, ids[::-1][24 + held :][:theirs])]
+        rows = engine.decode_together(reads if turn % 2 else reads[::-1])[:: 1 if turn % 2 else -1]
+        assert np.array_equal(rows[0], ours[done : done + mine])
+        assert np.array_equal(rows[1], other[held : held + theirs])
 
 
 def test_parts_of_several_types(tmp_path: Path) -> None:
