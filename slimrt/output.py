@@ -16,7 +16,7 @@ from slimrt.errors import OutputError
 if sys.platform != "win32":  # there an open file cannot be removed in any case
     import fcntl
 
-__all__ = ["check_output", "human_bytes", "whole_or_nothing", "write_atomically"]
+__all__ = ["check_output", "human_bytes", "remove_leftovers", "whole_or_nothing", "write_atomically"]
 
 
 def human_bytes(count: float) -> str:
@@ -80,7 +80,7 @@ def whole_or_nothing(target: Path, *, private: bool = False) -> Iterator[Path]:
     only the user may read the file. Raises OSError.
     """
     target = target.resolve()  # the file behind a link is replaced, not the link
-    _remove_leftovers(target)
+    remove_leftovers(target.parent, target.name)
     part = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
     handle = os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600 if private else 0o666)
     try:
@@ -97,8 +97,11 @@ def whole_or_nothing(target: Path, *, private: bool = False) -> Iterator[Path]:
             os.close(handle)
 
 
-def _remove_leftovers(target: Path) -> None:
-    for part in target.parent.glob(f".{glob.escape(target.name)}.{'[0-9a-f]' * 8}.part"):
+def remove_leftovers(folder: Path, name: str, *, any_beginning: bool = False) -> None:
+    """Remove what killed runs left of the file ``name`` in ``folder`` (``any_beginning``: of all files whose names end
+    so); a run that is still writing keeps its own."""
+    begin = "*" if any_beginning else ""
+    for part in folder.glob(f".{begin}{glob.escape(name)}.{'[0-9a-f]' * 8}.part"):
         with suppress(OSError), part.open("rb") as file:  # locked: a run is writing it; gone or not ours: no matter
             if sys.platform != "win32":
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -22,6 +22,7 @@ import numpy as np
 from slimrt.engine import Context, Engine
 from slimrt.hub.store import cache_dir
 from slimrt.library.entry import DamagedEntryError, Header, read_context, read_header, read_tokens, write_entry
+from slimrt.output import remove_leftovers
 from slimrt.paths import check_owner
 from slimrt.session import common_prefix
 
@@ -113,12 +114,14 @@ class Library:
             begins=" ".join(begins.split())[:80],
         )
         prefix = self._prefix(tokens)
-        if self._covered(prefix, header, tokens):
+        covered, superfluous = self._compared(prefix, header, tokens)
+        if covered:
             return
         path = self.folder / f"{prefix}-{secrets.token_hex(6)}{_SUFFIX}"
         with self._forgiving(None, "could not be written"):
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             check_owner(self.folder, self.folder.stat())
+            remove_leftovers(self.folder, _SUFFIX, any_beginning=True)
             c = engine.config
             size = 2 * layers * count * c.n_kv_heads * c.head_dim * np.dtype(engine.ops.kv_type).itemsize
             size += 0 if boundary is None else 4 * count * c.d_model
@@ -127,11 +130,13 @@ class Library:
                 return
             write_entry(path, header, tokens, engine, context)
             self.written += path.stat().st_size
+            for shorter in superfluous:  # not before: a killed process loses no more than what it was writing
+                shorter.unlink(missing_ok=True)
             log.info("kept %d tokens in %s", count, path)
 
-    def _covered(self, prefix: str, header: Header, tokens: Sequence[int]) -> bool:
-        """Whether an entry serves all but a little of what would be written; what it makes superfluous goes."""
-        mine = tokens[: header.tokens]
+    def _compared(self, prefix: str, header: Header, tokens: Sequence[int]) -> tuple[bool, list[Path]]:
+        """Whether an entry serves all but a little of what would be written, and which ones that makes superfluous."""
+        mine, superfluous = tokens[: header.tokens], []
         for path in self._entries(prefix):
             with self._forgiving(path, "could not be read"), path.open("rb") as file:
                 other = read_header(file)
@@ -141,10 +146,10 @@ class Library:
                 theirs = read_tokens(file, other)
                 same = common_prefix(theirs, mine)
                 if len(mine) - same < LEAST // 4:
-                    return True
+                    return True, []
                 if same == len(theirs):
-                    path.unlink(missing_ok=True)  # the longer one has all of it
-        return False
+                    superfluous.append(path)
+        return False, superfluous
 
     # -- looking after it ---------------------------------------------------------------------------------------------
 
@@ -160,6 +165,7 @@ class Library:
     def clear(self) -> int:
         """Delete all entries; returns their bytes. Raises OSError."""
         freed = 0
+        remove_leftovers(self.folder, _SUFFIX, any_beginning=True)
         for path in self._entries(""):
             freed += path.stat().st_size
             path.unlink(missing_ok=True)

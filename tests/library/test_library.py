@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -120,6 +123,39 @@ def test_the_longest_unused_go_first_and_a_longer_one_takes_the_place_of_its_beg
     llm.engine.library = Library(tmp_path / "read", "y", limit=1000)
     llm.generate(documents[0], session=llm.session(), **ASKED)  # larger than the limit: not kept, nothing deleted
     assert max(book.header.tokens for book in llm.engine.library.books()) == 400
+
+
+KILLED = """
+import resource, signal, sys
+import slimrt
+from slimrt.library import store
+
+model, folder, size, ids = sys.argv[1], sys.argv[2], int(sys.argv[3]), eval(sys.argv[4])
+store.LEAST, store._FIRST = 100, 32
+llm = slimrt.load(model, device="numpy", prune="off", cache=folder, threads=1)
+signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # the system kills who writes a longer file
+resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+llm.generate(ids, max_tokens=1)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no limits of a process's files")
+def test_a_process_killed_while_it_writes_loses_that_alone(model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "read"
+    llm = slimrt.load(model, device="numpy", prune="off", cache=folder, threads=1)
+    llm.generate(DOCUMENT[:200], **ASKED)
+    (shorter,) = files(folder)
+    for size in (100, 20_000, int(1.4 * shorter.stat().st_size)):
+        command = [sys.executable, "-c", KILLED, str(model), str(folder), str(size), repr(DOCUMENT)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == -signal.SIGXFSZ, done.stderr
+        assert [book.path for book in llm.engine.library.books()] == [shorter]
+        assert len(files(folder)) == 2  # and what the last one left, not those before it
+    # The next process goes on from what there was, and tidies up.
+    later = slimrt.load(model, device="numpy", prune="off", cache=folder, threads=1)
+    assert "library" in later.generate(DOCUMENT, **ASKED).timings.reuse_note
+    (longer,) = files(folder)
+    assert longer != shorter and later.engine.library.books()[0].header.tokens == 300
 
 
 def test_a_disk_that_fails_and_a_folder_of_others_stop_nothing(
