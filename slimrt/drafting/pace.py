@@ -8,7 +8,7 @@ __all__ = ["MOST", "Costs", "best_count"]
 
 MOST = 15  # guesses at once: with the token before them the rows that a pass of decode takes
 _WORTH = 1.05  # guessing must promise so many tokens in the time of one
-_EACH = 0.25  # of a token's time: what each further one of a pass takes, until it was measured
+_EACH = 0.3  # of a token's time: what each further one of a pass takes, until it was measured
 _SHARE = 0.1  # of a new measurement
 _OUTLIER = 4.0  # times what a token takes by itself: kernels were compiled, or another program ran
 
