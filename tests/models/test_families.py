@@ -93,13 +93,17 @@ def test_pruning(name: str, files: dict[str, Path]) -> None:
     np.testing.assert_array_equal(dense.logits, kept.logits)
     kept.prefill(ids, keeps_all)  # computes the stages behind the cut anew, in products of other sizes
     dense.prefill(ids)
-    np.testing.assert_allclose(dense.logits, kept.logits, atol=1e-4)
+    # Sums in another order: what that does to a prompt that is read in parts, and without a plan, is the unit.
+    whole = session(files[name], NumpyOps(1), 128)
+    whole.prefill(ids)
+    unit = max(np.abs(whole.logits - dense.logits).max(), np.finfo(np.float32).eps * np.abs(whole.logits).max())
+    assert np.abs(dense.logits - kept.logits).max() <= 4 * unit
     cuts = PrunePlan((Stage(layers[0], 0.5),), block=16, query_window=8)
     one, again = (session(files[name], NumpyOps(1), 128) for _ in range(2))
     assert one.prefill(ids, cuts).stages == (43,)  # two whole blocks and the last one
     again.prefill(ids[:60], cuts)
     again.prefill(ids, cuts)  # a further question reuses the layers up to the cut
-    np.testing.assert_allclose(one.logits, again.logits, atol=1e-4)
+    assert np.abs(one.logits - again.logits).max() <= 4 * unit
     one.extend(ids[:1])
     assert one.logits is not None and np.isfinite(one.logits).all()
 
@@ -113,7 +117,7 @@ def test_kv_budget(name: str, files: dict[str, Path]) -> None:
         one.prefill(ids)
         for token in ids[:25]:
             one.extend([token])
-    np.testing.assert_allclose(roomy.logits, whole.logits, atol=1e-5)
+    np.testing.assert_array_equal(roomy.logits, whole.logits)
     assert tight.logits is not None and np.isfinite(tight.logits).all()
 
 

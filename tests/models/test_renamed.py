@@ -20,6 +20,7 @@ from slimrt.models import build, read_config
 from slimrt.ops.numpy.numpy_ops import NumpyOps
 from slimrt.session import Session
 from slimrt.weights.gguf import GGUFFile
+from tests import reference
 from tests.families import DH, KV, H, config, prompts, weights, write_checkpoint
 
 EXAONE = {
@@ -83,5 +84,8 @@ def test_other_names(name: str, tmp_path: Path) -> None:
     save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
     (other / "config.json").write_text(json.dumps(settings))
     convert_checkpoint(other, tmp_path / "other.gguf", "f32")
-    # The half-split layout sums a product's terms in another order.
-    np.testing.assert_allclose(logits(tmp_path / "other.gguf"), logits(tmp_path / "llama.gguf"), atol=2e-5)
+    # The half-split layout sums a product's terms in another order; both err as float32 does.
+    file = GGUFFile(tmp_path / "llama.gguf")
+    truth = reference.logits(file, read_config(file), prompts()[0], np.float64)[-1]
+    found, plain = logits(tmp_path / "other.gguf"), logits(tmp_path / "llama.gguf")
+    assert np.abs(found - truth).max() <= 4 * np.abs(plain - truth).max()
