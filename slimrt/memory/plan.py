@@ -23,7 +23,7 @@ DEFAULT_CTX = 8192  # not the trained context: 128k of it would take the memory 
 _ADVISED = 0.95  # share of the free memory that an advised context takes
 # What a process takes besides the model: interpreter, libraries, compiled kernels; and for each token of the
 # vocabulary. Measured with Python 3.11 on Linux; a test holds the whole plan against what a process takes.
-_RUNTIME, _FAST_RUNTIME, _TOKEN = 125 << 20, 195 << 20, 1024
+_RUNTIME, _FAST_RUNTIME, _TOKEN = 125 << 20, 175 << 20, 1024
 # Types that compiled kernels multiply as they are packed (slimrt.ops.fast.dots, which needs Numba to be asked).
 _PRODUCTS = {
     "F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K",
