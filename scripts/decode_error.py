@@ -3,8 +3,8 @@
     python -m scripts.decode_error ours MODEL.gguf FOLDER      slimrt's environment
     python -m scripts.decode_error theirs MODEL.gguf FOLDER    one with llama-cpp-python; prints its figures
 
-The mean KL divergence over three passages of 300 tokens of Python's documentation, each read in one piece and a token at
-a time, one thread. ``ours`` leaves NumPy's logits in FOLDER for ``theirs``.
+The mean KL divergence over three passages of 300 tokens of Python's documentation, each read in one piece and a token
+at a time, one thread. ``ours`` leaves NumPy's logits in FOLDER for ``theirs``.
 """
 
 from __future__ import annotations
