@@ -154,13 +154,13 @@ def test_the_answer_goes_on(llm: slimrt.LLM, shape: str) -> None:
     rows = set(range(place, place + len(llm.tokenize(FACT))))
     plan = PrunePlan((Stage(18, 0.25),), score="asked")
     kept: dict[str, set[int]] = {}
-    for score in ("asked", "token_mass"):
+    for score in ("asked", "token_mass") if behind else ("asked",):  # the loss is shown once: a prompt takes seconds
         session = llm.session()
         session.prefill(ids, dataclasses.replace(plan, score=score))
         kept[score] = set(session.context.cache.rows(20)[2].tolist())
         assert len(kept[score]) < 0.3 * len(ids)
     assert rows <= kept["asked"]
-    assert not rows <= kept["token_mass"]
+    assert not behind or not rows <= kept["token_mass"]
 
 
 def test_a_cut_that_saves_next_to_nothing_is_not_made() -> None:
