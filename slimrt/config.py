@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -25,6 +25,7 @@ __all__ = [
     "parse_size",
 ]
 
+_MOST_BREAKERS = 64
 RopeScaling = Literal["none", "linear", "yarn", "llama3", "longrope"]
 
 
@@ -192,7 +193,13 @@ class SamplingConfig:
     ``temperature`` 0 is greedy. ``top_k`` 0, ``top_p`` 1, ``min_p`` 0, ``typical_p`` 1, ``top_n_sigma`` 0 and
     ``xtc_probability`` 0 switch a filter off. ``top_n_sigma`` keeps logits within that many standard deviations of the
     largest (arXiv 2411.07641). XTC, with ``xtc_probability``, leaves out all tokens of at least ``xtc_threshold`` but
-    the least likely of them.
+    the least likely of them. ``dynatemp_range`` moves the temperature by up to that much down or up, as the entropy of
+    the candidates, of the most that it could be and to the power of ``dynatemp_exponent``, is small or large.
+    ``mirostat`` 1 or 2 (arXiv 2007.14966) takes the place of all filters: the text's surprise is held at
+    ``mirostat_tau`` bits, corrected at the rate ``mirostat_eta``.
+    DRY, with a ``dry_multiplier`` above 0, subtracts multiplier * ``dry_base`` ** (n - ``dry_allowed_length``) from the
+    logit of a token that would make a repetition of n tokens, among the last ``dry_penalty_last_n``, longer; no
+    repetition goes across one of the ``dry_sequence_breakers``.
     ``repeat_penalty`` divides positive and multiplies negative logits of tokens among the last ``penalty_last_n``
     (-1: the whole context); ``presence_penalty`` and ``frequency_penalty`` are subtracted, as in OpenAI's API.
     ``logit_bias`` is added to the logits of the named tokens. ``seed`` None draws a fresh one.
@@ -206,6 +213,16 @@ class SamplingConfig:
     top_n_sigma: float = 0.0
     xtc_probability: float = 0.0
     xtc_threshold: float = 0.1
+    dynatemp_range: float = 0.0
+    dynatemp_exponent: float = 1.0
+    mirostat: int = 0
+    mirostat_tau: float = 5.0
+    mirostat_eta: float = 0.1
+    dry_multiplier: float = 0.0
+    dry_base: float = 1.75
+    dry_allowed_length: int = 2
+    dry_penalty_last_n: int = 64
+    dry_sequence_breakers: tuple[str, ...] = ("\n", ":", '"', "*")
     repeat_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
@@ -222,6 +239,22 @@ class SamplingConfig:
         _check(self.top_n_sigma, "top_n_sigma", 0, math.inf)
         _check(self.xtc_probability, "xtc_probability", 0, 1)
         _check(self.xtc_threshold, "xtc_threshold", 0, 1)
+        for name, most in (("dynatemp_range", 100), ("dynatemp_exponent", 100), ("mirostat_tau", 100)):
+            _check(getattr(self, name), name, 0, most)
+        if not is_whole(self.mirostat) or self.mirostat not in (0, 1, 2):
+            raise SettingError(f"mirostat {self.mirostat!r}: must be 1 or 2, the version, or 0 for none")
+        _check(self.mirostat_eta, "mirostat_eta", 0, 1)
+        _check(self.dry_multiplier, "dry_multiplier", 0, 1000)
+        _check(self.dry_base, "dry_base", 1, 1000)
+        _check_whole(self.dry_allowed_length, "dry_allowed_length", 0)
+        _check_whole(self.dry_penalty_last_n, "dry_penalty_last_n", -1)
+        breakers = self.dry_sequence_breakers
+        listed = isinstance(breakers, Sequence) and not isinstance(breakers, str)
+        if not listed or not all(isinstance(text, str) and text for text in breakers):
+            raise SettingError(f"dry_sequence_breakers {breakers!r}: must be a list of texts, none of them empty")
+        if len(breakers) > _MOST_BREAKERS:
+            raise SettingError(f"dry_sequence_breakers: {len(breakers)} texts; at most {_MOST_BREAKERS} are searched")
+        object.__setattr__(self, "dry_sequence_breakers", tuple(breakers))
         _check(self.repeat_penalty, "repeat_penalty", 0, math.inf)
         if not (math.isfinite(self.repeat_penalty) and self.repeat_penalty > 0):
             raise SettingError(f"repeat_penalty {self.repeat_penalty!r}: must be above 0; 1 switches it off")
@@ -230,6 +263,11 @@ class SamplingConfig:
         _check_whole(self.penalty_last_n, "penalty_last_n", -1)
         if not isinstance(self.logit_bias, Mapping):
             raise SettingError(f"logit_bias {self.logit_bias!r}: must be a dict of token id -> number")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is taken, whatever the filters."""
+        return self.temperature == 0 and self.dynatemp_range == 0
 
 
 def _check(value: Any, name: str, low: float, high: float) -> None:

@@ -18,7 +18,8 @@ from slimrt.errors import SettingError
 from slimrt.prune.plan import PrunePlan
 from slimrt.request import Draft, GenerationRequest, Overflow, check_overflow
 from slimrt.results import Completion, FinishReason, Timings, TokenLogprob, Usage
-from slimrt.sampler import LogitsProcessor
+from slimrt.sampler import LogitsProcessor, Sampler
+from slimrt.sampling.dry import dry_breakers
 from slimrt.session import Reading, Session
 from slimrt.structured import guide as guides
 from slimrt.structured.grammar import Grammar, Schema, grammar_of
@@ -58,6 +59,13 @@ class Step:
     complete: bool | None = None
 
 
+def _sampler_of(request: GenerationRequest, tokenizer: Tokenizer, vocab_size: int) -> Sampler:
+    """What draws the tokens of an answer; ``vocab_size``: of the logits."""
+    sampling = request.sampling
+    breakers = dry_breakers(sampling.dry_sequence_breakers, tokenizer) if sampling.dry_multiplier else None
+    return Sampler(sampling, vocab_size, request.processors, breakers)
+
+
 def generate_tokens(
     session: Session,
     tokenizer: Tokenizer,
@@ -80,7 +88,8 @@ def generate_tokens(
     if request.grammar is not None:
         guide = guides.start(request.grammar, tokenizer, session.engine.config.vocab_size)
     stops = frozenset() if request.ignore_eos else tokenizer.stop_ids
-    drawing = Drawing(session, request, guide, stops, plan, revision, count)
+    sampler = _sampler_of(request, tokenizer, session.engine.config.vocab_size)
+    drawing = Drawing(session, request, sampler, guide, stops, plan, revision, count)
     if begun is not None:
         begun(drawing)
     decoder = tokenizer.stream_decoder(shown=request.shown)
@@ -365,6 +374,16 @@ class GenerateOptions(TypedDict, total=False):
     top_n_sigma: float | None
     xtc_probability: float | None
     xtc_threshold: float | None
+    dynatemp_range: float | None
+    dynatemp_exponent: float | None
+    mirostat: int | None
+    mirostat_tau: float | None
+    mirostat_eta: float | None
+    dry_multiplier: float | None
+    dry_base: float | None
+    dry_allowed_length: int | None
+    dry_penalty_last_n: int | None
+    dry_sequence_breakers: Sequence[str] | None
     repeat_penalty: float | None
     presence_penalty: float | None
     frequency_penalty: float | None

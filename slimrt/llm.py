@@ -440,9 +440,11 @@ class LLM:
 
         Options: ``max_tokens`` (128; None: up to the context), ``stop`` (a string or several), ``seed``,
         ``temperature`` (0: greedy), ``top_k``, ``top_p``, ``min_p``, ``typical_p``, ``top_n_sigma``,
-        ``xtc_probability``, ``xtc_threshold``, ``repeat_penalty``, ``presence_penalty``, ``frequency_penalty``,
-        ``penalty_last_n``, ``logit_bias``, ``logits_processors`` (callables (ids, logits) -> logits), ``logprobs``
-        (how many alternatives), ``ignore_eos``; ``schema`` (a JSON schema) or ``grammar`` (a ``slimrt.Grammar``, GBNF
+        ``xtc_probability``, ``xtc_threshold``, ``dynatemp_range``, ``dynatemp_exponent``, ``mirostat`` (1 or 2),
+        ``mirostat_tau``, ``mirostat_eta``, ``dry_multiplier``, ``dry_base``, ``dry_allowed_length``,
+        ``dry_penalty_last_n``, ``dry_sequence_breakers``, ``repeat_penalty``, ``presence_penalty``,
+        ``frequency_penalty``, ``penalty_last_n``, ``logit_bias``, ``logits_processors`` (callables (ids, logits) ->
+        logits), ``logprobs`` (how many alternatives), ``ignore_eos``; ``schema`` (a JSON schema) or ``grammar`` (a ``slimrt.Grammar``, GBNF
         or Lark), which the answer then matches:
         ``completion.complete`` tells whether it is whole; ``draft`` ("lookup" or None, in place of what was chosen at
         load). ``special``: control tokens in a text prompt count as such.

@@ -1,6 +1,7 @@
 """From logits to the next token: penalties, filters, temperature, draw, in the order of llama.cpp's default chain.
 
-logit bias -> processors -> penalties -> top-n-sigma -> top-k -> typical -> top-p -> min-p -> XTC -> temperature -> draw
+logit bias -> processors -> penalties -> DRY -> top-n-sigma -> top-k -> typical -> top-p -> min-p -> XTC -> temperature
+(fixed or dynamic) -> draw. Mirostat takes the place of what stands between DRY and the draw, but for the temperature.
 
 The meaning of every filter is that of llama.cpp's ``src/llama-sampler.cpp``. Sums run in float64, so a token at the
 very edge of a probability mass may fall on the other side than with llama.cpp's float32 sums.
@@ -17,6 +18,8 @@ import numpy as np
 from slimrt.config import SamplingConfig
 from slimrt.errors import ComputeError, SettingError
 from slimrt.results import TokenLogprob
+from slimrt.sampling.dry import Breakers, penalise_repetition
+from slimrt.sampling.mirostat import Mirostat
 
 __all__ = ["Bound", "LogitsProcessor", "Sampler", "apply_penalties", "log_softmax", "top_logprobs"]
 
@@ -38,14 +41,24 @@ _FIRST_GUESS = 256  # top-p nearly always ends within so many tokens; sorting th
 
 
 class Sampler:
-    """Draws tokens by one configuration; the state is the random generator alone (PCG64).
+    """Draws tokens by one configuration; the state is the random generator (PCG64), and mirostat's.
 
     The same seed and the same logits give the same tokens. Ties go to the lowest id.
     """
 
-    def __init__(self, config: SamplingConfig, vocab_size: int, processors: Sequence[LogitsProcessor] = ()) -> None:
-        """Raises SettingError for a seed that is not a natural number and for biases outside the vocabulary or NaN."""
-        self.config, self.processors = config, tuple(processors)
+    def __init__(
+        self,
+        config: SamplingConfig,
+        vocab_size: int,
+        processors: Sequence[LogitsProcessor] = (),
+        breakers: Breakers | None = None,
+    ) -> None:
+        """``breakers``: DRY's sequence breakers in the model's tokens (``dry_breakers``).
+
+        Raises SettingError for a seed that is not a natural number and for biases outside the vocabulary or NaN.
+        """
+        self.config, self.processors, self._breakers = config, tuple(processors), breakers or {}
+        self.mirostat = Mirostat(config.mirostat, config.mirostat_tau, config.mirostat_eta) if config.mirostat else None
         seed = config.seed
         if seed is not None and (not isinstance(seed, (int, np.integer)) or seed < 0):
             raise SettingError(f"seed {seed!r}: must be a whole number from 0, or None for a fresh one")
@@ -68,7 +81,7 @@ class Sampler:
         Raises ComputeError for NaN, +inf or nothing but -inf among the logits (of the tokens that may be drawn).
         """
         scores = self._scores(logits, context)
-        if self.config.temperature == 0:
+        if self.config.greedy:
             token = int(scores.argmax())
             if bound is None or bound.allows(token):
                 return token
@@ -79,21 +92,24 @@ class Sampler:
                     "every token that the grammar or schema allows has a logit of -inf; "
                     "let one of them pass the processors and biases"
                 )
-        if self.config.temperature == 0:
+        if self.config.greedy:
             return int(scores.argmax())
-        chance = self.config.xtc_probability
+        chance = 0.0 if self.mirostat else self.config.xtc_probability
         ids, probs = self._candidates(scores, exclude=chance > 0 and self._rng.random() < chance)
         cumulated = probs.cumsum()
         drawn = int(np.searchsorted(cumulated, self._rng.random() * cumulated[-1], side="right"))
-        return int(ids[min(drawn, len(ids) - 1)])
+        drawn = min(drawn, len(ids) - 1)
+        if self.mirostat is not None:
+            self.mirostat.drawn(float(probs[drawn]))
+        return int(ids[drawn])
 
     def distribution(self, logits: np.ndarray, context: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """The tokens that may be drawn and their probabilities: ids [N] int64, probs [N] float64 with sum 1."""
         scores = self._scores(logits, context)
-        if self.config.temperature == 0:
+        if self.config.greedy:
             return np.array([scores.argmax()]), np.ones(1)
         ids, probs = self._candidates(scores)
-        chance = self.config.xtc_probability
+        chance = 0.0 if self.mirostat else self.config.xtc_probability
         if chance > 0:
             left, shares = self._candidates(scores, exclude=True)
             probs = probs * (1 - chance)
@@ -110,6 +126,8 @@ class Sampler:
         if self.processors:
             scores = self._processed(scores.copy() if scores is logits else scores, context)
         scores = apply_penalties(scores, context, config)
+        if config.dry_multiplier > 0:
+            scores = penalise_repetition(scores, context, config, self._breakers)
         peak = scores.max()
         if not np.isfinite(peak):
             raise ComputeError(_why_not_finite(peak, bool(self.processors)))
@@ -128,6 +146,8 @@ class Sampler:
 
     def _candidates(self, scores: np.ndarray, *, exclude: bool = False) -> tuple[np.ndarray, np.ndarray]:
         config = self.config
+        if self.mirostat is not None:
+            return self._by_mirostat(scores, self.mirostat)
         if config.top_n_sigma > 0:
             scores = _top_n_sigma(scores, config.top_n_sigma)
         ids = largest(scores, config.top_k) if 0 < config.top_k < len(scores) else np.arange(len(scores))
@@ -141,7 +161,31 @@ class Sampler:
             ids = ids[kept >= kept.max() + np.float32(math.log(config.min_p))]
         if exclude:
             ids = _without_top(ids, scores[ids], config.xtc_threshold)
-        return ids, _softmax(scores[ids], config.temperature)
+        return ids, _softmax(scores[ids], self._temperature(scores[ids]))
+
+    def _by_mirostat(self, scores: np.ndarray, mirostat: Mirostat) -> tuple[np.ndarray, np.ndarray]:
+        ids = np.flatnonzero(scores > -np.inf)
+        ids = ids[np.argsort(-scores[ids], kind="stable")]
+        wide = scores[ids].astype(np.float64)
+        temperature = max(self._temperature(scores[ids]), np.finfo(np.float64).tiny)
+        with np.errstate(over="ignore"):
+            wide = np.maximum((wide - wide[0]) / temperature, np.finfo(np.float64).min / 2)
+        ids = ids[: mirostat.kept(wide, self._vocab_size)]
+        return ids, _softmax(scores[ids], temperature)
+
+    def _temperature(self, scores: np.ndarray) -> float:
+        """That of the draw among candidates whose logits are ``scores`` [N]: fixed, or by their entropy.
+
+        Tokens at -inf are no candidates; llama.cpp counts them until a filter drops them.
+        """
+        config = self.config
+        if config.dynatemp_range == 0 or len(scores) < 2:
+            return config.temperature
+        low, high = max(0.0, config.temperature - config.dynatemp_range), config.temperature + config.dynatemp_range
+        probs = _softmax(scores, 1.0)
+        probs = probs[probs > 0]
+        entropy = max(0.0, -float((probs * np.log(probs)).sum())) / math.log(len(scores))
+        return low + (high - low) * min(entropy, 1.0) ** config.dynatemp_exponent
 
 
 def apply_penalties(scores: np.ndarray, context: Sequence[int], config: SamplingConfig) -> np.ndarray:
@@ -217,7 +261,9 @@ def _top_p(ids: np.ndarray, scores: np.ndarray, p: float) -> np.ndarray:
 
 
 def _softmax(scores: np.ndarray, temperature: float) -> np.ndarray:
-    """Probabilities float64 of finite ``scores`` at a temperature above 0, however small."""
+    """Probabilities float64 of finite ``scores`` at a temperature however small; at 0 the largest, equal ones alike."""
+    if temperature == 0:
+        return (scores == scores.max()) / np.count_nonzero(scores == scores.max())
     with np.errstate(over="ignore"):  # -inf is right: exp makes it 0
         weights = np.exp((scores.astype(np.float64) - scores.max()) / temperature)
     return weights / weights.sum()

@@ -96,6 +96,7 @@ class Drawing:
         self,
         session: Session,
         request: GenerationRequest,
+        sampler: Sampler,
         guide: Guide | None,
         stops: Collection[int],
         plan: PrunePlan | None,
@@ -105,7 +106,7 @@ class Drawing:
         """``stops``: tokens that end the text; ``plan``, ``revision``: see ``generation.generate_tokens``."""
         self._session, self._request, self._guide, self._stops = session, request, guide, stops
         self._plan, self._revision, self._count = plan, revision, Guesses() if count is None else count
-        self._sampler = Sampler(request.sampling, session.engine.config.vocab_size, request.processors)
+        self._sampler = sampler
         self._unread: list[int] = []  # written, and read with the next turn: a token drawn and those that are forced
         self._costs = _COSTS.setdefault(session.engine, Costs())
         self._drafter: Drafter | None = None

@@ -315,7 +315,7 @@ class LlamaContext:
         idx: int | None = None,
     ) -> int:
         """Draw the token after the context (after token ``idx`` with ``logits_all``); penalties look at all of it."""
-        check_refused({"mirostat_mode": mirostat_mode, "grammar": grammar}, {"mirostat_mode": 0})
+        check_refused({"grammar": grammar}, {})
         config = sampling_config(
             temp,
             top_k,
@@ -323,6 +323,7 @@ class LlamaContext:
             min_p,
             typical_p,
             self._seed(None),
+            (mirostat_mode, mirostat_tau, mirostat_eta),
             repeat_penalty=repeat_penalty,
             frequency_penalty=frequency_penalty,
             presence_penalty=presence_penalty,
@@ -359,7 +360,6 @@ class LlamaContext:
         ``reset`` False reads ``tokens`` after what the context holds. With a ``grammar`` they end with the answer.
         Raises ContextError when the context is full.
         """
-        check_refused({"mirostat_mode": mirostat_mode}, {"mirostat_mode": 0})
         bound = grammar_of_llama(grammar)
         guide = None if bound is None else guides.start(bound, self._tokenizer, self._config.vocab_size)
         session = self._current
@@ -370,7 +370,9 @@ class LlamaContext:
             repeat_penalty, frequency_penalty, presence_penalty, self.last_n_tokens_size, len(session.tokens)
         )
         sampler = Sampler(
-            sampling_config(temp, top_k, top_p, min_p, typical_p, self._seed(None)),
+            sampling_config(
+                temp, top_k, top_p, min_p, typical_p, self._seed(None), (mirostat_mode, mirostat_tau, mirostat_eta)
+            ),
             session.engine.config.vocab_size,
             (*processor_tuple(logits_processor), *penalties),
         )

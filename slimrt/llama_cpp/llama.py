@@ -127,7 +127,7 @@ class Llama(LlamaStates):
         ``grammar``: a LlamaGrammar; an answer that ``max_tokens`` cuts has finish_reason "length".
         Raises ContextError (a ValueError) if the prompt leaves no room in the context.
         """
-        check_refused({"suffix": suffix or None, "mirostat_mode": mirostat_mode}, {"mirostat_mode": 0})
+        check_refused({"suffix": suffix or None}, {})
         bound = grammar_of_llama(grammar)
         if bound is not None:  # refused before the prompt is read
             guides.start(bound, self._tokenizer, self._config.vocab_size)
@@ -144,8 +144,9 @@ class Llama(LlamaStates):
             repeat_penalty, frequency_penalty, presence_penalty, self.last_n_tokens_size, len(ids)
         )
         config = sampling_config(
-            temperature, top_k, top_p, min_p, typical_p, self._seed(seed), logit_bias=token_biases(logit_bias)
-        )
+            temperature, top_k, top_p, min_p, typical_p, self._seed(seed),
+            (mirostat_mode, mirostat_tau, mirostat_eta), logit_bias=token_biases(logit_bias),
+        )  # fmt: skip
         request = GenerationRequest(
             max_tokens=room if max_tokens is None or max_tokens < 1 else min(max_tokens, room),
             sampling=config,
@@ -227,6 +228,8 @@ class Llama(LlamaStates):
             stream=stream,
             seed=seed,
             mirostat_mode=mirostat_mode,
+            mirostat_tau=mirostat_tau,
+            mirostat_eta=mirostat_eta,
             model=model,
             logits_processor=logits_processor,
             grammar=calling or bound,

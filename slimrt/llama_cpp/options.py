@@ -3,7 +3,7 @@
 Accepted without effect, since they only say how llama.cpp computes: ``n_gpu_layers split_mode main_gpu tensor_split
 use_mmap use_mlock n_batch n_ubatch n_threads_batch offload_kqv flash_attn op_offload swa_full no_perf numa lora_scale
 type_k type_v spm_infill verbose`` at load (keys and values are kept in the type that the backend computes with, float16
-or float32), ``tfs_z mirostat_tau mirostat_eta penalize_nl`` at generation.
+or float32), ``tfs_z penalize_nl`` at generation.
 """
 
 from __future__ import annotations
@@ -57,7 +57,6 @@ _REFUSED = {
     "yarn_beta_slow": "YaRN's constants are the paper's; leave it out",
     "yarn_orig_ctx": "the trained context is the file's; leave it out",
     "grammar": "one token tells nothing of a whole answer; give it to generate or create_completion",
-    "mirostat_mode": "mirostat is not offered; use top_p, min_p or typical_p",
     "suffix": "filling in the middle is not offered; leave it out",
 }
 _CHAT_FORMATS = {
@@ -147,12 +146,27 @@ def chat_template_of(file: GGUFFile, chat_format: str | None) -> str | None:
 
 
 def sampling_config(
-    temperature: float, top_k: int, top_p: float, min_p: float, typical_p: float, seed: int | None, **more: Any
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    typical_p: float,
+    seed: int | None,
+    mirostat: tuple[int, float, float] = (0, 5.0, 0.1),
+    **more: Any,
 ) -> SamplingConfig:
-    """llama_cpp's sampling parameters: values beyond a filter's end switch it off; below 0 temperature, all filters."""
+    """llama_cpp's sampling parameters: values beyond a filter's end switch it off; below 0 temperature, all filters.
+
+    ``mirostat``: mode, tau and eta. With a mode of 1 or 2 no temperature applies, as in llama_cpp, but 0 is greedy.
+    """
     check_numbers(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, typical_p=typical_p)
+    mode, tau, eta = mirostat
+    if mode not in (0, 1, 2):
+        raise SettingError(f"mirostat_mode={_short(mode)}: must be 1 or 2, the version, or 0 for none")
     if temperature < 0:
         return SamplingConfig(temperature=1.0, seed=seed, **more)
+    if mode and temperature > 0:
+        return SamplingConfig(temperature=1.0, mirostat=mode, mirostat_tau=tau, mirostat_eta=eta, seed=seed, **more)
     return SamplingConfig(
         temperature=temperature,
         top_k=max(0, top_k),

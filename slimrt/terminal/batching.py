@@ -80,6 +80,10 @@ def _body(answer: AnswerSettings) -> dict[str, Any]:
         "frequency_penalty": s.frequency_penalty, "seed": s.seed, "stop": list(answer.stop) or None,
         "max_tokens": answer.max_tokens,
         "top_n_sigma": s.top_n_sigma, "xtc_probability": s.xtc_probability, "xtc_threshold": s.xtc_threshold,
+        "dynatemp_range": s.dynatemp_range, "dynatemp_exponent": s.dynatemp_exponent, "mirostat": s.mirostat,
+        "mirostat_tau": s.mirostat_tau, "mirostat_eta": s.mirostat_eta, "dry_multiplier": s.dry_multiplier,
+        "dry_base": s.dry_base, "dry_allowed_length": s.dry_allowed_length,
+        "dry_penalty_last_n": s.dry_penalty_last_n, "dry_sequence_breakers": list(s.dry_sequence_breakers),
         "logit_bias": {str(token): bias for token, bias in s.logit_bias.items()},
     }  # fmt: skip
     if answer.grammar is not None:

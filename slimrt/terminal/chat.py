@@ -155,7 +155,7 @@ class Chat:
         if len(before) < 2 or before[-1]["role"] != "assistant":
             raise SettingError("/retry: there is no answer yet; ask something first")
         settings = self._settings
-        if settings.sampling.temperature == 0:
+        if settings.sampling.greedy:
             settings = dataclasses.replace(
                 settings, sampling=dataclasses.replace(settings.sampling, temperature=_RETRY_TEMPERATURE)
             )

@@ -333,7 +333,7 @@ WEATHER = {"name": "weather", "parameters": PLACE}
         ({"functions": [{"name": "a b"}]}, "1 to 128 letters"),
         ({"tool_choice": {"type": "function", "function": {"name": "x"}}}, "no tool has this name"),
         ({"tools": [WEATHER], "grammar": LlamaGrammar.from_string('root ::= "a"')}, "tools with a GBNF grammar"),
-        ({"mirostat_mode": 2}, "^mirostat_mode="),
+        ({"mirostat_mode": 3}, "^mirostat_mode="),
     ],
 )
 def test_chat_options_that_cannot_be_met_are_refused(tiny: slimrt.Llama, option: dict[str, Any], says: str) -> None:
