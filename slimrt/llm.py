@@ -444,7 +444,8 @@ class LLM:
         ``mirostat_tau``, ``mirostat_eta``, ``dry_multiplier``, ``dry_base``, ``dry_allowed_length``,
         ``dry_penalty_last_n``, ``dry_sequence_breakers``, ``repeat_penalty``, ``presence_penalty``,
         ``frequency_penalty``, ``penalty_last_n``, ``logit_bias``, ``logits_processors`` (callables (ids, logits) ->
-        logits), ``logprobs`` (how many alternatives), ``ignore_eos``; ``schema`` (a JSON schema) or ``grammar`` (a ``slimrt.Grammar``, GBNF
+        logits), ``logprobs`` (how many alternatives), ``ignore_eos``;
+        ``schema`` (a JSON schema) or ``grammar`` (a ``slimrt.Grammar``, GBNF
         or Lark), which the answer then matches:
         ``completion.complete`` tells whether it is whole; ``draft`` ("lookup" or None, in place of what was chosen at
         load). ``special``: control tokens in a text prompt count as such.
