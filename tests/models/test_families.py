@@ -14,6 +14,7 @@ from slimrt.errors import SettingError
 from slimrt.models import build, read_config, stretch_rope
 from slimrt.ops.numpy.numpy_ops import NumpyOps
 from slimrt.prune.plan import PrunePlan, Stage, Window, check_plan
+from slimrt.llm import LLM
 from slimrt.session import Session
 from slimrt.weights.gguf import GGUFFile
 from tests.families import CASES, GOLDENS, prompts, write_checkpoint
@@ -53,6 +54,22 @@ def test_logits(name: str, files: dict[str, Path]) -> None:
             assert one.logits is not None
             error = np.abs(one.logits - exact).max()
             assert error <= K * unit, f"prompt {i}: {error:g} > {K} * {unit:g}"
+
+
+@pytest.mark.parametrize("name", ["qwen3", "mistral", "gemma3"])
+def test_embeddings(name: str, files: dict[str, Path]) -> None:
+    with (
+        np.load(GOLDENS / "families" / "embeddings.npz") as expected,
+        LLM(GGUFFile(files[name]), ctx=128, device="numpy", threads=1) as llm,
+    ):
+        unit = float(expected[f"{name}/error"])
+        for pooling in ("mean", "last", "cls"):
+            exact = expected[f"{name}/{pooling}"]
+            found = llm.embed(prompts(), pooling=pooling, normalize=False)
+            error = np.abs(found - exact).max()
+            assert error <= K * unit, f"{pooling}: {error:g} > {K} * {unit:g}"
+            lengths = np.linalg.norm(llm.embed(prompts(), pooling=pooling), axis=1)
+            assert lengths == pytest.approx(1, abs=1e-6)
 
 
 @pytest.mark.parametrize("name", CASES)
