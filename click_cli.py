@@ -136,6 +136,32 @@ def batch(load: LoadSettings, answer: AnswerSettings, as_json: bool, **settings:
 
 
 @cli.command()
+@click.argument("texts", nargs=-1, metavar="[TEXT]...")
+@file_option("Texts, one on each line; - is standard input.")
+@click.option("--output", "-o", type=user_path, metavar="FILE", help="Where vectors go: JSON lines, or .npy.  [stdout]")
+@click.option(
+    "--pooling",
+    type=click.Choice(["mean", "last", "cls"]),
+    default="mean",
+    show_default=True,
+    help="The mean over a text's tokens, or its last or first one's.",
+)
+@click.option("--no-normalize", is_flag=True, help="Leave vectors at their own lengths.  [length 1]")
+@force_option
+@load_options
+def embed(load: LoadSettings, no_normalize: bool, **settings: Any) -> None:
+    """Write each TEXT as a vector of the model's last hidden states, as JSON lines or a NumPy file.
+
+    \b
+    slimrt embed "a text" "another"
+    slimrt embed --file lines.txt -o vectors.npy
+    """
+    from slimrt.terminal import embedding
+
+    embedding.embed(embedding.EmbedSettings(normalize=not no_normalize, **settings), load)
+
+
+@cli.command()
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0: all.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0: a free one.")
 @click.option("--api-key", metavar="KEY", envvar="SLIMRT_API_KEY", help="What clients must send.  [nothing]")

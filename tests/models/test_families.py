@@ -11,10 +11,10 @@ from slimrt.config import CacheConfig
 from slimrt.convert import convert_checkpoint
 from slimrt.engine import Engine
 from slimrt.errors import SettingError
+from slimrt.llm import LLM
 from slimrt.models import build, read_config, stretch_rope
 from slimrt.ops.numpy.numpy_ops import NumpyOps
 from slimrt.prune.plan import PrunePlan, Stage, Window, check_plan
-from slimrt.llm import LLM
 from slimrt.session import Session
 from slimrt.weights.gguf import GGUFFile
 from tests.families import CASES, GOLDENS, prompts, write_checkpoint

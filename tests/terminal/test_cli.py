@@ -427,3 +427,27 @@ def test_long_work_shows_a_bar_on_a_terminal_and_nothing_in_a_pipe(tmp_path: Pat
     assert (result.returncode, result.stdout) == (0, b"")
     assert result.stderr.decode().startswith(f"{tmp_path}/b.gguf: q5_1, ")
     assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
+
+
+def test_embed_writes_lines_or_an_array_whole_or_not_at_all(tiny: Path, tmp_path: Path) -> None:
+    texts, target = ["hello world", "hello"], tmp_path / "vectors.npy"
+    with slimrt.load(tiny) as llm:
+        expected = llm.embed(texts, pooling="last")
+    result = run("embed", *texts, "--model", tiny, "--pooling", "last")
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [line["text"] for line in lines] == texts
+    assert np.array_equal(np.array([line["embedding"] for line in lines], np.float32), expected)
+    (tmp_path / "lines.txt").write_text("hello world\nhello\n")
+    more = ("--file", tmp_path / "lines.txt", "--model", tiny, "--pooling", "last", "-o", target)
+    assert run("embed", *more).exit_code == 0 and np.array_equal(np.load(target), expected)
+    for arguments, says in (
+        (more, "exists already"),
+        (("", "--model", tiny), "text 1: it is empty"),
+        (("--model", tiny), "no texts"),
+        (("a", *more), "both texts and --file"),
+        (("hello", "hello " * 3000, "--model", tiny), "text 2: the prompt brings"),
+    ):
+        failed = run("embed", *arguments)
+        assert failed.exit_code == 1 and says in failed.stderr and failed.stderr.count("\n") == 1
+        assert not failed.stdout
+    assert run("embed", *more, "--force").exit_code == 0
