@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import slimrt
+from slimrt.ops.numpy.memory import NumpyMemory
 from slimrt.prune.plan import PrunePlan, Stage
 from slimrt.session import Session
 from tests.interrupts import interrupted, moments, spread
@@ -140,3 +142,23 @@ def test_what_an_interrupted_question_cut_away_is_not_read_on_from(path: Path, b
     fresh = Session(llm.engine, llm.ctx)
     fresh.prefill(DOCUMENT)
     assert np.array_equal(went_on(session, AGAIN), went_on(fresh, AGAIN))
+
+
+def test_a_mark_is_whole_wherever_it_is_asked() -> None:
+    """What asks a fence of compute may be interrupted anywhere: the copies behind it come all the same."""
+    memory, copied = NumpyMemory(), np.zeros(3)
+
+    def asked() -> None:
+        fence = memory.mark()
+        assert fence.done() and fence.exception() is None
+        memory.wait(fence)
+
+    def everywhere() -> None:
+        for at in range(moments(asked)):
+            interrupted(asked, at)
+        memory.wait(memory.copy([(copied, np.ones(3))], memory.mark()))
+
+    thread = threading.Thread(target=everywhere, daemon=True)
+    thread.start()
+    thread.join(30)
+    assert not thread.is_alive() and copied.all()

@@ -9,7 +9,6 @@ fence; a copy that depends on another starts ``after`` that one's fence.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
@@ -19,10 +18,28 @@ from slimrt.ops.numpy.tasks import Task, Tasks
 __all__ = ["Fence", "NumpyMemory"]
 
 Array = np.ndarray
-Fence = Task | Future[None]  # done(): whether the copy has ended, well or badly
 
-_REACHED: Future[None] = Future()  # compute runs on the calling thread: wherever it is asked, it has got there
-_REACHED.set_result(None)
+
+class Reached:
+    """A fence that has passed: compute runs on the calling thread, so wherever it is asked, it has got there.
+
+    It has no state. A Future of ``concurrent.futures`` has a lock, which a Ctrl-C between two of its steps leaves
+    locked, and then whoever asks it next waits for ever.
+    """
+
+    def done(self) -> bool:
+        """Whether it has passed."""
+        return True
+
+    def exception(self) -> None:
+        """What went wrong: nothing."""
+
+    def result(self) -> None:
+        """Wait for it."""
+
+
+Fence = Task | Reached  # done(): whether the copy has ended, well or badly
+_REACHED = Reached()
 
 
 class NumpyMemory:
