@@ -266,13 +266,21 @@ def pull(name: str | None, listing: bool, force: bool, as_json: bool) -> None:
 @click.argument("source", type=user_path)
 @click.argument("target", type=user_path)
 @click.option("--type", "kind", type=output_type, default="f16", show_default=True, help="Type of the matrices.")
+@click.option("--lora", is_flag=True, help="SOURCE is the folder of a LoRA adapter, as PEFT saves it.")
+@click.option(
+    "--base", type=user_path, metavar="MODEL", help="What the adapter changes: its folder or a GGUF file of it."
+)
 @force_option
 @json_option
-def convert(source: Path, target: Path, kind: str, force: bool, as_json: bool) -> None:
+def convert(
+    source: Path, target: Path, kind: str, lora: bool, base: Path | None, force: bool, as_json: bool
+) -> None:  # fmt: skip
     """Convert SOURCE, a Hugging Face or Meta checkpoint folder, to the GGUF file TARGET."""
     from slimrt.terminal import models
 
-    models.convert(source, target, kind, force=force, as_json=as_json)
+    if base is not None and not lora:
+        raise click.UsageError("--base names the model of an adapter; give --lora too, or leave it out")
+    models.convert(source, target, kind, lora=lora, base=base, force=force, as_json=as_json)
 
 
 @cli.command()

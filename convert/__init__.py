@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from slimrt.convert.convert import convert_checkpoint
 from slimrt.convert.mixes import OUTPUT_TYPES
+from slimrt.convert.peft import convert_adapter
 from slimrt.convert.quantize import quantize_file
 
-__all__ = ["OUTPUT_TYPES", "convert_checkpoint", "quantize_file"]
+__all__ = ["OUTPUT_TYPES", "convert_adapter", "convert_checkpoint", "quantize_file"]

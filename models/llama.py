@@ -16,16 +16,19 @@ not contiguous.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 
 from slimrt.config import ModelConfig
+from slimrt.models.adapters import Adapter, adapted_layers
 from slimrt.models.loader import Loader
 from slimrt.models.rope import RopeTable
 from slimrt.models.stream import StreamedLayers
+from slimrt.ops.adapted import AdaptedOps
 from slimrt.ops.layer import Experts, HeadNorms, Merge
 from slimrt.ops.protocol import Array, Ops, StreamingOps, Weight
 from slimrt.weights.gguf import GGUFFile
@@ -90,6 +93,9 @@ class Llama:
         self.layers: list[Layer] | StreamedLayers = (
             StreamedLayers(cast(StreamingOps, ops), layers()) if stream else list(layers())
         )
+        self._plain = self.layers
+        self._rows: Any = ops  # what computes the row-wise parts
+        self.adapters = ""  # which adapters are applied: a name that no other choice of them has; empty: none
         # Layers whose keys bfloat16 would round by more than it rounds the products that they are sums of.
         self.large_keys = frozenset(
             number for number in range(config.n_layers) if load.largest_key_bias(number) > _LARGE_BIAS
@@ -102,6 +108,16 @@ class Llama:
         self.rope_tables = [RopeTable(config.rope, load.rope_divisors())]
         if config.local_rope is not None:
             self.rope_tables.append(RopeTable(config.local_rope))
+
+    def adapt(self, adapters: Sequence[tuple[Adapter, float]]) -> None:
+        """Apply ``adapters``, each times its scale, from the next pass on, in place of what was applied; a CPU
+        backend's model only."""
+        if not adapters:
+            self.layers, self._rows, self.adapters = self._plain, self.ops, ""
+            return
+        assert not self.streamed
+        self.layers, self._rows = adapted_layers(cast(list[Layer], self._plain), adapters), AdaptedOps(self.ops)
+        self.adapters = hashlib.sha256(repr([(one.digest, scale) for one, scale in adapters]).encode()).hexdigest()
 
     @property
     def rope_table(self) -> RopeTable:
@@ -134,7 +150,7 @@ class Llama:
     def unpacked(self, layer: Layer) -> Layer:
         """``layer`` with its matrices ready for many rows (a scratch copy where they are held packed); experts are made
         ready one by one."""
-        ready = self.ops.unpacked
+        ready = self._rows.unpacked
         dense = {} if layer.experts else {"gate_up": ready(layer.gate_up), "down": ready(layer.down)}
         return Layer(**{**vars(layer), "qkv": ready(layer.qkv), "out": ready(layer.out), **dense})
 
@@ -143,14 +159,15 @@ class Llama:
         c = self.config
         heads = c.n_heads, c.n_kv_heads, c.head_dim
         x = self.ops.centred(x) if c.centred else x
-        return self.ops.qkv(
+        q, k, v = self._rows.qkv(
             x, layer.attn_norm, c.norm_eps, layer.qkv, layer.qkv_bias, *turns[layer.turns], heads, layer.head_norms
         )
+        return q, k, v
 
     def project(self, layer: Layer, x: Array, attention: Array) -> Array:
         """x [T, D] and attention [T, H, Dh] -> x after the output projection and its residual [T, D]; where the
         feed-forward reads what attention reads, it is in the result as well."""
-        joined = self.ops.project(x, attention, layer.out, layer.out_bias, layer.attn_merge)
+        joined = self._rows.project(x, attention, layer.out, layer.out_bias, layer.attn_merge)
         return (
             self._fed(layer, self.ops.centred(x) if self.config.centred else x, joined)
             if self.config.parallel
@@ -164,8 +181,8 @@ class Llama:
     def _fed(self, layer: Layer, x: Array, residual: Array | None) -> Array:
         c = self.config
         if layer.experts is not None:
-            return self.ops.experts(x, layer.ffn_norm, c.norm_eps, layer.experts, c.activation, layer.ffn_merge)
-        return self.ops.feed_forward(
+            return self._rows.experts(x, layer.ffn_norm, c.norm_eps, layer.experts, c.activation, layer.ffn_merge)
+        return self._rows.feed_forward(
             x, layer.ffn_norm, c.norm_eps, layer.gate_up, layer.gate_up_bias, layer.down, layer.down_bias,
             c.activation, layer.ffn_merge, residual,
         )  # fmt: skip

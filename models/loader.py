@@ -15,7 +15,7 @@ from slimrt.ops.protocol import Array, Ops
 from slimrt.weights.gguf import GGUFFile, TensorInfo
 from slimrt.weights.quants import check_readable, dequantize
 
-__all__ = ["Loader"]
+__all__ = ["Loader", "half_split_rows"]
 
 _LAYER = re.compile(r"^blk\.(\d+)\.([a-z0-9_]+)\.(weight|bias)$")
 # Tensors that a layer's results do not depend on, or that are read where they occur.
@@ -155,9 +155,7 @@ class Loader:
         rope = self.config.rope
         if not rope.interleaved or name not in ("attn_q", "attn_k"):
             return tensor
-        width = self.config.head_dim
-        within = np.concatenate([np.arange(0, rope.dims, 2), np.arange(1, rope.dims, 2), np.arange(rope.dims, width)])
-        rows = (np.arange(0, tensor.shape[0], width)[:, None] + within).reshape(-1)
+        rows = half_split_rows(self.config, tensor.shape[0])
         return TensorInfo(tensor.name, tensor.shape, tensor.type, tensor.data[rows])
 
     def _head_norms(self, blk: str, q: int, kv: int) -> HeadNorms | None:
@@ -202,3 +200,11 @@ class Loader:
         if rope.scaling not in names:
             return None
         return dequantize(self.checked(f"{names[rope.scaling]}.weight", rope.dims // 2)).reshape(-1)
+
+
+def half_split_rows(config: ModelConfig, count: int) -> np.ndarray:
+    """Of ``count`` rows of heads in RoPE's interleaved layout those that stand in each place of the half-split one."""
+    dims, width = config.rope.dims, config.head_dim
+    within = np.concatenate([np.arange(0, dims, 2), np.arange(1, dims, 2), np.arange(dims, width)])
+    rows: np.ndarray = (np.arange(0, count, width)[:, None] + within).reshape(-1)
+    return rows

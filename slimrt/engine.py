@@ -115,7 +115,7 @@ class Engine:
     def close(self) -> None:
         """Let go of the weights; whoever still has the engine gets a SettingError."""
         self.model = _Closed()  # type: ignore[assignment]
-        self.__dict__.pop("_decoder", None)
+        self.__dict__.pop("_own_decoder", None)
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -288,9 +288,19 @@ class Engine:
             context.length += len(tokens)
         return _finite(self.model.finished(logits))
 
-    @functools.cached_property
+    @property
+    def adapters(self) -> str:
+        """Which adapters are applied; empty: none. What was read under others is not to be read on from."""
+        return self.model.adapters
+
+    @property
     def _decoder(self) -> Decoder | None:
-        """The backend's own way to read a token, if it has one: made when the first token is decoded."""
+        """The backend's own way to read a token, if it has one; it knows nothing of adapters."""
+        return None if self.model.adapters else self._own_decoder
+
+    @functools.cached_property
+    def _own_decoder(self) -> Decoder | None:
+        """Made when the first token is decoded."""
         budget = self.cache_config is not None and self.cache_config.budget is not None
         decoder: Decoder | None = self.ops.decoder(self.model, budget=budget) if self._whole_tokens else None
         return decoder

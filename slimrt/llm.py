@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -28,9 +29,10 @@ from slimrt.generation import (
 from slimrt.library.store import Library, library_folder
 from slimrt.memory import cuda as memory_cuda
 from slimrt.memory.cuda import CudaPlan
-from slimrt.memory.plan import DEFAULT_CTX, MemoryPlan, largest_context
+from slimrt.memory.plan import DEFAULT_CTX, MemoryPlan, available_memory, largest_context
 from slimrt.memory.plan import plan as plan_memory
 from slimrt.models import build, read_config, stretch_rope
+from slimrt.models.adapters import Adapter, read_adapter
 from slimrt.ops.backend import Backend, check_device, find_gpu, open_backend, open_cuda, uses_kernels
 from slimrt.ops.cuda.device import wants_gpu
 from slimrt.paths import user_path
@@ -57,6 +59,7 @@ _LOGIT_ROWS = 256  # rows of [V] logits held at a time by logprobs
 
 Prompt = str | Sequence[int]
 Plan = PrunePlan | str | Path
+Adapters = Sequence[str | Path | tuple[str | Path, float]]
 Draft = Union[str, Path, "LLM", None]
 Messages = Sequence[Mapping[str, Any]]
 Tools = Sequence[Mapping[str, Any]]
@@ -92,6 +95,7 @@ def load(
     stream_weights: bool = False,
     cache: bool | str | Path = False,
     draft: Draft = "auto",
+    lora: Adapters = (),
     progress: Progress | None = None,
 ) -> LLM:
     """Open a GGUF model.
@@ -111,6 +115,7 @@ def load(
     ``draft``: how next tokens are guessed, so that several are read at once; the text is the same. "auto": by what
     stood behind the same words before, where that costs nothing (compiled kernels); "lookup": wherever it works; a
     path (or LLM): by a smaller model of the same vocabulary; "off" or None: not at all.
+    ``lora``: adapters to apply: GGUF files, or (file, scale); ``LLM.set_adapters`` changes them later. On the CPU.
     ``progress`` is called with (layers loaded, layers).
 
     Raises ModelFileError for an unusable file, SettingError for options out of range.
@@ -133,6 +138,7 @@ def load(
         stream_weights=stream_weights,
         cache=cache,
         draft=draft,
+        lora=lora,
         progress=progress,
     )
 
@@ -166,6 +172,7 @@ class LLM:
         stream_weights: bool = False,
         cache: bool | str | Path = False,
         draft: Draft = "auto",
+        lora: Adapters = (),
         progress: Progress | None = None,
     ) -> None:
         self.file = file
@@ -221,12 +228,16 @@ class LLM:
             "%s loaded: context %d, %s, prompts by plan %s, at most %.2f GiB",
             config.name, self.ctx, backend.why, self.plan.source, self.memory.total / 2**30,
         )  # fmt: skip
+        self._read_adapters: dict[Path, Adapter] = {}
+        adapters = self._adapters(lora)  # whatever can be refused is refused before the weights are read
         self._engine = Engine(build(self.config, file, backend.ops, progress, stream=stream_weights), backend.ops, kv)
         # Which tokens of a prompt ask (slimrt.text.asking). Sessions hold it: it must not hold the model.
         self.asking: Callable[[Sequence[int]], Asked] = partial(asking, self.tokenizer)
-        self._session = Session(self._engine, self.ctx, self.asking)
+        self._library: Path | None = None
         if cache is not False and kv_budget is None:
-            self._engine.library = Library(library_folder() if cache is True else user_path(cache), self._bits())
+            self._library = library_folder() if cache is True else user_path(cache)
+        self._session = Session(self._engine, self.ctx, self.asking)
+        self._apply(adapters)
         self._engine.draft = self._drafter(draft, threads)
         check_draft(GenerationRequest(), self._session)
 
@@ -249,12 +260,44 @@ class LLM:
                 raise SettingError(f"draft model {config.name}: {_does_not_fit(memory, 0)}")
         return DraftModel(Engine(build(config, file, ops), ops), ctx, config.name)
 
+    def set_adapters(self, adapters: Adapters) -> None:
+        """Apply these LoRA adapters (GGUF files, or (file, scale); times 1) in the place of those before; empty: none.
+
+        They hold for all sessions, between calls: a text that is being written ends with SettingError at its next
+        token. What was read under others is read again. A file is read once, and again when its path is new.
+
+        Raises ModelFileError for a file that is no adapter for this model, SettingError for a scale that is no finite
+        number or a GPU; the adapters are then those before.
+        """
+        found = self._adapters(adapters)
+        with self._session.lock:
+            self._apply(found)
+
+    def _apply(self, adapters: Sequence[tuple[Adapter, float]]) -> None:
+        self._engine.model.adapt(adapters)
+        if self._library is not None:
+            self._engine.library = Library(self._library, self._bits())
+
+    def _adapters(self, adapters: Adapters) -> list[tuple[Adapter, float]]:
+        """The adapters of these files with their scales. Raises as ``set_adapters`` does."""
+        pairs = _pairs(adapters)
+        if pairs and self.backend.ops.name == "cuda":
+            raise SettingError("lora: adapters are applied on the CPU only; leave them out, or load with device='cpu'")
+        found = []
+        for given, scale in pairs:
+            path = user_path(given)
+            if path not in self._read_adapters:
+                self._read_adapters[path] = read_adapter(path, self.config, available_memory())
+            found.append((self._read_adapters[path], scale))
+        return found
+
     def _bits(self) -> str:
         """All that decides the bits of what is read: of the same weights, read in the same way, it is the same."""
         ops = self.backend.ops
         status = [(found.st_size, found.st_mtime_ns) for found in (path.stat() for path in self.file.paths)]
         kind = np.dtype(ops.kv_type).str, getattr(ops, "features", None)
-        return repr((__version__, model_fingerprint(self.file), status, self.config.rope, ops.name, *kind))
+        fingerprint = model_fingerprint(self.file, self._engine.adapters)
+        return repr((__version__, fingerprint, status, self.config.rope, ops.name, *kind))
 
     def _gpu(self, device: str, cache: CacheConfig, stream: bool) -> Backend | None:
         """The GPU, opened, with ``memory`` its plan; None for the CPU, and a note if a GPU is there but not used.
@@ -648,6 +691,22 @@ class LLM:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def _pairs(adapters: Adapters) -> list[tuple[str | Path, float]]:
+    """Files with their scales. Raises SettingError for anything but a list of files, or of (file, finite scale)."""
+    if isinstance(adapters, (str, bytes, Path)) or not isinstance(adapters, Sequence):
+        raise SettingError(f"lora {str(adapters)[:80]!r}: must be a list of files, or of (file, scale)")
+    pairs = []
+    for one in adapters:
+        pair = one if isinstance(one, tuple) else (one, 1.0)
+        if len(pair) != 2 or not isinstance(pair[0], (str, Path)):
+            raise SettingError(f"adapter {str(one)[:80]!r}: must be a file, or (file, scale)")
+        path, scale = pair
+        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
+            raise SettingError(f"adapter {str(path)[:80]}: scale {str(scale)[:40]}; must be a finite number, as 0.5")
+        pairs.append((path, float(scale)))
+    return pairs
 
 
 def _does_not_fit(plan: MemoryPlan, room: int) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 
 from slimrt.config import context_advice
 from slimrt.engine import Context, Engine, Kept, Progress, Trace
-from slimrt.errors import ContextError, TokenizerError
+from slimrt.errors import ContextError, SettingError, TokenizerError
 from slimrt.ops.forks import after_fork
 from slimrt.prune.asked import ASKED, Asked
 from slimrt.prune.plan import PrunePlan
@@ -70,6 +70,7 @@ class Session:
         self.lock = threading.RLock()
         self._undo: _Undo | None = None  # while something is under way
         self._ahead: tuple[list[int], np.ndarray] | None = None  # tokens read by read_together, the logits after each
+        self.adapters = engine.adapters  # what the model was when it read the tokens
         self._questions = 0  # prompts in a row that were cut, on the same document
         after_fork(self, Session._forked)
 
@@ -97,10 +98,11 @@ class Session:
         with self.lock:
             self._mend()
             self.revision += 1
+            changed = self._forget_others()
             rule = self._rule(ids, plan)
             found = self._from_library(ids, rule)
             reused, note = self._reusable(ids, rule)
-            note += found if reused else ""
+            note = changed or note + (found if reused else "")
             self.truncate(reused)
             reused = len(self.tokens)  # none where rows were lost
             stages = self._read(ids[reused:], rule, progress, trace)
@@ -109,6 +111,14 @@ class Session:
             self._questions = (self._questions if _most(reused, ids) else 0) + 1 if rule.cuts else 0
             sizes, runs = tuple(len(one.positions) for one in stages), tuple(_runs(one.positions) for one in stages)
             return Reading(reused, note, sizes, rule.windows.rows, rule.why_dense, _doubts(rule, stages), runs)
+
+    def _forget_others(self) -> str:
+        """Forget what was read under other adapters than the engine's; in words, that it was, for the note."""
+        if self.adapters == self.engine.adapters:
+            return ""
+        held = bool(self.tokens)
+        self.release()
+        return "the last conversation was read under other adapters" if held else ""
 
     def _rule(self, ids: Sequence[int], plan: PrunePlan | None) -> Schedule:
         """What ``plan`` does to the prompt ``ids``, after what was read before."""
@@ -167,6 +177,7 @@ class Session:
         with self.lock:
             self.reset()
             old, self.context = self.context, self.engine.new_context(boundary)
+            self.adapters = self.engine.adapters
             old.cache.close()  # before the new one allocates what it stages copies in
 
     def replace(self, context: Context, tokens: list[int], logits: np.ndarray | None) -> None:
@@ -198,7 +209,7 @@ class Session:
             return
         with self.lock:
             self._mend()
-            if len(self.tokens) >= count:
+            if len(self.tokens) >= count and self.adapters == self.engine.adapters:
                 library.keep(self.engine, self.context, self.tokens, count, begins)
 
     def fork(self) -> Session:
@@ -214,6 +225,7 @@ class Session:
             self._mend()
             unused, other.context = other.context, copy.deepcopy(self.context)
             other.tokens, other._questions = list(self.tokens), self._questions
+            other.adapters = self.adapters
             other.logits = None if self.logits is None else self.logits.copy()
             unused.cache.close()
         return other
@@ -299,7 +311,8 @@ class Session:
     def _taken_ahead(self, ids: list[int]) -> np.ndarray | None:
         """The logits of ``ids``, where just these were read by ``read_together``."""
         ahead, self._ahead = self._ahead, None
-        return ahead[1] if ahead is not None and ahead[0] == ids else None
+        same = ahead is not None and ahead[0] == ids and self.adapters == self.engine.adapters
+        return ahead[1] if ahead is not None and same else None
 
     def accept(self, guess: int) -> None:
         """The next of the guesses that were read last is right."""
@@ -321,6 +334,13 @@ class Session:
     def _check_further(self, ids: Sequence[int]) -> None:
         """Raise what reading ``ids`` behind all that was read would."""
         self._mend()
+        if self.adapters != self.engine.adapters:
+            if self.tokens:
+                raise SettingError(
+                    "the conversation was read under other adapters than are set now; read its prompt again, or set "
+                    "them as they were"
+                )
+            self.adapters = self.engine.adapters
         self.check(ids, len(self.tokens))
         if self.context.length and not self.context.cache.length(self.engine.config.n_layers - 1):
             raise ContextError(

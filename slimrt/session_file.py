@@ -92,9 +92,10 @@ class SavedTalk:
     plan: PrunePlan | None
 
 
-def model_fingerprint(file: GGUFFile) -> str:
-    """SHA-256 (hex) of a model's metadata, tensor table and the first bytes of each tensor."""
-    digest = hashlib.sha256()
+def model_fingerprint(file: GGUFFile, adapters: str = "") -> str:
+    """SHA-256 (hex) of a model's metadata, tensor table and the first bytes of each tensor; ``adapters``: which ones
+    are applied (``Engine.adapters``)."""
+    digest = hashlib.sha256(adapters.encode())
     for key, value in file.metadata.items():
         digest.update(f"{key}\0".encode())
         if isinstance(value, np.ndarray):
@@ -121,7 +122,7 @@ def write_session(path: str | Path, session: Session, file: GGUFFile, talk: Save
     config, context = session.engine.config, session.context
     rows = [context.cache.length(layer) for layer in range(config.n_layers)]
     header = {
-        "model": model_fingerprint(file),
+        "model": model_fingerprint(file, session.adapters),
         "ctx": session.ctx,
         "rope": dataclasses.asdict(config.rope),
         "plan": None if talk.plan is None else dataclasses.asdict(talk.plan),
@@ -211,7 +212,7 @@ def read_session(path: str | Path, session: Session, file: GGUFFile) -> SavedTal
             raise SessionFileError(f"{path}: not a regular file; name one that a session was saved to")
         with path.open("rb") as stream:
             reader = _Reader(path, stream, os.fstat(stream.fileno()).st_size, session.engine.config, session.ctx)
-            return reader.read(session, model_fingerprint(file))
+            return reader.read(session, model_fingerprint(file, session.engine.adapters))
     except FileNotFoundError:
         raise SessionFileError(f"{path}: no such file; name one that a session was saved to") from None
     except OSError as error:
@@ -319,7 +320,7 @@ class _Reader:
         if header["model"] != model:
             raise SessionFileError(
                 f"{self._path}: saved with another model than {c.name} as it is loaded here; "
-                "load the model that the session was saved with"
+                "load the model, and the adapters, that the session was saved with"
             )
         rope = dataclasses.asdict(c.rope)
         if header["rope"] != rope:

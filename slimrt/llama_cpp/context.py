@@ -131,7 +131,8 @@ class LlamaContext:
         ``vocab_only`` loads the tokenizer alone. ``n_gpu_layers`` 0 computes on the CPU, any other number on a GPU
         where one works and the model fits. ``pooling_type``: what ``embed`` makes of a text's tokens: 0 (and -1) a
         vector for each, 1 their mean, 2 the first one's, 3 the last one's. ``draft_model``: LlamaPromptLookupDecoding,
-        or None, where guesses are made if that costs nothing. slimrt's own: ``prune`` ("auto", "fast", "off" or a
+        or None, where guesses are made if that costs nothing. ``lora_path``: a GGUF adapter, applied times
+        ``lora_scale``. slimrt's own: ``prune`` ("auto", "fast", "off" or a
         plan), ``device`` ("cpu", "cuda", "auto" or "numpy", in the place of ``n_gpu_layers``), ``kv_budget`` (rows of
         each layer's keys and values that stay at hand).
 
@@ -141,8 +142,7 @@ class LlamaContext:
         self._arguments = {name: value for name, value in locals().items() if name not in ("self", "kwargs")}
         check_refused(
             {
-                "kv_overrides": kv_overrides or None, "lora_path": lora_path,
-                "lora_base": lora_base, "tokenizer": tokenizer,
+                "kv_overrides": kv_overrides or None, "lora_base": lora_base, "tokenizer": tokenizer,
                 "chat_handler": chat_handler, "attention_type": attention_type,
                 "yarn_ext_factor": yarn_ext_factor, "yarn_attn_factor": yarn_attn_factor,
                 "yarn_beta_fast": yarn_beta_fast, "yarn_beta_slow": yarn_beta_slow, "yarn_orig_ctx": yarn_orig_ctx,
@@ -183,6 +183,7 @@ class LlamaContext:
             prune="off" if logits_all else prune,
             chat_template=template,
             draft=draft_of(draft_model),
+            lora=[] if lora_path is None else [(lora_path, lora_scale)],
             **rope_options(self._config.rope.scaling, rope_scaling_type, rope_freq_base, rope_freq_scale),
         )
         self._tokenizer = self._llm.tokenizer

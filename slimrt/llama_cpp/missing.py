@@ -20,7 +20,6 @@ METHODS = {
     "batch": _C_API,
     "context_params": "slimrt has no llama.cpp parameters; n_ctx() and the constructor's arguments say the same",
     "model_params": "slimrt has no llama.cpp parameters; the constructor's arguments say the same",
-    "lora_path": "adapters are not applied; merge the adapter into the model",
     "chat_handler": "chats go through Jinja templates; give chat_format",
 }
 """Methods and attributes of ``llama_cpp.Llama``."""

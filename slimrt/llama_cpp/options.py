@@ -1,7 +1,7 @@
 """What llama_cpp.Llama's parameters mean here: translated, accepted without effect, or refused.
 
 Accepted without effect, since they only say how llama.cpp computes: ``n_gpu_layers split_mode main_gpu tensor_split
-use_mmap use_mlock n_batch n_ubatch n_threads_batch offload_kqv flash_attn op_offload swa_full no_perf numa lora_scale
+use_mmap use_mlock n_batch n_ubatch n_threads_batch offload_kqv flash_attn op_offload swa_full no_perf numa
 type_k type_v spm_infill verbose`` at load (keys and values are kept in the type that the backend computes with, float16
 or float32), ``tfs_z penalize_nl`` at generation.
 """
@@ -46,8 +46,7 @@ RANDOM_SEED = 0xFFFFFFFF  # LLAMA_DEFAULT_SEED: a fresh one; -1 means the same
 
 _REFUSED = {
     "kv_overrides": "metadata is used as it stands in the file; change the file",
-    "lora_path": "adapters are not applied; merge the adapter into the model",
-    "lora_base": "adapters are not applied; merge the adapter into the model",
+    "lora_base": "adapters are applied to the model as it is; leave it out",
     "tokenizer": "tokens come from the model file; leave it out",
     "chat_handler": "chats go through Jinja templates; give chat_format",
     "attention_type": "attention is causal; leave it out",

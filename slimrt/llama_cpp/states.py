@@ -65,7 +65,7 @@ class LlamaStates(LlamaContext):
 
     @cached_property
     def _fingerprint(self) -> str:
-        return model_fingerprint(self._model.file)
+        return model_fingerprint(self._model.file, self._model.engine.adapters)
 
     def _fresh_session(self) -> Session:
         return Session(self._current.engine, self._ctx, self._model.asking)

@@ -132,11 +132,14 @@ def list_models(*, as_json: bool) -> None:
     print_suggested(others)
 
 
-def convert(source: Path, target: Path, kind: str, *, force: bool, as_json: bool) -> None:
-    """A checkpoint folder to GGUF."""
-    from slimrt.convert import convert_checkpoint
+def convert(
+    source: Path, target: Path, kind: str, *, lora: bool, base: Path | None, force: bool, as_json: bool
+) -> None:
+    """A checkpoint folder, or that of an adapter, to GGUF."""
+    from slimrt.convert import convert_adapter, convert_checkpoint
 
-    _write("converting", convert_checkpoint, source, target, kind, force, as_json)
+    work: Callable[..., None] = partial(convert_adapter, base=base) if lora else convert_checkpoint
+    _write("converting", work, source, target, kind, force, as_json)
 
 
 def quantize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -61,6 +62,7 @@ class LoadSettings:
     stream_weights: bool = False
     cache: bool = False
     draft: str = "auto"
+    lora: tuple[tuple[Path, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,24 @@ class LogitBias(click.ParamType):
             return int(token), float(bias)
         except ValueError:
             self.fail(f"{value!r} must read TOKEN=BIAS, a token id and a number, such as 42=-inf", param, ctx)
+
+
+class Lora(click.ParamType):
+    """``FILE`` or ``FILE:SCALE``; a file that has such a name as a whole is meant as a whole."""
+
+    name = "file[:scale]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Path, float]:
+        if isinstance(value, tuple):
+            return value
+        file, _, scale = value.rpartition(":")
+        try:
+            if file and not paths.user_path(value).exists():
+                with contextlib.suppress(ValueError):
+                    return paths.user_path(file), float(scale)
+            return paths.user_path(value), 1.0
+        except SettingError as error:
+            self.fail(str(error), param, ctx)
 
 
 model_option = click.option(
@@ -215,6 +235,8 @@ def load_options(command: Command) -> Command:
                      help="When the context is full: stop, or drop the oldest text."),
         click.option("--draft", default="auto", show_default=True, metavar="auto|lookup|off|MODEL",
                      help="How next tokens are guessed, to read several at once; the text is the same."),
+        click.option("--lora", type=Lora(), multiple=True, metavar="FILE[:SCALE]",
+                     help="A LoRA adapter (GGUF) to apply; repeatable."),
         click.option("--stream-weights", is_flag=True,
                      help="Keep weights in host memory, for models larger than the GPU."),
         click.option("--chat-template", metavar="NAME|JINJA", help="In place of the model's own chat template."),

@@ -493,7 +493,7 @@ def test_parameters_without_effect_are_taken(tiny_path: Path) -> None:
 @pytest.mark.parametrize(
     "option",
     [
-        {"lora_path": "x"}, {"draft_model": object()}, {"kv_overrides": {"a": 1}},
+        {"lora_base": "x"}, {"draft_model": object()}, {"kv_overrides": {"a": 1}},
         {"tokenizer": object()}, {"chat_handler": print}, {"yarn_ext_factor": 0.5}, {"pooling_type": 7},
         {"rope_scaling_type": 3}, {"rope_freq_scale": -1},
     ],
