@@ -250,7 +250,7 @@ def test_rank_zero_and_memory(folder: Path, tmp_path: Path) -> None:
         read_adapter(folder / "qwen3.a.gguf", config, limit=1000)
 
 
-def test_bad_settings(folder: Path, tmp_path: Path) -> None:
+def test_bad_settings(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A failed change leaves what was set."""
     with slimrt.load(folder / "qwen3.gguf", device="numpy", ctx=CTX, lora=[folder / "qwen3.a.gguf"]) as llm:
         before = llm.engine.adapters
@@ -267,6 +267,10 @@ def test_bad_settings(folder: Path, tmp_path: Path) -> None:
         for path in (tmp_path / "none.gguf", folder / "mistral.a.gguf", folder / "qwen3.gguf"):
             with pytest.raises(SlimrtError):
                 llm.set_adapters([path])
+        with monkeypatch.context() as patch:
+            patch.setattr(llm.backend.ops, "name", "cuda", raising=False)
+            with pytest.raises(SettingError, match="on the CPU only"):
+                llm.set_adapters([folder / "qwen3.b.gguf"])
         assert llm.engine.adapters == before != ""
 
 
