@@ -90,6 +90,8 @@ class Context:
 class _Closed:
     """In the place of a model whose memory was given back."""
 
+    adapters = ""  # its sessions may still be let go
+
     def __getattr__(self, name: str) -> NoReturn:
         raise SettingError("this model was closed and its memory given back; load it again")
 

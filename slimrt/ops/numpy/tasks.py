@@ -70,7 +70,10 @@ class Task:
 
     def cancel(self) -> bool:
         """Whether the call will never be made: no thread has begun it."""
-        return self._claim.acquire(blocking=False)
+        if not self._claim.acquire(blocking=False):
+            return False
+        self._call = None  # a thread that has not come yet holds the task, not what it would have used
+        return True
 
     def done(self) -> bool:
         """Whether the call has ended, well or badly."""

@@ -6,6 +6,7 @@ import os
 import threading
 import time
 import warnings
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -157,3 +158,23 @@ def test_cores_are_those_that_the_quota_pays_for(
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     assert available_cores(tmp_path) == cores
+
+
+def test_a_cancelled_call_holds_nothing() -> None:
+    """Its task stays in the queue until a thread comes to it."""
+
+    class Held:
+        pass
+
+    tasks, gate, held = Tasks(1), threading.Event(), Held()
+    busy = tasks.submit(gate.wait)
+    waiting = tasks.submit(lambda held=held: held)
+    alive = weakref.ref(held)
+    del held
+    before = alive() is not None
+    cancelled = waiting.cancel()
+    gone = alive() is None
+    assert (before, cancelled, gone) == (True, True, True)
+    gate.set()
+    busy.result()
+    tasks.close()
