@@ -228,7 +228,7 @@ class LLM:
             "%s loaded: context %d, %s, prompts by plan %s, at most %.2f GiB",
             config.name, self.ctx, backend.why, self.plan.source, self.memory.total / 2**30,
         )  # fmt: skip
-        self._read_adapters: dict[Path, Adapter] = {}
+        self._read_adapters: dict[Path, tuple[tuple[int, int], Adapter]] = {}  # with what tells that a file changed
         adapters = self._adapters(lora)  # whatever can be refused is refused before the weights are read
         self._engine = Engine(build(self.config, file, backend.ops, progress, stream=stream_weights), backend.ops, kv)
         # Which tokens of a prompt ask (slimrt.text.asking). Sessions hold it: it must not hold the model.
@@ -264,7 +264,7 @@ class LLM:
         """Apply these LoRA adapters (GGUF files, or (file, scale); times 1) in the place of those before; empty: none.
 
         They hold for all sessions, between calls: a text that is being written ends with SettingError at its next
-        token. What was read under others is read again. A file is read once, and again when its path is new.
+        token. What was read under others is read again. A file is read once, and again when it has changed.
 
         Raises ModelFileError for a file that is no adapter for this model, SettingError for a scale that is no finite
         number or a GPU; the adapters are then those before.
@@ -286,9 +286,15 @@ class LLM:
         found = []
         for given, scale in pairs:
             path = user_path(given)
-            if path not in self._read_adapters:
-                self._read_adapters[path] = read_adapter(path, self.config, available_memory())
-            found.append((self._read_adapters[path], scale))
+            version = (0, 0)
+            if path.exists():  # else reading it says what is wrong
+                status = path.stat()
+                version = status.st_mtime_ns, status.st_size
+            held, adapter = self._read_adapters.get(path, (None, None))
+            if adapter is None or held != version:
+                adapter = read_adapter(path, self.config, available_memory())
+                self._read_adapters[path] = version, adapter
+            found.append((adapter, scale))
         return found
 
     def _bits(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import stat
@@ -17,6 +18,7 @@ from slimrt.errors import SettingError
 __all__ = ["Line", "Rows", "read_lines"]
 
 LONGEST = 64 << 20  # bytes of a line
+_HELD = 4  # documents whose text is kept: rows on one follow each other, and a PDF takes a second to read
 _FIELD = re.compile(r"\{(\w+)\}")
 
 
@@ -69,19 +71,27 @@ class Rows:
             raise LineError(f"column '{self.file_column}' must name a file, not {str(name)[:80]!r}")
         path = self.folder / name
         try:
-            if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for, a device may have no end
+            status = path.stat()
+            if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for, a device may have no end
                 raise LineError(f"{name!a}: not a regular file")
-            with path.open("rb") as file:
-                content = file.read(self.largest + 1)
-            if len(content) > self.largest:
-                raise LineError(f"{name!a}: larger than {self.largest >> 20} MiB")
-            return document_text(content, name)
+            return _text(path, name, self.largest, (status.st_mtime_ns, status.st_size))
         except OSError as error:
             raise LineError(f"{name[:200]}: {error.strerror}") from None
         except UnicodeEncodeError:
             raise LineError(f"{ascii(name)[:200]}: no file can have such a name") from None
         except SettingError as error:
             raise LineError(str(error)) from None
+
+
+@functools.lru_cache(maxsize=_HELD)
+def _text(path: Path, name: str, largest: int, version: tuple[int, int]) -> str:
+    """The text of ``path``, which rows know as ``name``; ``version`` changes when the file does. Raises LineError,
+    OSError and SettingError."""
+    with path.open("rb") as file:
+        content = file.read(largest + 1)
+    if len(content) > largest:
+        raise LineError(f"{name!a}: larger than {largest >> 20} MiB")
+    return document_text(content, name)
 
 
 def read_lines(source: Path, rows: Rows | None = None) -> Iterator[tuple[Line, bytes]]:

@@ -12,6 +12,8 @@ import pypdf
 import pytest
 
 import slimrt.documents.extract as extract_module
+from slimrt.batch import lines
+from slimrt.batch.lines import Rows
 from slimrt.documents import DOCX, HTML, PDF, document_text, kind_of
 from slimrt.errors import SettingError
 from slimrt.terminal.text_input import read_document
@@ -157,3 +159,14 @@ def test_without_the_extra_one_line_says_what_to_install() -> None:
     assert "a.pdf: is a PDF, which slimrt[documents] reads (without it pypdf is missing): pip install" in done.stdout, (
         done
     )
+
+
+def test_rows_on_one_document_read_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, rows = tmp_path / "report.pdf", Rows("What?", tmp_path, file_column="path")
+    path.write_bytes(pdf("First."))
+    read: list[str] = []
+    monkeypatch.setattr(lines, "document_text", lambda raw, name: (read.append(name), document_text(raw, name))[1])
+    first, again = (rows.request({"path": "report.pdf"})["messages"][0]["content"] for _ in range(2))
+    assert first == again == "First.\n\nWhat?" and len(read) == 1
+    path.write_bytes(pdf("Now second."))
+    assert rows.request({"path": "report.pdf"})["messages"][0]["content"].startswith("Now second.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,19 @@ def test_switching(folder: Path, tmp_path: Path) -> None:
         np.testing.assert_array_equal(llm.current.logits, logits)
     with pytest.raises(SettingError, match="closed"):
         llm.generate(ids)
+
+
+def test_a_file_that_changed_is_read_again(folder: Path, tmp_path: Path) -> None:
+    path, ids = tmp_path / "adapter.gguf", [5, 6, 7]
+    logits = []
+    with slimrt.load(folder / "mistral.gguf", device="numpy", prune="off") as llm:
+        for name in ("a", "b"):
+            path.write_bytes((folder / f"mistral.{name}.gguf").read_bytes())
+            os.utime(path, (len(logits), len(logits)))
+            llm.set_adapters([path])
+            logits.append(llm.logits(ids))
+        llm.set_adapters([folder / "mistral.b.gguf"])
+        assert np.array_equal(llm.logits(ids), logits[1]) and not np.array_equal(*logits)
 
 
 def test_library(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
