@@ -12,12 +12,13 @@ from typing import Any, Literal, Protocol, Self, Unpack, overload
 
 from slimrt.engine import Engine, Progress
 from slimrt.errors import SettingError
-from slimrt.generation import CompletionStream, GenerateOptions, GenerationRequest, Overflow, request_from_options
 from slimrt.prune.asked import Asked
 from slimrt.prune.plan import PrunePlan
+from slimrt.request import GenerateOptions, GenerationRequest, Overflow, request_from_options
 from slimrt.results import Completion
 from slimrt.session import Session, common_prefix
 from slimrt.session_file import SavedTalk, read_session, write_session
+from slimrt.streaming import CompletionStream
 from slimrt.weights.gguf import GGUFFile
 
 __all__ = ["Conversation", "Fitted", "fit_messages"]

@@ -18,14 +18,6 @@ from slimrt.drafting.drawing import check_draft
 from slimrt.drafting.model import DraftModel, check_vocabulary
 from slimrt.engine import Engine, Progress
 from slimrt.errors import ContextError, SettingError, SlimrtError
-from slimrt.generation import (
-    CompletionStream,
-    GenerateOptions,
-    GenerationRequest,
-    Overflow,
-    check_overflow,
-    request_from_options,
-)
 from slimrt.library.store import Library, library_folder
 from slimrt.memory import cuda as memory_cuda
 from slimrt.memory.cuda import CudaPlan
@@ -39,9 +31,11 @@ from slimrt.paths import user_path
 from slimrt.prune.asked import Asked
 from slimrt.prune.plan import PrunePlan
 from slimrt.prune.presets import PlanChoice, choose_plan
+from slimrt.request import GenerateOptions, GenerationRequest, Overflow, check_overflow, request_from_options
 from slimrt.results import Completion
 from slimrt.session import Session
 from slimrt.session_file import model_fingerprint
+from slimrt.streaming import CompletionStream
 from slimrt.text.asking import asking
 from slimrt.text.tokenizer import Tokenizer
 from slimrt.weights.gguf import GGUFFile

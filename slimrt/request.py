@@ -1,16 +1,18 @@
-"""What is asked of a generation."""
+"""What is asked of a generation: the request, and the keyword arguments that it is made of."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal, get_args
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal, TypedDict, get_args
 
 from slimrt.config import SamplingConfig, is_whole
 from slimrt.errors import SettingError
 from slimrt.sampler import LogitsProcessor
-from slimrt.structured.grammar import Grammar
+from slimrt.structured.grammar import Grammar, Schema, grammar_of
 
-__all__ = ["Draft", "GenerationRequest", "Overflow", "check_overflow"]
+__all__ = ["Draft", "GenerateOptions", "GenerationRequest", "Overflow", "check_overflow", "request_from_options"]
 
 Overflow = Literal["error", "shift"]  # what happens when the context is full
 Draft = Literal["auto", "lookup"]  # how next tokens are guessed, see GenerationRequest
@@ -74,3 +76,76 @@ class GenerationRequest:
         for text in self.stop:
             if not isinstance(text, str) or not text:
                 raise SettingError(f"stop {text!r}: must be a text or a list of texts, none of them empty")
+
+
+class GenerateOptions(TypedDict, total=False):
+    """The keyword arguments of ``LLM.generate`` that say how far to generate and how; see ``LLM.stream``."""
+
+    max_tokens: int | None
+    stop: str | Sequence[str] | None
+    logits_processors: Sequence[LogitsProcessor]
+    logprobs: int | None
+    ignore_eos: bool
+    overflow: Overflow | None
+    n_keep: int | None
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    typical_p: float | None
+    top_n_sigma: float | None
+    xtc_probability: float | None
+    xtc_threshold: float | None
+    dynatemp_range: float | None
+    dynatemp_exponent: float | None
+    mirostat: int | None
+    mirostat_tau: float | None
+    mirostat_eta: float | None
+    dry_multiplier: float | None
+    dry_base: float | None
+    dry_allowed_length: int | None
+    dry_penalty_last_n: int | None
+    dry_sequence_breakers: Sequence[str] | None
+    repeat_penalty: float | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
+    penalty_last_n: int | None
+    logit_bias: Mapping[int, float] | None
+    seed: int | None
+    schema: Schema | None
+    grammar: Grammar | str | None
+    draft: Draft | None
+
+
+def request_from_options(overflow: Overflow, options: GenerateOptions) -> GenerationRequest:
+    """Keyword arguments of ``LLM.generate`` -> GenerationRequest; unknown ones are refused.
+
+    ``overflow``: what holds where the options do not say.
+    """
+    known = GenerateOptions.__annotations__
+    for name in options:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
+            raise SettingError(f"unknown option '{name}'; {hint}")
+    sampling = {
+        name: value
+        for name, value in options.items()
+        if name in SamplingConfig.__dataclass_fields__ and value is not None
+    }
+    stop = options.get("stop")
+    processors = options.get("logits_processors") or ()
+    if callable(processors):
+        raise SettingError("logits_processors: must be a list of callables; put the one into [ ]")
+    return GenerationRequest(
+        max_tokens=options.get("max_tokens", 128),
+        sampling=replace(SamplingConfig(), **sampling),  # type: ignore[arg-type]
+        stop=(stop,) if isinstance(stop, str) else tuple(stop or ()),
+        processors=tuple(processors),
+        logprobs=options.get("logprobs"),
+        ignore_eos=options.get("ignore_eos", False),
+        overflow=options.get("overflow") or overflow,
+        n_keep=options.get("n_keep"),
+        grammar=grammar_of(options.get("schema"), options.get("grammar")),
+        draft=options.get("draft", "auto"),
+    )

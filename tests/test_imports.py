@@ -33,6 +33,7 @@ ORDER = (
     ("request",),
     ("drafting",),
     ("session_file", "generation"),
+    ("streaming",),
     ("tools",),
     ("conversation",),
     ("llm",),

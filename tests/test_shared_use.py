@@ -143,7 +143,7 @@ def test_an_event_loop_stays_free(path: Path) -> None:
         gate.set()
         return await pieces
 
-    async def collect(stream: slimrt.generation.CompletionStream) -> str:  # type: ignore[name-defined]
+    async def collect(stream: slimrt.streaming.CompletionStream) -> str:  # type: ignore[name-defined]
         text = "".join([piece async for piece in stream])
         await stream.aclose()
         return text

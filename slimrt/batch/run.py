@@ -18,8 +18,8 @@ import numpy as np
 
 from slimrt.batch.lines import Line, LineError, Rows, parsed, read_lines
 from slimrt.errors import OutputError, SettingError, SlimrtError
-from slimrt.generation import GenerationRequest
 from slimrt.llm import LLM
+from slimrt.request import GenerationRequest
 from slimrt.server.embeddings import embeddings
 from slimrt.server.errors import ApiError
 from slimrt.server.openai import ChatReply, CompletionReply, chat_prompt, completion_prompts, whole_completion

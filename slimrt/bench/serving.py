@@ -17,8 +17,8 @@ from rich.table import Table
 
 from slimrt.errors import SettingError
 from slimrt.eval.text import load_corpus
-from slimrt.generation import GenerationRequest
 from slimrt.llm import LLM
+from slimrt.request import GenerationRequest
 from slimrt.server.scheduler import Ended, Event, Failed, Job, Piece, Read, Scheduler
 
 __all__ = ["Crowd", "ServingReport", "Standstill", "run"]

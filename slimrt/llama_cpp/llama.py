@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from slimrt.errors import ContextError, SettingError
-from slimrt.generation import GenerationRequest, Step, generate_tokens
+from slimrt.generation import Step, generate_tokens
 from slimrt.llama_cpp.context import LlamaTokenizer
 from slimrt.llama_cpp.embedding import embedded, embedding_response
 from slimrt.llama_cpp.grammar import grammar_of_llama
@@ -38,6 +38,7 @@ from slimrt.llama_cpp.options import (
 from slimrt.llama_cpp.pretrained import fetched, matching_file
 from slimrt.llama_cpp.state import LlamaState
 from slimrt.llama_cpp.states import LlamaStates
+from slimrt.request import GenerationRequest
 from slimrt.results import FinishReason, TokenLogprob
 from slimrt.sampler import top_logprobs
 from slimrt.structured import guide as guides

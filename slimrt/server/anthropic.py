@@ -7,8 +7,8 @@ import uuid
 from collections.abc import Iterator
 from typing import Any
 
-from slimrt.generation import GenerationRequest
 from slimrt.llm import LLM
+from slimrt.request import GenerationRequest
 from slimrt.server.calling import Reader, bound, calling_of, functions_only
 from slimrt.server.errors import ApiError
 from slimrt.server.fields import Field, checked

@@ -22,9 +22,9 @@ from starlette.routing import Route
 
 from slimrt import __version__
 from slimrt.errors import SlimrtError
-from slimrt.generation import GenerationRequest
 from slimrt.llm import LLM
 from slimrt.memory.resident import resident_bytes
+from slimrt.request import GenerationRequest
 from slimrt.server.anthropic import MessageReply, counted_tokens, message_prompt
 from slimrt.server.documents import document
 from slimrt.server.embeddings import embeddings

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from slimrt.errors import SettingError
-from slimrt.generation import GenerationRequest
 from slimrt.llm import LLM
+from slimrt.request import GenerationRequest
 from slimrt.results import FinishReason
 from slimrt.server.errors import ApiError
 from slimrt.tools.calling import Calling

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from slimrt.errors import SettingError, SlimrtError
-from slimrt.generation import GenerateOptions, GenerationRequest
 from slimrt.llm import LLM
+from slimrt.request import GenerateOptions, GenerationRequest
 from slimrt.server.errors import ApiError
 from slimrt.server.fields import Field
 from slimrt.structured import guide as guides

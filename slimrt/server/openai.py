@@ -8,9 +8,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from slimrt.drafting.drawing import Guesses
-from slimrt.generation import GenerationRequest, Step
+from slimrt.generation import Step
 from slimrt.llama_cpp.openai_format import LogprobFormat
 from slimrt.llm import LLM
+from slimrt.request import GenerationRequest
 from slimrt.results import FinishReason, TokenLogprob
 from slimrt.server.calling import Reader, bound, calling_of
 from slimrt.server.errors import ApiError

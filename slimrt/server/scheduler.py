@@ -19,8 +19,9 @@ from dataclasses import dataclass, field
 from slimrt.drafting.drawing import Drawing, Guesses
 from slimrt.engine import Progress
 from slimrt.errors import SlimrtError
-from slimrt.generation import BEGINS, GenerationRequest, Step, generate_tokens
+from slimrt.generation import BEGINS, Step, generate_tokens
 from slimrt.llm import LLM
+from slimrt.request import GenerationRequest
 from slimrt.session import Reading, Session, common_prefix
 
 __all__ = ["Busy", "Ended", "Event", "Failed", "Job", "Piece", "Progressed", "Read", "Scheduler", "answers"]

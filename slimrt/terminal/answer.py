@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from slimrt.generation import CompletionStream
 from slimrt.llm import LLM
 from slimrt.output import human_bytes
 from slimrt.results import Completion
+from slimrt.streaming import CompletionStream
 from slimrt.terminal.options import AnswerSettings
 from slimrt.terminal.progress import progress_bar
 from slimrt.terminal.screen import Screen

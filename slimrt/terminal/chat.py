@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from slimrt.errors import ContextError, SettingError, SlimrtError
-from slimrt.generation import CompletionStream
 from slimrt.llm import LLM
 from slimrt.memory.resident import resident_bytes
 from slimrt.output import human_bytes, write_atomically
 from slimrt.paths import user_path
 from slimrt.results import Completion
+from slimrt.streaming import CompletionStream
 from slimrt.terminal.answer import cut_note, larger_context, stream_answer
 from slimrt.terminal.guard import one_line
 from slimrt.terminal.line_input import LineInput, read_message

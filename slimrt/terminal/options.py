@@ -17,7 +17,7 @@ from slimrt.config import SamplingConfig, parse_size
 from slimrt.errors import SettingError
 
 if TYPE_CHECKING:
-    from slimrt.generation import Overflow  # brings NumPy, for which --help must not wait
+    from slimrt.request import Overflow  # brings NumPy, for which --help must not wait
     from slimrt.structured.grammar import Grammar
 
 __all__ = [

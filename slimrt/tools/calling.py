@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from slimrt.errors import SettingError
-from slimrt.generation import CompletionStream, GenerationRequest
+from slimrt.request import GenerationRequest
 from slimrt.results import Completion, FinishReason
+from slimrt.streaming import CompletionStream
 from slimrt.structured.grammar import Grammar
 from slimrt.text.tokenizer import Tokenizer
 from slimrt.tools.formats import Format

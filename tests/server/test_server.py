@@ -20,7 +20,8 @@ from starlette.testclient import TestClient
 import slimrt
 from slimrt.config import SamplingConfig
 from slimrt.engine import Engine
-from slimrt.generation import GenerationRequest, generate_tokens
+from slimrt.generation import generate_tokens
+from slimrt.request import GenerationRequest
 from slimrt.server.app import create_app
 from slimrt.server.limits import Limits
 from slimrt.server.scheduler import Busy, Ended, Event, Failed, Job, Piece, Progressed, Read, Scheduler

@@ -195,7 +195,7 @@ def test_calls_fit_their_schema_at_every_setting(name: str, control: slimrt.LLM)
     tools, form = tools_of(TOOLS), ALL[name]
     grammar = answer_grammar(form, tools, control.tokenizer, required=True)
     shown = shown_tokens(form, control.tokenizer)
-    from slimrt.generation import GenerationRequest
+    from slimrt.request import GenerationRequest
     from slimrt.tools.calling import Calling
 
     calling = Calling(tools, tools, form, grammar, shown, "no", lambda answer: grammar)
