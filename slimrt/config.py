@@ -180,6 +180,11 @@ class CacheConfig:
             )
 
     @property
+    def offloads(self) -> bool:
+        """Whether rows of a full context lie behind a budget: there is one, and the context exceeds it."""
+        return self.budget is not None and self.ctx > self.budget
+
+    @property
     def slots(self) -> int:
         """How many blocks of a layer stay resident within the budget; no more than the context can fill."""
         assert self.budget is not None

@@ -10,7 +10,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Protocol, Self, Unpack, overload
 
-from slimrt.engine import Engine, Progress
+from slimrt.context import Progress
+from slimrt.engine import Engine
 from slimrt.errors import SettingError
 from slimrt.prune.asked import Asked
 from slimrt.prune.plan import PrunePlan

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from types import MappingProxyType
-from typing import Any, Concatenate, NamedTuple, NoReturn, ParamSpec, Protocol, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, Concatenate, NoReturn, ParamSpec, TypeVar
 
 import numpy as np
 
+from slimrt.attention import Attention
 from slimrt.config import CacheConfig
+from slimrt.context import Context, Kept, Progress, Trace
 from slimrt.errors import ComputeError, SettingError
 from slimrt.kv.boundary import BoundaryStates
 from slimrt.kv.cache import KVCache
@@ -18,42 +18,12 @@ from slimrt.kv.layer_rows import reserve_host_memory
 from slimrt.kv.offload import OffloadedKVCache
 from slimrt.kv.windowed import WindowedKVCache
 from slimrt.models import Llama
-from slimrt.ops.protocol import Array, Cache, Decoder, Ops, Part
-from slimrt.prune.asked import wanted
-from slimrt.prune.reach import Reach
+from slimrt.ops.protocol import Cache, Decoder, Ops, Part
 from slimrt.prune.schedule import DENSE, Schedule, Windows
-from slimrt.prune.select import rivals, select_rows
+from slimrt.prune.select import select_rows
 
-Progress = Callable[[int, int], None]  # (layers done, layers in all)
-_TURN_ROWS = 1024  # rows of a part of a layer between which others have their turn
 P = ParamSpec("P")
 R = TypeVar("R")
-
-
-class Kept(NamedTuple):
-    """What a cut kept: the places [K] of tokens in the prompt; in words why more than usual (empty: not more)."""
-
-    positions: np.ndarray
-    why: str
-
-
-class Trace(Protocol):
-    """Follows one prefill (``slimrt.explain`` does), called from within the layer loop."""
-
-    def begin(self) -> None:
-        """The tokens are embedded, the layers begin."""
-
-    def attention(self, layer: int, q: Array, keys: Array) -> None:
-        """Queries q [T, H, Dh] of the last active rows will be held against ``keys`` [Hkv, N, Dh]."""
-
-    def cut(
-        self, layer: int, positions: np.ndarray, scores: np.ndarray, rows: np.ndarray, by: np.ndarray | None
-    ) -> None:
-        """Of the active ``positions`` [N], whose blocks scored ``scores`` [B], those at ``rows`` go on. ``by`` [B]: the
-        position of the token that wants a block most (-1: none does); None where the score does not tell."""
-
-    def layer(self, layer: int) -> None:
-        """A layer is done."""
 
 
 def _computing(method: Callable[Concatenate[Engine, P], R]) -> Callable[Concatenate[Engine, P], R]:
@@ -65,26 +35,6 @@ def _computing(method: Callable[Concatenate[Engine, P], R]) -> Callable[Concaten
             return method(engine, *args, **kwargs)
 
     return run
-
-
-@dataclass
-class Context:
-    """What the model has read: keys and values, and (for a pruned prompt) the hidden states where pruning begins.
-
-    ``windows``: those under which its first rows were read; the engine sets them.
-    """
-
-    cache: Cache
-    boundary: BoundaryStates | None = None
-    windows: Windows = field(default_factory=Windows)
-    length: int = 0
-
-    def truncate(self, length: int) -> None:
-        """Forget all tokens from index ``length`` on."""
-        self.length = min(self.length, length)
-        self.cache.truncate(length)
-        if self.boundary is not None:
-            self.boundary.truncate(length)
 
 
 class _Closed:
@@ -102,22 +52,35 @@ class Engine:
     def __init__(self, model: Llama, ops: Ops, cache: CacheConfig | None = None, *, whole_tokens: bool = True) -> None:
         """``whole_tokens`` False: decode goes layer by layer also where the backend has a way of its own (to debug)."""
         self.model, self.ops, self.config, self.cache_config = model, ops, model.config, cache
+        self.attention = Attention(model, ops)
         self._whole_tokens = whole_tokens
-        # Where several share the engine: called between the parts of a layer while a prompt is read, so that others can
-        # read or write a little in contexts of their own. What it raises ends the reading.
-        self.turn: Callable[[], None] | None = None
         # Where sessions find and keep what was read of long prompts (a slimrt.library.store.Library), if anywhere.
         self.library: Any = None
         # How generations guess next tokens that do not say so themselves: "auto", "lookup", a
         # slimrt.drafting.model.DraftModel, or None.
         self.draft: Any = "auto"
-        if cache is not None and cache.budget is not None and cache.ctx > cache.budget:
+        if cache is not None and cache.offloads:
             reserve_host_memory(ops, cache, model.config)
 
     def close(self) -> None:
         """Let go of the weights; whoever still has the engine gets a SettingError."""
-        self.model = _Closed()  # type: ignore[assignment]
+        self.model = self.attention = _Closed()  # type: ignore[assignment]
         self.__dict__.pop("_own_decoder", None)
+
+    @property
+    def turn(self) -> Callable[[], None] | None:
+        """Where several share the engine: called between the parts of a layer while a prompt is read, so that others
+        can read or write a little in contexts of their own. What it raises ends the reading."""
+        return self.attention.turn
+
+    @turn.setter
+    def turn(self, turn: Callable[[], None] | None) -> None:
+        self.attention.turn = turn
+
+    @property
+    def budgeted(self) -> bool:
+        """Whether decode reads a budget of rows only, which the cache chooses for each token."""
+        return self.cache_config is not None and self.cache_config.budget is not None
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -131,11 +94,9 @@ class Engine:
         return Context(self._new_cache(), boundary, windows or Windows())
 
     def _new_cache(self) -> Cache:
-        if self.cache_config is None or self.cache_config.budget is None:
-            return KVCache(self.config, self.ops)
+        if self.cache_config is None or not self.budgeted or not self.config.sees_all():
+            return KVCache(self.config, self.ops)  # all rows, or nothing to choose anywhere
         if self.config.windows:
-            if not self.config.sees_all():  # nothing to choose anywhere
-                return KVCache(self.config, self.ops)
             return WindowedKVCache(self.config, self.ops, self.cache_config)
         return OffloadedKVCache(self.config, self.ops, self.cache_config)
 
@@ -208,7 +169,7 @@ class Engine:
                 x, q = x[len(x) - wanted :], q[len(q) - wanted :]
             if trace:
                 trace.attention(number, q, keys)
-            attention = self._attend(schedule.windows, number, q, positions, keys, values, held)
+            attention = self.attention.attend(schedule.windows, number, q, positions, keys, values, held)
             x = model.project(layer, x, attention)
             if context.boundary is not None and number == context.boundary.layer:
                 context.boundary.append(x, q)
@@ -220,7 +181,7 @@ class Engine:
                     if number not in cut_at:  # a backend may overwrite x; the boundary's rows must stay
                         x = ops.take(x, positions)
             if number in cut_at:
-                scores, by = self._scores(context, schedule, number, q, keys, positions)
+                scores, by = self.attention.scores(context, schedule, number, q, keys, positions)
                 rows, why = select_rows(schedule, cut_at[number], scores, len(x))
                 kept.append(Kept(positions[rows], why))
                 if trace:
@@ -228,7 +189,7 @@ class Engine:
                 x, positions = ops.take(x, rows), positions[rows]
                 turns = model.rope(positions)
             cache.attended(number)
-            x = self._with_turns(functools.partial(model.feed_forward, layer), x)
+            x = self.attention.row_wise(functools.partial(model.feed_forward, layer), x)
             del layer  # a scratch copy of its weights goes before the next layer's is made
             if trace:
                 trace.layer(number)
@@ -303,8 +264,7 @@ class Engine:
     @functools.cached_property
     def _own_decoder(self) -> Decoder | None:
         """Made when the first token is decoded."""
-        budget = self.cache_config is not None and self.cache_config.budget is not None
-        decoder: Decoder | None = self.ops.decoder(self.model, budget=budget) if self._whole_tokens else None
+        decoder: Decoder | None = self.ops.decoder(self.model, budget=self.budgeted) if self._whole_tokens else None
         return decoder
 
     @_computing
@@ -322,109 +282,6 @@ class Engine:
     def last_states(self, x: np.ndarray) -> np.ndarray:
         """Hidden states [T, D], as ``prefill`` returns them -> behind the output norm [T, D] float32 on the host."""
         return _finite(np.asarray(self.ops.to_host(self.model.normed(x)), np.float32))
-
-    def _scores(
-        self, context: Context, rule: Schedule, layer: int, q: Array, keys: Array, positions: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray | None]:
-        """How much each block of the active rows is wanted [B], and by the token of which position [B] (-1: none); the
-        published scores do not tell (None).
-
-        ``q`` are the queries of the last rows at least.
-        """
-        ops, plan, asked = self.ops, rule.plan, rule.asked
-        if asked is None:
-            return ops.score_blocks(plan.score, q[-plan.query_window :], keys, plan.block, plan.unit), None
-        rows = keys.shape[1]
-        tail, cap = len(asked.tail), self._cap
-        groups: list[tuple[np.ndarray, Sequence[float]]] = [
-            (ops.block_mass(q[len(q) - tail :], keys, plan.block, True, *cap), asked.tail)
-        ]
-        places = [positions[rows - tail :]]
-        if any(asked.head):
-            first = positions[: np.searchsorted(positions, len(asked.head))]
-            if len(q) == rows:
-                own = q[: len(first)]
-            else:
-                assert context.boundary is not None and layer == context.boundary.layer
-                own = context.boundary.first_queries()[: len(first)]
-            moved = self.model.moved(own, positions[-1] + 1 - first, layer)
-            groups.append((ops.block_mass(moved, keys, plan.block, False, *cap), [asked.head[at] for at in first]))
-            places.append(first)
-        scores, by = wanted(groups, rivals(rule, len(groups[0][0][0, 0]), rows))
-        return scores, np.where(by < 0, -1, np.concatenate(places)[by])
-
-    @property
-    def _cap(self) -> tuple[float, ...]:
-        """The soft cap of the scores of attention, if the model has one."""
-        return (self.config.attention_cap,) if self.config.attention_cap else ()
-
-    def _attend(
-        self,
-        windows: Windows,
-        layer: int,
-        q: Array,
-        positions: np.ndarray,
-        keys: Array,
-        values: Array,
-        held: np.ndarray,
-    ) -> Array:
-        """Attention of the last rows of a layer, those under a plan's windows apart from those that see everything; in
-        a layer with a window of its own each row sees the keys at the last positions up to its own.
-
-        A row's place is its position, not its number among the keys: decode under a budget is given some of them only.
-        """
-        how: dict[str, Any] = {}
-        if window := self.config.window(layer):
-            how["first"] = np.searchsorted(held, positions[len(positions) - len(q) :] - window + 1)
-        if self._cap:
-            how["cap"] = self.config.attention_cap
-        if layer in self.model.large_keys:
-            how["precise"] = True
-        limited = 0  # of the rows in q
-        if layer in windows.reach:
-            limited = int(np.searchsorted(positions[len(positions) - len(q) :], windows.rows))
-        if limited == 0:
-            return self._attend_with_turns(q, keys, values, how=how)
-        before = keys.shape[1] - len(q)  # under windows all rows of the layer are there
-        result = self.ops.empty(q.shape)
-        read = slice(0, before + limited)
-        reach = windows.reach[layer]
-        self._attend_with_turns(q[:limited], keys[:, read], values[:, read], result[:limited], reach, how)
-        if limited < len(q):
-            self._attend_with_turns(q[limited:], keys, values, result[limited:], how=how)
-        return result
-
-    def _attend_with_turns(
-        self,
-        q: Array,
-        keys: Array,
-        values: Array,
-        out: Array | None = None,
-        reach: Reach = None,
-        how: Mapping[str, Any] = MappingProxyType({}),
-    ) -> Array:
-        """``ops.attend``, some rows at a time where others wait for their turn between them."""
-        if self.turn is None or len(q) <= _TURN_ROWS:
-            return self.ops.attend(q, keys, values, out, reach=reach, **how)
-        result = self.ops.empty(q.shape) if out is None else out
-        before = keys.shape[1] - len(q)
-        for low in range(0, len(q), _TURN_ROWS):
-            high = min(low + _TURN_ROWS, len(q))
-            seen = slice(0, before + high)  # causal: none of these rows looks farther
-            some = how if "first" not in how else {**how, "first": how["first"][low:high]}
-            self.ops.attend(q[low:high], keys[:, seen], values[:, seen], result[low:high], reach=reach, **some)
-            self.turn()
-        return result
-
-    def _with_turns(self, part: Callable[[Array], Array], x: Array) -> Array:
-        """``part(x)``, which treats each row alone; some rows at a time where others wait for a turn between them."""
-        if self.turn is None or len(x) <= _TURN_ROWS:
-            return part(x)
-        result = self.ops.empty(x.shape)
-        for low in range(0, len(x), _TURN_ROWS):
-            result[low : low + _TURN_ROWS] = part(x[low : low + _TURN_ROWS])
-            self.turn()
-        return result
 
 
 def _finite(logits: np.ndarray) -> np.ndarray:

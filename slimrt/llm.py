@@ -13,10 +13,11 @@ import numpy as np
 
 from slimrt import __version__
 from slimrt.config import CacheConfig, ModelConfig, context_advice, is_whole
+from slimrt.context import Progress
 from slimrt.conversation import Conversation, fit_messages
 from slimrt.drafting.drawing import check_draft
 from slimrt.drafting.model import DraftModel, check_vocabulary
-from slimrt.engine import Engine, Progress
+from slimrt.engine import Engine
 from slimrt.errors import ContextError, SettingError, SlimrtError
 from slimrt.library.store import Library, library_folder
 from slimrt.memory import cuda as memory_cuda

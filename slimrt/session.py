@@ -13,7 +13,8 @@ from typing import TypeVar
 import numpy as np
 
 from slimrt.config import context_advice
-from slimrt.engine import Context, Engine, Kept, Progress, Trace
+from slimrt.context import Context, Kept, Progress, Trace
+from slimrt.engine import Engine
 from slimrt.errors import ContextError, SettingError, TokenizerError
 from slimrt.ops.forks import after_fork
 from slimrt.prune.asked import ASKED, Asked

@@ -35,7 +35,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from slimrt.config import ModelConfig
-from slimrt.engine import Context, Engine
+from slimrt.context import Context
+from slimrt.engine import Engine
 from slimrt.errors import SessionFileError, SettingError
 from slimrt.kv.restore import placed, restore_layer
 from slimrt.output import whole_or_nothing

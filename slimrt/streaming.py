@@ -8,8 +8,8 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
 
+from slimrt.context import Progress
 from slimrt.drafting.drawing import Guesses, check_draft
-from slimrt.engine import Progress
 from slimrt.errors import SettingError
 from slimrt.generation import BEGINS, generate_tokens
 from slimrt.prune.plan import PrunePlan

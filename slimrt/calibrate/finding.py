@@ -26,7 +26,7 @@ _FOUND = 0.05  # of the answers: a layer that loses no more of them than the bes
 
 
 class _Observer:
-    """Follows a prefill that keeps everything (``slimrt.engine.Trace``): the share of the blocks, by layer, that must
+    """Follows a prefill that keeps everything (``slimrt.context.Trace``): the share of the blocks, by layer, that must
     go on for the blocks of the rows ``wanted`` to be among them."""
 
     def __init__(self, rule: Schedule, wanted: Sequence[int]) -> None:

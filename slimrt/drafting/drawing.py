@@ -80,7 +80,7 @@ def check_draft(request: GenerationRequest, session: Session) -> None:
     asked = engine.draft if request.draft == "auto" else request.draft
     if asked is None or asked == "auto" or engine.together(session.context) > 1:
         return
-    if engine.cache_config is not None and engine.cache_config.budget is not None:
+    if engine.budgeted:
         why = "under a KV budget each token chooses for itself what it reads"
     elif engine.config.experts and engine.ops.name == "fast":
         why = "with experts each token reads matrices of its own"

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from slimrt.engine import Progress
+from slimrt.context import Progress
 from slimrt.eval.metrics import kl, nll
 from slimrt.explain.trace import CutTrace, PrefillTrace
 from slimrt.llm import LLM

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from slimrt.engine import Progress
+from slimrt.context import Progress
 from slimrt.explain.blocks import Block, prompt_blocks
 from slimrt.explain.compare import ANSWER, Comparison, compare
 from slimrt.explain.trace import CutTrace, PrefillTrace

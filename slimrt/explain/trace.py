@@ -29,7 +29,7 @@ class CutTrace:
 
 @dataclass
 class PrefillTrace:
-    """An ``slimrt.engine.Trace`` that remembers. ``seconds``: one number a layer."""
+    """An ``slimrt.context.Trace`` that remembers. ``seconds``: one number a layer."""
 
     seconds: list[float] = field(default_factory=list)
     cuts: list[CutTrace] = field(default_factory=list)

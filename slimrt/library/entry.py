@@ -28,7 +28,8 @@ from typing import BinaryIO
 
 import numpy as np
 
-from slimrt.engine import Context, Engine
+from slimrt.context import Context
+from slimrt.engine import Engine
 from slimrt.kv.restore import placed, restore_layer
 from slimrt.output import whole_or_nothing
 from slimrt.prune.schedule import Windows

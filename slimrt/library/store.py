@@ -19,7 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from slimrt.engine import Context, Engine
+from slimrt.context import Context
+from slimrt.engine import Engine
 from slimrt.hub.store import cache_dir
 from slimrt.library.entry import DamagedEntryError, Header, read_context, read_header, read_tokens, write_entry
 from slimrt.output import remove_leftovers

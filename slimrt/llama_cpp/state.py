@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from slimrt.engine import Context, Engine, Kept
+from slimrt.context import Context, Kept
+from slimrt.engine import Engine
 from slimrt.errors import SettingError
 from slimrt.memory.plan import available_memory
 from slimrt.prune.schedule import Schedule

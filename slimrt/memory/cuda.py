@@ -131,7 +131,7 @@ def plan(
         whole = -(-tokens // cache.block) * cache.block
         ring = (1 + cache.lookahead) * whole * kv_row
         blocks, slabs = host_slabs(cache)
-        host = c.n_layers * slabs * blocks * cache.block * kv_row if tokens > cache.budget else 0
+        host = c.n_layers * slabs * blocks * cache.block * kv_row if cache.offloads else 0
     return CudaPlan(
         ctx=tokens,
         weights=weights.device,

@@ -159,7 +159,7 @@ def _packed_weights(file: GGUFFile, fast: bool) -> int:
 
 def _budgeted(config: ModelConfig, cache: CacheConfig, kv_per_token: int) -> tuple[int, int]:
     """Bytes of resident keys, values and means, and of those behind them: nothing without a budget, or within it."""
-    if cache.budget is None or cache.budget >= cache.ctx:
+    if not cache.offloads:
         return cache.ctx * kv_per_token, 0
     means = cache.ctx // cache.unit + cache.ctx // cache.block // cache.group
     # Layers with windows of their own keep all rows where the model computes.

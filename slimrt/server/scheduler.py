@@ -16,8 +16,8 @@ from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 
+from slimrt.context import Progress
 from slimrt.drafting.drawing import Drawing, Guesses
-from slimrt.engine import Progress
 from slimrt.errors import SlimrtError
 from slimrt.generation import BEGINS, Step, generate_tokens
 from slimrt.llm import LLM

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 import slimrt
 from slimrt import PrunePlan, Stage
 from slimrt.config import CacheConfig
-from slimrt.engine import Context, Engine
+from slimrt.context import Context
+from slimrt.engine import Engine
 from slimrt.errors import ComputeError, SettingError
 from slimrt.kv.cache import KVCache
 from slimrt.kv.layer_rows import LayerRows, choose

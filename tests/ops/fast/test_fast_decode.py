@@ -15,7 +15,8 @@ from gguf.constants import GGMLQuantizationType
 pytest.importorskip("numba")
 
 from slimrt.config import CacheConfig
-from slimrt.engine import Context, Engine
+from slimrt.context import Context
+from slimrt.engine import Engine
 from slimrt.models import build, read_config
 from slimrt.ops.fast import attend_few
 from slimrt.ops.fast.fast_ops import FastOps, FastWeight

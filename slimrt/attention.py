@@ -1,0 +1,132 @@
+"""What the rows of a layer see: windows, some rows at a time, and which blocks a cut's queries want."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from slimrt.context import Context
+from slimrt.models import Llama
+from slimrt.ops.protocol import Array, Ops
+from slimrt.prune.asked import wanted
+from slimrt.prune.reach import Reach
+from slimrt.prune.schedule import Schedule, Windows
+from slimrt.prune.select import rivals
+
+__all__ = ["Attention"]
+
+_TURN_ROWS = 1024  # rows of a part of a layer between which others have their turn
+
+
+class Attention:
+    """The attention of one model's layers on one backend.
+
+    ``turn``: see ``Engine.turn``.
+    """
+
+    def __init__(self, model: Llama, ops: Ops) -> None:
+        self._model, self._ops = model, ops
+        self.turn: Callable[[], None] | None = None
+        # The soft cap of the scores, if the model has one: what the operations take behind their other arguments.
+        self.cap: tuple[float, ...] = (model.config.attention_cap,) if model.config.attention_cap else ()
+
+    def attend(
+        self,
+        windows: Windows,
+        layer: int,
+        q: Array,
+        positions: np.ndarray,
+        keys: Array,
+        values: Array,
+        held: np.ndarray,
+    ) -> Array:
+        """Attention of the last rows of a layer, those under a plan's windows apart from those that see everything; in
+        a layer with a window of its own each row sees the keys at the last positions up to its own.
+
+        A row's place is its position, not its number among the keys: decode under a budget is given some of them only.
+        """
+        how: dict[str, Any] = {}
+        if window := self._model.config.window(layer):
+            how["first"] = np.searchsorted(held, positions[len(positions) - len(q) :] - window + 1)
+        if self.cap:
+            how["cap"] = self.cap[0]
+        if layer in self._model.large_keys:
+            how["precise"] = True
+        limited = 0  # of the rows in q
+        if layer in windows.reach:
+            limited = int(np.searchsorted(positions[len(positions) - len(q) :], windows.rows))
+        if limited == 0:
+            return self._in_parts(q, keys, values, how=how)
+        before = keys.shape[1] - len(q)  # under windows all rows of the layer are there
+        result = self._ops.empty(q.shape)
+        read = slice(0, before + limited)
+        reach = windows.reach[layer]
+        self._in_parts(q[:limited], keys[:, read], values[:, read], result[:limited], reach, how)
+        if limited < len(q):
+            self._in_parts(q[limited:], keys, values, result[limited:], how=how)
+        return result
+
+    def _in_parts(
+        self,
+        q: Array,
+        keys: Array,
+        values: Array,
+        out: Array | None = None,
+        reach: Reach = None,
+        how: Mapping[str, Any] = MappingProxyType({}),
+    ) -> Array:
+        """``ops.attend``, some rows at a time where others wait for their turn between them."""
+        if self.turn is None or len(q) <= _TURN_ROWS:
+            return self._ops.attend(q, keys, values, out, reach=reach, **how)
+        result = self._ops.empty(q.shape) if out is None else out
+        before = keys.shape[1] - len(q)
+        for low in range(0, len(q), _TURN_ROWS):
+            high = min(low + _TURN_ROWS, len(q))
+            seen = slice(0, before + high)  # causal: none of these rows looks farther
+            some = how if "first" not in how else {**how, "first": how["first"][low:high]}
+            self._ops.attend(q[low:high], keys[:, seen], values[:, seen], result[low:high], reach=reach, **some)
+            self.turn()
+        return result
+
+    def row_wise(self, part: Callable[[Array], Array], x: Array) -> Array:
+        """``part(x)``, which treats each row alone; some rows at a time where others wait for a turn between them."""
+        if self.turn is None or len(x) <= _TURN_ROWS:
+            return part(x)
+        result = self._ops.empty(x.shape)
+        for low in range(0, len(x), _TURN_ROWS):
+            result[low : low + _TURN_ROWS] = part(x[low : low + _TURN_ROWS])
+            self.turn()
+        return result
+
+    def scores(
+        self, context: Context, rule: Schedule, layer: int, q: Array, keys: Array, positions: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """How much each block of the active rows is wanted [B], and by the token of which position [B] (-1: none); the
+        published scores do not tell (None).
+
+        ``q`` are the queries of the last rows at least.
+        """
+        ops, plan, asked = self._ops, rule.plan, rule.asked
+        if asked is None:
+            return ops.score_blocks(plan.score, q[-plan.query_window :], keys, plan.block, plan.unit), None
+        rows = keys.shape[1]
+        tail, cap = len(asked.tail), self.cap
+        groups: list[tuple[np.ndarray, Sequence[float]]] = [
+            (ops.block_mass(q[len(q) - tail :], keys, plan.block, True, *cap), asked.tail)
+        ]
+        places = [positions[rows - tail :]]
+        if any(asked.head):
+            first = positions[: np.searchsorted(positions, len(asked.head))]
+            if len(q) == rows:
+                own = q[: len(first)]
+            else:
+                assert context.boundary is not None and layer == context.boundary.layer
+                own = context.boundary.first_queries()[: len(first)]
+            moved = self._model.moved(own, positions[-1] + 1 - first, layer)
+            groups.append((ops.block_mass(moved, keys, plan.block, False, *cap), [asked.head[at] for at in first]))
+            places.append(first)
+        scores, by = wanted(groups, rivals(rule, len(groups[0][0][0, 0]), rows))
+        return scores, np.where(by < 0, -1, np.concatenate(places)[by])
