@@ -211,17 +211,17 @@ class Engine:
 
         Returns the logits [T, V] after each of them. Raises as ``logits`` does.
         """
-        parts, some = [], self.together(context)
+        parts, some = [], self.together
         if some == 1 and not alike and len(tokens) > 1:
             return self.logits(self.extend(context, tokens, wanted=len(tokens)))
         for at in range(0, len(tokens), some):
             parts.append(self._decoded(context, tokens[at : at + some]))
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
-    def together(self, context: Context) -> int:
+    @property
+    def together(self) -> int:
         """How many tokens ``decode`` reads in one pass, at most: more than one where that is quicker."""
-        resident = isinstance(context.cache, KVCache)  # else the cache chooses for each token what it reads
-        return self._decoder.most if self._decoder is not None and resident else 1
+        return 1 if self._decoder is None else self._decoder.most
 
     def _decoded(self, context: Context, tokens: Sequence[int]) -> np.ndarray:
         if self._decoder is None:

@@ -135,7 +135,7 @@ def pass_costs(llm: LLM, context: int = 512, repeats: int = 20) -> dict[int, flo
     seconds: dict[int, list[float]] = {}
     with llm.session() as session:
         session.prefill(ids[:context])
-        counts = [count for count in PASSES if count <= engine.together(session.context)]
+        counts = [count for count in PASSES if count <= engine.together]
         for turn in range(repeats + 1):
             for count in counts:
                 begun = time.perf_counter()

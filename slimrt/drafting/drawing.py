@@ -78,10 +78,10 @@ def check_draft(request: GenerationRequest, session: Session) -> None:
     """Raise SettingError where ``request`` asks for guesses that cannot help in ``session``."""
     engine = session.engine
     asked = engine.draft if request.draft == "auto" else request.draft
-    if asked is None or asked == "auto" or engine.together(session.context) > 1:
+    if asked is None or asked == "auto" or engine.together > 1:
         return
     if engine.budgeted:
-        why = "under a KV budget each token chooses for itself what it reads"
+        why = f"under a KV budget each token chooses for itself what it reads, on backend {engine.ops.name}"
     elif engine.config.experts and engine.ops.name == "fast":
         why = "with experts each token reads matrices of its own"
     else:
@@ -152,7 +152,7 @@ class Drawing:
             return []
         with session.lock:
             held = session.revision == self._revision and len(session.tokens) + len(self._unread) <= session.ctx
-            if not held or session.engine.together(session.context) == 1:
+            if not held or session.engine.together == 1:
                 return []
             if self._foreseen is None:
                 self._foreseen = self._guesses(self._left)
@@ -176,7 +176,7 @@ class Drawing:
             return None
         check_draft(self._request, session)
         asked: Any = session.engine.draft if self._request.draft == "auto" else self._request.draft
-        if asked is None or (asked == "auto" and session.engine.together(session.context) == 1):
+        if asked is None or (asked == "auto" and session.engine.together == 1):
             return None
         return asked.follow(session) if isinstance(asked, DraftModel) else Lookup(session.tokens)
 
@@ -196,7 +196,7 @@ class Drawing:
         session, ids = self._session, self._unread
         engine, begun = session.engine, time.perf_counter()
         together = session.holds_ahead([*ids, *guesses])  # what it took is not known for these alone
-        if engine.together(session.context) > 1 or guesses:
+        if engine.together > 1 or guesses:
             rows = session.decode(ids, guesses, alike=not guesses)
         else:
             few = max(1, engine.ops.unpack_rows - 1)

@@ -67,6 +67,9 @@ class KVCache:
         self._positions[layer].append(positions)
         return self._views(layer)
 
+    def begin(self, tokens: int) -> None:
+        """Nothing to do: nothing is chosen."""
+
     def room(self, layer: int, rows: int) -> Array:
         """The layer's memory [2, Hkv, capacity, Dh], with room for ``rows`` more; it moves when it has to grow."""
         held = len(self._positions[layer])

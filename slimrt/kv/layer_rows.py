@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -13,10 +13,11 @@ from slimrt.kv.cache import Positions
 from slimrt.kv.ring import Transfers, wait_all
 from slimrt.ops.protocol import Array, Ops
 
-__all__ = ["Choice", "LayerRows", "choose", "host_slabs", "reserve_host_memory"]
+__all__ = ["MOST_TOGETHER", "Choice", "LayerRows", "choose", "host_slabs", "reserve_host_memory"]
 
 Fence = Any  # the backend's fence
 
+MOST_TOGETHER = 16  # tokens of a pass of decode, at most: so many of the last rows can be taken back exactly
 _SLAB_ROWS = 1024  # host memory is taken in slabs: pinning is slow, and a slab is never moved or given back
 
 
@@ -98,6 +99,17 @@ def reserve_host_memory(ops: Ops, config: CacheConfig, model: ModelConfig) -> No
     ops.reserve((blocks, 2, model.n_kv_heads, config.block, model.head_dim), model.n_layers * slabs)
 
 
+class _State(NamedTuple):
+    """What decode would read next, before one row more came; the arrays are never changed."""
+
+    spilled: bool
+    choice: Choice | None
+    slots: np.ndarray
+    on_host: int
+    wishes: np.ndarray
+    wished_at: int
+
+
 class LayerRows:
     """The rows of one layer.
 
@@ -123,6 +135,7 @@ class LayerRows:
         self._wished_at: int  # how many rows there were then
         self._fetches: list[Fence] = []
         self._spills: list[Fence] = []
+        self._states: dict[int, _State] = {}  # by rows, of the last rows of decode
         self.reset()
 
     def __len__(self) -> int:
@@ -136,6 +149,7 @@ class LayerRows:
         self.slots = np.empty(0, np.int64)  # block in each slot, once spilled; -1 for none
         self.on_host = 0  # complete blocks in host memory
         self.forget_wishes()
+        self._states.clear()
 
     # -- copies under way ---------------------------------------------------------------------------------------------
 
@@ -364,6 +378,44 @@ class LayerRows:
 
     # -- forgetting ---------------------------------------------------------------------------------------------------
 
+    def note_state(self, one: bool) -> None:
+        """Rows come: ``one`` of decode, which ``truncate`` can take back as if it had never come, or others."""
+        if not one:
+            self._states.clear()
+            return
+        self._states[len(self)] = _State(
+            self.spilled, self.choice, self.slots, self.on_host, self._wishes, self._wished_at
+        )
+        if len(self._states) > MOST_TOGETHER:
+            del self._states[next(iter(self._states))]
+
+    def _return_to(self, rows: int, state: _State) -> None:
+        """Be as before row ``rows`` came: every block in the slot where it lay then, for sums run in that order."""
+        if self.spilled:
+            block, tail = self._config.block, len(self) // self._config.block
+            blocks = -(-rows // block)
+            slots = state.slots if state.spilled else np.arange(blocks)
+            wanted = {int(number): slot for slot, number in enumerate(slots.tolist()) if 0 <= number < blocks}
+            if tail in wanted and tail >= self.on_host and self.slots[wanted[tail]] != tail:
+                # The host lacks it. Until all is in its place, the slots say where it is, and nothing else.
+                now = self._slot_of(tail)
+                self.choice, self.slots = None, np.where(self.slots == tail, tail, -1)
+                self._place(tail, wanted[tail], self._views[now])
+                self.slots = np.where(np.arange(len(self.slots)) == wanted[tail], tail, -1)
+            held = {number: slot for slot, number in enumerate(self.slots.tolist())}
+            missing = [(slot, number) for number, slot in wanted.items() if held.get(number) != slot]
+            self.choice, self.slots = None, np.where(self.slots == tail, tail, -1)
+            for slot, number in missing:
+                self._place(number, slot, None)
+            if missing:
+                fetched = [(slot, self.host.views[number]) for slot, number in missing]
+                self._transfers.bytes_to_device += len(fetched) * self.host.block_bytes
+                self._fetches.append(self._ops.fetch_blocks(self._slots_memory(), fetched, self._ops.mark()))
+                self.settle()
+        self.spilled, self.choice, self.slots, self.on_host, self._wishes, self._wished_at = state
+        self._states = {held: one for held, one in self._states.items() if held < rows}
+        self.positions.truncate(rows)
+
     def truncate(self, length: int) -> None:
         """Forget the rows from position ``length`` on; no copy may be under way."""
         rows = self.positions.before(length)
@@ -372,6 +424,10 @@ class LayerRows:
         if not rows:
             self.reset()
             return
+        if rows in self._states:
+            self._return_to(rows, self._states[rows])
+            return
+        self._states.clear()
         if self.spilled:
             tail, begun = divmod(rows, self._config.block)
             self.forget_wishes()

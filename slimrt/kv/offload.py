@@ -16,7 +16,7 @@ import numpy as np
 
 from slimrt.config import CacheConfig, ModelConfig
 from slimrt.errors import ComputeError
-from slimrt.kv.layer_rows import Choice, LayerRows, choose
+from slimrt.kv.layer_rows import MOST_TOGETHER, Choice, LayerRows, choose
 from slimrt.kv.ring import Pairs, Ring, Transfers
 from slimrt.ops.protocol import Array, Ops
 
@@ -58,7 +58,8 @@ class OffloadedKVCache:
         self.transfers = Transfers()
         self._layers = [LayerRows(ops, config, model, self.transfers) for _ in range(model.n_layers)]
         self._first = list(range(model.n_layers))  # the layer that chooses for each layer
-        self._choices: dict[int, Choice] = {}  # by choosing layer
+        self._choices: dict[int, dict[int, Choice]] = {}  # by choosing layer, then by how many rows it had
+        self._several = False  # whether a pass of decode reads several tokens
         self._ring: Ring | None = None  # while a pass over many tokens runs
         self._open: _Open | None = None
         self._failure: BaseException | None = None
@@ -84,11 +85,16 @@ class OffloadedKVCache:
             rows = self._layers[layer]
             if not len(rows):
                 self._join_group(layer, positions)
+            rows.note_state(len(positions) == 1 and not exact)
             if not rows.spilled and len(rows) + len(positions) <= rows.capacity:
                 return rows.append(k, v, positions)
             if exact or len(positions) > 1:
                 return self._update_whole(layer, k, v, positions, q)
             return self._update_one(layer, k, v, positions, q)
+
+    def begin(self, tokens: int) -> None:
+        """A layer chooses for each of several tokens before the next layer does for any."""
+        self._several = tokens > 1
 
     def room(self, layer: int, rows: int) -> None:
         """None: what a query reads is chosen here."""
@@ -135,7 +141,8 @@ class OffloadedKVCache:
     ) -> tuple[Array, Array, np.ndarray]:
         rows, first = self._layers[layer], self._first[layer]
         choice = self._decode_choice(layer, q)
-        for number in range(layer, min(layer + self._config.lookahead + 1, len(self._layers))):
+        ahead = 0 if self._several else self._config.lookahead  # else those ahead would miss what comes between
+        for number in range(layer, min(layer + ahead + 1, len(self._layers))):
             other = self._layers[number]
             # After a pass that broke off a layer may be spilled and its neighbour not, though both hold the same rows.
             spilled = other.spilled or len(rows) == rows.capacity
@@ -165,8 +172,13 @@ class OffloadedKVCache:
                     present = choice
                 else:
                     self.transfers.hits += 1
-            self._choices[first] = present
-        return self._choices[first]
+            self._note_choice(first, len(rows), present)
+        return self._choices[first][len(rows)]
+
+    def _note_choice(self, first: int, rows: int, choice: Choice) -> None:
+        """``choice`` is what the group of layer ``first`` reads behind ``rows`` rows."""
+        recent = {held: one for held, one in self._choices.get(first, {}).items() if rows - MOST_TOGETHER < held < rows}
+        self._choices[first] = {**recent, rows: choice}
 
     def _choose(self, rows: LayerRows, tail: int, q: Array | None) -> Choice:
         """The blocks that the query q [1, H, Dh] wants, when block ``tail`` holds the newest row."""
@@ -219,8 +231,9 @@ class OffloadedKVCache:
         if not opened.settled and len(rows) > rows.capacity:
             if opened.layer == first:
                 rows.forget_wishes()  # so that what follows a prompt does not depend on how it was read
-                self._choices[first] = self._choose(rows, (len(rows) - 1) // self._config.block, q)
-            opened.choice = self._choices.get(first) or self._choose(rows, (len(rows) - 1) // self._config.block, None)
+                self._note_choice(first, len(rows), self._choose(rows, (len(rows) - 1) // self._config.block, q))
+            chosen = self._choices.get(first, {}).get(len(rows))
+            opened.choice = chosen or self._choose(rows, (len(rows) - 1) // self._config.block, None)
         opened.settled = True  # before the slots change: an interrupt leaves what mends them
         rows.settle_from(slot, opened.choice)
 

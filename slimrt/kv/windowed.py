@@ -45,6 +45,9 @@ class WindowedKVCache:
         cache, number = self._places[layer]
         return cache.update(number, k, v, positions, q, exact=exact)
 
+    def begin(self, tokens: int) -> None:
+        self._budgeted.begin(tokens)
+
     def room(self, layer: int, rows: int) -> Array | None:
         cache, number = self._places[layer]
         return cache.room(number, rows)

@@ -215,6 +215,11 @@ class Cache(Protocol):
         valid until ``attended``. q is None where rows come from elsewhere than a pass.
         """
 
+    def begin(self, tokens: int) -> None:
+        """A step of a ``Decoder`` begins that reads so many tokens: in each layer one ``update`` for each of them, and
+        then ``attended``. Each gets what it would get by itself, and the cache, truncated to some of them, is as if the
+        others had never come, also in what it chooses and in which order it gives rows."""
+
     def room(self, layer: int, rows: int) -> Array | None:
         """The layer's memory [2, Hkv, capacity, Dh] with room for ``rows`` more behind its last, for a backend that
         writes them itself; it moves when it grows. None where the cache decides what a query reads: ``update`` does it.
@@ -280,7 +285,7 @@ class Decoder(Protocol):
 
     def step(self, parts: Sequence[Part]) -> tuple[np.ndarray, Sequence[Any]]:
         """Read the tokens of ``parts``, ``most`` in all: their keys and values are appended to every layer of their
-        caches; each looks at all up to its own, or (a token by itself) at those that the cache chooses.
+        caches; each looks at all up to its own, or at those that the cache chooses for it.
 
         Returns the logits [T, V] of all on the host (finite or not), and for each part the hidden states [T, D] of its
         ``middle`` between attention and feed-forward, where the model computes; new arrays.

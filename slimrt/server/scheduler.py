@@ -265,7 +265,7 @@ class Scheduler:
                 continue
             ids = running.drawing.next_tokens()
             if ids and not running.session.holds_ahead(ids):
-                most = self._llm.engine.together(running.session.context)
+                most = self._llm.engine.together
                 wanted.append((running.session, ids))
         while len(wanted) > 1:
             size, some = 0, []

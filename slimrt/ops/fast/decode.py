@@ -19,8 +19,8 @@ read (``mixture.py``).
 
 Behind the last layer stand a norm and the head. The residual stream goes from ``hidden`` to the layer's row of
 ``middle`` (after attention) and back to ``hidden``. What changes from step to step are a few words of the jobs'
-arguments: how many rows a layer holds, and where they lie. Under a KV budget the cache chooses what the query reads:
-there the program halts before every attention.
+arguments: how many rows a layer holds, and where they lie. Under a KV budget the cache chooses what each query reads:
+there the program halts before every attention, which then runs for one token after the other.
 
 Several tokens that follow each other, and those of several conversations, pass together where that can be: the weights
 are read and unpacked once for them. Every job does for each of them what it would do for it alone, in the same order,
@@ -46,7 +46,7 @@ from slimrt.ops.fast.mixture import Stacked, add_stacked, choose_kernel, gate_ex
 from slimrt.ops.fast.mixture import gate_items as gate_experts_items
 from slimrt.ops.fast.team import Program, address
 from slimrt.ops.forks import after_fork, open_lock
-from slimrt.ops.protocol import Cache, Part
+from slimrt.ops.protocol import Part
 
 __all__ = ["Decoder"]
 
@@ -115,7 +115,8 @@ class Decoder:
         self._routed = self._floats(1, c.experts.count if c.experts else 1)
         self._weights = self._floats(1, count)
         self._result = self._floats(most, c.d_model)  # what is normed or scaled before it joins the residual stream
-        self._row = np.zeros((2, c.n_kv_heads, 1, c.head_dim), np.float16)  # a key and a value on their way to a cache
+        # Keys and values on their way to a cache that chooses.
+        self._row = np.zeros((2, c.n_kv_heads, most, c.head_dim), np.float16)
         tables = 2 * len(self._model.rope_tables)  # cos and sin of each
         self._angles = self._floats(tables * most, max(1, c.rope.dims // 2)).reshape(tables, most, -1)
         self._normed, self._mixed = (
@@ -303,15 +304,13 @@ class Decoder:
             count = len(at)
             rooms: list[Any] = [[part.cache.room(number, len(part.tokens)) for number in layers] for part in parts]
             chooses = any(room is None for rooms_of_one in rooms for room in rooms_of_one)
-            if chooses and count > 1:
-                raise ValueError(f"{count} tokens at once: a cache under a budget chooses for each what it reads")
             self._for_tokens(count)
             for number, (cos, sin) in enumerate(self._model.rope(at)[:-1]):
                 self._angles[2 * number, :count, : cos.shape[1]] = cos
                 self._angles[2 * number + 1, :count, : sin.shape[1]] = sin
             self._hidden[:count, :d] = self._model.embed(np.concatenate([part.tokens for part in parts]))
             if chooses:
-                self._run_by_layer(parts[0].cache, parts[0].position)
+                self._run_by_layer(parts, at)
             else:
                 self._run(parts, rooms)
             between, first = [], 0
@@ -353,26 +352,51 @@ class Decoder:
         self._share(slice(None))
         self._ops.team.run(self._program)
 
-    def _run_by_layer(self, cache: Cache, position: int) -> None:
-        """Between the rotation and the attention of each layer the cache says which rows the query reads."""
-        c, at, begun, alone = self.config, np.array([position]), 0, slice(0, 1)
-        q = self._joint[:1, : c.n_heads * c.head_dim].reshape(1, c.n_heads, c.head_dim)
-        k, v = self._row.transpose(0, 2, 1, 3)  # [1, Hkv, Dh] each
+    def _run_by_layer(self, parts: Sequence[Part], at: np.ndarray) -> None:
+        """Between the rotation and the attention of each layer the caches say which rows each query reads."""
+        c, begun, count = self.config, 0, len(at)
+        q = self._joint[:count, : c.n_heads * c.head_dim].reshape(count, c.n_heads, c.head_dim)
+        k, v = self._row.transpose(0, 2, 1, 3)  # [most, Hkv, Dh] each
+        caches = [part.cache for part in parts for _ in part.tokens]
+        for part in parts:
+            part.cache.begin(len(part.tokens))
         for number, layer in enumerate(self._layers):
-            layer.write_to(alone, self._row)
-            layer.places[0, 3] = 0
+            layer.write_to(slice(0, count), self._row)
+            layer.places[:count, 3] = np.arange(count)
             self._ops.team.run(self._program, begun, layer.job)
             if number:
-                cache.attended(number - 1)
-            keys, values, held = cache.update(number, k, v, at, q)
-            layer.read_from(alone, keys, values)
-            self._seen[number, 0, 0] = keys.shape[1]
-            if layer.window:
-                self._skip(number, alone, held, keys.shape[1] - 1)
-            self._share(slice(number, number + 1))
+                self._attended(parts, number - 1)
+            for row, cache in enumerate(caches):
+                if row:  # an update may move what the row before reads
+                    self._ops.team.run(self._program, layer.job, layer.job + 1)
+                alone = slice(row, row + 1)
+                keys, values, held = cache.update(number, k[alone], v[alone], at[alone], q[alone])
+                layer.read_from(alone, keys, values)
+                self._seen[number, row, 0] = keys.shape[1]
+                if layer.window:
+                    self._skip(number, alone, held, keys.shape[1] - 1)
+                self._attend_alone(number, row)
             begun = layer.job
         self._ops.team.run(self._program, begun)
-        cache.attended(len(self._layers) - 1)
+        self._attended(parts, len(self._layers) - 1)
+
+    @staticmethod
+    def _attended(parts: Sequence[Part], number: int) -> None:
+        for part in parts:
+            part.cache.attended(number)
+
+    def _attend_alone(self, number: int, row: int) -> None:
+        """Make the attention of a layer one of a single row."""
+        words, heads = self._layers[number].attend, self.config.n_kv_heads
+        seen = self._seen[number, row]
+        rows = seen[0] - seen[1]
+        seen[2] = spans_for(rows, heads)
+        spans = int(-(-rows // seen[2]))
+        words[0] = address(self._joint) + row * self._joint.strides[0]
+        words[2], words[3], words[5] = address(seen), 1, spans
+        words[7] = address(self._partial) + row * self.config.n_heads * self._room * self._partial.strides[0]
+        self._spans[number] = spans
+        self._table[self._layers[number].job, 1] = spans * heads
 
     def _skip(self, number: int, rows: slice, held: np.ndarray, before: int) -> None:
         """The tokens of ``rows``, behind the first ``before`` rows of a layer, which are at positions ``held``, see

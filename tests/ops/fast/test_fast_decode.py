@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import gguf
 import numpy as np
@@ -108,7 +109,7 @@ def decoded(engine: Engine, ids: list[int], read: int) -> tuple[np.ndarray, Cont
 def together(engine: Engine, context: Context, ids: list[int], read: int, parts: Sequence[int]) -> np.ndarray:
     """What ``decoded`` returns, by passes of as many tokens as ``parts`` say."""
     context.truncate(read)
-    assert engine.together(context) >= max(parts)
+    assert engine.together >= max(parts)
     ends = np.cumsum(parts).tolist()
     rows = [engine.decode(context, ids[read + end - part : read + end]) for part, end in zip(parts, ends, strict=True)]
     return np.concatenate(rows)
@@ -209,8 +210,36 @@ def test_more_tokens_than_fit_a_pass_and_caches_that_choose(tmp_path: Path) -> N
         ours, _ = decoded(engine, ids, 290)
         again = engine.new_context()
         engine.prefill(again, ids[:290])
-        assert engine.together(again) == (16 if budget is None else 1)
+        assert engine.together == 16
         assert np.array_equal(engine.decode(again, ids[290:]), ours)
+
+
+@pytest.mark.parametrize(
+    "choice", [{}, {"select_every": 2, "choose_every": 1, "lookahead": 2}, {"select_every": 3, "decay": 0.0}]
+)
+def test_caches_that_choose_forget_tokens_as_if_they_had_never_come(tmp_path: Path, choice: dict[str, Any]) -> None:
+    """Passes of several tokens whose last ones are taken back, while blocks come and go: bit for bit those one by
+    one."""
+    path = write_tiny_llama(tmp_path / "tiny.gguf", type="Q8_0", n_layers=3, ctx=2048, **QWEN)
+    rng = np.random.default_rng(3)
+    for read in (140, 290):  # all rows are resident at first; or they never were
+        file, ops = GGUFFile(path), FastOps(2)
+        config = CacheConfig(2048, 160, block=16, overlap=1.0, **choice)
+        engine = Engine(build(read_config(file), file, ops), ops, config)
+        ids = rng.integers(3, 200, read + 90).tolist()
+        ours, context = decoded(engine, ids, read)
+        assert context.cache.transfers.swaps > 10
+        again, taken_back = engine.new_context(), 0
+        engine.prefill(again, ids[:read])
+        while again.length < len(ids):
+            at = again.length
+            right = ids[at : at + int(rng.integers(1, 17))]
+            wrong = rng.integers(3, 200, rng.integers(0, 17 - len(right))).tolist() if len(right) < 16 else []
+            logits = engine.decode(again, right + wrong)[: len(right)]
+            assert np.array_equal(logits, ours[at - read : at - read + len(right)])
+            again.truncate(at + len(right))
+            taken_back += len(wrong)
+        assert taken_back > 20
 
 
 def test_default_model(default_model: Path) -> None:
