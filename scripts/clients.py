@@ -1,8 +1,9 @@
 """Programs that people have, against ``slimrt serve`` as it is run: ``make clients``.
 
 Every program of examples/clients and the plugin for ``llm`` talk to the default model. Schemathesis sends requests of
-every shape to a server of a tiny random model, and so does a crowd of ill-behaved clients (scripts/crowd.py). Ends
-with status 1 where one of them failed, after its output.
+every shape to a server of a tiny random model, and so does a crowd of ill-behaved clients (scripts/crowd.py). A batch
+runs on a Ray cluster of two nodes on this machine, one of which dies. Ends with status 1 where one of them failed,
+after its output.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PROGRAMS = Path(sys.executable).parent
 # Left out: an answer for whatever fits the description. What messages may follow each other, and which token ids and
 # stops there are, is beyond a schema.
-STEPS = ("examples", "page", "llm", "schemathesis", "crowd")
+STEPS = ("examples", "page", "llm", "ray", "schemathesis", "crowd")
 LEFT_OUT = "positive_data_acceptance"
 
 
@@ -88,6 +89,9 @@ def main() -> None:
             ask = [PROGRAMS / "llm", "-m", "slimrt", "-o", "max_tokens", "20", "-o", "ctx", "2048", "-s", "Be brief."]
             note("llm", run("llm", [*ask, "Name three colours."], 300, LLM_USER_PATH=folder))
             note("llm -c", run("llm, continued", [*ask, "-c", "And one more?"], 300, LLM_USER_PATH=folder))
+        if "ray" in wanted:
+            command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "tests/batch/test_batch_ray.py"]
+            note("ray", run("a batch on a Ray cluster", command, 900))
         if {"schemathesis", "crowd"} & {*wanted}:
             tiny = write_tiny_llama(Path(folder) / "tiny.gguf", n_layers=4, ctx=2048)
             with serving("--model", str(tiny), "--device", "numpy", "--prune", "off", "--threads", "1") as (

@@ -15,7 +15,7 @@ from typing import Any
 from slimrt.documents import document_text
 from slimrt.errors import SettingError
 
-__all__ = ["Line", "Rows", "read_lines"]
+__all__ = ["Line", "Rows", "read_lines", "unmarked"]
 
 LONGEST = 64 << 20  # bytes of a line
 _HELD = 4  # documents whose text is kept: rows on one follow each other, and a PDF takes a second to read
@@ -28,8 +28,8 @@ class LineError(Exception):
 
 @dataclass(frozen=True)
 class Line:
-    """Line ``number`` (from 1) at byte ``start``. ``id``: of the number and the content, so that an answer can be told
-    to belong to it. ``custom_id``: the caller's, None where the line has none."""
+    """Line ``number`` (from 1) at byte ``start``. ``id``: of the number, the content and the model that answers, so
+    that an answer can be told to belong to it. ``custom_id``: the caller's, None where the line has none."""
 
     number: int
     start: int
@@ -94,10 +94,12 @@ def _text(path: Path, name: str, largest: int, version: tuple[int, int]) -> str:
     return document_text(content, name)
 
 
-def read_lines(source: Path, rows: Rows | None = None) -> Iterator[tuple[Line, bytes]]:
+def read_lines(source: Path, rows: Rows | None = None, mark: int = 0) -> Iterator[tuple[Line, bytes]]:
     """Every line of ``source`` that is not blank, with its bytes. Its id is also of how ``rows`` become requests: under
-    another template it is another question. Raises SettingError for a line beyond ``LONGEST``, and for a custom_id that
-    came before."""
+    another template it is another question; and of ``mark``, which tells who answers.
+
+    Raises SettingError for a line beyond ``LONGEST``, and for a custom_id that came before.
+    """
     known: dict[str, int] = {}
     asked = 0 if rows is None else zlib.crc32(repr((rows.template, rows.file_column, rows.system, rows.body)).encode())
     with source.open("rb") as file:
@@ -113,11 +115,14 @@ def read_lines(source: Path, rows: Rows | None = None) -> Iterator[tuple[Line, b
                         f"{source}: lines {known[custom]} and {number} have the same custom_id '{custom[:80]}'; "
                         "give each its own"
                     )
-                yield (
-                    Line(number, start, f"batch_req_{number}_{zlib.crc32(content.strip(), asked):08x}", custom),
-                    content,
-                )
+                name = f"batch_req_{number}_{zlib.crc32(content.strip(), asked):08x}_{mark:08x}"
+                yield Line(number, start, name, custom), content
             start += len(content)
+
+
+def unmarked(id: str) -> str:
+    """A line's id without the model that answers."""
+    return id.rpartition("_")[0]
 
 
 def parsed(content: bytes) -> dict[str, Any]:

@@ -6,33 +6,26 @@ reads what is there, drops a torn last line, and goes on with the rest.
 
 from __future__ import annotations
 
-import json
+import contextlib
+import functools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
-import numpy as np
-
-from slimrt.batch.lines import Line, LineError, Rows, parsed, read_lines
-from slimrt.errors import OutputError, SettingError, SlimrtError
+from slimrt.batch.answering import Answerer, Counts, Work, is_error, line_of, model_mark, prompt_key, work_of
+from slimrt.batch.lines import Line, LineError, Rows, parsed, read_lines, unmarked
+from slimrt.errors import OutputError, SettingError
 from slimrt.llm import LLM
-from slimrt.request import GenerationRequest
-from slimrt.server.embeddings import embeddings
-from slimrt.server.errors import ApiError
-from slimrt.server.openai import ChatReply, CompletionReply, chat_prompt, completion_prompts, whole_completion
-from slimrt.server.scheduler import Read, answers
-from slimrt.session import Session
 
 if sys.platform != "win32":
     import fcntl
 
-__all__ = ["BatchReport", "answer_batch"]
+__all__ = ["BatchReport", "Elsewhere", "answer_batch"]
 
 _BEGIN = b'{"id": "batch_req_'  # of every line that this writes
-_KEY = 1 << 16  # bytes of a prompt's tokens that it is sorted by: 16k tokens
 Progress = Callable[[int, int, str], None]
 
 
@@ -49,43 +42,108 @@ class BatchReport:
     written: int
 
 
+class Elsewhere(Protocol):
+    """Other processes that answer (``slimrt.batch.cluster``)."""
+
+    counts: Counts
+
+    def answers(self, work: Sequence[Callable[[], Work]]) -> Generator[dict[str, Any], None, None]:
+        """The answers to ``work``, in any order; neighbours in it have most in common."""
+
+
 def answer_batch(
-    llm: LLM, source: Path, target: Path, rows: Rows | None = None, progress: Progress | None = None
+    llm: LLM,
+    source: Path,
+    target: Path,
+    rows: Rows | None = None,
+    progress: Progress | None = None,
+    elsewhere: Elsewhere | None = None,
 ) -> BatchReport:
     """Append to ``target`` an answer to each line of ``source`` that has none there.
 
     ``rows``: how lines become requests that are rows of a table; None: they are OpenAI's batch requests (custom_id,
-    method, url, body). Answers come in the order that reads least, each with its line's id and custom_id.
+    method, url, body). Answers come in the order that reads least, each with its line's id and custom_id. An id is of
+    the line's number, its content, and the model as it is loaded. ``elsewhere`` computes in place of ``llm``, which
+    then only tells which prompts begin alike.
 
     Raises SettingError for a source that cannot be read or repeats a custom_id, OutputError for a target that holds
-    other answers or that another run is writing. What is wrong with a line is its answer.
+    other answers, another model's too, or that another run is writing. What is wrong with a line is its answer.
     """
     say = progress or (lambda done, total, what: None)
+    mark = model_mark(llm)
     try:
-        lines = {line.id: line for line, _ in read_lines(source, rows)}
+        lines = {line.id: line for line, _ in read_lines(source, rows, mark)}
     except OSError as error:
         raise SettingError(f"{source}: {error.strerror}; name a file of JSON lines") from None
-    counts = {"failed": 0, "prompt": 0, "reused": 0, "written": 0}
-    with _opened(target) as out:
+    before = 0
+    with _opened(target) as out, source.open("rb") as file:
         done = _done(out, target, lines)
-        counts["failed"] = sum(done.values())
-        waiting = [line for name, line in lines.items() if name not in done]
+        before = sum(done.values())
+        requests = _Requests(file, rows)
         say(len(done), len(lines), "reading prompts")
-        worker = _Worker(llm, source, rows, counts)
+        waiting = sorted(
+            (line for name, line in lines.items() if name not in done),
+            key=lambda line: prompt_key(llm, requests.work(line)),
+        )
+        answering = _Here(llm) if elsewhere is None else elsewhere
+        written = set(done)
+        say(len(written), len(lines), "answering")
         try:
-            waiting.sort(key=worker.key)
-            for number, line in enumerate(waiting, len(done)):
-                say(number, len(lines), f"line {line.number}")
-                answer = worker.answer(line)
-                _append(out, answer)
+            with contextlib.closing(
+                answering.answers([functools.partial(requests.work, line) for line in waiting])
+            ) as answers:
+                for answer in answers:
+                    if answer["id"] in written:  # two processes may have worked on it, one of which was thought dead
+                        continue
+                    _append(out, answer)
+                    written.add(answer["id"])
+                    say(len(written), len(lines), "answering")
         except OSError as error:
             raise OutputError(
                 f"{target}: {error.strerror}; the answers so far are kept, the same command goes on"
             ) from None
-        finally:
-            worker.close()
     say(len(lines), len(lines), "done")
-    return BatchReport(len(lines), len(done), counts["failed"], counts["prompt"], counts["reused"], counts["written"])
+    counts = answering.counts
+    return BatchReport(len(lines), len(done), before + counts.failed, counts.prompt, counts.reused, counts.written)
+
+
+class _Here:
+    """This process answers."""
+
+    def __init__(self, llm: LLM) -> None:
+        self._answerer = Answerer(llm)
+        self.counts = self._answerer.counts
+
+    def answers(self, work: Sequence[Callable[[], Work]]) -> Generator[dict[str, Any], None, None]:
+        try:
+            for one in work:
+                yield self._answerer.answer(one())
+        finally:
+            self._answerer.close()
+
+
+class _Requests:
+    """The lines of a source, which is open, as requests."""
+
+    def __init__(self, file: IO[bytes], rows: Rows | None) -> None:
+        self._file, self._rows = file, rows
+
+    def work(self, line: Line) -> Work:
+        """What a line asks for."""
+        return work_of(line.id, line.number, line.custom_id, functools.partial(self._request, line))
+
+    def _request(self, line: Line) -> tuple[str, dict[str, Any]]:
+        """(url, body) of a line. Raises LineError."""
+        self._file.seek(line.start)
+        data = parsed(self._file.readline())
+        if self._rows is not None:
+            return "/v1/chat/completions", self._rows.request(data)
+        url, body = data.get("url"), data.get("body")
+        if data.get("method", "POST") != "POST":
+            raise LineError(f"method {str(data['method'])[:40]!r}: must be POST")
+        if not isinstance(body, dict):
+            raise LineError("body: must be a JSON object")
+        return str(url), body
 
 
 def _opened(target: Path) -> IO[bytes]:
@@ -105,6 +163,7 @@ def _opened(target: Path) -> IO[bytes]:
 def _done(out: IO[bytes], target: Path, lines: dict[str, Line]) -> dict[str, bool]:
     """The ids that have an answer already, and whether it is an error; a torn last line is cut off."""
     done: dict[str, bool] = {}
+    known = {unmarked(name) for name in lines}
     whole = 0
     out.seek(0)
     for content in out:
@@ -116,11 +175,16 @@ def _done(out: IO[bytes], target: Path, lines: dict[str, Line]) -> dict[str, boo
             answer = {}
         name = answer.get("id")
         if name not in lines:
+            if isinstance(name, str) and unmarked(name) in known:
+                raise OutputError(
+                    f"{target}: holds answers of another model, or of this one loaded otherwise (adapters, plan, RoPE, "
+                    "chat template); name another file, or replace it with --force"
+                )
             raise OutputError(
                 f"{target}: holds something else than answers to this batch; name another file, or replace it with "
                 "--force"
             )
-        done[name] = _is_error(answer)
+        done[name] = is_error(answer)
         whole += len(content)
     out.truncate(whole)
     out.seek(0, os.SEEK_END)
@@ -130,124 +194,7 @@ def _done(out: IO[bytes], target: Path, lines: dict[str, Line]) -> dict[str, boo
 def _append(out: IO[bytes], answer: dict[str, Any]) -> None:
     """Write a line and bring it to the disk. Not through the file's buffer: where the disk is full, closing the file
     would try once more to write what is left there."""
-    try:
-        content = json.dumps(answer, ensure_ascii=False).encode()
-    except UnicodeEncodeError:  # half a surrogate pair, in a custom_id or an unknown field's name: as it came, escaped
-        content = json.dumps(answer).encode()
-    left = content + b"\n"
+    left = line_of(answer)
     while left:
         left = left[os.write(out.fileno(), left) :]
     os.fsync(out.fileno())
-
-
-def _is_error(answer: dict[str, Any]) -> bool:
-    return answer.get("error") is not None or (answer.get("response") or {}).get("status_code") != 200
-
-
-class _Worker:
-    """Makes answers, on one session."""
-
-    def __init__(self, llm: LLM, source: Path, rows: Rows | None, counts: dict[str, int]) -> None:
-        self._llm, self._rows, self._counts = llm, rows, counts
-        self._file = source.open("rb")
-        self._session = Session(llm.engine, llm.ctx, llm.asking)
-
-    def close(self) -> None:
-        """Let go of the file and of what was read."""
-        self._file.close()
-        self._session.release()
-
-    def _request(self, line: Line) -> tuple[str, dict[str, Any]]:
-        """(url, body) of a line. Raises LineError."""
-        self._file.seek(line.start)
-        data = parsed(self._file.readline())
-        if self._rows is not None:
-            return "/v1/chat/completions", self._rows.request(data)
-        url, body = data.get("url"), data.get("body")
-        if not isinstance(url, str) or url not in _URLS:
-            raise LineError(f"url {str(url)[:80]!r}: must be one of {', '.join(_URLS)}")
-        if data.get("method", "POST") != "POST":
-            raise LineError(f"method {str(data['method'])[:40]!r}: must be POST")
-        if not isinstance(body, dict):
-            raise LineError("body: must be a JSON object")
-        return url, body
-
-    def key(self, line: Line) -> bytes:
-        """Prompts that begin alike lie side by side when sorted by it."""
-        try:
-            url, body = self._request(line)
-            if url == "/v1/chat/completions":
-                ids = chat_prompt(self._llm, body)[1]
-            elif url == "/v1/completions":
-                ids = completion_prompts(self._llm, body)[1][0]
-            else:
-                ids = []
-        except (LineError, ApiError):
-            return b""  # told when its turn comes: at once
-        return np.asarray(ids[: _KEY // 4], ">u4").tobytes()
-
-    def answer(self, line: Line) -> dict[str, Any]:
-        """The line of the result."""
-        response, error = None, None
-        try:
-            url, body = self._request(line)
-            response = {"status_code": 200, "request_id": line.id, "body": _URLS[url](self, {**body, "stream": False})}
-        except LineError as why:
-            error = {"code": "invalid_request", "message": f"line {line.number}: {why}"}
-        except ApiError as why:
-            response = {"status_code": why.status, "request_id": line.id, "body": why.body()}
-        except SlimrtError as why:
-            told = ApiError(500, str(why))
-            response = {"status_code": 500, "request_id": line.id, "body": told.body()}
-        answer = {"id": line.id, "custom_id": line.custom_id, "response": response, "error": error}
-        self._counts["failed"] += _is_error(answer)
-        return answer
-
-    def _chat(self, body: dict[str, Any]) -> dict[str, Any]:
-        values, ids, request, calling = chat_prompt(self._llm, body)
-        reply = ChatReply(
-            self._llm, len(ids), choices=values["n"], usage=False, progress=False, calling=calling,
-            older=values["older"],
-        )  # fmt: skip
-        self._write(reply, ids, request, values["n"])
-        return reply.whole(logprobs=values["logprobs"])
-
-    def _complete(self, body: dict[str, Any]) -> dict[str, Any]:
-        values, prompts, request = completion_prompts(self._llm, body)
-        replies = []
-        for number, ids in enumerate(prompts):
-            echo = self._llm.detokenize(ids) if values["echo"] else ""
-            reply = CompletionReply(
-                self._llm, len(ids), choices=values["n"], usage=False, progress=False, first=number * values["n"],
-                echo=echo,
-            )  # fmt: skip
-            self._write(reply, ids, request, values["n"])
-            replies.append(reply)
-        return whole_completion(replies, logprobs=values["logprobs"] is not None)
-
-    def _embed(self, body: dict[str, Any]) -> dict[str, Any]:
-        body.pop("stream")
-        answer = embeddings(self._llm, body)
-        self._counts["prompt"] += answer["usage"]["prompt_tokens"]
-        return answer
-
-    def _write(self, reply: Any, ids: list[int], request: GenerationRequest, choices: int) -> None:
-        if len(ids) >= self._llm.ctx:
-            raise ApiError(
-                400, f"the prompt has {len(ids)} tokens, the context holds {self._llm.ctx} with the answer; give a "
-                "larger --ctx", code="context_length_exceeded",
-            )  # fmt: skip
-        for event in answers(self._llm, self._session, ids, request, choices):
-            if isinstance(event, Read):
-                self._counts["prompt"] += len(ids)
-                self._counts["reused"] += event.reading.reused
-            for _ in reply.take(event):
-                pass
-        self._counts["written"] += reply.written
-
-
-_URLS: dict[str, Callable[[_Worker, dict[str, Any]], dict[str, Any]]] = {
-    "/v1/chat/completions": _Worker._chat,
-    "/v1/completions": _Worker._complete,
-    "/v1/embeddings": _Worker._embed,
-}

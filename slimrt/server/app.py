@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from importlib import resources
 from typing import Any, Protocol
 
+import anyio
 from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -26,6 +27,7 @@ from slimrt.llm import LLM
 from slimrt.memory.resident import resident_bytes
 from slimrt.request import GenerationRequest
 from slimrt.server.anthropic import MessageReply, counted_tokens, message_prompt
+from slimrt.server.bodies import read_json
 from slimrt.server.documents import document
 from slimrt.server.embeddings import embeddings
 from slimrt.server.errors import ApiError
@@ -35,7 +37,7 @@ from slimrt.server.metrics import Metrics
 from slimrt.server.openai import ChatReply, CompletionReply, chat_prompt, completion_prompts, whole_completion
 from slimrt.server.openapi import DETOKENIZE, TOKENIZE, description
 from slimrt.server.responses import ResponseReply, response_prompt
-from slimrt.server.scheduler import Busy, Ended, Event, Failed, Job, Piece, Read, Scheduler
+from slimrt.server.scheduler import Busy, Ended, Event, Failed, Job, Piece, Read, Scheduler, Stopping
 
 __all__ = ["create_app"]
 
@@ -178,19 +180,7 @@ class _Server:
     # -- requests -----------------------------------------------------------------------------------------------------
 
     async def _json(self, request: Request) -> Any:
-        limit, body = self.limits.body, bytearray()
-        length = request.headers.get("content-length", "0")
-        too_large = ApiError(413, f"the body is larger than {limit:,} bytes; send less, or raise --max-body")
-        if length.isdecimal() and int(length) > limit:
-            raise too_large
-        async for part in request.stream():
-            body += part
-            if len(body) > limit:
-                raise too_large
-        try:
-            return json.loads(body.decode("utf-8"), parse_constant=_no_constant)
-        except (ValueError, RecursionError) as error:
-            raise ApiError(400, f"the body is no JSON ({' '.join(str(error).split())[:200]})") from None
+        return await read_json(request, self.limits.body)
 
     async def _prompt(self, parse: Callable[[LLM, Any], Any], request: Request) -> Any:
         data = await self._json(request)
@@ -216,6 +206,8 @@ class _Server:
             self.scheduler.submit(job)
         except Busy as error:
             raise ApiError(429, str(error), retry_after=error.seconds) from None
+        except Stopping as error:
+            raise ApiError(503, str(error), retry_after=_PING_S) from None
         except SlimrtError as error:
             raise ApiError(400, str(error)) from None
         return job, events
@@ -241,6 +233,8 @@ class _Server:
             except TimeoutError:
                 raise ApiError(504, f"the request took longer than {self.limits.seconds:g} s (--timeout)") from None
             if isinstance(event, Failed):
+                if isinstance(event.error, Stopping):
+                    raise ApiError(503, str(event.error), retry_after=_PING_S)
                 if isinstance(event.error, SlimrtError):
                     raise ApiError(500, str(event.error))
                 raise ApiError(500, "a defect of the server; its log tells more")
@@ -306,7 +300,11 @@ class _Server:
                 for _, job, _ in jobs:
                     self.scheduler.cancel(job)
 
-        return EventSourceResponse(chunks(), ping=_PING_S, sep="\n")
+        # When the server is told to stop, a stream ends by itself or by an event of the scheduler: the package is not
+        # to cut it before.
+        return EventSourceResponse(
+            chunks(), ping=_PING_S, sep="\n", shutdown_event=anyio.Event(), shutdown_grace_period=self.limits.seconds
+        )
 
 
 def _openai_event(chunk: dict[str, Any]) -> ServerSentEvent:
@@ -315,10 +313,6 @@ def _openai_event(chunk: dict[str, Any]) -> ServerSentEvent:
 
 def _typed_event(chunk: dict[str, Any]) -> ServerSentEvent:
     return ServerSentEvent(json.dumps(chunk, ensure_ascii=False), sep="\n", event=chunk.get("type", "error"))
-
-
-def _no_constant(name: str) -> float:
-    raise ValueError(f"{name} is no number of JSON's")
 
 
 def _encoding(llm: LLM, values: dict[str, Any]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from slimrt.llm import LLM
 from slimrt.request import GenerationRequest
 from slimrt.session import Reading, Session, common_prefix
 
-__all__ = ["Busy", "Ended", "Event", "Failed", "Job", "Piece", "Progressed", "Read", "Scheduler", "answers"]
+__all__ = ["Busy", "Ended", "Event", "Failed", "Job", "Piece", "Progressed", "Read", "Scheduler", "Stopping", "answers"]
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +78,13 @@ class Busy(Exception):
     def __init__(self, waiting: int, seconds: int) -> None:
         super().__init__(f"{waiting} requests are waiting already; try again in {seconds} s")
         self.seconds = seconds
+
+
+class Stopping(SlimrtError):
+    """The server takes no more requests, and has no more time for those it took."""
+
+    def __init__(self) -> None:
+        super().__init__("the server is stopping; ask again in a while, or another one")
 
 
 class _Cancelled(BaseException):
@@ -156,11 +163,11 @@ class Scheduler:
         self._thread.start()
 
     def submit(self, job: Job) -> None:
-        """Queue ``job``. Raises Busy, and what ``Session.check`` raises for a prompt that cannot be read."""
+        """Queue ``job``. Raises Busy, Stopping, and what ``Session.check`` raises for a prompt that cannot be read."""
         self._llm.current.check(job.ids)
         with self._condition:
             if self._closed:
-                raise Busy(len(self._waiting), 1)
+                raise Stopping
             if len(self._waiting) >= self._most_waiting:
                 raise Busy(len(self._waiting), max(1, round(len(self._waiting) * self._seconds)))
             self._waiting.append(job)
@@ -207,9 +214,8 @@ class Scheduler:
             self._read_together(self._running)
             for running in list(self._running):
                 self._advance(running)
-        error = SlimrtError("the server is shutting down")
         for job in [*self._waiting, *(running.job for running in self._running)]:
-            job.put(Failed(error))
+            job.put(Failed(Stopping()))
 
     def _start_next(self, longest: int | None = None) -> bool:
         """Begin the next job, if there is one, of at most ``longest`` tokens, and a session for it."""
@@ -287,6 +293,8 @@ class Scheduler:
         try:
             event = next(running.steps, None)
         except _Cancelled:
+            if not job.cancelled:
+                job.put(Failed(Stopping()))
             return False
         except SlimrtError as error:
             event = Failed(error)

@@ -6,7 +6,7 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -17,12 +17,15 @@ from slimrt.terminal.loading import load_model
 from slimrt.terminal.options import AnswerSettings, LoadSettings
 from slimrt.terminal.progress import progress_bar
 
+if TYPE_CHECKING:
+    from slimrt.batch.cluster import RayCluster
+
 __all__ = ["BatchSettings", "batch"]
 
 
 @dataclass(frozen=True)
 class BatchSettings:
-    """The files, and how rows become prompts; as the command's options."""
+    """The files, how rows become prompts, and the cluster that answers, if one does; as the command's options."""
 
     source: Path
     target: Path
@@ -30,10 +33,13 @@ class BatchSettings:
     file_column: str | None
     system: str | None
     force: bool
+    ray: str | None = None
+    workers: int | None = None
 
 
 def batch(settings: BatchSettings, load: LoadSettings, answer: AnswerSettings, *, as_json: bool) -> None:
     """Answer every line; a line on stderr, or with ``as_json`` the report on stdout."""
+    from slimrt.batch.answering import model_mark
     from slimrt.batch.lines import Rows
     from slimrt.batch.run import answer_batch
 
@@ -52,13 +58,19 @@ def batch(settings: BatchSettings, load: LoadSettings, answer: AnswerSettings, *
         raise SettingError("--system: requests have their own messages; it needs --template or --file-column")
     elif answer.grammar is not None:
         raise SettingError("--schema: requests have their own response_format; it needs --template or --file-column")
+    if settings.workers is not None and settings.ray is None:
+        raise SettingError("--workers: are those of a cluster; it needs --ray")
     llm = load_model(load)
+    cluster = None if settings.ray is None else _cluster(settings.ray, settings.workers, load, model_mark(llm))
     try:
         with progress_bar("answering") as progress:
-            report = answer_batch(llm, settings.source, settings.target, rows, progress)
+            report = answer_batch(llm, settings.source, settings.target, rows, progress, cluster)
     except KeyboardInterrupt:
         note(f"the answers so far are in {settings.target}; the same command goes on with the rest")
         raise
+    finally:
+        if cluster is not None:
+            cluster.close()
     if as_json:
         click.echo(json.dumps(dataclasses.asdict(report)))
         return
@@ -69,6 +81,23 @@ def batch(settings: BatchSettings, load: LoadSettings, answer: AnswerSettings, *
         f"tokens, {share:.0f} % of them read once for several; {report.written:,} written; the answers are in "
         f"{settings.target}"
     )
+
+
+def _cluster(address: str, workers: int | None, load: LoadSettings, mark: int) -> RayCluster:
+    """The cluster at ``address``, whose actors load what ``load`` says."""
+    from slimrt.batch.cluster import RayCluster
+
+    options = {field.name: getattr(load, field.name) for field in dataclasses.fields(load)}
+    model = options.pop("model")
+
+    def everywhere(name: str) -> str:
+        """A file's name as it is called from other folders."""
+        return str(Path(name).absolute()) if Path(name).is_file() else name
+
+    options["prune"] = everywhere(options["prune"])
+    options["draft"] = everywhere(options["draft"])
+    options["lora"] = [(str(path.absolute()), scale) for path, scale in options["lora"]]
+    return RayCluster(address, None if model is None else everywhere(model), options, mark, workers)
 
 
 def _body(answer: AnswerSettings) -> dict[str, Any]:

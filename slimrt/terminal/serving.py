@@ -32,6 +32,7 @@ class ServeSettings:
     timeout: float
     max_body: int
     origins: tuple[str, ...]
+    grace: float = 10.0
 
 
 def serve(load: LoadSettings, settings: ServeSettings) -> None:
@@ -44,10 +45,9 @@ def serve(load: LoadSettings, settings: ServeSettings) -> None:
     if settings.api_key is not None and not settings.api_key.isascii():
         raise SettingError("--api-key: has characters that a header cannot carry; use ASCII letters and digits")
     listening = _listen(settings.host, settings.port)  # before the model is loaded: a port in use is told at once
-    import uvicorn
-
     from slimrt.server.app import create_app
     from slimrt.server.limits import Limits
+    from slimrt.server.run import run_server
 
     with listening:
         llm = load_model(load)
@@ -60,10 +60,7 @@ def serve(load: LoadSettings, settings: ServeSettings) -> None:
         click.echo(f"serving {llm.config.name} at http://{shown}:{port} (context {llm.ctx:,}, {sessions} at once)")
         if settings.api_key is None and host not in ("127.0.0.1", "::1"):
             note("anyone who reaches this address may use the model; --api-key asks for a key")
-        config = uvicorn.Config(
-            create_app(llm, limits), log_level="warning", access_log=False, timeout_graceful_shutdown=5
-        )
-        uvicorn.Server(config).run(sockets=[listening])
+        run_server(create_app(llm, limits), listening, settings.grace, note)
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -99,6 +99,27 @@ def test_a_killed_run_goes_on_without_a_lost_or_doubled_line(
     assert answer_batch(llm, source, target).before == 6 and target.read_bytes() == before
 
 
+def test_another_model_or_plan_does_not_go_on_where_one_stopped(
+    llm: slimrt.LLM, tmp_path: Path, requests: list[dict[str, Any]]
+) -> None:
+    source, target = write(tmp_path / "in.jsonl", requests[:1]), tmp_path / "out.jsonl"
+    answer_batch(llm, source, target)
+    before = target.read_bytes()
+    other = write_tiny_llama(tmp_path / "other.gguf", n_layers=4, ctx=2048, seed=1)
+    plan = slimrt.PrunePlan(stages=(slimrt.Stage(1, 0.5),))
+    for path, options in ((other, {}), (llm.file.path, {"prune": plan}), (llm.file.path, {"rope_base": 5000.0}),
+                          (llm.file.path, {"chat_template": "chatml"})):  # fmt: skip
+        with (
+            slimrt.load(path, **{"prune": "off", "threads": 1, **options}) as one,
+            pytest.raises(OutputError, match="answers of another model, or of this one loaded otherwise"),
+        ):
+            answer_batch(one, source, target)
+    assert target.read_bytes() == before
+    # What computes, and how many threads, may differ from one run to the next.
+    with slimrt.load(llm.file.path, prune="off", threads=1, device="numpy", ctx=1024) as one:
+        assert answer_batch(one, source, target).before == 1
+
+
 @pytest.mark.parametrize("content", [b"my notes", b"my notes\n", b'{"id": "x"}\n', b'{"id": "batch_req_9_00000000"}\n'])
 def test_files_of_others_are_left_alone(llm: slimrt.LLM, tmp_path: Path, content: bytes) -> None:
     source = write(tmp_path / "in.jsonl", [request("a", "hello")])

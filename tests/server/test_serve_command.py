@@ -11,6 +11,7 @@ import subprocess
 import sys
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -26,23 +27,36 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_llama(tmp_path_factory.mktemp("tiny") / "tiny.gguf", n_layers=4, ctx=2048)
 
 
-def test_it_says_where_it_listens_and_ends_when_it_is_told_to_while_it_writes(model: Path) -> None:
+def test_it_says_where_it_listens_and_lets_streams_end_when_it_is_told_to_stop(model: Path) -> None:
     command = [sys.executable, "-u", "-m", "click_cli", "serve", "-m", str(model), "--port", "0", "--device", "numpy"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
+    with subprocess.Popen(
+        [*command, "--grace", "1.5", "--overflow", "shift"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as server:
         try:
-            assert server.stdout is not None
+            assert server.stdout is not None and server.stderr is not None
             line = server.stdout.readline()
             found = re.search(r"at (http://127\.0\.0\.1:\d+) \(context 2,048, \d at once\)", line)
             assert found, line
-            body = {"prompt": "hello", "max_tokens": 100_000, "stream": True, "ignore_eos": True}
-            request = urllib.request.Request(
-                f"{found[1]}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
-            )
-            with urllib.request.urlopen(request, timeout=30) as stream:
-                assert stream.readline().startswith(b"data: {")
+
+            def stream(tokens: int) -> Any:
+                body = {"prompt": "hello", "max_tokens": tokens, "stream": True, "ignore_eos": True}
+                url, headers = f"{found[1]}/v1/completions", {"Content-Type": "application/json"}
+                return urllib.request.urlopen(
+                    urllib.request.Request(url, json.dumps(body).encode(), headers), timeout=30
+                )
+
+            with stream(100_000) as long, stream(100) as short:
+                assert long.readline().startswith(b"data: {") and short.readline().startswith(b"data: {")
                 server.send_signal(signal.SIGTERM)
+                # One has the time to end, the other one ends with the reason; both end as HTTP wants it, or read()
+                # would raise IncompleteRead.
+                assert short.read().rstrip().endswith(b"data: [DONE]")
+                last = long.read().rstrip().splitlines()[-1].removeprefix(b"data: ")
+                assert json.loads(last)["error"]["message"].startswith("the server is stopping")
                 assert server.wait(30) in (0, -signal.SIGTERM)
-            assert server.stderr is not None and "Traceback" not in server.stderr.read()
+            assert re.fullmatch(
+                r"note: stopping: (1 request has|2 requests have) 1\.5 s to end\n", server.stderr.read()
+            )
         finally:
             server.kill()
 

@@ -82,6 +82,8 @@ def chat(file: Path | None, system: str | None, answer: AnswerSettings, load: Lo
 @click.option("--template", metavar="TEXT", help="Lines are rows: the prompt, with {column} where a column goes.")
 @click.option("--file-column", metavar="COLUMN", help="Lines are rows: the column that names each one's document.")
 @click.option("--system", metavar="TEXT", help="System prompt of every row.")
+@click.option("--ray", metavar="ADDRESS", help="Answer on the Ray cluster there (host:port, auto, local).")
+@click.option("--workers", type=click.IntRange(1), help="Of the cluster.  [one a node, or one a GPU]")
 @answer_options(max_tokens=GENERATE_MAX_TOKENS)
 @force_option
 @load_options
@@ -142,6 +144,9 @@ def embed(load: LoadSettings, no_normalize: bool, **settings: Any) -> None:
     help="Seconds that a request may take.",
 )
 @click.option("--max-body", type=Size(), default=32 << 20, show_default=True, help="Bytes of a request.")
+@click.option(
+    "--grace", type=click.FloatRange(0), default=10, show_default=True, help="Seconds to end answers when told to stop."
+)
 @click.option("--cors", "origins", multiple=True, metavar="ORIGIN", help="Let web pages of ORIGIN ask; repeatable.")
 @load_options
 @cache_option
