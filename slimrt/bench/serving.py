@@ -21,7 +21,7 @@ from slimrt.llm import LLM
 from slimrt.request import GenerationRequest
 from slimrt.server.scheduler import Ended, Event, Failed, Job, Piece, Read, Scheduler
 
-__all__ = ["Crowd", "ServingReport", "Standstill", "run"]
+__all__ = ["Crowd", "ServingReport", "Standstill", "gaps_meanwhile", "run"]
 
 _BEFORE = 8  # tokens of a stream before a long prompt comes
 Progress = Callable[[int, int, str], None]
@@ -149,18 +149,24 @@ def _standstill(llm: LLM, long: list[int], short: list[int]) -> Standstill:
     finally:
         scheduler.close()
     _raise(reader)
-    before = [at for at in stream.came if at <= asked]
+    return gaps_meanwhile(stream.came, asked, reader.read, len(long))
+
+
+def gaps_meanwhile(came: Sequence[float], asked: float, read_s: float, length: int) -> Standstill:
+    """What a stream whose tokens ``came`` at these times had of a prompt of ``length`` tokens that came at ``asked``
+    and was read after ``read_s`` seconds."""
+    before = [at for at in came if at <= asked]
     # From the last token before the prompt came to the first behind it: all that could stand still.
-    during = [before[-1], *(at for at in stream.came if asked < at)]
-    done = asked + reader.read
+    during = [before[-1], *(at for at in came if asked < at)]
+    done = asked + read_s
     behind = next((number for number, at in enumerate(during) if at > done), len(during) - 1)
     gaps = np.diff(during[: behind + 1])
     return Standstill(
-        len(long),
-        reader.read,
+        length,
+        read_s,
         statistics.median(np.diff(before)),
-        float(np.median(gaps)) if len(gaps) else reader.read,
-        float(gaps.max()) if len(gaps) else reader.read,
+        float(np.median(gaps)) if len(gaps) else read_s,
+        float(gaps.max()) if len(gaps) else read_s,
         max(0, behind - 1),
     )
 

@@ -11,6 +11,7 @@ from typing import Any
 import click
 from rich.table import Table
 
+from slimrt.errors import SettingError
 from slimrt.output import check_output
 from slimrt.terminal.loading import find_model, load_model
 from slimrt.terminal.options import LoadSettings
@@ -147,15 +148,47 @@ def bench_shape(settings: ShapeSettings, *, as_json: bool) -> None:
         print_wide(result.table())
 
 
-def bench_serve(load: LoadSettings, settings: dict[str, Any], *, as_json: bool) -> None:
-    """Measure; tables, or with ``as_json`` all of it, go to stdout."""
+def bench_serve(
+    load: LoadSettings, settings: dict[str, Any], llama_server: Path | None, repeats: int, *, as_json: bool
+) -> None:
+    """Measure, beside llama.cpp's server where it is given; tables, or with ``as_json`` all of it, go to stdout."""
     from slimrt.bench.serving import run
 
+    if llama_server is not None:
+        _bench_servers(load, settings, llama_server, repeats, as_json=as_json)
+        return
     if load.ctx is None:
         load = replace(load, ctx=max(settings["length"], settings["prompt"]) + settings["tokens"] + 16)
     llm = load_model(load)
     with progress_bar("measuring") as progress:
         result = run(llm, progress=progress, **settings)
+    if as_json:
+        click.echo(result.to_json())
+        return
+    for table in result.tables():
+        print_wide(table)
+
+
+def _bench_servers(
+    load: LoadSettings, settings: dict[str, Any], llama_server: Path, repeats: int, *, as_json: bool
+) -> None:
+    from slimrt.bench.servers import Setting, run_versus
+    from slimrt.ops.numpy.workers import available_cores
+
+    given = {"prune": load.prune, "device": load.device, "draft": load.draft}
+    for field in dataclasses.fields(load):
+        if (
+            field.name not in (*given, "model", "threads", "ctx", "cache")
+            and getattr(load, field.name) != field.default
+        ):
+            raise SettingError(
+                f"--{field.name.replace('_', '-')}: llama.cpp's server is started with options of its own; leave it out"
+            )
+    setting = Setting(
+        find_model(load.model), repeats=repeats, threads=load.threads or available_cores(), **given, **settings
+    )
+    with progress_bar("measuring") as progress:
+        result = run_versus(setting, llama_server, progress)
     if as_json:
         click.echo(result.to_json())
         return
