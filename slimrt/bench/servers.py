@@ -97,11 +97,11 @@ class Versus:
             f"a stream while another client's {s.length:,} tokens are read", "", "their first token s",
             "stream alone ms", "meanwhile: median ms", "longest ms", "tokens",
         )  # fmt: skip
-        for name, runs in self.standstills.items():
+        for name, beside in self.standstills.items():
             one.add_row(
-                name, _range([run.ttft_s for run in runs], 2), _range([1000 * run.alone_s for run in runs], 0),
-                _range([1000 * run.median_s for run in runs], 0), _range([1000 * run.longest_s for run in runs], 0),
-                _range([run.tokens for run in runs], 0),
+                name, _range([run.ttft_s for run in beside], 2), _range([1000 * run.alone_s for run in beside], 0),
+                _range([1000 * run.median_s for run in beside], 0), _range([1000 * run.longest_s for run in beside], 0),
+                _range([run.tokens for run in beside], 0),
             )  # fmt: skip
         return [many, one]
 
@@ -159,7 +159,7 @@ def _slimrt(setting: Setting, llama_server: Path) -> Iterator[str]:
         "--no-cache",
     ]  # fmt: skip
     with _process(command) as (process, log):
-        yield _answering(process, log, lambda told: told.split(" at http://")[1].split()[0])
+        yield _answering("slimrt serve", process, log, lambda told: told.split(" at http://")[1].split()[0])
 
 
 @contextlib.contextmanager
@@ -174,7 +174,7 @@ def _llama_cpp(setting: Setting, llama_server: Path) -> Iterator[str]:
         "--threads-batch", s.threads, "--parallel", places, "--ctx-size", ctx, "--kv-unified", "--no-webui",
     ]  # fmt: skip
     with _process(command) as (process, log):
-        yield _answering(process, log, lambda told: f"127.0.0.1:{port}")
+        yield _answering(str(llama_server), process, log, lambda told: f"127.0.0.1:{port}")
 
 
 _SERVERS: dict[str, Callable[[Setting, Path], contextlib.AbstractContextManager[str]]] = {
@@ -201,7 +201,7 @@ def _process(command: Sequence[Any]) -> Iterator[tuple[subprocess.Popen[bytes], 
                 process.wait()
 
 
-def _answering(process: subprocess.Popen[bytes], log: Path, address: Callable[[str], str]) -> str:
+def _answering(name: str, process: subprocess.Popen[bytes], log: Path, address: Callable[[str], str]) -> str:
     """host:port of a server, once it is ready. Raises SettingError where it ends instead."""
     deadline = time.monotonic() + _STARTS_S
     while time.monotonic() < deadline and process.poll() is None:
@@ -213,7 +213,7 @@ def _answering(process: subprocess.Popen[bytes], log: Path, address: Callable[[s
                 return found
         time.sleep(0.2)
     said = log.read_text(errors="replace").strip().splitlines() or ["nothing"]
-    raise SettingError(f"{process.args[0]}: does not serve; it said: {said[-1][:200]}")  # type: ignore[index]
+    raise SettingError(f"{name}: does not serve; it said: {said[-1][:200]}")
 
 
 # -- clients -----------------------------------------------------------------------------------------------------------

@@ -175,7 +175,7 @@ def _bench_servers(
     from slimrt.bench.servers import Setting, run_versus
     from slimrt.ops.numpy.workers import available_cores
 
-    given = {"prune": load.prune, "device": load.device, "draft": load.draft}
+    given: dict[str, Any] = {"prune": load.prune, "device": load.device, "draft": load.draft}
     for field in dataclasses.fields(load):
         if (
             field.name not in (*given, "model", "threads", "ctx", "cache")

@@ -85,3 +85,35 @@ def test_the_benchmark_tells_what_clients_get(model: Path) -> None:
     assert 0 < told["standstill"]["median_s"] <= told["standstill"]["longest_s"]
     (crowd,) = told["crowds"]
     assert crowd["clients"] == 2 and crowd["tokens_per_s"] > 0 and crowd["ttft_s"] > 0
+
+
+LLAMA_SERVER = """#!{python}
+import os, sys
+options = dict(zip(sys.argv[1:-1], sys.argv[2:]))
+os.execv({python!r}, [{python!r}, "-m", "click_cli", "serve", "--device", "numpy", "--threads", "1", "--prune", "off",
+         "--sessions", options["--parallel"],
+         *(part for name in ("--model", "--port") for part in (name, options[name]))])
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="programs begin otherwise")
+def test_the_benchmark_beside_another_server(model: Path, tmp_path: Path) -> None:
+    """What is given for llama.cpp's server takes its options, and serves as slimrt does."""
+    program = tmp_path / "llama-server"
+    options = ["--length", "600", "--prompt", "20", "--decode-tokens", "6", "--clients", "2", "--repeats", "1"]
+    command = ["bench", "serve", "-m", str(model), *options, "--device", "numpy", "--threads", "1", "--prune", "off"]
+    command += ["--llama-server", str(program), "--json"]
+    assert "no program" in CliRunner().invoke(cli, command).stderr
+    program.write_text("#!/bin/sh\necho cannot load the model; exit 1\n")
+    program.chmod(0o755)
+    assert f"{program}: does not serve; it said: cannot load the model" in CliRunner().invoke(cli, command).stderr
+    assert "--overflow: llama.cpp's server" in CliRunner().invoke(cli, [*command, "--overflow", "shift"]).stderr
+    program.write_text(LLAMA_SERVER.format(python=sys.executable))
+    result = CliRunner().invoke(cli, command)
+    assert result.exit_code == 0, result.output
+    told = json.loads(result.stdout)
+    assert told["medians"].keys() == {"llama.cpp", "slimrt"} and told["environment"]["cores"] >= 1
+    for name in told["medians"]:
+        (crowd,), (standstill,) = told["crowds"][name]["2"], told["standstills"][name]
+        assert crowd["clients"] == 2 and crowd["tokens_per_s"] > 0 and crowd["ttft_s"] > 0
+        assert standstill["length"] == 600 and 0 < standstill["median_s"] <= standstill["longest_s"]

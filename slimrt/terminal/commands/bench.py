@@ -49,16 +49,23 @@ def bench() -> None:
     show_default=True,
     help="Tokens of each one's answer.",
 )
+@click.option(
+    "--llama-server", type=user_path, metavar="PATH", help="Measure llama.cpp's server beside it: its program."
+)
+@repeats_option(3)
 @load_options
 @json_option
-def serve_clients(load: LoadSettings, as_json: bool, **settings: Any) -> None:
+def serve_clients(
+    load: LoadSettings, llama_server: Path | None, repeats: int, as_json: bool, **settings: Any
+) -> None:  # fmt: skip
     """What several clients of one server get.
 
     How long a stream stands still while another client's long prompt is read, and tokens a second of several clients.
+    Beside --llama-server both are servers of their own, asked over HTTP in turns, --repeats times.
     """
     from slimrt.terminal import benchmark
 
-    benchmark.bench_serve(load, settings, as_json=as_json)
+    benchmark.bench_serve(load, settings, llama_server, repeats, as_json=as_json)
 
 
 @bench.command()
