@@ -17,7 +17,8 @@ from slimrt.prune.asked import Asked
 from slimrt.prune.plan import PrunePlan
 from slimrt.request import GenerateOptions, GenerationRequest, Overflow, request_from_options
 from slimrt.results import Completion
-from slimrt.session import Session, common_prefix
+from slimrt.reuse import common_prefix
+from slimrt.session import Session
 from slimrt.session_file import SavedTalk, read_session, write_session
 from slimrt.streaming import CompletionStream
 from slimrt.weights.gguf import GGUFFile

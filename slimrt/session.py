@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,28 +16,12 @@ from slimrt.context import Context, Kept, Progress, Trace
 from slimrt.engine import Engine
 from slimrt.errors import ContextError, SettingError, TokenizerError
 from slimrt.ops.forks import after_fork
-from slimrt.prune.asked import ASKED, Asked
+from slimrt.prune.asked import Asked
 from slimrt.prune.plan import PrunePlan
-from slimrt.prune.schedule import Schedule, schedule
+from slimrt.prune.schedule import Schedule
+from slimrt.reuse import Held, Reading, common_prefix
 
 Other = TypeVar("Other", bound="Session")
-
-_GROWN = 512  # rows that a conversation grows by, under a plan without cuts, before its windows move on
-
-
-@dataclass(frozen=True)
-class Reading:
-    """How a prompt was read: tokens that an earlier call had done already and why not more; tokens each cut kept; first
-    tokens under windows; why it ran dense although there is a plan; what was in doubt, so that more was kept; which
-    tokens each cut kept, as runs (first, behind the last)."""
-
-    reused: int
-    note: str
-    stages: tuple[int, ...] = ()
-    windowed: int = 0
-    dense: str = ""
-    doubts: tuple[str, ...] = ()
-    kept: tuple[tuple[tuple[int, int], ...], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -100,18 +83,20 @@ class Session:
             self._mend()
             self.revision += 1
             changed = self._forget_others()
-            rule = self._rule(ids, plan)
+            rule = self._held.rule(ids, plan, self.asking)
             found = self._from_library(ids, rule)
-            reused, note = self._reusable(ids, rule)
-            note = changed or note + (found if reused else "")
-            self.truncate(reused)
+            of_use, note = self._held.reusable(ids, rule, self.engine.ops.exact_rows)
+            note = changed or note + (found if of_use else "")
+            if of_use is None:
+                self.release(rule.boundary)
+            else:
+                self.truncate(of_use)
             reused = len(self.tokens)  # none where rows were lost
             stages = self._read(ids[reused:], rule, progress, trace)
             if rule.whole:
                 self.context.boundary = None
-            self._questions = (self._questions if _most(reused, ids) else 0) + 1 if rule.cuts else 0
-            sizes, runs = tuple(len(one.positions) for one in stages), tuple(_runs(one.positions) for one in stages)
-            return Reading(reused, note, sizes, rule.windows.rows, rule.why_dense, _doubts(rule, stages), runs)
+            self._questions = (self._questions if 2 * reused > len(ids) else 0) + 1 if rule.cuts else 0
+            return Reading.of(reused, note, rule, stages)
 
     def _forget_others(self) -> str:
         """Forget what was read under other adapters than the engine's; in words, that it was, for the note."""
@@ -121,57 +106,9 @@ class Session:
         self.release()
         return "the last conversation was read under other adapters" if held else ""
 
-    def _rule(self, ids: Sequence[int], plan: PrunePlan | None) -> Schedule:
-        """What ``plan`` does to the prompt ``ids``, after what was read before."""
-        asked = None
-        if plan is not None and plan.score == ASKED and self.asking is not None and len(ids) >= plan.min_tokens:
-            asked = self.asking(ids)
-        rule = self._worth_its_cuts(schedule(plan, len(ids), asked), ids)
-        grown = rule.windows.rows - self.context.windows.rows
-        if not rule.plan.stages and rule.windows.reach == self.context.windows.reach and 0 < grown <= _GROWN:
-            # Rows that saw everything when they were the last ones need not be read again for some tokens more.
-            rule = dataclasses.replace(rule, windows=self.context.windows)
-        return rule
-
-    def _worth_its_cuts(self, rule: Schedule, ids: Sequence[int]) -> Schedule:
-        """``rule``, or in its place one that reads the document whole, where its plan has an end of ``questions``.
-
-        A cut saves much once and costs something at each further question. Who has asked so often will ask again.
-        """
-        plan, held = rule.plan, self.context
-        if not (rule.cuts and plan.questions and _most(common_prefix(self.tokens, ids), ids)):
-            return rule
-        if held.windows.reach != rule.windows.reach:
-            return rule
-        if self._boundary_layer is None and not self._pruned:
-            why = "the document was read whole before, and a further question costs little"
-            return dataclasses.replace(rule, plan=plan.without_cuts, cuts=(), boundary=None, why_dense=why)
-        if self._boundary_layer == rule.boundary and self._questions >= plan.questions:
-            why = f"after {plan.questions} questions the document is read whole, so that further ones cost little"
-            return dataclasses.replace(rule, cuts=(), whole=True, why_dense=why)
-        return rule
-
-    def _reusable(self, ids: Sequence[int], rule: Schedule) -> tuple[int, str]:
-        """How many first tokens of a prompt need not be read again, and why not more; makes room if it is none."""
-        # These are always computed, so that the choice is made by the queries of the new last tokens.
-        fresh = rule.fresh_rows if rule.cuts else self.engine.ops.exact_rows
-        same = common_prefix(self.tokens, ids)
-        same_rows = self.context.windows.same_rows(rule.windows)
-        if rule.boundary != self._boundary_layer or not same_rows or (self._pruned and not rule.anew):
-            note = "the last conversation was pruned otherwise" if self.tokens else "nothing read before"
-            self.release(rule.boundary)
-            return 0, note
-        reused, note = max(0, min(same, len(ids) - fresh)), self._reuse_note(same, len(ids))
-        if same_rows < reused:
-            reused = int(same_rows)
-            note += f"; from token {reused} on it runs again, for what saw everything there is under windows now"
-        boundary = self.context.boundary
-        head = len(rule.asked.head) if rule.cuts and rule.asked is not None else 0
-        if boundary is not None and boundary.first_length < min(head, reused):
-            # Of what asks before a document the queries must be there; tokens that were decoded left none.
-            reused = boundary.first_length
-            note += f"; from token {reused} on it runs again, for nothing tells what was asked there"
-        return reused, note
+    @property
+    def _held(self) -> Held:
+        return Held(self.tokens, self.context, self.engine.config.n_layers, self._questions)
 
     def release(self, boundary: int | None = None) -> None:
         """Forget everything and give its memory back; ``boundary``: where the next prompt keeps hidden states."""
@@ -230,27 +167,6 @@ class Session:
             other.logits = None if self.logits is None else self.logits.copy()
             unused.cache.close()
         return other
-
-    @property
-    def _boundary_layer(self) -> int | None:
-        boundary = self.context.boundary
-        return None if boundary is None else boundary.layer
-
-    @property
-    def _pruned(self) -> bool:
-        """Whether the last layers lack some of the tokens."""
-        return self.context.cache.length(self.engine.config.n_layers - 1) < self.context.length
-
-    def _reuse_note(self, same: int, length: int) -> str:
-        if not self.tokens:
-            return "nothing read before"
-        if same == 0:
-            return "the first token differs from the last conversation's"
-        if same == length:
-            return "the prompt was read before; only its end runs again"
-        if same == len(self.tokens):
-            return "the prompt continues the last conversation"
-        return f"the prompt departs from the last conversation after token {same}"
 
     def extend(self, ids: Sequence[int], *, progress: Progress | None = None) -> None:
         """Read further tokens through all layers, as decode does. Raises as ``prefill`` does."""
@@ -387,7 +303,7 @@ class Session:
         self.context.truncate(length)
         if undo.cut and length:
             # The stages behind the cut hold rows of two prompts. A prompt with cuts computes them anew in any case.
-            boundary = self._boundary_layer
+            boundary = self._held.boundary_layer
             assert boundary is not None
             self.context.cache.clear(boundary + 1)
         self._undo = None
@@ -433,27 +349,3 @@ class Session:
     def kv_bytes_host(self) -> int:
         """Bytes of keys and values in host memory, under a budget."""
         return self.context.cache.nbytes_host
-
-
-def common_prefix(a: Sequence[int] | np.ndarray, b: Sequence[int] | np.ndarray) -> int:
-    """How many tokens two sequences have in common at their beginnings."""
-    length = min(len(a), len(b))
-    differs = np.flatnonzero(np.asarray(a[:length]) != np.asarray(b[:length]))
-    return int(differs[0]) if len(differs) else length
-
-
-def _runs(positions: np.ndarray) -> tuple[tuple[int, int], ...]:
-    """Rising ``positions`` as runs (first, behind the last)."""
-    breaks = np.flatnonzero(np.diff(positions) != 1) + 1
-    return tuple((int(run[0]), int(run[-1]) + 1) for run in np.split(positions, breaks) if len(run))
-
-
-def _most(tokens: int, ids: Sequence[int]) -> bool:
-    """Whether so many first tokens are most of a prompt, so that it asks about the same document."""
-    return 2 * tokens > len(ids)
-
-
-def _doubts(rule: Schedule, stages: Sequence[Kept]) -> tuple[str, ...]:
-    """In words, why more of a prompt was kept than usual, or why it was cut later."""
-    late = () if not rule.left_out else ("a question stands before the document: no cut in early layers",)
-    return late + tuple(f"layer {cut.layer}: {one.why}" for cut, one in zip(rule.cuts, stages, strict=True) if one.why)

@@ -15,7 +15,8 @@ from slimrt.generation import BEGINS, generate_tokens
 from slimrt.prune.plan import PrunePlan
 from slimrt.request import GenerationRequest
 from slimrt.results import Completion, FinishReason, Timings, TokenLogprob, Usage
-from slimrt.session import Reading, Session
+from slimrt.reuse import Reading
+from slimrt.session import Session
 from slimrt.structured import guide as guides
 from slimrt.text.tokenizer import Tokenizer
 

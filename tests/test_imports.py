@@ -30,6 +30,7 @@ ORDER = (
     ("convert", "memory", "context"),
     ("attention",),
     ("engine",),
+    ("reuse",),
     ("session", "inspect", "importance"),
     ("library",),
     ("request",),

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from slimrt.drafting.pace import Costs, best_count
 from slimrt.engine import Engine
 from slimrt.errors import SettingError
-from slimrt.session import Session, common_prefix
+from slimrt.reuse import common_prefix
+from slimrt.session import Session
 from slimrt.text.tokenizer import Tokenizer
 
 __all__ = ["DraftModel", "check_vocabulary"]

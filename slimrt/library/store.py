@@ -25,7 +25,7 @@ from slimrt.hub.store import cache_dir
 from slimrt.library.entry import DamagedEntryError, Header, read_context, read_header, read_tokens, write_entry
 from slimrt.output import remove_leftovers
 from slimrt.paths import check_owner
-from slimrt.session import common_prefix
+from slimrt.reuse import common_prefix
 
 __all__ = ["LEAST", "Book", "Library", "library_folder"]
 

@@ -23,7 +23,8 @@ import numpy as np
 from slimrt.errors import SessionFileError, SettingError
 from slimrt.llama_cpp.state import LlamaState
 from slimrt.paths import user_path
-from slimrt.session import Session, common_prefix
+from slimrt.reuse import common_prefix
+from slimrt.session import Session
 from slimrt.session_file import DamagedFileError, SavedTalk, read_session, saved_tokens, write_session
 
 __all__ = ["BaseLlamaCache", "LlamaCache", "LlamaDiskCache", "LlamaRAMCache"]

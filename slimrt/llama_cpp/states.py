@@ -14,7 +14,8 @@ from slimrt.errors import ContextError, SettingError
 from slimrt.llama_cpp.cache import LlamaDiskCache
 from slimrt.llama_cpp.context import LlamaContext
 from slimrt.llama_cpp.state import LlamaState
-from slimrt.session import Session, common_prefix
+from slimrt.reuse import common_prefix
+from slimrt.session import Session
 from slimrt.session_file import model_fingerprint
 
 __all__ = ["LlamaStates"]

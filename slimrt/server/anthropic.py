@@ -9,6 +9,7 @@ from typing import Any
 
 from slimrt.llm import LLM
 from slimrt.request import GenerationRequest
+from slimrt.reuse import Reading
 from slimrt.server.calling import Reader, bound, calling_of, functions_only
 from slimrt.server.errors import ApiError
 from slimrt.server.fields import Field, checked
@@ -26,7 +27,6 @@ from slimrt.server.generation import (
     text_of,
 )
 from slimrt.server.scheduler import Ended, Event, Piece, Read
-from slimrt.session import Reading
 from slimrt.tools.calling import Calling
 from slimrt.tools.parser import Arguments, CallStarted, Delta, TextDelta
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from slimrt.reuse import Reading
 from slimrt.server.scheduler import Scheduler
-from slimrt.session import Reading
 
 __all__ = ["Metrics"]
 

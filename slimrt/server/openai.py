@@ -13,6 +13,7 @@ from slimrt.llama_cpp.openai_format import LogprobFormat
 from slimrt.llm import LLM
 from slimrt.request import GenerationRequest
 from slimrt.results import FinishReason, TokenLogprob
+from slimrt.reuse import Reading
 from slimrt.server.calling import Reader, bound, calling_of
 from slimrt.server.errors import ApiError
 from slimrt.server.fields import Field, checked
@@ -33,7 +34,6 @@ from slimrt.server.generation import (
     text_of,
 )
 from slimrt.server.scheduler import Ended, Event, Failed, Piece, Progressed, Read
-from slimrt.session import Reading
 from slimrt.tools.calling import Calling
 from slimrt.tools.openai_form import legacy, message_of, stream_deltas, tools_and_choice
 

@@ -22,7 +22,8 @@ from slimrt.errors import SlimrtError
 from slimrt.generation import BEGINS, Step, generate_tokens
 from slimrt.llm import LLM
 from slimrt.request import GenerationRequest
-from slimrt.session import Reading, Session, common_prefix
+from slimrt.reuse import Reading, common_prefix
+from slimrt.session import Session
 
 __all__ = ["Busy", "Ended", "Event", "Failed", "Job", "Piece", "Progressed", "Read", "Scheduler", "Stopping", "answers"]
 
