@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from slimrt.config import SamplingConfig
     from slimrt.errors import SlimrtError
     from slimrt.llama_cpp.llama import Llama
-    from slimrt.llm import LLM, load
+    from slimrt.llm import LLM
+    from slimrt.loading import load
     from slimrt.prune.plan import PrunePlan, Stage, Window
     from slimrt.results import Completion, ToolCall
     from slimrt.structured.grammar import Grammar
@@ -43,7 +44,7 @@ _HOMES = {
     "Stage": "slimrt.prune.plan",
     "ToolCall": "slimrt.results",
     "Window": "slimrt.prune.plan",
-    "load": "slimrt.llm",
+    "load": "slimrt.loading",
 }
 
 

@@ -10,7 +10,7 @@ import math
 import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from slimrt.errors import SettingError
 
@@ -18,8 +18,10 @@ __all__ = [
     "CacheConfig",
     "ExpertConfig",
     "ModelConfig",
+    "Overflow",
     "RopeConfig",
     "SamplingConfig",
+    "check_overflow",
     "context_advice",
     "is_whole",
     "parse_size",
@@ -189,6 +191,15 @@ class CacheConfig:
         """How many blocks of a layer stay resident within the budget; no more than the context can fill."""
         assert self.budget is not None
         return min(self.budget // self.block, -(-self.ctx // self.block))
+
+
+Overflow = Literal["error", "shift"]  # what happens when the context is full
+
+
+def check_overflow(overflow: object) -> None:
+    """Raise SettingError unless ``overflow`` is one of the two ways."""
+    if overflow not in get_args(Overflow):
+        raise SettingError(f"overflow {overflow!r}: must be 'error' or 'shift' (drop the oldest text)")
 
 
 @dataclass(frozen=True)

@@ -1,141 +1,54 @@
-"""The Python interface: load a model, ask it."""
+"""The Python interface: a loaded model, and what it can be asked."""
 
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self, Union, Unpack, overload
+from typing import TYPE_CHECKING, Any, Literal, Self, Unpack, overload
 
 import numpy as np
 
 from slimrt import __version__
-from slimrt.config import CacheConfig, ModelConfig, context_advice, is_whole
+from slimrt.adapter_files import AdapterFiles
+from slimrt.ask_options import ChatOptions, Messages, Prompt, StreamOptions, Tools
+from slimrt.config import Overflow, is_whole
 from slimrt.context import Progress
 from slimrt.conversation import Conversation, fit_messages
 from slimrt.drafting.drawing import check_draft
 from slimrt.drafting.model import DraftModel, check_vocabulary
+from slimrt.embedding import Pooling, check_pooling, embedded, states_of
 from slimrt.engine import Engine
-from slimrt.errors import ContextError, SettingError, SlimrtError
 from slimrt.library.store import Library, library_folder
-from slimrt.memory import cuda as memory_cuda
-from slimrt.memory.cuda import CudaPlan
-from slimrt.memory.plan import DEFAULT_CTX, MemoryPlan, available_memory, largest_context
-from slimrt.memory.plan import plan as plan_memory
-from slimrt.models import build, read_config, stretch_rope
-from slimrt.models.adapters import Adapter, read_adapter
-from slimrt.ops.backend import Backend, check_device, find_gpu, open_backend, open_cuda, uses_kernels
-from slimrt.ops.cuda.device import wants_gpu
+from slimrt.load_options import Adapters, Draft, LoadOptions, Plan
+from slimrt.models import build, read_config
+from slimrt.models.adapters import Adapter
+from slimrt.opening import Opened, check_fits
 from slimrt.paths import user_path
 from slimrt.prune.asked import Asked
 from slimrt.prune.plan import PrunePlan
 from slimrt.prune.presets import PlanChoice, choose_plan
-from slimrt.request import GenerateOptions, GenerationRequest, Overflow, check_overflow, request_from_options
+from slimrt.request import GenerateOptions, GenerationRequest, request_from_options
 from slimrt.results import Completion
+from slimrt.scoring import continuation_logits, token_logprobs
 from slimrt.session import Session
 from slimrt.session_file import model_fingerprint
 from slimrt.streaming import CompletionStream
 from slimrt.text.asking import asking
+from slimrt.text.ids import checked_ids
 from slimrt.text.tokenizer import Tokenizer
+from slimrt.tools.reading import MessageReader
 from slimrt.weights.gguf import GGUFFile
 
 if TYPE_CHECKING:
     from slimrt.text.chat_template import ChatTemplate
-    from slimrt.tools.calling import Calling, ToolStream
+    from slimrt.tools.calling import Calling
     from slimrt.tools.messages import ToolForm
 
-__all__ = ["LLM", "load"]
+__all__ = ["LLM"]
 
 log = logging.getLogger(__name__)
-
-_LOGIT_ROWS = 256  # rows of [V] logits held at a time by logprobs
-
-Prompt = str | Sequence[int]
-Plan = PrunePlan | str | Path
-Adapters = Sequence[str | Path | tuple[str | Path, float]]
-Draft = Union[str, Path, "LLM", None]
-Messages = Sequence[Mapping[str, Any]]
-Tools = Sequence[Mapping[str, Any]]
-
-
-class ChatOptions(GenerateOptions, total=False):
-    """The keyword arguments of ``LLM.chat``."""
-
-    prune: Plan | None
-    session: Session | None
-    progress: Progress | None
-
-
-class StreamOptions(ChatOptions, total=False):
-    """The keyword arguments of ``LLM.generate``."""
-
-    special: bool
-
-
-def load(
-    path: str | Path | None = None,
-    *,
-    ctx: int | None = None,
-    device: str = "auto",
-    prune: Plan = "auto",
-    kv_budget: int | None = None,
-    threads: int | None = None,
-    rope_base: float | None = None,
-    rope_scaling: str | None = None,
-    rope_factor: float | None = None,
-    chat_template: str | None = None,
-    overflow: Overflow = "error",
-    stream_weights: bool = False,
-    cache: bool | str | Path = False,
-    draft: Draft = "auto",
-    lora: Adapters = (),
-    progress: Progress | None = None,
-) -> LLM:
-    """Open a GGUF model.
-
-    ``path``: a file, "hf:owner/repo/file.gguf", or None for the default model, fetched where needed. ``ctx``: the most
-    tokens of a conversation (default: the trained context, at most 8192); past the trained context RoPE is stretched
-    by YaRN unless ``rope_scaling`` says "none" or "linear". ``device``: "auto" (a GPU where one works, else the CPU),
-    "cuda", "cpu" (compiled kernels where Numba is installed and the processor allows), "numpy" (the slower reference).
-    ``kv_budget``: rows of each layer's KV cache that stay resident and that decode reads (default: all); the rest lies
-    in host memory.
-    ``threads``: cores to use (default: all that the process may). ``chat_template``: a Jinja template or the name of a
-    built-in one, in place of the file's. ``overflow``: when the context is full, "error" ends the text or refuses the
-    prompt, "shift" drops the oldest turns or text and says so in the timings. ``stream_weights``: keep the layers'
-    weights in host memory and bring each to the GPU one layer ahead, for models that exceed it; decoding is slow then.
-    ``cache``: keep what is read of long prompts on disk (True: in the user's cache folder, or a folder), so that a
-    later process need not read it again; not under a ``kv_budget``.
-    ``draft``: how next tokens are guessed, so that several are read at once; the text is the same. "auto": by what
-    stood behind the same words before, where that costs nothing (compiled kernels); "lookup": wherever it works; a
-    path (or LLM): by a smaller model of the same vocabulary; "off" or None: not at all.
-    ``lora``: adapters to apply: GGUF files, or (file, scale); ``LLM.set_adapters`` changes them later. On the CPU.
-    ``progress`` is called with (layers loaded, layers).
-
-    Raises ModelFileError for an unusable file, SettingError for options out of range.
-    """
-    from slimrt.hub.store import resolve
-
-    file = GGUFFile(resolve(path))
-    return LLM(
-        file,
-        ctx=ctx,
-        device=device,
-        prune=prune,
-        kv_budget=kv_budget,
-        threads=threads,
-        rope_base=rope_base,
-        rope_scaling=rope_scaling,
-        rope_factor=rope_factor,
-        chat_template=chat_template,
-        overflow=overflow,
-        stream_weights=stream_weights,
-        cache=cache,
-        draft=draft,
-        lora=lora,
-        progress=progress,
-    )
 
 
 class LLM:
@@ -151,108 +64,52 @@ class LLM:
     """
 
     def __init__(
-        self,
-        file: GGUFFile,
-        *,
-        ctx: int | None = None,
-        device: str = "auto",
-        prune: Plan = "auto",
-        kv_budget: int | None = None,
-        threads: int | None = None,
-        rope_base: float | None = None,
-        rope_scaling: str | None = None,
-        rope_factor: float | None = None,
-        chat_template: str | None = None,
-        overflow: Overflow = "error",
-        stream_weights: bool = False,
-        cache: bool | str | Path = False,
-        draft: Draft = "auto",
-        lora: Adapters = (),
-        progress: Progress | None = None,
-    ) -> None:
-        self.file = file
-        config = read_config(file)
-        self.ctx = min(config.ctx_train, DEFAULT_CTX) if ctx is None else ctx
-        for name, value in (("ctx", self.ctx), ("threads", threads)):
-            if value is not None and not (is_whole(value) and value >= 1):
-                raise SettingError(f"{name} {value!r}: must be a whole number, at least 1")
-        self.kv_budget = kv_budget
-        kv = CacheConfig(self.ctx, kv_budget)
-        check_device(device)
-        check_overflow(overflow)
-        self.overflow = overflow
-        self.notes: list[str] = []
-        self.config: ModelConfig = stretch_rope(
-            config, self.ctx, base=rope_base, scaling=rope_scaling, factor=rope_factor
-        )
-        if self.config.rope.scaling == "yarn" and config.rope.scaling == "none" and rope_scaling is None:
-            self.notes.append(
-                f"context {self.ctx} exceeds the {config.ctx_train} that the model was trained on: RoPE is stretched "
-                f"{self.config.rope.factor:g}x by YaRN (rope_scaling='none' switches that off)"
-            )
+        self, file: GGUFFile, options: LoadOptions | None = None, *, progress: Progress | None = None
+    ) -> None:  # fmt: skip
+        self.options = options = options or LoadOptions()
+        self.file, self.overflow = file, options.overflow
+        opened = Opened(file, options)
+        self.ctx, self.config, self.notes = opened.ctx, opened.config, opened.notes
+        self.backend, self.memory = opened.backend, opened.memory
         self.tokenizer = Tokenizer.from_gguf(file)
-        self.plan = choose_plan(prune, file, self.config)
-        self._chat_template = chat_template
-        self._template: ChatTemplate | None = None
-        self._tool_form: ToolForm | None = None
-        self.memory: MemoryPlan | CudaPlan
-        backend = self._gpu(device, kv, stream_weights)
-        if backend is None and stream_weights:
-            raise SettingError(
-                "stream_weights: weights are streamed to a GPU, this runs on the CPU; leave it out or use device='cuda'"
-            )
-        if backend is None:
-            device = "numpy" if device == "numpy" else "cpu"
-            fast = uses_kernels(device)
-            how: Any = {"threads": threads, "fast": fast, "kv_budget": kv_budget}
-            self.memory = memory = plan_memory(self.config, file, self.ctx, **how)
-            if not memory.fits():
-                raise SettingError(_does_not_fit(memory, largest_context(self.config, file, self.ctx, **how)))
-            if memory.packed and not fast:
-                self.notes.append(
-                    "weights stay packed: unpacked they would take more than half of the free memory; "
-                    "expect slow decoding"
-                )
-            backend = open_backend(device, threads=threads, packed=memory.packed)
-            if device == "cpu" and not fast:
-                self.notes.append(f"computing with {backend.why}")
-        self.backend = backend
+        self.plan = choose_plan(options.prune, file, self.config)
+        self._messages = MessageReader(self.tokenizer, options.chat_template)
         for text in self.notes:
-            log.info("%s: %s", config.name, text)
+            log.info("%s: %s", self.config.name, text)
         log.info(
             "%s loaded: context %d, %s, prompts by plan %s, at most %.2f GiB",
-            config.name, self.ctx, backend.why, self.plan.source, self.memory.total / 2**30,
+            self.config.name, self.ctx, self.backend.why, self.plan.source, self.memory.total / 2**30,
         )  # fmt: skip
-        self._read_adapters: dict[Path, tuple[tuple[int, int], Adapter]] = {}  # with what tells that a file changed
-        adapters = self._adapters(lora)  # whatever can be refused is refused before the weights are read
-        self._engine = Engine(build(self.config, file, backend.ops, progress, stream=stream_weights), backend.ops, kv)
+        ops = self.backend.ops
+        self._adapter_files = AdapterFiles(self.config, ops)
+        adapters = self._adapter_files.read(options.lora)  # what can be refused is refused before weights are read
+        model = build(self.config, file, ops, progress, stream=options.stream_weights)
+        self._engine = Engine(model, ops, opened.cache)
         # Which tokens of a prompt ask (slimrt.text.asking). Sessions hold it: it must not hold the model.
         self.asking: Callable[[Sequence[int]], Asked] = partial(asking, self.tokenizer)
         self._library: Path | None = None
-        if cache is not False and kv_budget is None:
-            self._library = library_folder() if cache is True else user_path(cache)
+        if options.keeps_documents:
+            self._library = library_folder() if isinstance(options.cache, bool) else user_path(options.cache)
         self._session = Session(self._engine, self.ctx, self.asking)
         self._apply(adapters)
-        self._engine.draft = self._drafter(draft, threads)
+        self._engine.draft = self._drafter(options.draft)
         check_draft(GenerationRequest(), self._session)
 
-    def _drafter(self, draft: Draft, threads: int | None) -> Any:
+    def _drafter(self, draft: Draft) -> Any:
         """What ``Engine.draft`` takes. Raises SettingError for a draft model of another vocabulary, or without room."""
-        if draft in (None, "off", "auto", "lookup"):
+        if draft is None or (isinstance(draft, str) and draft in ("off", "auto", "lookup")):
             return None if draft == "off" else draft
         if isinstance(draft, LLM):
             check_vocabulary(self.tokenizer, draft.tokenizer, draft.config.name)
             return DraftModel(draft.engine, draft.ctx, draft.config.name)
         from slimrt.hub.store import resolve
 
-        file = GGUFFile(resolve(draft))
+        file = GGUFFile(resolve(draft))  # type: ignore[arg-type]
         config = read_config(file)
         check_vocabulary(self.tokenizer, Tokenizer.from_gguf(file), config.name)
         ctx, ops = min(self.ctx, config.ctx_train), self.backend.ops
         if ops.name != "cuda":
-            memory = plan_memory(config, file, ctx, threads=threads, fast=ops.name == "fast", kv_budget=None)
-            if not memory.fits():
-                raise SettingError(f"draft model {config.name}: {_does_not_fit(memory, 0)}")
+            check_fits(config, file, ctx, threads=self.options.threads, fast=ops.name == "fast")
         return DraftModel(Engine(build(config, file, ops), ops), ctx, config.name)
 
     def set_adapters(self, adapters: Adapters) -> None:
@@ -264,7 +121,7 @@ class LLM:
         Raises ModelFileError for a file that is no adapter for this model, SettingError for a scale that is no finite
         number or a GPU; the adapters are then those before.
         """
-        found = self._adapters(adapters)
+        found = self._adapter_files.read(adapters)
         with self._session.lock:
             self._apply(found)
 
@@ -273,25 +130,6 @@ class LLM:
         if self._library is not None:
             self._engine.library = Library(self._library, self._bits())
 
-    def _adapters(self, adapters: Adapters) -> list[tuple[Adapter, float]]:
-        """The adapters of these files with their scales. Raises as ``set_adapters`` does."""
-        pairs = _pairs(adapters)
-        if pairs and self.backend.ops.name == "cuda":
-            raise SettingError("lora: adapters are applied on the CPU only; leave them out, or load with device='cpu'")
-        found = []
-        for given, scale in pairs:
-            path = user_path(given)
-            version = (0, 0)
-            if path.exists():  # else reading it says what is wrong
-                status = path.stat()
-                version = status.st_mtime_ns, status.st_size
-            held, adapter = self._read_adapters.get(path, (None, None))
-            if adapter is None or held != version:
-                adapter = read_adapter(path, self.config, available_memory())
-                self._read_adapters[path] = version, adapter
-            found.append((adapter, scale))
-        return found
-
     def _bits(self) -> str:
         """All that decides the bits of what is read: of the same weights, read in the same way, it is the same."""
         ops = self.backend.ops
@@ -299,26 +137,6 @@ class LLM:
         kind = np.dtype(ops.kv_type).str, getattr(ops, "features", None)
         fingerprint = model_fingerprint(self.file, self._engine.adapters)
         return repr((__version__, fingerprint, status, self.config.rope, ops.name, *kind))
-
-    def _gpu(self, device: str, cache: CacheConfig, stream: bool) -> Backend | None:
-        """The GPU, opened, with ``memory`` its plan; None for the CPU, and a note if a GPU is there but not used.
-
-        Raises DeviceError or SettingError where the GPU was asked for by name and cannot be used.
-        """
-        gpu, why = find_gpu(device)
-        if gpu is not None:
-            self.memory, problem = memory_cuda.fit(self.config, self.file, cache, gpu, stream=stream)
-            try:
-                if problem is None:
-                    return open_cuda(gpu, keeps_unpacked=self.memory.keeps)
-                raise SettingError(problem)
-            except SlimrtError as error:
-                if device == "cuda":
-                    raise
-                why = str(error)
-        if device == "auto" and wants_gpu():
-            self.notes.append(f"computing on the CPU: {why}")
-        return None
 
     @property
     def engine(self) -> Engine:
@@ -346,22 +164,7 @@ class LLM:
         """``prompt`` as token ids. Raises SettingError for what is neither a text nor a list of this model's ids."""
         if isinstance(prompt, str):
             return self.tokenize(prompt, special)
-        if isinstance(prompt, (bytes, bytearray, memoryview, Mapping)) or not hasattr(prompt, "__iter__"):
-            raise SettingError(
-                f"prompt of type {type(prompt).__name__}: must be a text or a list of token ids; decode bytes first"
-            )
-        ids = list(prompt)
-        size = self.config.vocab_size
-        for at, token in enumerate(ids):
-            if type(token) is not int:
-                if not is_whole(token):
-                    raise SettingError(
-                        f"prompt: item {at} is {str(token)[:40]!r}; a prompt is one text, or a list of token ids"
-                    )
-                ids[at] = token = int(token)
-            if not 0 <= token < size:
-                raise SettingError(f"prompt: item {at} is the token id {token}; this model has ids 0 to {size - 1}")
-        return ids
+        return checked_ids(prompt, self.config.vocab_size)
 
     # -- logits -----------------------------------------------------------------------------------------------------
 
@@ -385,7 +188,7 @@ class LLM:
         ids = self.token_ids(ids)
         result, at = np.empty(max(0, len(ids) - start), np.float32), 0
         for block in self._continuation(ids, start, prune, decode):
-            result[at : at + len(block)] = _logprobs(block, ids[start + at : start + at + len(block)])
+            result[at : at + len(block)] = token_logprobs(block, ids[start + at : start + at + len(block)])
             at += len(block)
         return result
 
@@ -397,28 +200,8 @@ class LLM:
         return np.concatenate(blocks) if blocks else np.empty((0, self.config.vocab_size), np.float32)
 
     def _continuation(self, ids: list[int], start: int, prune: Plan | None, decode: bool) -> Iterator[np.ndarray]:
-        """Logits [rows, V] that predict ids[start:], a bounded number of rows at a time."""
-        if not 1 <= start <= len(ids):
-            raise SettingError(f"start {start}: must lie in 1..{len(ids)}, the first token has nothing before it")
-        if len(ids) > self.ctx:
-            raise ContextError(
-                f"{len(ids)} tokens, the context holds {self.ctx}; {context_advice(len(ids), self.config.ctx_train)}"
-            )
         plan = self._plan(prune)
-        if start == len(ids):
-            return
-        session = Session(self._engine, self.ctx, self.asking)
-        session.prefill(ids[:start], plan)
-        assert session.logits is not None
-        yield session.logits[None]
-        rest = ids[start:-1]
-        if decode or self.kv_budget is not None:  # the budget holds in decode only, a token at a time
-            for token in rest:
-                yield self._engine.decode_one_token(session.context, token)[None]
-        elif rest:
-            hidden = self._engine.extend(session.context, rest, wanted=len(rest))
-            for lo in range(0, len(hidden), _LOGIT_ROWS):
-                yield self._engine.logits(hidden[lo : lo + _LOGIT_ROWS])
+        return continuation_logits(self._engine, self.ctx, ids, start, plan, asking=self.asking, decode=decode)
 
     # -- embeddings -------------------------------------------------------------------------------------------------
 
@@ -426,7 +209,7 @@ class LLM:
         self,
         texts: Prompt | Sequence[Prompt],
         *,
-        pooling: Literal["mean", "last", "cls"] = "mean",
+        pooling: Pooling = "mean",
         normalize: bool = True,
     ) -> np.ndarray:
         """One vector a text, of the hidden states behind the output norm -> float32 [n, D].
@@ -436,25 +219,12 @@ class LLM:
         are read whole (no plan), each from an empty context. Raises SettingError for what is no text, ContextError for
         an empty text and one that exceeds the context.
         """
-        if pooling not in ("mean", "last", "cls"):
-            raise SettingError(f"pooling {pooling!r}: must be 'mean', 'last' or 'cls' (the first token)")
+        check_pooling(pooling)
         single = isinstance(texts, str) or all(is_whole(item) for item in texts)
         prompts = [self.token_ids(text) for text in ([texts] if single else texts)]  # type: ignore[arg-type]
         for ids in prompts:
             self._session.check(ids)
-        vectors = np.empty((len(prompts), self.config.d_model), np.float32)
-        context = self._engine.new_context()
-        try:
-            for vector, ids in zip(vectors, prompts, strict=True):
-                states, _ = self._engine.prefill(context, ids, wanted=1 if pooling == "last" else len(ids))
-                states = states[:1] if pooling == "cls" else states
-                vector[:] = self._engine.last_states(states).mean(axis=0, dtype=np.float64)
-                context.truncate(0)
-        finally:
-            context.cache.close()
-        if normalize:
-            vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), np.finfo(np.float32).tiny)
-        return vectors
+        return embedded(self._engine, prompts, pooling, normalize=normalize)
 
     def token_states(self, ids: Sequence[int]) -> np.ndarray:
         """The hidden states behind the output norm of each of ``ids``, from an empty context -> float32 [T, D].
@@ -462,11 +232,7 @@ class LLM:
         Raises as ``embed`` does."""
         ids = self.token_ids(ids)
         self._session.check(ids)
-        context = self._engine.new_context()
-        try:
-            return self._engine.last_states(self._engine.prefill(context, ids, wanted=len(ids))[0])
-        finally:
-            context.cache.close()
+        return states_of(self._engine, ids)
 
     # -- generation -------------------------------------------------------------------------------------------------
 
@@ -527,30 +293,12 @@ class LLM:
 
     @overload
     def chat(
-        self,
-        messages: Messages,
-        *,
-        tools: Tools | None,
-        stream: Literal[True],
-        tool_choice: Any = None,
-        parallel_tool_calls: bool | None = None,
-        **options: Unpack[ChatOptions],
-    ) -> ToolStream | CompletionStream: ...
-    @overload
-    def chat(
-        self,
-        messages: Messages,
-        *,
-        tools: Tools | None = None,
-        tool_choice: Any = None,
-        parallel_tool_calls: bool | None = None,
-        stream: Literal[False] = False,
-        **options: Unpack[ChatOptions],
-    ) -> Completion: ...
-    @overload
-    def chat(
         self, messages: Messages, *, stream: Literal[True], **options: Unpack[ChatOptions]
     ) -> CompletionStream: ...
+    @overload
+    def chat(
+        self, messages: Messages, *, stream: Literal[False] = False, **options: Unpack[ChatOptions]
+    ) -> Completion: ...
     def chat(
         self,
         messages: Messages,
@@ -598,53 +346,28 @@ class LLM:
         """How an answer may call ``tools``, as ``chat`` takes them; None where it may call nothing.
 
         Raises SettingError for tools that are none or not supported, and for a choice of what is not there."""
-        if not tools and tool_choice in (None, "none", "auto"):
-            return None
-        from slimrt.tools.calling import Calling
-
-        return Calling.of(self.tool_form, self.tokenizer, tools, tool_choice, parallel)
+        return self._messages.calling(tools, tool_choice, parallel)
 
     @property
     def tool_form(self) -> ToolForm:
         """How the model's chat template has tools and calls."""
-        if self._tool_form is None:
-            from slimrt.tools.messages import ToolForm
-
-            self._tool_form = form = ToolForm.of(self.chat_template)
-            log.info(
-                "tools: calls in the form %s%s", form.format.name,
-                "" if form.native else ", asked for in words: the chat template has no place for tools or its form is "
-                "not known",
-            )  # fmt: skip
-        return self._tool_form
+        return self._messages.tool_form
 
     @property
     def has_chat_template(self) -> bool:
         """Whether ``chat`` works: there is a template in the file, or one was given at load."""
-        return bool(self._chat_template or self.tokenizer.chat_template)
+        return self._messages.has_template
 
     @property
     def chat_template(self) -> ChatTemplate:
         """The model's chat template, or the one given at load. Raises SettingError if there is none."""
-        if self._template is None:
-            from slimrt.text.chat_template import (
-                ChatTemplate,  # jinja2 takes a while to import, and plain completion needs none
-            )
-
-            self._template = ChatTemplate.from_tokenizer(self.tokenizer, self._chat_template)
-        return self._template
+        return self._messages.template
 
     def chat_tokens(self, messages: Messages, calling: Calling | None = None) -> list[int]:
         """``messages`` as the model reads them; control tokens count in the chat template, and are text in messages.
 
         ``calling``: the tools that the answer may call."""
-        from slimrt.tools.messages import has_calls
-
-        listed = isinstance(messages, Sequence) and not isinstance(messages, str)
-        if calling is None and not (listed and has_calls(messages)):
-            return self.chat_template.tokens(messages, self.tokenizer)
-        tools = () if calling is None else calling.listed
-        return self.tool_form.prompt(self.chat_template, self.tokenizer, messages, tools)
+        return self._messages.tokens(messages, calling)
 
     # -- conversations -----------------------------------------------------------------------------------------------
 
@@ -692,38 +415,3 @@ class LLM:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
-
-
-def _pairs(adapters: Adapters) -> list[tuple[str | Path, float]]:
-    """Files with their scales. Raises SettingError for anything but a list of files, or of (file, finite scale)."""
-    if isinstance(adapters, (str, bytes, Path)) or not isinstance(adapters, Sequence):
-        raise SettingError(f"lora {str(adapters)[:80]!r}: must be a list of files, or of (file, scale)")
-    pairs = []
-    for one in adapters:
-        pair = one if isinstance(one, tuple) else (one, 1.0)
-        if len(pair) != 2 or not isinstance(pair[0], (str, Path)):
-            raise SettingError(f"adapter {str(one)[:80]!r}: must be a file, or (file, scale)")
-        path, scale = pair
-        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
-            raise SettingError(f"adapter {str(path)[:80]}: scale {str(scale)[:40]}; must be a finite number, as 0.5")
-        pairs.append((path, float(scale)))
-    return pairs
-
-
-def _does_not_fit(plan: MemoryPlan, room: int) -> str:
-    """The refusal of a memory plan; ``room`` is the largest context that would fit."""
-    assert plan.available is not None
-    remedy = f"a context of {room} fits (ctx={room}, --ctx {room})" if room else "use a smaller model or quantisation"
-    return (
-        f"the model needs {plan.total / 2**30:.1f} GiB at a context of {plan.ctx} (weights {plan.weights / 2**30:.1f}, "
-        f"KV cache {(plan.kv + plan.kv_host) / 2**30:.1f}, hidden states {plan.boundary / 2**30:.1f}, "
-        f"scratch {plan.scratch / 2**30:.1f}, interpreter and libraries {plan.runtime / 2**30:.1f}), "
-        f"{plan.available / 2**30:.1f} GiB are free; {remedy}"
-    )
-
-
-def _logprobs(logits: np.ndarray, tokens: Sequence[int]) -> np.ndarray:
-    """logits [T, V], tokens [T] -> log-softmax at the tokens [T] float32."""
-    peak = logits.max(axis=1)
-    total = np.exp(logits - peak[:, None]).sum(axis=1, dtype=np.float64)
-    return (logits[np.arange(len(tokens)), list(tokens)] - peak - np.log(total)).astype(np.float32)

@@ -7,21 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, TypedDict, get_args
 
-from slimrt.config import SamplingConfig, is_whole
+from slimrt.config import Overflow, SamplingConfig, check_overflow, is_whole
 from slimrt.errors import SettingError
 from slimrt.sampler import LogitsProcessor
 from slimrt.structured.grammar import Grammar, Schema, grammar_of
 
 __all__ = ["Draft", "GenerateOptions", "GenerationRequest", "Overflow", "check_overflow", "request_from_options"]
 
-Overflow = Literal["error", "shift"]  # what happens when the context is full
 Draft = Literal["auto", "lookup"]  # how next tokens are guessed, see GenerationRequest
-
-
-def check_overflow(overflow: object) -> None:
-    """Raise SettingError unless ``overflow`` is one of the two ways."""
-    if overflow not in get_args(Overflow):
-        raise SettingError(f"overflow {overflow!r}: must be 'error' or 'shift' (drop the oldest text)")
 
 
 @dataclass(frozen=True)

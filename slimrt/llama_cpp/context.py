@@ -30,6 +30,7 @@ from slimrt.llama_cpp.options import (
 )
 from slimrt.llama_cpp.state import AllLogits
 from slimrt.llm import LLM
+from slimrt.load_options import LoadOptions
 from slimrt.models import read_config
 from slimrt.prune.plan import PrunePlan
 from slimrt.sampler import Sampler, log_softmax
@@ -174,8 +175,7 @@ class LlamaContext:
         if vocab_only:
             self._tokenizer = Tokenizer.from_gguf(file)
             return
-        self._llm = LLM(
-            file,
+        options = LoadOptions(
             ctx=self._ctx,
             threads=n_threads,
             device=device or ("cpu" if n_gpu_layers == 0 else "auto"),
@@ -186,6 +186,7 @@ class LlamaContext:
             lora=[] if lora_path is None else [(lora_path, lora_scale)],
             **rope_options(self._config.rope.scaling, rope_scaling_type, rope_freq_base, rope_freq_scale),
         )
+        self._llm = LLM(file, options)
         self._tokenizer = self._llm.tokenizer
         self._session = self._llm.current
         if logits_all:

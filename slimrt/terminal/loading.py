@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
 from slimrt.hub.store import resolve
 from slimrt.llm import LLM
-from slimrt.memory.plan import DEFAULT_CTX, plan
+from slimrt.memory.plan import plan
 from slimrt.models import read_config
+from slimrt.opening import context_of
 from slimrt.ops.backend import find_gpu, uses_kernels
 from slimrt.output import human_bytes
 from slimrt.terminal.guard import note
@@ -37,10 +37,8 @@ def load_model(settings: LoadSettings, announce: Callable[[GGUFFile], None] | No
     file = open_file(settings.model)
     if announce is not None:
         announce(file)
-    options = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
-    del options["model"]
     with progress_bar("loading") as progress:
-        llm = LLM(file, progress=progress, **options)
+        llm = LLM(file, settings, progress=progress)
     for text in llm.notes:
         note(text)
     return llm
@@ -54,7 +52,7 @@ def announce_memory(load: LoadSettings, say: Callable[[str], None]) -> Callable[
         if find_gpu(load.device)[0] is not None:
             return
         config = read_config(file)
-        ctx = load.ctx or min(config.ctx_train, DEFAULT_CTX)
+        ctx = context_of(load, config)
         fast = uses_kernels(load.device)
         needs = plan(config, file, ctx, threads=load.threads, fast=fast, kv_budget=load.kv_budget)
         behind = f" and {human_bytes(needs.kv_host)} behind the budget" if needs.kv_host else ""

@@ -15,9 +15,9 @@ import click
 from slimrt import paths
 from slimrt.config import SamplingConfig, parse_size
 from slimrt.errors import SettingError
+from slimrt.load_options import LoadOptions
 
 if TYPE_CHECKING:
-    from slimrt.request import Overflow  # brings NumPy, for which --help must not wait
     from slimrt.structured.grammar import Grammar
 
 __all__ = [
@@ -45,24 +45,10 @@ Decorator = Callable[[Command], Command]
 
 
 @dataclass(frozen=True)
-class LoadSettings:
-    """Which model, and how it is laid out. ``ctx`` None: what the model was trained on, at most 8192."""
+class LoadSettings(LoadOptions):
+    """Which model, and how it is loaded."""
 
     model: str | None = None
-    ctx: int | None = None
-    device: str = "auto"
-    prune: str = "auto"
-    threads: int | None = None
-    kv_budget: int | None = None
-    rope_base: float | None = None
-    rope_scaling: str | None = None
-    rope_factor: float | None = None
-    chat_template: str | None = None
-    overflow: Overflow = "error"
-    stream_weights: bool = False
-    cache: bool = False
-    draft: str = "auto"
-    lora: tuple[tuple[Path, float], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from slimrt.eval.sample import Sample, Source
 from slimrt.eval.tasks import TASKS, samples
 from slimrt.eval.text import load_corpus
 from slimrt.llm import LLM
+from slimrt.load_options import LoadOptions
 from slimrt.prune.plan import PrunePlan, Stage, Window, check_plan
 from slimrt.prune.presets import choose_plan, preset_path
 from slimrt.weights.gguf import GGUFFile
@@ -47,7 +48,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def llm(model: Path) -> LLM:
     # NumPy: what is compared below must not differ by the precision of decode.
-    return LLM(GGUFFile(model), ctx=1280, prune="off", device="numpy")
+    return LLM(GGUFFile(model), LoadOptions(ctx=1280, prune="off", device="numpy"))
 
 
 def drawn(llm: LLM, task: str = "continuation") -> Sample:

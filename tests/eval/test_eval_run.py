@@ -24,6 +24,7 @@ from slimrt.eval.table import quality_tables, ttft_table
 from slimrt.eval.tasks import TASKS, samples
 from slimrt.eval.text import load_corpus
 from slimrt.llm import LLM
+from slimrt.load_options import LoadOptions
 from slimrt.output import write_atomically
 from slimrt.prune.plan import PrunePlan, Stage
 from slimrt.weights.gguf import GGUFFile
@@ -37,7 +38,7 @@ KEEP_ALL = PrunePlan((Stage(1, 1.0),), block=16, min_tokens=1)
 @pytest.fixture(scope="module")
 def llm(tmp_path_factory: pytest.TempPathFactory) -> LLM:
     path = write_tiny_llama(tmp_path_factory.mktemp("tiny") / "tiny.gguf", n_layers=4, ctx=1024)
-    return LLM(GGUFFile(path), prune="off", threads=1)
+    return LLM(GGUFFile(path), LoadOptions(prune="off", threads=1))
 
 
 @pytest.fixture(scope="module")

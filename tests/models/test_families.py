@@ -12,6 +12,7 @@ from slimrt.convert import convert_checkpoint
 from slimrt.engine import Engine
 from slimrt.errors import SettingError
 from slimrt.llm import LLM
+from slimrt.load_options import LoadOptions
 from slimrt.models import build, read_config, stretch_rope
 from slimrt.ops.numpy.numpy_ops import NumpyOps
 from slimrt.prune.plan import PrunePlan, Stage, Window, check_plan
@@ -60,7 +61,7 @@ def test_logits(name: str, files: dict[str, Path]) -> None:
 def test_embeddings(name: str, files: dict[str, Path]) -> None:
     with (
         np.load(GOLDENS / "families" / "embeddings.npz") as expected,
-        LLM(GGUFFile(files[name]), ctx=128, device="numpy", threads=1) as llm,
+        LLM(GGUFFile(files[name]), LoadOptions(ctx=128, device="numpy", threads=1)) as llm,
     ):
         unit = float(expected[f"{name}/error"])
         for pooling in ("mean", "last", "cls"):

@@ -133,7 +133,7 @@ def draft(model: str | None, draft: str, tokens: int, repeats: int, threads: int
     """What guesses at the next tokens bring, on text that repeats and text that does not."""
     from slimrt.terminal import benchmark
 
-    load = LoadSettings(model, None, "auto", "off", threads, draft=draft)
+    load = LoadSettings(model=model, prune="off", threads=threads, draft=draft)
     benchmark.bench_draft(load, tokens, repeats, as_json=as_json)
 
 
@@ -146,7 +146,7 @@ def structured(model: str | None, tokens: int, threads: int | None, as_json: boo
     """What a schema or a grammar costs a token, beside the model's own time for one."""
     from slimrt.terminal import benchmark
 
-    benchmark.bench_structured(LoadSettings(model, None, "auto", "off", threads), tokens, as_json=as_json)
+    benchmark.bench_structured(LoadSettings(model=model, prune="off", threads=threads), tokens, as_json=as_json)
 
 
 @bench.command()

@@ -88,7 +88,7 @@ def evaluate(
     """
     from slimrt.terminal import evaluation
 
-    load = LoadSettings(model, ctx, device, "off", threads)
+    load = LoadSettings(model=model, ctx=ctx, device=device, prune="off", threads=threads)
     evaluation.evaluate(evaluation.EvalSettings(**settings), load, as_json=as_json)
 
 
@@ -125,7 +125,7 @@ def calibrate(model: str | None, threads: int | None, as_json: bool, **settings:
     """
     from slimrt.terminal import calibrating
 
-    load = LoadSettings(model, None, "auto", "off", threads)
+    load = LoadSettings(model=model, prune="off", threads=threads)
     calibrating.calibrate_model(calibrating.CalibrateSettings(**settings), load, as_json=as_json)
 
 

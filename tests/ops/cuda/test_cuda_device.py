@@ -55,7 +55,7 @@ def test_why_a_gpu_cannot_be_used(
     with pytest.raises(DeviceError, match=said) as caught:
         slimrt.load(model, device="cuda")
     assert "\n" not in str(caught.value) and "device='cpu'" in str(caught.value)
-    monkeypatch.setattr("slimrt.llm.wants_gpu", lambda: True)
+    monkeypatch.setattr("slimrt.opening.wants_gpu", lambda: True)
     llm = slimrt.load(model)  # "auto" takes the CPU and says why
     assert any(note.startswith("computing on the CPU: ") and str(caught.value) in note for note in llm.notes)
     assert llm.generate([1, 2, 3], max_tokens=2).tokens
@@ -117,7 +117,7 @@ def test_too_little_memory(monkeypatch: pytest.MonkeyPatch, model: Path) -> None
     FakeCupy(monkeypatch, total=100 << 20)
     with pytest.raises(SettingError, match="its weights alone exceed the GPU"):
         slimrt.load(model, device="cuda")
-    monkeypatch.setattr("slimrt.llm.wants_gpu", lambda: True)
+    monkeypatch.setattr("slimrt.opening.wants_gpu", lambda: True)
     llm = slimrt.load(model)
     assert any("its weights alone exceed" in note for note in llm.notes) and llm.backend.ops.name != "cuda"
 
