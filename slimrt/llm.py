@@ -67,7 +67,7 @@ class LLM:
         self, file: GGUFFile, options: LoadOptions | None = None, *, progress: Progress | None = None
     ) -> None:  # fmt: skip
         self.options = options = options or LoadOptions()
-        self.file, self.overflow = file, options.overflow
+        self.file, self.overflow, self.kv_budget = file, options.overflow, options.kv_budget
         opened = Opened(file, options)
         self.ctx, self.config, self.notes = opened.ctx, opened.config, opened.notes
         self.backend, self.memory = opened.backend, opened.memory
