@@ -113,8 +113,8 @@ def read_adapter(path: str | Path, config: ModelConfig, limit: int | None = None
             rows[: place.heads] = half_split_rows(config, place.heads)
             b = b[rows]
         factor = alpha / len(a) if alpha else 1.0
-        up = np.ascontiguousarray(b.T) * np.float32(factor)
-        deltas.setdefault((layer, place.field), []).append(Delta(place.first, np.ascontiguousarray(a.T), up))
+        up = np.ascontiguousarray(b) * np.float32(factor)
+        deltas.setdefault((layer, place.field), []).append(Delta(place.first, np.ascontiguousarray(a).T, up.T))
     return Adapter(file.path, digest.hexdigest(), {key: tuple(value) for key, value in deltas.items()})
 
 

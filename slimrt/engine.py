@@ -54,6 +54,7 @@ class Engine:
         self.model, self.ops, self.config, self.cache_config = model, ops, model.config, cache
         self.attention = Attention(model, ops)
         self._whole_tokens = whole_tokens
+        self._decoders: dict[str, Decoder | None] = {}  # by the adapters that are applied
         # Where sessions find and keep what was read of long prompts (a slimrt.library.store.Library), if anywhere.
         self.library: Any = None
         # How generations guess next tokens that do not say so themselves: "auto", "lookup", a
@@ -65,7 +66,7 @@ class Engine:
     def close(self) -> None:
         """Let go of the weights; whoever still has the engine gets a SettingError."""
         self.model = self.attention = _Closed()  # type: ignore[assignment]
-        self.__dict__.pop("_own_decoder", None)
+        self._decoders.clear()
 
     @property
     def turn(self) -> Callable[[], None] | None:
@@ -258,14 +259,16 @@ class Engine:
 
     @property
     def _decoder(self) -> Decoder | None:
-        """The backend's own way to read a token, if it has one; it knows nothing of adapters."""
-        return None if self.model.adapters else self._own_decoder
-
-    @functools.cached_property
-    def _own_decoder(self) -> Decoder | None:
-        """Made when the first token is decoded."""
-        decoder: Decoder | None = self.ops.decoder(self.model, budget=self.budgeted) if self._whole_tokens else None
-        return decoder
+        """The backend's own way to read a token, if it has one. Made when the first token is decoded, and for adapters
+        when the first is after they were set."""
+        if not self._whole_tokens:
+            return None
+        adapters = self.model.adapters
+        if adapters not in self._decoders:
+            for other in [name for name in self._decoders if name]:
+                del self._decoders[other]  # that without adapters stays
+            self._decoders[adapters] = self.ops.decoder(self.model, budget=self.budgeted)
+        return self._decoders[adapters]
 
     @_computing
     def logits(self, x: np.ndarray) -> np.ndarray:

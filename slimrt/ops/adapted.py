@@ -19,7 +19,8 @@ __all__ = ["Adapted", "AdaptedOps", "Delta"]
 
 @dataclass(frozen=True)
 class Delta:
-    """A change of the outputs from ``first`` on: ``down`` [in, r] and ``up`` [r, out'], float32, scales in ``up``."""
+    """A change of the outputs from ``first`` on: ``down`` [in, r], ``up`` [r, out'], float32, scales in ``up``; views
+    of [r, in] and [out', r], which decode reads row by row."""
 
     first: int
     down: np.ndarray

@@ -30,15 +30,17 @@ so the bits are the same.
 from __future__ import annotations
 
 import threading
-import weakref
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from slimrt.ops.adapted import Delta
 from slimrt.ops.fast.activations import activation_bytes, padded
+from slimrt.ops.fast.adapted_products import AdaptedProducts, base_of, deltas_of
 from slimrt.ops.fast.attend_few import SEEN, Grouping, attend_kernel, join_kernel, most_spans, partial_bytes, spans_for
 from slimrt.ops.fast.decode_kernels import PLACE, append_kernel, gate_items, gate_kernel, merge_kernel, norm_kernel
+from slimrt.ops.fast.decode_places import LayerPlaces
 from slimrt.ops.fast.gemv import VECTORS, Product, Rows, add_products, aligned_zeros, gemv_kernel, gemv_scratch
 from slimrt.ops.fast.kernels import Kernel
 from slimrt.ops.fast.layer_kernels import head_norm_words
@@ -49,35 +51,6 @@ from slimrt.ops.forks import after_fork, open_lock
 from slimrt.ops.protocol import Part
 
 __all__ = ["Decoder"]
-
-
-class _Layer:
-    """What of one layer changes from step to step: where the rows of its tokens go and what they see."""
-
-    def __init__(self, places: np.ndarray, seen: np.ndarray, attend: np.ndarray, job: int, window: int) -> None:
-        self.places, self.seen = places, seen  # int64 [most, PLACE], [most, SEEN]: see the kernels
-        self.attend = attend  # the words of its attention
-        self.job = job  # number of the attention's job in the program
-        self.window = window  # of the layer, 0: it sees everything
-        self._stores: list[weakref.ref[np.ndarray] | None] = [None] * len(places)  # whose addresses the rows hold
-
-    def place(self, rows: slice, store: np.ndarray) -> None:
-        """The tokens of ``rows`` write to and read from ``store`` [2, Hkv, capacity, Dh]."""
-        if all(held is not None and held() is store for held in self._stores[rows]):
-            return
-        self.write_to(rows, store)
-        self.read_from(rows, *store)
-        self._stores[rows] = [weakref.ref(store)] * (rows.stop - rows.start)
-
-    def write_to(self, rows: slice, store: np.ndarray) -> None:
-        """New rows go to ``store`` [2, Hkv, capacity, Dh]."""
-        self._stores[rows] = [None] * (rows.stop - rows.start)
-        keys, values = store
-        self.places[rows, :3] = address(keys), address(values), keys.strides[0]
-
-    def read_from(self, rows: slice, keys: np.ndarray, values: np.ndarray) -> None:
-        """Attention reads ``keys``, ``values`` [Hkv, N, Dh]."""
-        self.seen[rows, 3:] = address(keys), address(values), keys.strides[0], values.strides[0]
 
 
 class Decoder:
@@ -95,6 +68,7 @@ class Decoder:
         self._program = Program()
         self._by_token: list[int] = []  # jobs with so many items for each token
         self._gemvs: list[tuple[int, Any, np.ndarray]] = []  # of each product: its job, type, arguments
+        self._adapted = AdaptedProducts(ops.features, self.most, self._add_products)
         self._layers = [self._add_layer(number, layer) for number, layer in enumerate(model.layers)]
         head = self._rows(model.head)
         self._norm(self._hidden, self._vector(model.norm, self.config.d_model), head)
@@ -137,7 +111,7 @@ class Decoder:
         return aligned_zeros(rows, padded(columns) * 4).view(np.float32)
 
     def _rows(self, weight: Any) -> list[Rows]:
-        rows = [Rows.of(part, self._ops.features) for part in weight.parts]
+        rows = [Rows.of(part, self._ops.features) for part in base_of(weight).parts]
         self._kept += rows
         return rows
 
@@ -150,13 +124,14 @@ class Decoder:
         self._kept.append(copy)
         return address(copy)
 
-    def _add_layer(self, number: int, layer: Any) -> _Layer:
+    def _add_layer(self, number: int, layer: Any) -> LayerPlaces:
         c, features, program = self.config, self._ops.features, self._program
         d, hidden, middle, joint = c.d_model, self._hidden, self._middle[number], self._joint
-        width = c.n_heads * c.head_dim
+        width, heads = c.n_heads * c.head_dim, c.n_heads + 2 * c.n_kv_heads
         qkv, out = self._rows(layer.qkv), self._rows(layer.out)
         self._norm(hidden, self._vector(layer.attn_norm, d), qkv)
         self._products(self._normed, qkv, [joint], layer.qkv_bias)
+        self._adapted.add(self._normed, deltas_of(layer.qkv), [(heads * c.head_dim, joint)])
         norms, turns = layer.head_norms, max(0, layer.turns)
         q_gain, k_gain, whole = head_norm_words(norms, c.head_dim)
         self._each(
@@ -171,14 +146,15 @@ class Decoder:
             address(joint), joint.strides[0], address(self._seen[number]), 1, c.n_kv_heads, 0, self._room,
             address(self._partial), 0, address(self._scratch), self._scratch.strides[0],
         )  # fmt: skip
-        changing = _Layer(self._places[number], self._seen[number], attend, len(program) - 1, c.window(number))
+        changing = LayerPlaces(self._places[number], self._seen[number], attend, len(program) - 1, c.window(number))
         rounded = padded(width) if any(rows.format.quantized for rows in out) else 0
         self._each(
             join_kernel(features, c.head_dim), 1, address(self._partial), self._room, c.n_heads, address(self._mixed),
             self._mixed.strides[0], rounded, address(self._seen[number]),
         )  # fmt: skip
         # Where feed-forward and attention read one norm, that is made anew: its buffer has the same numbers.
-        self._joined(self._mixed, out, middle, layer.out_bias, hidden, layer.attn_merge)
+        deltas = deltas_of(layer.out)
+        self._joined(self._mixed, out, deltas, middle, layer.out_bias, hidden, layer.attn_merge)
         if layer.experts is not None:
             consumers = [*self._rows(layer.experts.gate_up[0]), *self._rows(layer.experts.router)]
             self._norm(middle, self._vector(layer.ffn_norm, d), consumers)
@@ -187,11 +163,13 @@ class Decoder:
         gate_up, down = self._rows(layer.gate_up), self._rows(layer.down)
         self._norm(hidden if c.parallel else middle, self._vector(layer.ffn_norm, d), gate_up)
         self._products(self._normed, gate_up, [self._gate, self._up], layer.gate_up_bias)
+        self._adapted.add(self._normed, deltas_of(layer.gate_up), [(c.d_ff, self._gate), (c.d_ff, self._up)])
         self._each(
             gate_kernel(features, c.activation), gate_items(c.d_ff), address(self._gate), address(self._up),
             address(self._activated), padded(c.d_ff), self._gate.strides[0], self._activated.strides[0],
         )  # fmt: skip
-        self._joined(self._activated, down, hidden, layer.down_bias, middle, layer.ffn_merge)
+        deltas = deltas_of(layer.down)
+        self._joined(self._activated, down, deltas, hidden, layer.down_bias, middle, layer.ffn_merge)
         if c.parallel:  # the state that a boundary keeps is that after the whole layer, as in prefill
             self._copy(hidden, middle)
         return changing
@@ -244,17 +222,18 @@ class Decoder:
         self,
         source: np.ndarray,
         rows: Sequence[Rows],
+        deltas: Sequence[Delta],
         to: np.ndarray,
         bias: np.ndarray | None,
         residual: np.ndarray,
         merge: Any,
     ) -> None:
         """A product that joins the residual stream, as ``merge`` says."""
-        if merge is None:
-            self._products(source, rows, [to], bias, address(residual))
-            return
-        self._products(source, rows, [self._result], bias)
-        self._merge(merge, residual, to)
+        out = to if merge is None else self._result
+        self._products(source, rows, [out], bias, address(residual) if merge is None else 0)
+        self._adapted.add(source, deltas, [(self.config.d_model, out)])
+        if merge is not None:
+            self._merge(merge, residual, to)
 
     def _merge(self, merge: Any, residual: np.ndarray, to: np.ndarray) -> None:
         d = self.config.d_model
@@ -287,10 +266,13 @@ class Decoder:
             out = address(outs[number]) if len(outs) > 1 else address(outs[0]) + row * 4
             products.append(Product(rows, out, outs[0].strides[0], biases + row * 4 if biases else 0, residual))
             row += rows.tensor.shape[0]
+        self._add_products(address(source), source.strides[0], products)
+
+    def _add_products(self, source: int, distance: int, products: Sequence[Product]) -> None:
+        """Jobs for products of the vectors at ``source``, ``distance`` bytes apart."""
         job = len(self._program)
         added = add_products(
-            self._program, self._ops.features, self._ops.threads, address(source), source.strides[0], 1, products,
-            self._sums,
+            self._program, self._ops.features, self._ops.threads, source, distance, 1, products, self._sums
         )  # fmt: skip
         self._gemvs += [(job + at, same[0].rows.format.kind, words) for at, (words, same) in enumerate(added)]
 
