@@ -211,20 +211,22 @@ class LLM:
         *,
         pooling: Pooling = "mean",
         normalize: bool = True,
+        progress: Progress | None = None,
     ) -> np.ndarray:
         """One vector a text, of the hidden states behind the output norm -> float32 [n, D].
 
         ``texts``: a text, token ids, or a list of either. ``pooling``: the mean over a text's tokens, its last
         token's, or its first one's ("cls", for models that are trained so). ``normalize``: vectors of length 1. Texts
-        are read whole (no plan), each from an empty context. Raises SettingError for what is no text, ContextError for
-        an empty text and one that exceeds the context.
+        are read whole (no plan), each as from an empty context; with compiled kernels short ones pass together, and
+        give the vectors that they give alone, bit for bit. ``progress`` is called with (texts done, texts). Raises
+        SettingError for what is no text, ContextError for an empty text and one that exceeds the context.
         """
         check_pooling(pooling)
         single = isinstance(texts, str) or all(is_whole(item) for item in texts)
         prompts = [self.token_ids(text) for text in ([texts] if single else texts)]  # type: ignore[arg-type]
         for ids in prompts:
             self._session.check(ids)
-        return embedded(self._engine, prompts, pooling, normalize=normalize)
+        return embedded(self._engine, prompts, pooling, normalize=normalize, progress=progress)
 
     def token_states(self, ids: Sequence[int]) -> np.ndarray:
         """The hidden states behind the output norm of each of ``ids``, from an empty context -> float32 [T, D].

@@ -81,6 +81,10 @@ class RowOps(Protocol):
     def unpack_rows(self) -> int:
         """From so many rows on it pays to unpack a layer once."""
 
+    @property
+    def each_alone(self) -> bool:
+        """Whether a row gets the same bits whatever others pass with it, from ``unpack_rows`` rows on."""
+
     def rows(self, task: Callable[[slice], object], count: int) -> None:
         """Call ``task(slice)`` for slices that cover ``count`` rows once."""
 

@@ -75,10 +75,5 @@ def _vectors(llm: LLM, texts: list[str], settings: EmbedSettings) -> np.ndarray:
             llm.current.check(ids)
         except SlimrtError as error:
             raise SettingError(f"text {number}: {error}") from None
-    vectors = np.empty((len(texts), llm.config.d_model), np.float32)
     with progress_bar("embedding") as progress:
-        for at, ids in enumerate(prompts):
-            vectors[at] = llm.embed(ids, pooling=settings.pooling, normalize=settings.normalize)[0]
-            if progress:
-                progress(at + 1, len(prompts))
-    return vectors
+        return llm.embed(prompts, pooling=settings.pooling, normalize=settings.normalize, progress=progress)

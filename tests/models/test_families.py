@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
 
 from slimrt.config import CacheConfig
 from slimrt.convert import convert_checkpoint
+from slimrt.embedding import Pooling, embedded
 from slimrt.engine import Engine
 from slimrt.errors import SettingError
 from slimrt.llm import LLM
@@ -91,6 +93,11 @@ def test_compiled_kernels(name: str, files: dict[str, Path]) -> None:
     one = np.stack([ours.engine.decode_one_token(ours.context, token) for token in prompts()[0][:5]])
     ours.context.truncate(ours.context.length - 5)
     assert np.array_equal(ours.engine.decode(ours.context, prompts()[0][:5]), one)
+    # Texts that pass together have the vectors that they have alone; a single token passes as in decode, alone.
+    texts = [prompts()[0][at : at + length] for at, length in ((0, 2), (3, 1), (4, 75), (7, 9), (20, 33))]
+    for pooling in get_args(Pooling):
+        alone = [embedded(ours.engine, [ids], pooling, normalize=False)[0] for ids in texts]
+        assert np.array_equal(embedded(ours.engine, texts, pooling, normalize=False), np.stack(alone))
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -69,6 +69,7 @@ class FastOps(NumpyOps):
     name = "fast"
     exact_rows = 2  # a row alone is computed as in decode
     unpack_rows = 2  # a prompt gives the same bits in whatever parts it is read; a single token is decode's
+    each_alone = True
     kv_type = np.float16
 
     def __init__(self, threads: int | None = None, *, features: Features | None = None) -> None:

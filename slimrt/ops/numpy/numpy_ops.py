@@ -66,6 +66,7 @@ class NumpyOps(NumpyMemory, LayerOps):
     name = "numpy"
     exact_rows = 1  # of a prompt that was read before so many rows run again at least, for the same bits as then
     unpack_rows = 16  # from so many rows on it pays to unpack a packed layer once, into scratch
+    each_alone = False  # a BLAS library sums in an order that depends on how many rows there are
     whole_rows = 1  # up to so many rows pass a layer in one piece
 
     def __init__(self, threads: int | None = None, *, packed: bool = False) -> None:
