@@ -105,6 +105,7 @@ def _columns(what: str, columns: list[tuple[str, dict[int, str]]]) -> str:
 _CONTENDERS = {
     "llama_cpp": "llama.cpp, the same file",
     "llama_cpp_best": "llama.cpp, its fastest format",
+    "openvino": "OpenVINO GenAI, the same file",
     "slimrt off": "slimrt, dense",
     "slimrt auto": "slimrt `auto` (default)",
     "slimrt fast": "slimrt `fast`",
@@ -129,19 +130,24 @@ def summary_table(results: dict[str, Any], quality: Sequence[dict[str, Any]]) ->
             f" Recall: share of a quoted passage's tokens predicted right, {report['samples']} prompts of {nearest:,} "
             "tokens, with the 95 % interval of the difference to dense."
         )
+    environment, settings = results["environment"], results["settings"]
+    more = settings.get("questions", 1)
+    waiting = f" {1 + more} questions |" if more > 1 else ""
     lines = [
-        f"| {longest:,}-token prompt | first token | follow-up | tokens/s | recall |",
-        "|---|---:|---:|---:|---:|",
+        f"| {longest:,}-token prompt | first token | follow-up |{waiting} tokens/s | recall |",
+        f"|---|---:|---:|{'---:|' if waiting else ''}---:|---:|",
     ]
     for name in [name for name in _CONTENDERS if name in rows] + [name for name in rows if name not in _CONTENDERS]:
         row = rows[name]
         follow = f"{row['follow_up_s']:.2f} s" if row.get("follow_up_s") else "-"
+        total = f"{row['waiting_s']:.1f} s | " if waiting else ""
         lines.append(
-            f"| {_CONTENDERS.get(name, name)} | {row['ttft_s']:.2f} s | {follow} | {row['decode_tok_s']:.0f} "
+            f"| {_CONTENDERS.get(name, name)} | {row['ttft_s']:.2f} s | {follow} | {total}{row['decode_tok_s']:.0f} "
             f"| {recall.get(name, '-')} |"
         )
-    environment, settings = results["environment"], results["settings"]
     follow_up = f", follow-up of {settings['follow_up']} tokens" if settings["follow_up"] else ""
+    if waiting:
+        follow_up += f", {1 + more} questions: the waiting for the first tokens of all of them"
     return "\n".join(
         [
             *lines,
@@ -173,6 +179,7 @@ def cpu_table(results: dict[str, Any]) -> str:
     options = [f"--length {length}" for length in settings["lengths"]]
     options += [f"--prune {plan}" for plan in settings["plans"]] + [f"--vs {name}" for name in settings["vs"]]
     options += [f"--follow-up {settings['follow_up']}"] if settings["follow_up"] else []
+    options += [f"--questions {settings['questions']}"] if settings.get("questions", 1) > 1 else []
     why = environment.get("backend", {}).get("why", "unknown backend")
     return "\n".join(
         [

@@ -11,7 +11,7 @@ event shows.
 * ``compute="late"``: the same of the default stream, so that a copy which does not wait for compute runs too early.
 
 Memory that is given back is filled with NaN, in the order of its stream, as CuPy's pool would use it for something
-else.
+else. A captured graph does the same with its own at each launch, and starts from NaN.
 """
 
 from __future__ import annotations
@@ -102,13 +102,15 @@ class Allocation:
         machine.used += nbytes
         self.bytes = np.full(nbytes + 16, 0xFF, np.uint8)
         skip = -self.bytes.ctypes.data % 16
-        self.bytes = self.bytes[skip : skip + nbytes]
+        self.bytes = memory = self.bytes[skip : skip + nbytes]
+        if queue.recording is not None:  # a graph finds nothing in its memory, whatever its last launch left there
+            queue.recording.insert(0, lambda: memory.fill(0xFF))
         weakref.finalize(self, _give_back, machine, queue, self.bytes).atexit = False
 
 
 def _give_back(machine: FakeCupy, queue: Queue, memory: np.ndarray) -> None:
     machine.used -= memory.nbytes
-    if queue.recording is None and not machine.lost:  # memory of a captured graph stays the graph's
+    if not machine.lost:  # in a graph that is being captured: whatever it allocates next may lie there
         queue.submit(lambda: memory.fill(0xFF))
 
 

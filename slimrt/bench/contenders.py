@@ -35,9 +35,9 @@ class Measurement:
 
     ``peak_bytes``: resident memory at its highest during the call (on Linux; elsewhere since the process began).
     ``kept``: tokens kept after each cut of the prune plan. ``first_token``: what was drawn, to compare contenders.
-    ``follow_up_s``: seconds to the first token of the answer to a further question on the same context, None if none
-    was asked. ``kv_bytes``: keys and values where the model computes, and in host memory under a budget, after the
-    answer (None where the program does not tell).
+    ``further_s``: seconds to the first token of the answer to each further question on the same context. ``kv_bytes``:
+    keys and values where the model computes, and in host memory under a budget, after the answer (None where the
+    program does not tell).
     """
 
     ttft_s: float
@@ -45,16 +45,18 @@ class Measurement:
     peak_bytes: int
     first_token: int
     kept: tuple[int, ...] = ()
-    follow_up_s: float | None = None
+    further_s: tuple[float, ...] = ()
     kv_bytes: tuple[int, int] | None = None
 
 
 class Contender(Protocol):
     """A loaded model."""
 
-    def measure(self, ids: Sequence[int], decode_tokens: int, plan: str, follow_up: Sequence[int] = ()) -> Measurement:
+    def measure(
+        self, ids: Sequence[int], decode_tokens: int, plan: str, further: Sequence[Sequence[int]] = ()
+    ) -> Measurement:
         """Read ``ids`` as if nothing had been read before, draw greedily, decode ``decode_tokens`` more tokens; then
-        read ``follow_up`` behind it all, as a further question, and draw once more."""
+        read each of ``further`` behind it all, as a further question, and draw once more."""
 
     def about(self) -> dict[str, Any]:
         """Versions and settings that belong in the report."""
@@ -68,16 +70,22 @@ class Slimrt:
 
         self._llm = slimrt.load(setup.model, ctx=setup.ctx, threads=setup.threads, kv_budget=setup.kv_budget)
 
-    def measure(self, ids: Sequence[int], decode_tokens: int, plan: str, follow_up: Sequence[int] = ()) -> Measurement:
+    def measure(
+        self, ids: Sequence[int], decode_tokens: int, plan: str, further: Sequence[Sequence[int]] = ()
+    ) -> Measurement:
         self._llm.reset()
         _reset_peak()
         done = self._llm.generate(ids, max_tokens=decode_tokens + 1, ignore_eos=True, prune=plan)
-        times, asked = done.timings, None
-        if follow_up:
-            conversation = [*ids, *done.tokens, *follow_up]
-            asked = self._llm.generate(conversation, max_tokens=1, ignore_eos=True, prune=plan).timings.ttft_s
+        times, conversation, asked = done.timings, [*ids, *done.tokens], []
+        for question in further:
+            conversation += question
+            answer = self._llm.generate(conversation, max_tokens=1, ignore_eos=True, prune=plan)
+            conversation += answer.tokens
+            asked.append(answer.timings.ttft_s)
         kv_bytes = times.kv_bytes_device, times.kv_bytes_host
-        return Measurement(times.ttft_s, times.decode_tok_s, _peak(), done.tokens[0], times.stages, asked, kv_bytes)
+        return Measurement(
+            times.ttft_s, times.decode_tok_s, _peak(), done.tokens[0], times.stages, tuple(asked), kv_bytes
+        )
 
     def about(self) -> dict[str, Any]:
         import numpy as np
@@ -118,7 +126,9 @@ class LlamaCpp:
     def _model(self, setup: Setup) -> str:
         return setup.model
 
-    def measure(self, ids: Sequence[int], decode_tokens: int, plan: str, follow_up: Sequence[int] = ()) -> Measurement:
+    def measure(
+        self, ids: Sequence[int], decode_tokens: int, plan: str, further: Sequence[Sequence[int]] = ()
+    ) -> Measurement:
         llm = self._llm
         _reset_peak()
         begun = time.perf_counter()
@@ -130,14 +140,14 @@ class LlamaCpp:
             llm.eval([token])
             token = llm.sample(temp=0)
         decoding = time.perf_counter() - begun - ttft
-        asked = None
-        if follow_up:
+        asked = []
+        for question in further:
             begun = time.perf_counter()
-            llm.eval([token, *follow_up])
-            llm.sample(temp=0)
-            asked = time.perf_counter() - begun
+            llm.eval([token, *question])
+            token = llm.sample(temp=0)
+            asked.append(time.perf_counter() - begun)
         rate = decode_tokens / decoding if decode_tokens else 0.0
-        return Measurement(ttft, rate, _peak(), first, follow_up_s=asked)
+        return Measurement(ttft, rate, _peak(), first, further_s=tuple(asked))
 
     def about(self) -> dict[str, Any]:
         import llama_cpp
@@ -161,10 +171,48 @@ class LlamaCppBest(LlamaCpp):
         return str(path)
 
 
+class OpenVino:
+    """OpenVINO GenAI on the CPU, which reads the same file; ``plan`` means nothing to it.
+
+    Its prefix cache is off, since each prompt is to be read as if for the first time, so it is asked no further
+    questions: ``further_s`` stays empty. Prompts go in as one piece; keys and values are as it likes them (8 bits).
+    """
+
+    def __init__(self, setup: Setup) -> None:
+        import openvino_genai
+
+        scheduler = openvino_genai.SchedulerConfig()
+        scheduler.enable_prefix_caching, scheduler.max_num_batched_tokens = False, setup.ctx
+        self._llm = openvino_genai.LLMPipeline(
+            setup.model, "CPU", scheduler_config=scheduler, INFERENCE_NUM_THREADS=setup.threads
+        )
+
+    def measure(
+        self, ids: Sequence[int], decode_tokens: int, plan: str, further: Sequence[Sequence[int]] = ()
+    ) -> Measurement:
+        import numpy as np
+        import openvino
+        import openvino_genai
+
+        row = np.array([ids], np.int64)
+        prompt = openvino_genai.TokenizedInputs(openvino.Tensor(row), openvino.Tensor(np.ones_like(row)))
+        settings = openvino_genai.GenerationConfig(max_new_tokens=decode_tokens + 1, do_sample=False, ignore_eos=True)
+        _reset_peak()
+        done = self._llm.generate(prompt, settings)
+        ttft, between = (one.mean / 1000 for one in (done.perf_metrics.get_ttft(), done.perf_metrics.get_tpot()))
+        return Measurement(ttft, 1 / between if decode_tokens else 0.0, _peak(), int(done.tokens[0][0]))
+
+    def about(self) -> dict[str, Any]:
+        import openvino_genai
+
+        return {"openvino_genai": openvino_genai.__version__}
+
+
 _CONTENDERS: dict[str, tuple[str, str, Callable[[Setup], Contender]]] = {
     "slimrt": ("slimrt", "slimrt", Slimrt),
     "llama_cpp": ("llama_cpp", "llama-cpp-python", LlamaCpp),
     "llama_cpp_best": ("llama_cpp", "llama-cpp-python", LlamaCppBest),
+    "openvino": ("openvino_genai", "openvino-genai", OpenVino),
 }
 
 

@@ -40,9 +40,11 @@ class ContenderProcess:
     def pid(self) -> int | None:
         return self._process.pid
 
-    def measure(self, ids: Sequence[int], decode_tokens: int, plan: str, follow_up: Sequence[int] = ()) -> Measurement:
+    def measure(
+        self, ids: Sequence[int], decode_tokens: int, plan: str, further: Sequence[Sequence[int]] = ()
+    ) -> Measurement:
         """See ``Contender.measure``."""
-        return self._answer((list(ids), decode_tokens, plan, list(follow_up)))
+        return self._answer((list(ids), decode_tokens, plan, [list(question) for question in further]))
 
     def _answer(self, *request: Any) -> Any:
         try:

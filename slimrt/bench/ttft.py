@@ -65,9 +65,14 @@ class BenchRow:
 
     @property
     def follow_up_s(self) -> float | None:
-        """The median, in seconds, of the time to the first token of a further answer; None if none was asked for."""
-        times = [run.follow_up_s for run in self.runs if run.follow_up_s is not None]
+        """The median, in seconds, of the time to the first token of the first further answer; None without one."""
+        times = [run.further_s[0] for run in self.runs if run.further_s]
         return statistics.median(times) if times else None
+
+    @property
+    def waiting_s(self) -> float:
+        """The median, in seconds, of the times to the first tokens of all answers together."""
+        return statistics.median(run.ttft_s + sum(run.further_s) for run in self.runs)
 
     @property
     def peak_bytes(self) -> int:
@@ -126,6 +131,7 @@ class BenchResult:
                     "decode_range_tok_s": list(row.decode_range),
                     "ttft_speedup": self.speedup(row),
                     "follow_up_s": row.follow_up_s,
+                    "waiting_s": row.waiting_s,
                     "peak_bytes": row.peak_bytes,
                     "of_peak": self.of_peak(row),
                     "runs": [asdict(measurement) for measurement in row.runs],
@@ -148,9 +154,10 @@ class BenchResult:
             title=Text(title), title_justify="left", caption=Text(self._caption()), caption_justify="left", box=None,
             padding=(0, 1, 0, 0), pad_edge=False,
         )  # fmt: skip
-        asked, budget = self.settings["follow_up"], self.settings["kv_budget"]
+        asked, several, budget = (self.settings[name] for name in ("follow_up", "questions", "kv_budget"))
+        again = [*(["again s"] if asked else []), *(["all s"] if asked and several > 1 else [])]
         memory = ["KV MiB", "on host"] if budget else ["MiB"]
-        for heading in ("prompt", "", "TTFT s", "vs", "tok/s", "vs", *(["again s"] if asked else []), *memory, "kept"):
+        for heading in ("prompt", "", "TTFT s", "vs", "tok/s", "vs", *again, *memory, "kept"):
             left = heading in ("", "kept")
             table.add_column(heading, justify="left" if left else "right", no_wrap=heading != "kept", overflow="fold")
         length = 0
@@ -171,7 +178,7 @@ class BenchResult:
                 f"{self.speedup(row):.2f}x",
                 f"{row.decode_tok_s:.1f}",
                 decode,
-                *([f"{row.follow_up_s:.3f}" if row.follow_up_s else ""] if asked else []),
+                *[f"{row.follow_up_s or 0:.3f}", f"{row.waiting_s:.2f}"][: len(again)],
                 *taken,
                 " ".join(map(str, row.runs[0].kept)),
             )
@@ -191,12 +198,14 @@ class BenchResult:
         blas = ", ".join(
             f"{b['internal_api']} {b['version']} ({b.get('architecture') or 'unknown'} kernels)" for b in env["blas"]
         )
-        versions = [f"{name} {env[name]}" for name in ("slimrt", "numpy", "llama_cpp_python", "python") if name in env]
-        asked = self.settings["follow_up"]
+        programs = ("slimrt", "numpy", "llama_cpp_python", "openvino_genai", "python")
+        versions = [f"{name} {env[name]}" for name in programs if name in env]
+        asked, several = self.settings["follow_up"], self.settings["questions"]
         lines = [
             f"medians of {self.settings['repeats']} runs, programs in turn; x: times as fast as {self.reference}",
             *self._peak_lines(),
             *([f"again: the first token of a further answer, after a question of {asked} tokens"] if asked else []),
+            *([f"all: the first token of {several} further answers as well"] if asked and several > 1 else []),
             f"{env['cpu']}, {env['cores']} cores, {' '.join(env['cpu_features'])}; load average before {env['load']}",
             f"{', '.join(versions)}; {blas or 'BLAS unknown'}",
             f"slimrt computes on {env['backend']['why']}; measured peak {env['peak']['operations_s'] / 1e9:.0f} "
@@ -219,16 +228,17 @@ def run(
     progress: Progress | None = None,
     *,
     follow_up: int = 0,
+    questions: int = 1,
     kv_budget: int | None = None,
 ) -> BenchResult:
     """Measure prompts of ``lengths`` tokens under each of ``plans``, and in each program of ``vs`` ("llama_cpp", or
-    "llama_cpp_best" on the model requantised to bfloat16).
+    "llama_cpp_best" on the model requantised to bfloat16, "openvino").
 
     All read the same token ids: ``text``, or by default Python's own documentation, repeated where it is too short.
     Each program has its own process and its own copy of the model; for each length and repeat they take turns, so that
-    a machine that slows down slows all. Nothing is reused between runs. ``follow_up``: tokens of a further question on
-    the same context. ``kv_budget``: rows of each layer's cache that stay resident (slimrt only). Prompts may exceed the
-    trained context: speed is what is measured.
+    a machine that slows down slows all. Nothing is reused between runs. ``follow_up``: tokens of each of ``questions``
+    further questions on the same context. ``kv_budget``: rows of each layer's cache that stay resident (slimrt only).
+    Prompts may exceed the trained context: speed is what is measured.
 
     Raises SettingError for values out of range or a program that is not installed; ModelFileError for an unusable
     model; ComputeError if a program fails. The processes are spawned, so a script must call this under
@@ -239,6 +249,7 @@ def run(
         ("repeats", (repeats,), 1),
         ("decode_tokens", (decode_tokens,), 0),
         ("follow_up", (follow_up,), 0),
+        ("questions", (questions,), 1),
         ("threads", (threads,) if threads is not None else (1,), 1),
     ):
         if not values or min(values) < least:
@@ -249,9 +260,9 @@ def run(
         check_installed(program)
     lengths, plans, vs = sorted(set(lengths)), list(dict.fromkeys(plans)), list(dict.fromkeys(vs))
     file = GGUFFile(model_path)
-    ctx = lengths[-1] + decode_tokens + follow_up + 2
+    ctx = lengths[-1] + decode_tokens + questions * (follow_up + 1) + 2
     threads = threads or available_cores()
-    ids = _prompt(Tokenizer.from_gguf(file), text, lengths[-1] + follow_up)
+    ids = _prompt(Tokenizer.from_gguf(file), text, lengths[-1] + questions * follow_up)
     settings = {
         "model": str(file.path),
         "model_bytes": file.file_size,
@@ -262,6 +273,7 @@ def run(
         "threads": threads,
         "decode_tokens": decode_tokens,
         "follow_up": follow_up,
+        "questions": questions,
         "kv_budget": kv_budget,
         "text": "given" if text is not None else "pydoc_data.topics",
     }
@@ -286,8 +298,9 @@ def run(
                 for name, plan, label in turns:
                     if progress:
                         progress(done, total, f"{length} tokens, {label}")
-                    question = ids[length : length + follow_up]
-                    runs[label].append(processes[name].measure(ids[:length], decode_tokens, plan, question))
+                    begins = range(length, length + questions * follow_up, follow_up) if follow_up else ()
+                    further = [ids[begin : begin + follow_up] for begin in begins]
+                    runs[label].append(processes[name].measure(ids[:length], decode_tokens, plan, further))
                     done += 1
             rows += [BenchRow(label, length, tuple(measured)) for label, measured in runs.items()]
     if progress:

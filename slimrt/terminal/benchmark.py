@@ -35,6 +35,7 @@ class BenchSettings:
     vs: tuple[str, ...]
     decode_tokens: int
     follow_up: int
+    questions: int
     kv_budget: int | None
     threads: int | None
     text: Path | None
@@ -66,6 +67,7 @@ def bench_ttft(model: str | None, settings: BenchSettings, *, as_json: bool) -> 
             text,
             progress,
             follow_up=settings.follow_up,
+            questions=settings.questions,
             kv_budget=settings.kv_budget,
         )
     if settings.png is not None:

@@ -93,9 +93,12 @@ def test_report_forms(result: BenchResult) -> None:
 
 
 def test_the_table_fits_a_terminal_of_80_columns(result: BenchResult) -> None:
-    measured = Measurement(1234.5678, 1234.5, 1 << 33, 5, (65536, 32768), 999.123, (1 << 30, 1 << 33))
+    measured = Measurement(1234.5678, 1234.5, 1 << 33, 5, (65536, 32768), (999.123, 5.0), (1 << 30, 1 << 33))
     wide = BenchRow("llama_cpp_best", 128000, (measured,))
-    for settings in ({"follow_up": 32, "kv_budget": None}, {"follow_up": 32, "kv_budget": 2048}):
+    for settings in (
+        {"follow_up": 32, "questions": 10, "kv_budget": None},
+        {"follow_up": 32, "questions": 1, "kv_budget": 2048},
+    ):
         rows = tuple(dataclasses.replace(wide, contender=name) for name in ("llama_cpp_best", "slimrt off"))
         work = {"prefill_operations": {"128000": 1}, "matrix_bytes": 1}
         all_settings = {**result.settings, **settings, "plans": ["off"], "vs": [], "work": work}
@@ -107,6 +110,17 @@ def test_the_table_fits_a_terminal_of_80_columns(result: BenchResult) -> None:
         (row,) = (line for line in lines if "llama_cpp_best" in line)
         for cell in ("128000", "1234.568", "1.00x", "1234.5", "999.123"):
             assert cell in row
+        assert ("2238.69" in row) == (settings["questions"] > 1)
+
+
+def test_several_further_questions(model: Path) -> None:
+    found = run(model, (64,), 1, ("off",), (), 1, 1, "hello the world", follow_up=8, questions=3)
+    (row,) = found.rows
+    assert len(row.runs[0].further_s) == 3
+    assert row.waiting_s == pytest.approx(row.ttft_s + sum(row.runs[0].further_s))
+    console = Console(file=io.StringIO(), width=250)
+    console.print(found.table())
+    assert "all s" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_a_further_question_and_a_budget(model: Path, plan: str) -> None:
@@ -170,6 +184,14 @@ def test_llama_cpp_draws_the_same_token(model: Path) -> None:
     assert len({row.runs[0].first_token for row in found.rows}) == 1
 
 
+@pytest.mark.skipif(importlib.util.find_spec("openvino_genai") is None, reason="openvino-genai is not installed")
+def test_openvino_draws_the_same_token(default_model: Path) -> None:
+    found = run(default_model, (64,), 1, vs=("openvino",), threads=1, decode_tokens=2, follow_up=8)
+    ours, theirs = (row.runs[0] for row in found.rows)
+    assert ours.first_token == theirs.first_token and theirs.ttft_s > 0 and theirs.decode_tok_s > 0
+    assert ours.further_s and not theirs.further_s
+
+
 # -- failures ----------------------------------------------------------------------------------------------------------
 
 
@@ -194,6 +216,7 @@ def test_an_unknown_program_is_named() -> None:
         ({"decode_tokens": -1}, "decode_tokens"),
         ({"plans": ()}, "no prune plan"),
         ({"follow_up": -1}, "follow_up"),
+        ({"questions": 0}, "questions"),
         ({"kv_budget": 8}, "KV budget 8"),
         ({"lengths": (64,), "text": ""}, "is empty"),
     ],

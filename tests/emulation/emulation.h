@@ -2,8 +2,16 @@
 //
 // Each CUDA thread is a fiber. A fiber runs until it has to wait for others: at __syncthreads for its block, at a shuffle,
 // mma, ldmatrix or __syncwarp for its warp. The last lane to arrive at such a warp operation carries it out for all.
-// Warps run one after another, each as far as it gets, in an order drawn anew from the seed after every barrier: the
-// most lopsided interleaving that the barriers allow, so that a missing one shows.
+// Warps run one after another, each as far as it gets, in an order drawn anew from the seed after every barrier, and so do
+// the lanes of a warp after every operation of theirs: the most lopsided interleaving that the barriers allow, so that a
+// missing one shows.
+//
+// Arithmetic is CuPy's: float32 below the normal range is zero (-ftz=true), a product and a sum are rounded once (-fmad=true,
+// where the processor can). A load or store at an address that its type does not allow is an error.
+//
+// What it does not show: lanes that overtake one another between two loads (each runs to its next operation), which products
+// NVRTC chooses to join with a sum, the last bits of approximate functions (exp2_fast, __expf, rsqrtf, __fdividef), a store
+// that another block sees late, and time.
 //
 // Shared memory holds NaN (all bits set) when a block starts. cp.async is *eager* (it copies at once: what it must not
 // overwrite yet is lost) or *deferred* (it writes NaN, and copies when the thread waits for the group: what is read too
@@ -24,7 +32,7 @@
 #define __align__(n) alignas(n)
 #define __shared__ static __attribute__((section("kernel_shared")))
 
-struct float2 {
+struct alignas(8) float2 {
     float x, y;
 };
 struct alignas(16) float4 {

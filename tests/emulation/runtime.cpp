@@ -3,6 +3,12 @@
 
 #include <sys/mman.h>
 
+#include <cstdio>
+
+#if defined(__SSE__)
+#include <immintrin.h>
+#endif
+
 // -- the machine --------------------------------------------------------------------------------------------------------
 
 namespace emulation {
@@ -124,7 +130,10 @@ static void run_block(Random& random, size_t shared_bytes) {
             Warp& warp = m.warps[number];
             for (bool ran = true; ran;) {
                 ran = false;
-                for (int lane = 0; lane < warp.lanes; lane++) {
+                const unsigned start = random.below(WARP), step = 2 * random.below(WARP / 2) + 1;
+                for (int i = 0; i < WARP; i++) {
+                    const int lane = int((start + i * step) % WARP);
+                    if (lane >= warp.lanes) continue;
                     m.current = &m.fibers[warp.first + lane];
                     if (m.current->state == State::waiting && m.current->condition(*m.current))
                         m.current->state = State::ready;
@@ -155,6 +164,17 @@ static void run_block(Random& random, size_t shared_bytes) {
     }
 }
 
+// CuPy compiles with -ftz=true: float32 that are too small to be normal are zero, as operands and as results.
+#if defined(__SSE__)
+struct FlushToZero {
+    const unsigned outside = _mm_getcsr();
+    FlushToZero() { _mm_setcsr(outside | 0x8040); }
+    ~FlushToZero() { _mm_setcsr(outside); }
+};
+#else
+struct FlushToZero {};
+#endif
+
 const char* run_grid(dim3 grid, dim3 block, size_t shared_bytes, bool deferred, unsigned seed, Body body) {
     Machine& m = machine;
     const int threads = int(block.x * block.y * block.z);
@@ -178,6 +198,7 @@ const char* run_grid(dim3 grid, dim3 block, size_t shared_bytes, bool deferred, 
     m.grid_size = grid, m.block_size = block, m.deferred = deferred, m.body = body, m.error = nullptr;
     m.shared = static_cast<char*>(std::malloc(shared_bytes + !shared_bytes)), m.shared_bytes = shared_bytes;
     Random random{seed};
+    [[maybe_unused]] const FlushToZero flush;
     for (unsigned z = 0; z < grid.z && !m.error; z++)
         for (unsigned y = 0; y < grid.y && !m.error; y++)
             for (unsigned x = 0; x < grid.x && !m.error; x++) {
@@ -193,6 +214,18 @@ const char* run_grid(dim3 grid, dim3 block, size_t shared_bytes, bool deferred, 
 }
 
 }  // namespace emulation
+
+// What g++ calls ahead of a load or store at an address that its type does not allow (-fsanitize=alignment), in the place of
+// its own library, which would only report it. A GPU ends the kernel there.
+struct BadAddress {
+    const char* file;
+    unsigned line, column;
+};
+extern "C" HIDDEN void __ubsan_handle_type_mismatch_v1(BadAddress* where, uintptr_t) {
+    static char message[200];
+    std::snprintf(message, sizeof message, "misaligned address at %s:%u", where->file, where->line);
+    emulation::fail(message);
+}
 
 // -- emulation.h --------------------------------------------------------------------------------------------------------
 

@@ -162,6 +162,66 @@ def test_the_order_of_warps_shows_a_missing_barrier() -> None:
         assert all(results) if "threads" in barrier else not any(results)
 
 
+def test_the_order_of_lanes_shows_a_missing_warp_barrier() -> None:
+    """Lanes that always came in order would hide what a lane reads of those before it."""
+    code = """
+    #include "ptx.cuh"
+    extern "C" __global__ void shift(const int* x, int* out) {
+        __shared__ int held[32];
+        held[threadIdx.x] = x[threadIdx.x];
+        BARRIER;
+        out[threadIdx.x] = threadIdx.x ? held[threadIdx.x - 1] : 0;
+    }
+    """
+    x, out = np.arange(1, 33, dtype=np.int32), np.empty(32, np.int32)
+    for barrier in ("__syncwarp()", ""):
+        kernel = compiled(code, {"BARRIER": barrier}).kernel("shift")
+        results = []
+        for seed in range(4):
+            with emulation_mode(seed=seed):
+                kernel((1,), (32,), (x, out))
+            results.append(np.array_equal(out, x - 1))
+        assert all(results) if barrier else not all(results)
+
+
+def test_a_misaligned_vector_is_an_error() -> None:
+    code = """
+    #include "ptx.cuh"
+    extern "C" __global__ void copy(const unsigned* x, unsigned* out, int offset) {
+        *reinterpret_cast<VECTOR*>(out) = *reinterpret_cast<const VECTOR*>(x + offset);
+    }
+    """
+    x, out = np.arange(8, dtype=np.uint32), np.zeros(8, np.uint32)
+    assert x.ctypes.data % 16 == out.ctypes.data % 16 == 0
+    for vector, words in (("uint2", 2), ("float2", 2), ("uint4", 4), ("float4", 4)):
+        kernel = compiled(code, {"VECTOR": vector}).kernel("copy")
+        kernel((1,), (1,), (x, out, np.int32(words)))
+        assert out[:words].tolist() == x[words : 2 * words].tolist()
+        with pytest.raises(EmulationError, match="misaligned address"):
+            kernel((1,), (1,), (x, out, np.int32(1)))
+
+
+def test_arithmetic_is_that_of_cupys_options() -> None:
+    """-ftz=true, for operands and results; -fmad=true. NumPy, around it, goes on with subnormal numbers."""
+    code = """
+    #include "ptx.cuh"
+    extern "C" __global__ void compute(const float* x, float* out) {
+        out[0] = x[0] * x[1];
+        out[1] = x[2] * x[3];
+        out[2] = x[4] * x[4] - x[5];
+        out[3] = exp2_fast(x[6]);
+    }
+    """
+    almost = np.float32(1 + 2**-12)
+    x = np.array([2.0**-100, 2.0**-30, 2.0**-140, 2.0**100, almost, almost * almost, -127], np.float32)
+    out = np.ones(4, np.float32)
+    compiled(code).kernel("compute")((1,), (1,), (x, out))
+    assert x[0] * x[1] > 0 and x[2] * x[3] > 0
+    assert out[[0, 1, 3]].tolist() == [0, 0, 0]
+    fused = "fma" in Path("/proc/cpuinfo").read_text().split()
+    assert out[2] == (float(almost) ** 2 - float(x[5]) if fused else 0)
+
+
 def test_fibers_without_our_assembly() -> None:
     """The way of other processors, ucontext, gives the same bits."""
     code = (SOURCES / PREFILL).read_text()
