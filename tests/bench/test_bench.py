@@ -186,7 +186,8 @@ def test_llama_cpp_draws_the_same_token(model: Path) -> None:
 
 @pytest.mark.skipif(importlib.util.find_spec("openvino_genai") is None, reason="openvino-genai is not installed")
 def test_openvino_draws_the_same_token(default_model: Path) -> None:
-    found = run(default_model, (64,), 1, vs=("openvino",), threads=1, decode_tokens=2, follow_up=8)
+    counting = "one two three four five six seven eight nine ten " * 10
+    found = run(default_model, (64,), 1, vs=("openvino",), threads=1, decode_tokens=2, text=counting, follow_up=8)
     ours, theirs = (row.runs[0] for row in found.rows)
     assert ours.first_token == theirs.first_token and theirs.ttft_s > 0 and theirs.decode_tok_s > 0
     assert ours.further_s and not theirs.further_s

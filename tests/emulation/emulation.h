@@ -7,7 +7,7 @@
 // missing one shows.
 //
 // Arithmetic is CuPy's: float32 below the normal range is zero (-ftz=true), a product and a sum are rounded once (-fmad=true,
-// where the processor can). A load or store at an address that its type does not allow is an error.
+// where the processor can). Under AddressSanitizer a load or store at an address that its type does not allow is an error.
 //
 // What it does not show: lanes that overtake one another between two loads (each runs to its next operation), which products
 // NVRTC chooses to join with a sum, the last bits of approximate functions (exp2_fast, __expf, rsqrtf, __fdividef), a store

@@ -194,7 +194,7 @@ def test_a_misaligned_vector_is_an_error() -> None:
     x, out = np.arange(8, dtype=np.uint32), np.zeros(8, np.uint32)
     assert x.ctypes.data % 16 == out.ctypes.data % 16 == 0
     for vector, words in (("uint2", 2), ("float2", 2), ("uint4", 4), ("float4", 4)):
-        kernel = compiled(code, {"VECTOR": vector}).kernel("copy")
+        kernel = compiled(code, {"VECTOR": vector, "EMULATION_ALIGNMENT": 1}).kernel("copy")
         kernel((1,), (1,), (x, out, np.int32(words)))
         assert out[:words].tolist() == x[words : 2 * words].tolist()
         with pytest.raises(EmulationError, match="misaligned address"):
@@ -329,7 +329,7 @@ def test_address_sanitizer_names_the_line() -> None:
 
 
 def test_kernels_under_address_sanitizer() -> None:
-    """No kernel reads or writes outside its arrays at any of the tests' ragged sizes."""
+    """No kernel reads or writes outside its arrays, or at an odd address, at any of the tests' ragged sizes."""
     tests = sorted(str(path.relative_to(ROOT)) for path in Path(__file__).parent.glob("test_kernels_*.py"))
     assert len(tests) > 4
     command = [
