@@ -254,6 +254,8 @@ def run(
     ):
         if not values or min(values) < least:
             raise SettingError(f"{name} {list(values)}: at least one number, none below {least}")
+    if questions > 1 and not follow_up:
+        raise SettingError(f"questions {questions}: say how many tokens each has (follow_up, --follow-up)")
     if not plans:
         raise SettingError("no prune plan is named; name at least one, such as off")
     for program in vs:

@@ -218,6 +218,7 @@ def test_an_unknown_program_is_named() -> None:
         ({"plans": ()}, "no prune plan"),
         ({"follow_up": -1}, "follow_up"),
         ({"questions": 0}, "questions"),
+        ({"questions": 2}, "how many tokens each has"),
         ({"kv_budget": 8}, "KV budget 8"),
         ({"lengths": (64,), "text": ""}, "is empty"),
     ],

@@ -91,7 +91,7 @@ def serve_clients(
 @click.option(
     "--vs",
     multiple=True,
-    metavar="llama_cpp|llama_cpp_best",
+    metavar="llama_cpp|llama_cpp_best|openvino",
     help="Another program to measure beside it; best: on its fastest format; repeatable.",
 )
 @repeats_option(3)
@@ -102,6 +102,13 @@ def serve_clients(
     default=0,
     metavar="TOKENS",
     help="Then ask a further question of so many tokens.  [none]",
+)
+@click.option(
+    "--questions",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="How many of them, one after the other.",
 )
 @kv_budget_option
 @threads_option
