@@ -88,9 +88,11 @@ class Held:
             return rule
         if held.windows.reach != rule.windows.reach:
             return rule
-        if self.boundary_layer is None and not self.pruned:
+        if self.boundary_layer in (None, rule.boundary) and not self.pruned:
             why = "the document was read whole before, and a further question costs little"
-            return dataclasses.replace(rule, plan=plan.without_cuts, cuts=(), boundary=None, why_dense=why)
+            rule = dataclasses.replace(rule, cuts=(), why_dense=why)
+            keeps_states = self.boundary_layer is not None  # it was too short for a cut then
+            return rule if keeps_states else dataclasses.replace(rule, plan=plan.without_cuts, boundary=None)
         if self.boundary_layer == rule.boundary and self.questions >= plan.questions:
             why = f"after {plan.questions} questions the document is read whole, so that further ones cost little"
             return dataclasses.replace(rule, cuts=(), whole=True, why_dense=why)

@@ -18,6 +18,7 @@ import pytest
 import slimrt
 from slimrt.conversation import Conversation
 from slimrt.errors import ContextError, SessionFileError, SettingError, SlimrtError
+from slimrt.prune.schedule import schedule
 from slimrt.session_file import MAGIC, VERSION, model_fingerprint
 from tests.tiny_gguf import write_tiny_llama
 
@@ -224,6 +225,22 @@ def test_who_asks_again_and_again_gets_the_document_read_whole(llm: slimrt.LLM) 
     assert "after 2 questions" in readings[2].dense and "read whole before" in readings[4].dense
     other = np.random.default_rng(5).integers(3, 200, 300).tolist()
     assert len(s.prefill(other, plan).stages) == 2  # another document is cut again
+
+
+def test_a_document_that_grows_beyond_the_first_cut_is_not_cut_for_a_question(llm: slimrt.LLM) -> None:
+    """It was short enough to be read whole; a few more tokens are no reason to read the layers behind a cut anew."""
+    plan = dataclasses.replace(PLAN, questions=2, min_keep=160)
+    document = np.random.default_rng(4).integers(3, 200, 300).tolist()
+    s = llm.session()
+    assert not schedule(plan, 250).cuts and not s.prefill(document[:250], plan).stages
+    grown = s.prefill(document, plan)
+    assert not grown.stages and grown.reused > 200 and "read whole before" in grown.dense
+    assert llm.session().prefill(document, plan).stages
+    fresh = llm.session()
+    fresh.prefill(document)
+    assert s.logits is not None and fresh.logits is not None
+    rounding = 0 if s.engine.ops.name == "fast" else 64 * np.finfo(np.float32).eps * np.abs(fresh.logits).max()
+    np.testing.assert_allclose(s.logits, fresh.logits, rtol=0, atol=rounding)
 
 
 def test_an_empty_session_and_a_truncated_one_are_saved(llm: slimrt.LLM, tmp_path: Path) -> None:

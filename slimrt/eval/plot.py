@@ -46,6 +46,10 @@ def save_png(report: EvalReport, path: str | Path) -> None:
     measured = {(row.task, row.metric) for row in report.summaries}
     panels = [panel for panel in PANELS if panel[:2] in measured]
     lengths = sorted({timing.length for timing in report.timings})
+    if not lengths:
+        raise SettingError(
+            "the picture shows quality against time to first token, and none was measured (ttft_repeats)"
+        )
     shapes = list(dict.fromkeys(row.task for row in report.summaries if row.metric == "nats" and row.task != QUESTIONS))
     widths = [4.2] * len(panels) + [6.0] * bool(shapes)
     height = max(3.8, 1.5 + 0.24 * len(shapes))

@@ -112,7 +112,7 @@ def evaluate(
     exactly. ``samples``: prompts per task and length; the same ``seed`` gives the same ones. ``text``: a UTF-8 file or
     a corpus for the tasks on running text (default: Python's own documentation). ``progress`` is called with (steps
     done, steps, what comes next). Time to first token is measured after the tasks, when every plan has run,
-    ``ttft_repeats`` times a plan in turns, so that a change of the machine's speed meets all plans alike.
+    ``ttft_repeats`` times a plan in turns, so that a change of the machine's speed meets all plans alike; 0: never.
     ``budgeted``: name -> the same model loaded with ``kv_budget``; each answers without pruning, so that the difference
     is what decode loses that reads so many rows a layer.
 
@@ -122,9 +122,9 @@ def evaluate(
     chosen = resolve(tasks)
     budgeted = budgeted or {}
     choices = _checked_plans(llm, plans, budgeted)
-    for name, count in (("samples", samples), ("ttft_repeats", ttft_repeats)):
-        if count < 1:
-            raise SettingError(f"{name} {count}: must be at least 1")
+    for name, count, least in (("samples", samples, 1), ("ttft_repeats", ttft_repeats, 0)):
+        if count < least:
+            raise SettingError(f"{name} {count}: must be at least {least}")
     if seed < 0:
         raise SettingError(f"seed {seed}: must be at least 0")
     needed = context_needed(tasks, lengths)
@@ -231,6 +231,6 @@ def _time(prompts: Sequence[Sequence[int]], runs: Mapping[str, _Run], repeats: i
         for name, (llm, plan) in runs.items():
             steps.next(f"time to first token {len(prompt)} {name}")
             found[name].append(time_to_first_token(llm, prompt, plan))
-    for name, timings in found.items():
+    for name, timings in found.items() if repeats else ():
         seconds = tuple(timing.ttft_s[0] for timing in timings)
         yield dataclasses.replace(timings[-1], plan=name, ttft_s=seconds)

@@ -90,6 +90,9 @@ class Schedule:
 
 
 _LEAST = 1 / 8  # of the active blocks: a cut that drops fewer is not made under the score "asked"
+# Where further questions are expected (``questions``), the next one pays for what the last cut kept once more, the one
+# after that for the rest. Of a short prompt ``min_keep`` is more than this share: then they cost more than was saved.
+_LASTING = 0.55
 
 DENSE = Schedule()
 
@@ -140,7 +143,15 @@ def _cuts(rule: Schedule, stages: Sequence[Stage], tokens: int) -> tuple[Cut, ..
         if blocks < before and (rule.asked is None or blocks <= before * (1 - _LEAST)):
             most = max(blocks, int(plan.most * total)) if rule.asked is not None and plan.sure else 0
             cuts.append(Cut(stage.layer, blocks, most))
+    if cuts and plan.questions and _raised(plan, tokens, cuts[-1].blocks):
+        return ()
     if not cuts and plan.keeps_all:
         # A plan that keeps everything runs through the same code, to be compared with dense.
         cuts = [Cut(stage.layer, total) for stage in plan.stages]
     return tuple(cuts)
+
+
+def _raised(plan: PrunePlan, tokens: int, blocks: int) -> bool:
+    """Whether ``min_keep`` leaves so much of a short prompt that its cuts are not worth it over a few questions."""
+    wanted = max((stage.keep for stage in plan.stages if isinstance(stage.keep, float)), default=0.0)
+    return blocks * plan.block > max(_LASTING, wanted) * tokens + plan.block

@@ -39,6 +39,7 @@ class EvalSettings:
     force: bool
     reports: tuple[Path, ...] = ()
     kv_budget: int | None = None
+    ttft_repeats: int = 3
 
 
 def evaluate(settings: EvalSettings, load: LoadSettings, *, as_json: bool) -> None:
@@ -59,6 +60,8 @@ def evaluate(settings: EvalSettings, load: LoadSettings, *, as_json: bool) -> No
         raise SettingError(f"--output and --png both name {settings.png}; name two files")
     if settings.png is not None:
         check_plotting()
+        if not settings.ttft_repeats:
+            raise SettingError("--png draws quality against time to first token: it needs --ttft-repeats of at least 1")
     if settings.reports:
         from slimrt.eval.report import merged, read_report
 
@@ -72,7 +75,7 @@ def evaluate(settings: EvalSettings, load: LoadSettings, *, as_json: bool) -> No
     with progress_bar("evaluating") as progress:
         report = run(
             llm, plans, settings.tasks, settings.lengths, settings.samples, settings.seed, settings.text, progress,
-            budgeted=budgeted,
+            ttft_repeats=settings.ttft_repeats, budgeted=budgeted,
         )  # fmt: skip
     _show(report, settings, as_json=as_json)
 
@@ -93,7 +96,7 @@ def _show(report: EvalReport, settings: EvalSettings, *, as_json: bool) -> None:
     from slimrt.eval.table import quality_tables, ttft_table
 
     console = Console()
-    for table in (*quality_tables(report), ttft_table(report)):
+    for table in (*quality_tables(report), *([ttft_table(report)] if report.timings else [])):
         console.print(table)
         console.print()
     for name, plan in report.plans.items():

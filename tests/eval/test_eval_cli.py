@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -51,6 +52,21 @@ def test_tables(model: Path, plan: Path) -> None:
     for said in ("Quality against the dense run, 300 tokens", "recall", "continuation", "mine", "Time to first token"):
         assert said in result.stdout
     assert "plan mine:" in result.stderr
+
+
+def test_quality_alone(model: Path, plan: Path, tmp_path: Path) -> None:
+    """Nothing is timed: no table of it, and no picture."""
+    report = tmp_path / "report.json"
+    result = run(model, "--prune", plan, "--ttft-repeats", "0", "-o", report)
+    assert result.exit_code == 0, result.output
+    assert "Quality against the dense run" in result.stdout and "Time to first token" not in result.stdout
+    assert json.loads(report.read_text())["ttft"] == []
+    if importlib.util.find_spec("matplotlib"):
+        picture = tmp_path / "front.png"
+        refused = run(model, "--prune", plan, "--ttft-repeats", "0", "--png", picture)
+        assert refused.exit_code == 1 and "--ttft-repeats of at least 1" in refused.stderr
+        shown = CliRunner().invoke(cli, ["eval", "--report", str(report), "--png", str(picture)])
+        assert shown.exit_code == 1 and "none was measured" in shown.stderr and not picture.exists()
 
 
 def test_a_budget_of_keys_and_values_is_held_against_unlimited_decode(model: Path) -> None:

@@ -214,7 +214,7 @@ def test_text_of_the_users(llm: LLM, tmp_path: Path) -> None:
         ({"lengths": [30]}, SettingError, "its shortest has 72"),
         ({"lengths": [1001]}, ContextError, "take 1025, the context holds 1024"),
         ({"samples": 0}, SettingError, "samples 0"),
-        ({"ttft_repeats": 0}, SettingError, "ttft_repeats 0"),
+        ({"ttft_repeats": -1}, SettingError, "ttft_repeats -1"),
         ({"seed": -1}, SettingError, "seed -1"),
         ({"samples": 100_000}, SettingError, "100000 samples of"),
         ({"text": "/no/such.txt"}, SettingError, "text '/no/such.txt': No such file"),

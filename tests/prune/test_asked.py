@@ -171,6 +171,17 @@ def test_a_cut_that_saves_next_to_nothing_is_not_made() -> None:
     assert schedule(dataclasses.replace(plan, score="token_mass"), 1000).cuts  # the published ones are what they are
 
 
+def test_a_short_prompt_is_not_cut_where_further_questions_are_expected() -> None:
+    """What ``min_keep`` leaves of it costs the next question more than the cut has saved; what was asked for is cut."""
+    plan = dataclasses.replace(PLAN, min_keep=900, windows=(), questions=2)
+    asked = Asked(tail=(1.0,) * 20)
+    assert not schedule(plan, 1400, asked).cuts
+    assert schedule(dataclasses.replace(plan, questions=0), 1400, asked).cuts
+    assert schedule(plan, 1800, asked).cuts
+    most = dataclasses.replace(plan, stages=(Stage(2, 0.7),), min_keep=0)
+    assert schedule(most, 1400, asked).cuts == schedule(dataclasses.replace(most, questions=0), 1400, asked).cuts != ()
+
+
 def test_a_conversation_is_not_cut_under_auto(default_model: Path) -> None:
     llm = slimrt.load(default_model, ctx=4096)
     auto = llm.plan.plan

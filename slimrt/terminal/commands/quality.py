@@ -59,6 +59,13 @@ from slimrt.terminal.options import (
     metavar="FILE",
     help="Running text, UTF-8, or pypi:networkx, pypi:sqlalchemy.  [Python's documentation]",
 )
+@click.option(
+    "--ttft-repeats",
+    type=click.IntRange(0),
+    default=3,
+    show_default=True,
+    help="Time the first token so often a plan and length; 0: not at all.",
+)
 @click.option("--output", "-o", type=user_path, metavar="FILE.json", help="Write the report with every value.")
 @click.option("--png", type=user_path, metavar="FILE.png", help="Draw quality against time to first token.")
 @click.option(
