@@ -25,7 +25,7 @@ from slimrt.ops.adapted import Adapted, Delta
 from slimrt.weights.gguf import GGUFFile, TensorInfo
 from slimrt.weights.quants import check_readable, dequantize
 
-__all__ = ["Adapter", "adapted_layers", "projections", "read_adapter"]
+__all__ = ["Adapter", "adapted_layers", "adapters_name", "projections", "read_adapter"]
 
 _NAME = re.compile(r"^(?P<base>.+)\.lora_(?P<side>[ab])$")
 _LAYER = re.compile(r"^blk\.(\d+)\.([a-z_]+)\.weight$")
@@ -192,6 +192,13 @@ def _values(file: GGUFFile, tensor: TensorInfo) -> np.ndarray:
         raise ModelFileError(
             f"{file.path}: tensor '{tensor.name}' holds NaN or infinite values; fetch the file anew"
         ) from None
+
+
+def adapters_name(adapters: Sequence[tuple[Adapter, float]]) -> str:
+    """A name that no other choice of adapters and scales has; empty: none."""
+    if not adapters:
+        return ""
+    return hashlib.sha256(repr([(one.digest, scale) for one, scale in adapters]).encode()).hexdigest()
 
 
 def adapted_layers(layers: Sequence[Any], adapters: Sequence[tuple[Adapter, float]]) -> list[Any]:

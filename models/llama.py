@@ -16,7 +16,6 @@ not contiguous.
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -24,7 +23,7 @@ from typing import Any, cast
 import numpy as np
 
 from slimrt.config import ModelConfig
-from slimrt.models.adapters import Adapter, adapted_layers
+from slimrt.models.adapters import Adapter, adapted_layers, adapters_name
 from slimrt.models.loader import Loader
 from slimrt.models.rope import RopeTable
 from slimrt.models.stream import StreamedLayers
@@ -117,7 +116,7 @@ class Llama:
             return
         assert not self.streamed
         self.layers, self._rows = adapted_layers(cast(list[Layer], self._plain), adapters), AdaptedOps(self.ops)
-        self.adapters = hashlib.sha256(repr([(one.digest, scale) for one, scale in adapters]).encode()).hexdigest()
+        self.adapters = adapters_name(adapters)
 
     @property
     def rope_table(self) -> RopeTable:

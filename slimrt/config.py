@@ -212,7 +212,8 @@ class SamplingConfig:
     the least likely of them. ``dynatemp_range`` moves the temperature by up to that much down or up, as the entropy of
     the candidates, of the most that it could be and to the power of ``dynatemp_exponent``, is small or large.
     ``mirostat`` 1 or 2 (arXiv 2007.14966) takes the place of all filters: the text's surprise is held at
-    ``mirostat_tau`` bits, corrected at the rate ``mirostat_eta``.
+    ``mirostat_tau`` bits, corrected at the rate ``mirostat_eta``. Penalties and DRY that are asked for apply before it,
+    as llama-cpp-python's penalties do; llama.cpp's own programs leave them out without a word.
     DRY, with a ``dry_multiplier`` above 0, subtracts multiplier * ``dry_base`` ** (n - ``dry_allowed_length``) from the
     logit of a token that would make a repetition of n tokens, among the last ``dry_penalty_last_n``, longer; no
     repetition goes across one of the ``dry_sequence_breakers``.

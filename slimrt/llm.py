@@ -23,7 +23,7 @@ from slimrt.engine import Engine
 from slimrt.library.store import Library, library_folder
 from slimrt.load_options import Adapters, Draft, LoadOptions, Plan
 from slimrt.models import build, read_config
-from slimrt.models.adapters import Adapter
+from slimrt.models.adapters import Adapter, adapters_name
 from slimrt.opening import Opened, check_fits
 from slimrt.paths import user_path
 from slimrt.prune.asked import Asked
@@ -72,17 +72,17 @@ class LLM:
         self.ctx, self.config, self.notes = opened.ctx, opened.config, opened.notes
         self.backend, self.memory = opened.backend, opened.memory
         self.tokenizer = Tokenizer.from_gguf(file)
-        self.plan = choose_plan(options.prune, file, self.config)
         self._messages = MessageReader(self.tokenizer, options.chat_template)
+        ops = self.backend.ops
+        self._adapter_files = AdapterFiles(self.config, ops)
+        adapters = self._adapter_files.read(options.lora)  # what can be refused is refused before weights are read
+        self.plan = choose_plan(options.prune, file, self.config, adapters_name(adapters))
         for text in self.notes:
             log.info("%s: %s", self.config.name, text)
         log.info(
             "%s loaded: context %d, %s, prompts by plan %s, at most %.2f GiB",
             self.config.name, self.ctx, self.backend.why, self.plan.source, self.memory.total / 2**30,
         )  # fmt: skip
-        ops = self.backend.ops
-        self._adapter_files = AdapterFiles(self.config, ops)
-        adapters = self._adapter_files.read(options.lora)  # what can be refused is refused before weights are read
         model = build(self.config, file, ops, progress, stream=options.stream_weights)
         self._engine = Engine(model, ops, opened.cache)
         # Which tokens of a prompt ask (slimrt.text.asking). Sessions hold it: it must not hold the model.
@@ -91,7 +91,7 @@ class LLM:
         if options.keeps_documents:
             self._library = library_folder() if isinstance(options.cache, bool) else user_path(options.cache)
         self._session = Session(self._engine, self.ctx, self.asking)
-        self._apply(adapters)
+        self._apply(adapters, self.plan)
         self._engine.draft = self._drafter(options.draft)
         check_draft(GenerationRequest(), self._session)
 
@@ -119,13 +119,15 @@ class LLM:
         token. What was read under others is read again. A file is read once, and again when it has changed.
 
         Raises ModelFileError for a file that is no adapter for this model, SettingError for a scale that is no finite
-        number or a GPU; the adapters are then those before.
+        number, a GPU, or a plan chosen at load that was calibrated under others; the adapters are then those before.
         """
         found = self._adapter_files.read(adapters)
+        plan = choose_plan(self.options.prune, self.file, self.config, adapters_name(found))
         with self._session.lock:
-            self._apply(found)
+            self._apply(found, plan)
 
-    def _apply(self, adapters: Sequence[tuple[Adapter, float]]) -> None:
+    def _apply(self, adapters: Sequence[tuple[Adapter, float]], plan: PlanChoice) -> None:
+        self.plan = plan
         self._engine.model.adapt(adapters)
         if self._library is not None:
             self._engine.library = Library(self._library, self._bits())
@@ -148,7 +150,7 @@ class LLM:
         return self._choice(prune).plan
 
     def _choice(self, prune: Plan | None) -> PlanChoice:
-        return self.plan if prune is None else choose_plan(prune, self.file, self.config)
+        return self.plan if prune is None else choose_plan(prune, self.file, self.config, self._engine.adapters)
 
     # -- tokens -----------------------------------------------------------------------------------------------------
 

@@ -211,7 +211,7 @@ def calibrate(
     drawn = _drawn(source, length, samples, seed)
     header = {
         "version": __version__,
-        "model": fingerprint(llm.file, config),
+        "model": fingerprint(llm.file, config, llm.engine.adapters),
         "bytes": llm.file.path.stat().st_size,
         "text": corpus.sha256,
         "lengths": [length, longest],
@@ -283,7 +283,8 @@ def calibrate(
     measured = tuple(sorted(tried.values(), key=lambda one: (one.samples, -one.work), reverse=True))
     used = {"name": Path(corpus.name).name, "sha256": corpus.sha256}
     lengths = length, longest
-    return Calibration(fingerprint(llm.file, config), bounds, presets, measured, ttft, lengths, seed, used), journal
+    model = fingerprint(llm.file, config, llm.engine.adapters)
+    return Calibration(model, bounds, presets, measured, ttft, lengths, seed, used), journal
 
 
 def _drawn(source: Source, length: int, samples: int, seed: int) -> list[Sample]:

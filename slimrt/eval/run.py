@@ -192,7 +192,7 @@ def _checked_plans(llm: LLM, plans: Mapping[str, Plan], budgeted: Mapping[str, L
             raise SettingError(
                 f"plan name '{name}': stands for the dense run, which is always there; take another name"
             )
-        choice = choose_plan(plan, llm.file, llm.config)
+        choice = choose_plan(plan, llm.file, llm.config, llm.engine.adapters)
         found[name] = {
             "plan": None if choice.plan is None else dataclasses.asdict(choice.plan),
             "source": choice.source,

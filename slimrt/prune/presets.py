@@ -45,17 +45,18 @@ class PlanChoice:
         return None if plan.does_nothing else plan
 
 
-def fingerprint(file: GGUFFile, config: ModelConfig) -> dict[str, Any]:
+def fingerprint(file: GGUFFile, config: ModelConfig, adapters: str = "") -> dict[str, Any]:
     """What a plan must share with the model that it was calibrated on: the sizes, and the training that made it.
 
     "norms" is the SHA-256 of the weights of all norms, by name, in float32. Files of every type of quantisation keep
-    them as they were trained, so a model has one in all its files; models of the same sizes have others.
+    them as they were trained, so a model has one in all its files; models of the same sizes have others. "adapters" is
+    there where some are applied (``Engine.adapters``).
     """
     digest = hashlib.sha256()
     for name in sorted(file.tensors):
         if name.endswith("norm.weight"):
             digest.update(name.encode() + np.ascontiguousarray(dequantize(file.tensors[name]), "<f4").tobytes())
-    return _sizes(config) | {"norms": digest.hexdigest()}
+    return _sizes(config) | {"norms": digest.hexdigest()} | ({"adapters": adapters} if adapters else {})
 
 
 def _sizes(config: ModelConfig) -> dict[str, Any]:
@@ -74,8 +75,13 @@ def preset_path(model: Path) -> Path:
     return model.with_name(model.name.removesuffix(".gguf") + ".slim.json")
 
 
-def choose_plan(spec: PrunePlan | str | Path, file: GGUFFile, config: ModelConfig) -> PlanChoice:
+def choose_plan(
+    spec: PrunePlan | str | Path, file: GGUFFile, config: ModelConfig, adapters: str = ""
+) -> PlanChoice:  # fmt: skip
     """``spec``: "off", a preset ("auto", "fast"), a plan, or a path to one (a plan, or a presets file: its "auto").
+
+    Presets of the model itself serve it under ``adapters`` (``Engine.adapters``) as well; those that were calibrated
+    under adapters serve under the same ones only.
 
     Raises SettingError for a plan that does not fit the model, or a file that is not a plan.
     """
@@ -93,20 +99,23 @@ def choose_plan(spec: PrunePlan | str | Path, file: GGUFFile, config: ModelConfi
                 f"prune '{spec}': must be off, {', '.join(PRESETS)} or a plan's file; there is no such file"
             )
         data = read_plan_file(path)
-        plan = _preset(data, "auto", path, file, config) if "presets" in data else PrunePlan.from_dict(data)
+        own = fingerprint(file, config, adapters)
+        plan = _preset(data, "auto", path, own, config) if "presets" in data else PrunePlan.from_dict(data)
         check_plan(plan, config)
         return PlanChoice(None if plan.does_nothing else plan, str(path))
     beside = preset_path(file.path)
     if beside.exists():
         return PlanChoice(
-            _preset(read_plan_file(beside), spec, beside, file, config), f"'{spec}' of {beside.name}", spec
+            _preset(read_plan_file(beside), spec, beside, fingerprint(file, config, adapters), config),
+            f"'{spec}' of {beside.name}",
+            spec,
         )
     like = ""
     for shipped in sorted(resources.files("slimrt.plans").iterdir(), key=lambda entry: entry.name):
         if shipped.name.endswith(".slim.json"):
             data = json.loads(shipped.read_text())
             if data["model"] == fingerprint(file, config):
-                plan = _preset(data, spec, Path(shipped.name), file, config)
+                plan = _preset(data, spec, Path(shipped.name), data["model"], config)
                 return PlanChoice(plan, f"'{spec}' shipped for this model", spec)
             if {**data["model"], "norms": ""} == {**_sizes(config), "norms": ""}:
                 like = f" (it has the sizes of {shipped.name.removesuffix('.slim.json')}, but not its weights)"
@@ -127,10 +136,16 @@ def _cautious(config: ModelConfig) -> PrunePlan | None:
     return PrunePlan(stages=(Stage(layer, 0.5),), score=ASKED, min_tokens=1024)
 
 
-def _preset(data: dict[str, Any], name: str, path: Path, file: GGUFFile, config: ModelConfig) -> PrunePlan:
-    if data.get("model") != fingerprint(file, config):
+def _preset(data: dict[str, Any], name: str, path: Path, own: dict[str, Any], config: ModelConfig) -> PrunePlan:
+    made_on, plain = data.get("model"), {key: value for key, value in own.items() if key != "adapters"}
+    if made_on not in (own, plain):
+        if isinstance(made_on, dict) and {key: made_on[key] for key in made_on if key != "adapters"} == plain:
+            raise SettingError(
+                f"{path}: calibrated under adapters that are not applied now; apply them with their scales, or run "
+                "slimrt calibrate again"
+            )
         raise SettingError(
-            f"{path}: calibrated on another model ({data.get('model')}); this one is {fingerprint(file, config)}; "
+            f"{path}: calibrated on another model ({made_on}); this one is {own}; "
             "run slimrt calibrate again or remove the file"
         )
     try:

@@ -330,6 +330,14 @@ def test_presets(tmp_path: Path) -> None:
     preset_path(model).write_text(json.dumps(data))
     assert choose_plan("fast", loaded.file, loaded.config).plan == PrunePlan(stages=(Stage(1, 0.25),))
     assert slimrt.load(model).plan.plan == PrunePlan(stages=(Stage(2, 0.5),))
+    # Presets of the model serve it under adapters too; those calibrated under adapters serve under the same ones only.
+    assert choose_plan("auto", loaded.file, loaded.config, "two").plan == PrunePlan(stages=(Stage(2, 0.5),))
+    under = tmp_path / "under.slim.json"
+    under.write_text(json.dumps({**data, "model": fingerprint(loaded.file, loaded.config, "two")}))
+    assert choose_plan(under, loaded.file, loaded.config, "two").plan == PrunePlan(stages=(Stage(2, 0.5),))
+    for adapters in ("", "three"):
+        with pytest.raises(SettingError, match="calibrated under adapters that are not applied now"):
+            choose_plan(under, loaded.file, loaded.config, adapters)
     # Another model of the same sizes is told that the plan is not its own; another file of the same model has it.
     other = tmp_path / "other.gguf"
     write_tiny_llama(other, n_layers=8, seed=8)
