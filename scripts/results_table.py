@@ -140,7 +140,7 @@ def summary_table(results: dict[str, Any], quality: Sequence[dict[str, Any]]) ->
     for name in [name for name in _CONTENDERS if name in rows] + [name for name in rows if name not in _CONTENDERS]:
         row = rows[name]
         follow = f"{row['follow_up_s']:.2f} s" if row.get("follow_up_s") else "-"
-        total = f"{row['waiting_s']:.1f} s | " if waiting else ""
+        total = (f"{row['waiting_s']:.1f} s | " if row.get("follow_up_s") else "- | ") if waiting else ""
         lines.append(
             f"| {_CONTENDERS.get(name, name)} | {row['ttft_s']:.2f} s | {follow} | {total}{row['decode_tok_s']:.0f} "
             f"| {recall.get(name, '-')} |"

@@ -178,7 +178,7 @@ class BenchResult:
                 f"{self.speedup(row):.2f}x",
                 f"{row.decode_tok_s:.1f}",
                 decode,
-                *[f"{row.follow_up_s or 0:.3f}", f"{row.waiting_s:.2f}"][: len(again)],
+                *([f"{row.follow_up_s:.3f}", f"{row.waiting_s:.2f}"] if row.follow_up_s else ["", ""])[: len(again)],
                 *taken,
                 " ".join(map(str, row.runs[0].kept)),
             )

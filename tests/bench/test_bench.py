@@ -121,6 +121,11 @@ def test_several_further_questions(model: Path) -> None:
     console = Console(file=io.StringIO(), width=250)
     console.print(found.table())
     assert "all s" in console.file.getvalue()  # type: ignore[attr-defined]
+    # A program that is asked none has no times of them.
+    unasked = dataclasses.replace(row, runs=(dataclasses.replace(row.runs[0], further_s=()),))
+    shown = Console(file=io.StringIO(), width=250)
+    shown.print(dataclasses.replace(found, rows=(unasked,)).table())
+    assert f"{row.waiting_s:.2f}" not in shown.file.getvalue() and unasked.follow_up_s is None  # type: ignore[attr-defined]
 
 
 def test_a_further_question_and_a_budget(model: Path, plan: str) -> None:
