@@ -111,11 +111,15 @@ def schedule(plan: PrunePlan | None, tokens: int, asked: Asked | None = None) ->
         why = f"the prompt has {tokens:,} tokens, and this plan leaves prompts under {plan.min_tokens:,} whole"
         return Schedule(plan, boundary=boundary, why_dense=why, asked=asked)
     rule = Schedule(plan, boundary=boundary, asked=asked)
-    cuts = _cuts(rule, stages, tokens)
+    cuts, why = _cuts(rule, stages, tokens), ""
+    if cuts and plan.questions and _raised(plan, tokens, cuts[-1].blocks):
+        cuts = ()
+        why = f"{plan.min_keep:,} of {tokens:,} tokens would stay, and further questions cost more than that saves"
     if cuts:
         boundary = cuts[0].layer
     windows = _windows(plan, tokens, boundary)
-    why = "" if cuts or windows.rows else f"every stage of the plan would keep all of these {tokens:,} tokens"
+    if not (cuts or windows.rows or why):
+        why = f"every stage of the plan would keep all of these {tokens:,} tokens"
     return Schedule(plan, cuts, windows, boundary, why, asked)
 
 
@@ -143,8 +147,6 @@ def _cuts(rule: Schedule, stages: Sequence[Stage], tokens: int) -> tuple[Cut, ..
         if blocks < before and (rule.asked is None or blocks <= before * (1 - _LEAST)):
             most = max(blocks, int(plan.most * total)) if rule.asked is not None and plan.sure else 0
             cuts.append(Cut(stage.layer, blocks, most))
-    if cuts and plan.questions and _raised(plan, tokens, cuts[-1].blocks):
-        return ()
     if not cuts and plan.keeps_all:
         # A plan that keeps everything runs through the same code, to be compared with dense.
         cuts = [Cut(stage.layer, total) for stage in plan.stages]
