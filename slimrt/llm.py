@@ -130,7 +130,9 @@ class LLM:
         self.plan = plan
         self._engine.model.adapt(adapters)
         if self._library is not None:
-            self._engine.library = Library(self._library, self._bits())
+            # A preset asks for the best that is quick; who gives a plan of his own gets its cuts.
+            plan = self.plan.plan if self.plan.preset else None
+            self._engine.library = Library(self._library, self._bits(), plan=plan)
 
     def _bits(self) -> str:
         """All that decides the bits of what is read: of the same weights, read in the same way, it is the same."""

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from slimrt.context import Context, Kept
+from slimrt.kv.cache import KVCache
 from slimrt.prune.asked import ASKED, Asked
 from slimrt.prune.plan import PrunePlan
 from slimrt.prune.schedule import Schedule, schedule
 
-__all__ = ["Held", "Reading", "common_prefix"]
+__all__ = ["Choice", "Held", "Reading", "common_prefix"]
 
 _GROWN = 512  # rows that a conversation grows by, under a plan without cuts, before its windows move on
 
@@ -40,14 +41,29 @@ class Reading:
 
 
 @dataclass(frozen=True)
+class Choice:
+    """What the cuts of ``plan`` made of a prompt of ``length`` tokens: how it was read, for each cut in words why more
+    than usual stayed, and the logits [V] after it. As long as the layers behind the cuts hold what they chose, the same
+    prompt need not be read again."""
+
+    length: int
+    plan: PrunePlan
+    reading: Reading
+    whys: tuple[str, ...]
+    logits: np.ndarray
+
+
+@dataclass(frozen=True)
 class Held:
     """What there is before a prompt: the ``tokens`` of the conversation and the ``context`` that read them, of a model
-    with so many ``layers``; ``questions``: prompts in a row that were cut, on the same document."""
+    with so many ``layers``; ``questions``: prompts in a row that were cut, on the same document. ``choice``: what the
+    cuts of the last prompt chose, where it is held still."""
 
     tokens: Sequence[int]
     context: Context
     layers: int
     questions: int = 0
+    choice: Choice | None = None
 
     @property
     def boundary_layer(self) -> int | None:
@@ -64,27 +80,39 @@ class Held:
         """Whether most of the prompt ``ids`` is held, so that it asks about the same document."""
         return 2 * common_prefix(self.tokens, ids) > len(ids)
 
+    def answers(self, ids: Sequence[int], plan: PrunePlan | None) -> bool:
+        """Whether just the prompt ``ids`` was read under ``plan``, and what its cuts chose is held."""
+        choice = self.choice
+        same = choice is not None and choice.length == len(ids) == common_prefix(self.tokens, ids)
+        return same and choice is not None and choice.plan == plan and isinstance(self.context.cache, KVCache)
+
     def rule(
-        self, ids: Sequence[int], plan: PrunePlan | None, asking: Callable[[Sequence[int]], Asked] | None
+        self,
+        ids: Sequence[int],
+        plan: PrunePlan | None,
+        asking: Callable[[Sequence[int]], Asked] | None,
+        *,
+        whole: bool = False,
     ) -> Schedule:
-        """What ``plan`` does to the prompt ``ids``, after what was read before."""
+        """What ``plan`` does to the prompt ``ids``, after what was read before. ``whole``: a document that was read
+        whole serves in any case, not only where the plan has an end of ``questions``."""
         asked = None
         if plan is not None and plan.score == ASKED and asking is not None and len(ids) >= plan.min_tokens:
             asked = asking(ids)
-        rule = self._worth_its_cuts(schedule(plan, len(ids), asked), ids)
+        rule = self._worth_its_cuts(schedule(plan, len(ids), asked), ids, whole)
         grown = rule.windows.rows - self.context.windows.rows
         if not rule.plan.stages and rule.windows.reach == self.context.windows.reach and 0 < grown <= _GROWN:
             # Rows that saw everything when they were the last ones need not be read again for some tokens more.
             rule = dataclasses.replace(rule, windows=self.context.windows)
         return rule
 
-    def _worth_its_cuts(self, rule: Schedule, ids: Sequence[int]) -> Schedule:
+    def _worth_its_cuts(self, rule: Schedule, ids: Sequence[int], whole: bool) -> Schedule:
         """``rule``, or in its place one that reads the document whole, where its plan has an end of ``questions``.
 
         A cut saves much once and costs something at each further question. Who has asked so often will ask again.
         """
         plan, held = rule.plan, self.context
-        if not (rule.cuts and plan.questions and self.about_the_same(ids)):
+        if not (rule.cuts and (plan.questions or whole) and self.about_the_same(ids)):
             return rule
         if held.windows.reach != rule.windows.reach:
             return rule
@@ -93,7 +121,7 @@ class Held:
             rule = dataclasses.replace(rule, cuts=(), why_dense=why)
             keeps_states = self.boundary_layer is not None  # it was too short for a cut then
             return rule if keeps_states else dataclasses.replace(rule, plan=plan.without_cuts, boundary=None)
-        if self.boundary_layer == rule.boundary and self.questions >= plan.questions:
+        if self.boundary_layer == rule.boundary and plan.questions and self.questions >= plan.questions:
             why = f"after {plan.questions} questions the document is read whole, so that further ones cost little"
             return dataclasses.replace(rule, cuts=(), whole=True, why_dense=why)
         return rule

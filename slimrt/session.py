@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from slimrt.ops.forks import after_fork
 from slimrt.prune.asked import Asked
 from slimrt.prune.plan import PrunePlan
 from slimrt.prune.schedule import Schedule
-from slimrt.reuse import Held, Reading, common_prefix
+from slimrt.reuse import Choice, Held, Reading, common_prefix
 
 Other = TypeVar("Other", bound="Session")
 
@@ -56,6 +57,8 @@ class Session:
         self._ahead: tuple[list[int], np.ndarray] | None = None  # tokens read by read_together, the logits after each
         self.adapters = engine.adapters  # what the model was when it read the tokens
         self._questions = 0  # prompts in a row that were cut, on the same document
+        self._choice: Choice | None = None  # what the cuts of the last prompt chose, while it is there
+        self._cut: tuple[int, PrunePlan] | None = None  # tokens and plan of the last prompt, where it was cut
         after_fork(self, Session._forked)
 
     def _forked(self) -> None:
@@ -72,8 +75,9 @@ class Session:
         """Make the conversation equal ``ids``, computing only what its longest common prefix with them does not cover.
 
         With a ``plan`` that cuts at this length, the dense layers run for the new tokens only, and the pruned stages
-        anew for all, over the blocks that the new last tokens choose: the result is that of a fresh prefill. The last
-        token is always computed, for its logits.
+        anew for all, over the blocks that the new last tokens choose: the result is that of a fresh prefill. Where just
+        this prompt was read last, what they chose then is there and nothing runs again. A document that was read whole
+        before (``complete``) is not cut: the result is that of a fresh prefill under the plan without its cuts.
 
         Raises ContextError if ``ids`` is empty or exceeds the context, TokenizerError for ids outside the vocabulary;
         the conversation is then as it was.
@@ -83,8 +87,14 @@ class Session:
             self._mend()
             self.revision += 1
             changed = self._forget_others()
-            rule = self._held.rule(ids, plan, self.asking)
-            found = self._from_library(ids, rule)
+            if trace is None and self._held.answers(ids, plan):
+                return self._again("the prompt was read before, and nothing of it runs again")
+            rule = self._rule(ids, plan)
+            found = self._from_library(ids, plan, rule)
+            if trace is None and self._held.answers(ids, plan):
+                return self._again(f"the prompt was read before{found}")
+            if found:
+                rule = self._rule(ids, plan)  # a document that was read whole is not cut
             of_use, note = self._held.reusable(ids, rule, self.engine.ops.exact_rows)
             note = changed or note + (found if of_use else "")
             if of_use is None:
@@ -96,7 +106,57 @@ class Session:
             if rule.whole:
                 self.context.boundary = None
             self._questions = (self._questions if 2 * reused > len(ids) else 0) + 1 if rule.cuts else 0
-            return Reading.of(reused, note, rule, stages)
+            reading = Reading.of(reused, note, rule, stages)
+            self._cut = None
+            if rule.cuts and plan is not None and self.logits is not None:
+                self._cut = len(ids), plan
+                whys = tuple(stage.why for stage in stages)
+                self._choice = Choice(len(ids), plan, reading, whys, self.logits.copy())
+            return reading
+
+    def _rule(self, ids: Sequence[int], plan: PrunePlan | None) -> Schedule:
+        return self._held.rule(ids, plan, self.asking, whole=self._serves_whole(plan))
+
+    def _serves_whole(self, plan: PrunePlan | None) -> bool:
+        """Whether under ``plan`` a document of the library that was read whole takes the place of its cuts."""
+        library = self.engine.library
+        return library is not None and plan is not None and library.plan == plan
+
+    def _again(self, note: str) -> Reading:
+        """As after the last prompt, which comes once more."""
+        choice = self._choice
+        assert choice is not None
+        self.truncate(choice.length)
+        self.logits = choice.logits.copy()
+        return dataclasses.replace(choice.reading, reused=choice.length, note=note)
+
+    def complete(self, progress: Progress | None = None) -> int:
+        """Let the layers behind the first cut read all that is held, while nobody waits: from then on a question about
+        it costs what it costs without cuts, and is answered as without. Returns the tokens of the last prompt, for
+        ``keep``; 0 where nothing was left to do (``incomplete``).
+
+        A call that does not end leaves the conversation without its last tokens, at most ``ops.exact_rows``.
+        """
+        with self.lock:
+            self._mend()
+            if not self.incomplete:
+                return 0
+            context, tokens, cut = self.context, list(self.tokens), self._cut
+            assert cut is not None and context.boundary is not None
+            rule = Schedule(cut[1], windows=context.windows, boundary=context.boundary.layer, whole=True)
+            self.truncate(max(0, len(tokens) - self.engine.ops.exact_rows))
+            self.revision += 1
+            self._read(tokens[len(self.tokens) :], rule, progress)
+            context.boundary, self._questions, self._cut = None, 0, None
+            return cut[0]
+
+    @property
+    def incomplete(self) -> bool:
+        """Whether the layers behind the first cut lack some of a prompt that was read under a plan for which a document
+        that was read whole serves (one with an end of ``questions``, or the library's)."""
+        if self._cut is None or self.context.boundary is None or self.adapters != self.engine.adapters:
+            return False
+        return bool(self._cut[1].questions) or self._serves_whole(self._cut[1])
 
     def _forget_others(self) -> str:
         """Forget what was read under other adapters than the engine's; in words, that it was, for the note."""
@@ -108,7 +168,7 @@ class Session:
 
     @property
     def _held(self) -> Held:
-        return Held(self.tokens, self.context, self.engine.config.n_layers, self._questions)
+        return Held(self.tokens, self.context, self.engine.config.n_layers, self._questions, self._choice)
 
     def release(self, boundary: int | None = None) -> None:
         """Forget everything and give its memory back; ``boundary``: where the next prompt keeps hidden states."""
@@ -123,20 +183,25 @@ class Session:
         with self.lock:
             self.release()
             old, self.context, self.tokens, self.logits = self.context, context, tokens, logits
+            self._choice = self._cut = None
             old.cache.close()
 
-    def _from_library(self, ids: Sequence[int], rule: Schedule) -> str:
+    def _from_library(self, ids: Sequence[int], plan: PrunePlan | None, rule: Schedule) -> str:
         """Become what the library has of the prompt, where that is more than is held; in words, for the note."""
         library = self.engine.library
         if library is None or rule.whole:
             return ""
         held = common_prefix(self.tokens, ids)
-        found = library.find(self.engine, ids, rule.boundary, dict(rule.windows.reach), held)
+        found = library.find(self.engine, ids, plan, rule, held)
         if found is None:
             return ""
-        context, tokens = found
-        self.replace(context, tokens, None)
+        self.replace(found.context, found.tokens, found.logits)
         self._questions = 0
+        if found.logits is not None and plan is not None:
+            positions = [found.context.cache.positions(cut.layer + 1) for cut in rule.cuts]
+            stages = [Kept(*one) for one in zip(positions, found.whys, strict=True)]
+            self._cut = len(ids), plan
+            self._choice = Choice(len(ids), plan, Reading.of(len(ids), "", rule, stages), found.whys, found.logits)
         return " (from the library on disk)"
 
     def keep(self, count: int, begins: str) -> None:
@@ -148,7 +213,8 @@ class Session:
         with self.lock:
             self._mend()
             if len(self.tokens) >= count and self.adapters == self.engine.adapters:
-                library.keep(self.engine, self.context, self.tokens, count, begins)
+                choice = self._choice if self._choice is not None and self._choice.length == count else None
+                library.keep(self.engine, self.context, self.tokens, count, begins, choice)
 
     def fork(self) -> Session:
         """A session of its own that has read the same tokens: what the model made of them is copied, not read again.
@@ -163,6 +229,7 @@ class Session:
             self._mend()
             unused, other.context = other.context, copy.deepcopy(self.context)
             other.tokens, other._questions = list(self.tokens), self._questions
+            other._choice, other._cut = self._choice, self._cut
             other.adapters = self.adapters
             other.logits = None if self.logits is None else self.logits.copy()
             unused.cache.close()
@@ -275,6 +342,8 @@ class Session:
         """Read on by ``rule`` as the end of a prompt, or (None) as decode does."""
         # Until the work is done the tokens are not part of the conversation.
         stages: tuple[Kept, ...] = ()
+        if rule is not None:
+            self._choice = None
         self._undo = _Undo(len(self.tokens), rule is not None and rule.anew)
         try:
             if rule is not None:
@@ -301,6 +370,10 @@ class Session:
         del self.tokens[length:]
         self.logits = None
         self.context.truncate(length)
+        if self._choice is not None and length < self._choice.length:
+            self._choice = None
+        if self._cut is not None and length < self._cut[0]:
+            self._cut = (length, self._cut[1]) if length else None
         if undo.cut and length:
             # The stages behind the cut hold rows of two prompts. A prompt with cuts computes them anew in any case.
             boundary = self._held.boundary_layer

@@ -8,7 +8,9 @@ Layout, all numbers little-endian:
     digest     32 bytes, SHA-256 of all of the above
     tokens     int32 [N]
     arrays     of layers 0 .. layers - 1 keys, then values [Hkv, N, Dh], in the type that the backend keeps; boundary
-               states float32 [N, D] and queries float32 [first, H, Dh] if there is a boundary
+               states float32 [N, D] and queries float32 [first, H, Dh] if there is a boundary; where what a plan's
+               cuts chose is kept, of each layer behind the boundary keys, values [Hkv, rows, Dh] and positions int32
+               [rows], and the logits float32 [V] after the prompt
     each of them followed by its SHA-256 (32 bytes)
 
 Elements are kept as the backend has them, so what is read back is bit for bit what was there.
@@ -51,7 +53,9 @@ class Header:
     """``key``: model, settings and backend whose bits these are. ``tokens`` rows in each of the first ``layers``
     layers; ``boundary``: the layer of the hidden states, None where all layers are there. ``first``: of how many first
     tokens the queries at the boundary are kept. ``windows``: (layer, reach by KV head) under which the first
-    ``windowed`` rows were read. ``model``, ``begins``: for people."""
+    ``windowed`` rows were read. ``chosen``: under which plan (its digest) the layers behind the boundary chose their
+    ``behind`` rows of just this prompt, empty where that is not kept; ``whys``: why each cut kept more than usual.
+    ``model``, ``begins``: for people."""
 
     key: str
     tokens: int
@@ -63,6 +67,9 @@ class Header:
     dtype: str
     model: str
     begins: str
+    chosen: str = ""
+    behind: tuple[int, ...] = ()
+    whys: tuple[str, ...] = ()
 
     @property
     def reach(self) -> Windows:
@@ -70,14 +77,22 @@ class Header:
         return Windows(dict(self.windows), self.windowed)
 
 
-def write_entry(path: Path, header: Header, tokens: Sequence[int], engine: Engine, context: Context) -> None:
-    """Write the first ``header.tokens`` rows of ``context``, whole or not at all. Raises OSError."""
+def write_entry(
+    path: Path,
+    header: Header,
+    tokens: Sequence[int],
+    engine: Engine,
+    context: Context,
+    logits: np.ndarray | None = None,
+) -> None:
+    """Write the first ``header.tokens`` rows of ``context``, whole or not at all; ``logits`` [V]: those after the
+    prompt, where what its cuts chose is kept. Raises OSError."""
     data = json.dumps(dataclasses.asdict(header)).encode()
     head = MAGIC + _LENGTH.pack(len(data)) + data
     with whole_or_nothing(path, private=True) as part, part.open("wb") as file:
         file.write(head)
         file.write(hashlib.sha256(head).digest())
-        for array in _arrays(header, tokens, engine, context):
+        for array in _arrays(header, tokens, engine, context, logits):
             raw = array.reshape(-1).view(np.uint8).data
             file.write(raw)
             file.write(hashlib.sha256(raw).digest())
@@ -85,7 +100,9 @@ def write_entry(path: Path, header: Header, tokens: Sequence[int], engine: Engin
         os.fsync(file.fileno())
 
 
-def _arrays(header: Header, tokens: Sequence[int], engine: Engine, context: Context) -> Iterator[np.ndarray]:
+def _arrays(
+    header: Header, tokens: Sequence[int], engine: Engine, context: Context, logits: np.ndarray | None
+) -> Iterator[np.ndarray]:
     n, host = header.tokens, engine.ops.to_host
     yield np.asarray(tokens[:n], "<i4")
     for layer in range(header.layers):
@@ -97,6 +114,13 @@ def _arrays(header: Header, tokens: Sequence[int], engine: Engine, context: Cont
         yield np.ascontiguousarray(host(context.boundary.rows()[:n]), "<f4")
         if header.first:
             yield np.ascontiguousarray(host(context.boundary.first_queries()[: header.first]), "<f4")
+    if logits is not None:
+        for layer, rows in enumerate(header.behind, header.layers):
+            keys, values, positions = context.cache.rows(layer)
+            yield np.ascontiguousarray(host(keys[:, :rows]), header.dtype)
+            yield np.ascontiguousarray(host(values[:, :rows]), header.dtype)
+            yield np.ascontiguousarray(positions[:rows], "<i4")
+        yield np.ascontiguousarray(logits, "<f4")
 
 
 def read_header(file: BinaryIO) -> Header:
@@ -112,7 +136,8 @@ def read_header(file: BinaryIO) -> Header:
         raise DamagedEntryError("the header's checksum differs")
     fields = json.loads(data)
     windows = tuple((layer, tuple(reach)) for layer, reach in fields.pop("windows"))
-    header = Header(**fields, windows=windows)
+    behind, whys = tuple(fields.pop("behind")), tuple(fields.pop("whys"))
+    header = Header(**fields, windows=windows, behind=behind, whys=whys)
     if not 0 < 4 * header.tokens < os.fstat(file.fileno()).st_size:  # before anything of that size is made room for
         raise DamagedEntryError(f"claims {header.tokens} tokens")
     return header
@@ -123,8 +148,11 @@ def read_tokens(file: BinaryIO, header: Header) -> np.ndarray:
     return _array(file, "<i4", (header.tokens,))
 
 
-def read_context(file: BinaryIO, header: Header, engine: Engine) -> Context:
-    """A new context of ``engine`` with what the file holds, which stands before the arrays.
+def read_context(
+    file: BinaryIO, header: Header, engine: Engine, *, chosen: bool = False
+) -> tuple[Context, np.ndarray | None]:
+    """A new context of ``engine`` with what the file holds, which stands before the arrays; ``chosen``: with what the
+    cuts of the prompt chose, and the logits [V] after it.
 
     Raises DamagedEntryError where a checksum differs or the file ends early, OSError.
     """
@@ -144,11 +172,22 @@ def read_context(file: BinaryIO, header: Header, engine: Engine) -> Context:
                 found = _array(file, "<f4", (header.first, c.n_heads, c.head_dim))
                 queries = placed(ops, found, ops.empty((0,)).dtype)
             context.boundary.append(states, queries)
+        logits = _chosen(file, header, engine, context) if chosen else None
     except BaseException:
         context.cache.close()
         raise
     context.length = n
-    return context
+    return context, logits
+
+
+def _chosen(file: BinaryIO, header: Header, engine: Engine, context: Context) -> np.ndarray:
+    """Give the layers behind the boundary their rows; returns the logits [V]."""
+    c = engine.config
+    for layer, rows in enumerate(header.behind, header.layers):
+        keys, values = (_array(file, header.dtype, (c.n_kv_heads, rows, c.head_dim)) for _ in range(2))
+        positions = _array(file, "<i4", (rows,)).astype(np.int64)
+        restore_layer(engine.ops, context.cache, layer, keys, values, positions)
+    return _array(file, "<f4", (c.vocab_size,))
 
 
 def _array(file: BinaryIO, dtype: str, shape: tuple[int, ...]) -> np.ndarray:

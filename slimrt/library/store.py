@@ -2,12 +2,14 @@
 
 A document is found by its first tokens (``_FIRST`` of them are in the file's name, hashed, with the model and settings
 whose bits it holds), then compared token by token. It serves a prompt when it was read under the same boundary and
-windows as the prompt will be: the session's own rule of what can be used again decides the rest.
+windows as the prompt will be: the session's own rule of what can be used again decides the rest. A prompt with cuts is
+served by what was read whole, too, and what the cuts of just this prompt chose is kept for the next time it comes.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import logging
 import os
@@ -22,10 +24,14 @@ import numpy as np
 from slimrt.context import Context
 from slimrt.engine import Engine
 from slimrt.hub.store import cache_dir
+from slimrt.kv.boundary import BoundaryStates
+from slimrt.kv.cache import KVCache
 from slimrt.library.entry import DamagedEntryError, Header, read_context, read_header, read_tokens, write_entry
 from slimrt.output import remove_leftovers
 from slimrt.paths import check_owner
-from slimrt.reuse import common_prefix
+from slimrt.prune.plan import PrunePlan
+from slimrt.prune.schedule import Schedule, Windows
+from slimrt.reuse import Choice, common_prefix
 
 __all__ = ["LEAST", "Book", "Library", "library_folder"]
 
@@ -36,6 +42,11 @@ _FIRST = 512
 _MOST_BYTES = 4 << 30
 _OF_FREE = 8  # no more than this part of what the disk has free, with what the library holds already
 _SUFFIX = ".slimrt-read"
+_BEGINS, _WHOLE, _SAME = 1, 2, 3  # how an entry serves a prompt, the best last
+
+
+def _digest(plan: PrunePlan | None) -> str:
+    return hashlib.sha256(repr(plan).encode()).hexdigest()
 
 
 def library_folder() -> Path:
@@ -53,67 +64,102 @@ class Book:
     header: Header
 
 
+@dataclass(frozen=True)
+class Found:
+    """What an entry holds of a prompt: the context and its tokens; and where it is just this prompt, the ``logits`` [V]
+    after it and ``whys`` its cuts kept more than usual."""
+
+    context: Context
+    tokens: list[int]
+    logits: np.ndarray | None
+    whys: tuple[str, ...]
+
+
 class Library:
     """Entries in ``folder`` for one model as it is loaded (``key``); ``limit``: bytes of all entries together (None: 4
-    GiB, or an eighth of the free disk where that is less).
+    GiB, or an eighth of the free disk where that is less). ``plan``: one with cuts, in whose place a document that was
+    read whole serves (None: none does but those that have an end of ``questions``).
 
     Nothing that goes wrong with the disk stops a prompt: it is logged, and the prompt is read as without a library.
     """
 
-    def __init__(self, folder: Path, key: str = "", limit: int | None = None) -> None:
+    def __init__(self, folder: Path, key: str = "", limit: int | None = None, plan: PrunePlan | None = None) -> None:
         self.folder, self._key, self._limit = folder, hashlib.sha256(key.encode()).hexdigest(), limit
+        self.plan = plan
         self.written = 0  # bytes that this process wrote
 
     # -- using it -----------------------------------------------------------------------------------------------------
 
     def find(
-        self, engine: Engine, ids: Sequence[int], boundary: int | None, reach: dict[int, tuple[int, ...]], held: int
-    ) -> tuple[Context, list[int]] | None:
-        """The entry with the longest beginning in common with ``ids``, more than ``held`` tokens and ``LEAST``, that
-        was read with hidden states at ``boundary`` and windows of ``reach``; as a context of ``engine``, and its
-        tokens."""
+        self, engine: Engine, ids: Sequence[int], plan: PrunePlan | None, rule: Schedule, held: int
+    ) -> Found | None:
+        """What serves the prompt ``ids``, which ``rule`` reads under ``plan``, best, and is of use beside the first
+        ``held`` tokens that are there already. It was read under the same windows, and begins with ``LEAST`` tokens or
+        more of the prompt. In this order: just this prompt under this plan; where there are cuts, most of it, whole
+        (if this library's ``plan`` allows that); the longest beginning with hidden states at the rule's boundary."""
         if len(ids) < LEAST:
             return None
-        best: tuple[int, Path] | None = None  # tokens in common
+        best: tuple[int, int, Path] | None = None  # kind, tokens in common
         for path in self._entries(self._prefix(ids)):
             with self._forgiving(path, "could not be read"), path.open("rb") as file:
                 check_owner(path, os.fstat(file.fileno()))
                 header = read_header(file)
-                if header.key != self._key or header.boundary != boundary or dict(header.windows) != reach:
+                if header.key != self._key or dict(header.windows) != rule.windows.reach:
                     continue
-                tokens = read_tokens(file, header)
-                same = common_prefix(tokens, ids)
-                if same >= max(LEAST, held + 1) and (best is None or same > best[0]):
-                    best = same, path
+                same = common_prefix(read_tokens(file, header), ids)
+                kind = self._serves(header, ids, plan, rule, same, held)
+                if kind and (best is None or (kind, same) > best[:2]):
+                    best = kind, same, path
         if best is None:
             return None
-        found, (same, path) = None, best
+        found, (kind, same, path) = None, best
         with self._forgiving(path, "could not be read"), path.open("rb") as file:
             header = read_header(file)
             tokens = read_tokens(file, header)
-            found = read_context(file, header, engine), tokens.tolist()
+            context, logits = read_context(file, header, engine, chosen=kind == _SAME)
+            found = Found(context, tokens.tolist(), logits, header.whys)
             os.utime(path)
             log.info("a prompt begins as one read before: %d tokens from %s", same, path.name)
         return found
 
-    def keep(self, engine: Engine, context: Context, tokens: Sequence[int], count: int, begins: str) -> None:
-        """Write the first ``count`` of the ``tokens`` that ``context`` holds, unless that much is there already."""
+    def _serves(
+        self, header: Header, ids: Sequence[int], plan: PrunePlan | None, rule: Schedule, same: int, held: int
+    ) -> int:
+        """How well an entry that has ``same`` first tokens in common with a prompt serves it; 0: not at all."""
+        if same < LEAST:
+            return 0
+        if header.boundary == rule.boundary:
+            if rule.cuts and same == len(ids) == header.tokens and header.chosen == _digest(plan):
+                return _SAME
+            return _BEGINS if same > held else 0
+        takes_whole = rule.cuts and plan is not None and (plan.questions or plan == self.plan)
+        return _WHOLE if takes_whole and header.boundary is None and 2 * same > len(ids) else 0
+
+    def has_whole(self, engine: Engine, tokens: Sequence[int], windows: Windows) -> bool:
+        """Whether all but a little of ``tokens`` is there as all layers read it, under these windows."""
+        header = self._header(engine, None, windows, len(tokens), "")
+        return self._compared(self._prefix(tokens), header, tokens)[0]
+
+    def keep(
+        self,
+        engine: Engine,
+        context: Context,
+        tokens: Sequence[int],
+        count: int,
+        begins: str,
+        choice: Choice | None = None,
+    ) -> None:
+        """Write the first ``count`` of the ``tokens`` that ``context`` holds, unless that much is there already;
+        ``choice``: and what the cuts of just this prompt chose."""
         boundary = context.boundary
-        layers = engine.config.n_layers if boundary is None else boundary.layer + 1
+        header = self._header(engine, boundary, context.windows, count, begins)
+        layers = header.layers
         if count < LEAST or any(context.cache.length(layer) < count for layer in range(layers)):
             return
-        header = Header(
-            key=self._key,
-            tokens=count,
-            layers=layers,
-            boundary=None if boundary is None else boundary.layer,
-            first=0 if boundary is None else min(boundary.first_length, count),
-            windows=tuple(sorted((layer, tuple(reach)) for layer, reach in context.windows.reach.items())),
-            windowed=min(context.windows.rows, count),
-            dtype=np.dtype(engine.ops.kv_type).newbyteorder("<").str,
-            model=engine.config.name,
-            begins=" ".join(begins.split())[:80],
-        )
+        if choice is not None and boundary is not None and isinstance(context.cache, KVCache):
+            behind = range(layers, engine.config.n_layers)
+            rows = tuple(int(np.searchsorted(context.cache.positions(layer), count)) for layer in behind)
+            header = dataclasses.replace(header, chosen=_digest(choice.plan), behind=rows, whys=choice.whys)
         prefix = self._prefix(tokens)
         covered, superfluous = self._compared(prefix, header, tokens)
         if covered:
@@ -126,14 +172,33 @@ class Library:
             c = engine.config
             size = 2 * layers * count * c.n_kv_heads * c.head_dim * np.dtype(engine.ops.kv_type).itemsize
             size += 0 if boundary is None else 4 * count * c.d_model
+            size += 2 * sum(header.behind) * c.n_kv_heads * c.head_dim * np.dtype(engine.ops.kv_type).itemsize
             if not self._make_room(size):
                 log.info("a prompt of %d tokens takes %d bytes, more than the library may have", count, size)
                 return
-            write_entry(path, header, tokens, engine, context)
+            logits = choice.logits if choice is not None and header.chosen else None
+            write_entry(path, header, tokens, engine, context, logits)
             self.written += path.stat().st_size
             for shorter in superfluous:  # not before: a killed process loses no more than what it was writing
                 shorter.unlink(missing_ok=True)
             log.info("kept %d tokens in %s", count, path)
+
+    def _header(
+        self, engine: Engine, boundary: BoundaryStates | None, windows: Windows, count: int, begins: str
+    ) -> Header:
+        """Of ``count`` tokens, all layers of them, or up to the ``boundary``."""
+        return Header(
+            key=self._key,
+            tokens=count,
+            layers=engine.config.n_layers if boundary is None else boundary.layer + 1,
+            boundary=None if boundary is None else boundary.layer,
+            first=0 if boundary is None else min(boundary.first_length, count),
+            windows=tuple(sorted((layer, tuple(reach)) for layer, reach in windows.reach.items())),
+            windowed=min(windows.rows, count),
+            dtype=np.dtype(engine.ops.kv_type).newbyteorder("<").str,
+            model=engine.config.name,
+            begins=" ".join(begins.split())[:80],
+        )
 
     def _compared(self, prefix: str, header: Header, tokens: Sequence[int]) -> tuple[bool, list[Path]]:
         """Whether an entry serves all but a little of what would be written, and which ones that makes superfluous."""

@@ -4,7 +4,8 @@ A prompt is read layer by layer and within a layer some rows at a time, and betw
 streams whose last token is some time ago get their next one, and a short prompt is read. So nobody waits behind a long
 document. Streams that write at the same time are read in one pass over the weights where the backend gains by it.
 Sessions are kept when a request has ended: the one that shares most with the next prompt serves it, and
-what it has read of it is not read again.
+what it has read of it is not read again. While nobody asks, what a prompt's cuts left unread of a document is read, so
+that further questions cost little; the next request ends that at once.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from slimrt.context import Progress
 from slimrt.drafting.drawing import Drawing, Guesses
 from slimrt.errors import SlimrtError
 from slimrt.generation import BEGINS, Step, generate_tokens
+from slimrt.library.store import LEAST
 from slimrt.llm import LLM
 from slimrt.request import GenerationRequest
 from slimrt.reuse import Reading, common_prefix
@@ -30,6 +32,7 @@ __all__ = ["Busy", "Ended", "Event", "Failed", "Job", "Piece", "Progressed", "Re
 log = logging.getLogger(__name__)
 
 _TURN_S = 0.05  # a stream has its turn within a prompt of others when its last token is so long ago
+_IDLE_S = 1.0  # nobody asked for so long: what was left unread is read
 _SHORT = 512  # tokens: a prompt of no more that are new is read within a longer one
 
 
@@ -159,6 +162,7 @@ class Scheduler:
         # Passes of a GPU share scratch memory, so there a prompt is read in one go; it takes little time.
         self._takes_turns = llm.backend.ops.name != "cuda"
         self._reading: list[Job] = []  # whose step is computed, each within the one before
+        self._completing = False  # what was left unread is read
         llm.engine.turn = self._turn if self._takes_turns else None
         self._thread = threading.Thread(target=self._work, name="slimrt computes", daemon=True)
         self._thread.start()
@@ -206,17 +210,50 @@ class Scheduler:
 
     def _work(self) -> None:
         while True:
+            idle: Session | None = None
             with self._condition:
                 while not (self._waiting or self._running or self._closed):
-                    self._condition.wait()
+                    idle = self._incomplete()
+                    if not self._condition.wait(None if idle is None else _IDLE_S):
+                        break
                 if self._closed:
                     break
+            if not (self._waiting or self._running) and idle is not None:
+                self._complete(idle)
+                continue
             self._start_next()
             self._read_together(self._running)
             for running in list(self._running):
                 self._advance(running)
         for job in [*self._waiting, *(running.job for running in self._running)]:
             job.put(Failed(Stopping()))
+
+    def _incomplete(self) -> Session | None:
+        """The free session, last used, of whose prompt the layers behind a cut lack some. Passes of a GPU cannot be
+        stopped for a request, and take little time."""
+        long = (one for one in reversed(self._free) if one.incomplete and len(one.tokens) >= LEAST)
+        return next(long, None) if self._takes_turns else None
+
+    def _complete(self, session: Session) -> None:
+        """Read what was left unread, as long as nobody asks; then the library, if there is one, gets all of it."""
+        with self._condition:
+            self._free.remove(session)
+        self._completing = True
+        try:
+            count = session.complete(progress=lambda done, total: self._turn())
+        except _Cancelled:
+            count = 0
+        except SlimrtError:
+            log.exception("what a prompt's cuts left unread could not be read")
+            session.release()
+            count = 0
+        finally:
+            self._completing = False
+            with self._condition:
+                self._free.append(session)
+        if count:
+            log.info("a document of %d tokens was read whole, while nobody asked", count)
+            session.keep(count, self._llm.tokenizer.decode(list(session.tokens[:BEGINS])))
 
     def _start_next(self, longest: int | None = None) -> bool:
         """Begin the next job, if there is one, of at most ``longest`` tokens, and a session for it."""
@@ -327,7 +364,11 @@ class Scheduler:
     def _turn(self) -> None:
         """Between the parts of a prompt that is being read: others may go on."""
         # Another pass than a prompt's, or another thread's (texts become vectors elsewhere).
-        if not self._reading or threading.current_thread() is not self._thread:
+        if threading.current_thread() is not self._thread:
+            return
+        if self._completing and (self._waiting or self._closed):
+            raise _Cancelled
+        if not self._reading:
             return
         job = self._reading[-1]
         if job.cancelled or self._closed:

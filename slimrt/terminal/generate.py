@@ -8,6 +8,7 @@ import json
 
 import click
 
+from slimrt.terminal.afterwards import read_on
 from slimrt.terminal.answer import Begin, cut_note, kept_note, stream_answer
 from slimrt.terminal.guard import INTERRUPTED
 from slimrt.terminal.loading import announce_memory, load_model
@@ -41,8 +42,11 @@ def generate(
     completion = result.completion
     if as_json:
         click.echo(json.dumps({"model": llm.config.name, **dataclasses.asdict(completion)}, ensure_ascii=False))
+        read_on(llm, llm.current)
         return
     if kept := kept_note(llm):
         screen.remark(kept)
     cut = cut_note(llm, completion, answer)
     screen.remark(stats_line(completion) + (f" · {cut}" if cut else ""))
+    if read_on(llm, llm.current):
+        screen.remark("the rest of the document is read in the background, so that further questions cost little")

@@ -22,6 +22,8 @@ from slimrt.config import SamplingConfig
 from slimrt.engine import Engine
 from slimrt.generation import generate_tokens
 from slimrt.request import GenerationRequest
+from slimrt.reuse import Reading
+from slimrt.server import scheduler as scheduling
 from slimrt.server.app import create_app
 from slimrt.server.limits import Limits
 from slimrt.server.scheduler import Busy, Ended, Event, Failed, Job, Piece, Progressed, Read, Scheduler
@@ -449,4 +451,50 @@ def test_what_was_read_is_not_read_again(llm: slimrt.LLM) -> None:
         assert reused[:2] == [0, 0] and min(reused[2:]) > 250
         assert scheduler.kv_bytes > 0
     finally:
+        scheduler.close()
+
+
+def test_what_cuts_left_unread_is_read_while_nobody_asks(llm: slimrt.LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scheduling, "_IDLE_S", 0.01)
+    monkeypatch.setattr(scheduling, "LEAST", 200)
+    began, goes_on, complete = threading.Event(), threading.Event(), Session.complete
+    ended: list[int] = []
+
+    def completes(session: Session, progress: Any) -> int:
+        began.set()
+        goes_on.wait(60)
+        try:
+            ended.append(complete(session, progress))
+        except BaseException:
+            ended.append(-1)
+            raise
+        return ended[-1]
+
+    monkeypatch.setattr(Session, "complete", completes)
+    plan = slimrt.PrunePlan(stages=(slimrt.Stage(1, 0.5),), block=8, unit=4, query_window=4, questions=2)
+    cuts = slimrt.load(llm.file.path, device="numpy", prune=plan)
+    document = np.random.default_rng(3).integers(3, 200, 300).tolist()
+    scheduler = Scheduler(cuts, sessions=2)
+
+    def asked(ids: list[int]) -> tuple[Reading, list[int]]:
+        listener = Listener()
+        scheduler.submit(Job(ids, request(3), listener))
+        if began.is_set():
+            goes_on.set()
+        assert listener.over.wait(60)
+        return listener.of(Read)[0].reading, [piece.step.token for piece in listener.of(Piece)][:3]
+
+    try:
+        assert asked([*document, 5, 6])[0].stages
+        assert began.wait(60) and not ended
+        assert asked([7, 8, 9])[0].reused == 0  # while it is read: that ends at once, and begins again later
+        until = time.monotonic() + 60
+        while ended[-1] < 0 and time.monotonic() < until:
+            time.sleep(0.01)
+        assert ended == [-1, 302]
+        reading, tokens = asked([*document, 9, 10, 11])
+        assert reading.stages == () and "read whole before" in reading.dense and reading.reused == 300
+        assert tokens == cuts.generate([*document, 9, 10, 11], max_tokens=3, ignore_eos=True, prune="off").tokens
+    finally:
+        goes_on.set()
         scheduler.close()
