@@ -6,6 +6,7 @@ out += t_i B_i.T     (a job each; scales are in B)
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -39,7 +40,8 @@ class AdaptedProducts:
     """Adds these products to the program of a ``Decoder`` that reads up to ``most`` vectors at once."""
 
     def __init__(self, features: Features, most: int, add: AddProducts) -> None:
-        self._features, self._most, self._add = features, most, add
+        self._features, self._most = features, most
+        self._adds = weakref.WeakMethod(add)  # the decoder holds this: a circle would keep a dropped model's memory
         self._between: dict[tuple[int, int], np.ndarray] = {}  # t_i by i and rank: zeros behind the rank stay zeros
         self._kept: list[Rows] = []  # what the program has addresses of
 
@@ -63,6 +65,11 @@ class AdaptedProducts:
                     rows = self._rows(up[begin - first : end - first])
                     self._add(address(t), t.strides[0], [Product(rows, to, out.strides[0], residual=to)])
                 at += count
+
+    def _add(self, source: int, stride: int, products: Sequence[Product]) -> None:
+        add = self._adds()
+        assert add is not None
+        add(source, stride, products)
 
     def _buffer(self, number: int, rank: int) -> np.ndarray:
         if (number, rank) not in self._between:
