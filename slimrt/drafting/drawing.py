@@ -18,7 +18,7 @@ import numpy as np
 
 from slimrt.drafting.lookup import Lookup
 from slimrt.drafting.model import DraftModel
-from slimrt.drafting.pace import MOST, Costs
+from slimrt.drafting.pace import EACH_WITH_EXPERTS, MOST, Costs
 from slimrt.engine import Engine
 from slimrt.errors import SettingError
 from slimrt.prune.plan import PrunePlan
@@ -81,12 +81,10 @@ def check_draft(request: GenerationRequest, session: Session) -> None:
     if asked is None or asked == "auto" or engine.together > 1:
         return
     if engine.budgeted:
-        why = f"under a KV budget each token chooses for itself what it reads, on backend {engine.ops.name}"
-    elif engine.config.experts and engine.ops.name == "fast":
-        why = "with experts each token reads matrices of its own"
-    else:
-        return
-    raise SettingError(f"draft {asked!s}: {why}, so guesses cannot be read together; leave it out (draft=None)")
+        raise SettingError(
+            f"draft {asked!s}: under a KV budget each token chooses for itself what it reads, and guesses cannot be "
+            f"read together on backend {engine.ops.name}; leave it out (draft=None)"
+        )
 
 
 class Drawing:
@@ -108,7 +106,8 @@ class Drawing:
         self._plan, self._revision, self._count = plan, revision, Guesses() if count is None else count
         self._sampler = sampler
         self._unread: list[int] = []  # written, and read with the next turn: a token drawn and those that are forced
-        self._costs = _COSTS.setdefault(session.engine, Costs())
+        costs = Costs(EACH_WITH_EXPERTS) if session.engine.config.experts else Costs()
+        self._costs = _COSTS.setdefault(session.engine, costs)
         self._drafter: Drafter | None = None
         self._begun = False
         self._foreseen: list[int] | None = None  # guesses of the next turn, if they were made before it
@@ -185,7 +184,9 @@ class Drawing:
         if self._drafter is None:
             return []
         session = self._session
-        room = min(session.ctx - len(session.tokens), MOST + 1) - len(self._unread)
+        together = session.engine.together  # 1: guesses were asked for where a pass of several rounds otherwise
+        rows = MOST + 1 if together == 1 else together
+        room = min(session.ctx - len(session.tokens), rows) - len(self._unread)
         most = room if left is None else min(room, left - 1)
         guesses = self._drafter.guess(max(0, most), self._costs)
         return guesses[: self._guide.valid(guesses)] if self._guide is not None and guesses else guesses

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = ["MOST", "Costs", "best_count"]
+__all__ = ["EACH_WITH_EXPERTS", "MOST", "Costs", "best_count"]
 
 MOST = 15  # guesses at once: with the token before them the rows that a pass of decode takes
 _WORTH = 1.05  # guessing must promise so many tokens in the time of one
 _EACH = 0.3  # of a token's time: what each further one of a pass takes, until it was measured
+EACH_WITH_EXPERTS = 0.8  # where it reads matrices of its own
 _SHARE = 0.1  # of a new measurement
 _OUTLIER = 4.0  # times what a token takes by itself: kernels were compiled, or another program ran
 
@@ -17,9 +18,10 @@ class Costs:
     """What passes of one engine cost: seconds of a token by itself, and what each further token adds, as a share of
     that. A straight line: the weights are read once, the arithmetic is done for each."""
 
-    def __init__(self) -> None:
+    def __init__(self, each: float = _EACH) -> None:
+        """``each``: what a further token adds, until it was measured."""
         self.one: float | None = None
-        self.each = _EACH
+        self.each = each
         self.guess = 0.0  # of a token by itself: what it takes to guess one (a draft model's)
 
     def note(self, tokens: int, seconds: float) -> None:

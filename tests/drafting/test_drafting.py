@@ -15,7 +15,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import slimrt
-from slimrt.drafting.drawing import check_draft
 from slimrt.drafting.lookup import Lookup
 from slimrt.drafting.pace import MOST, Costs, best_count
 from slimrt.errors import ComputeError, SettingError
@@ -366,14 +365,16 @@ def test_a_second_model_of_another_vocabulary(path: Path, default_model: Path, t
 
 
 @fast
-def test_experts_are_read_one_by_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["qwen3moe", "mixtral"])
+def test_experts(name: str, tmp_path: Path) -> None:
+    """Each token of a pass reads the matrices of its own experts."""
     from slimrt.convert import convert_checkpoint
 
-    convert_checkpoint(write_checkpoint("qwen3moe", tmp_path / "x"), tmp_path / "model.gguf", "f32")
-    with slimrt.load(tmp_path / "model.gguf", ctx=128, prune="off") as experts:
-        assert experts.generate((REPEATS * 4)[:50], max_tokens=20).timings.drafted_tokens == 0
-        with pytest.raises(SettingError, match="with experts"):
-            check_draft(experts.request({"draft": "lookup"}), experts.current)
+    convert_checkpoint(write_checkpoint(name, tmp_path / "x"), tmp_path / "model.gguf", "f32")
+    with slimrt.load(tmp_path / "model.gguf", ctx=128, prune="off", threads=2) as experts:
+        assert experts.config.experts and experts.engine.together == 4
+        with knowing(experts.generate((REPEATS * 4)[:50], max_tokens=40, draft=None).tokens):
+            assert compare(experts, (REPEATS * 4)[:50], max_tokens=40).timings.accepted_tokens
 
 
 def test_llama_cpp_names(path: Path) -> None:

@@ -53,6 +53,10 @@ from slimrt.ops.protocol import Part
 __all__ = ["Decoder"]
 
 
+# Tokens of a pass: each adds the jobs of its experts to every layer, and saves little.
+_MOST_WITH_EXPERTS = 4
+
+
 class Decoder:
     """The program of one model. One step at a time: callers in other threads wait."""
 
@@ -62,19 +66,19 @@ class Decoder:
         self._lock = threading.Lock()
         after_fork(self, open_lock)
         self._kept: list[Any] = []  # what the program has addresses of
-        # Experts differ from token to token, and each is read where its token chose it: nothing to share.
-        self.most = 1 if self.config.experts else VECTORS
+        self.most = _MOST_WITH_EXPERTS if self.config.experts else VECTORS
         self._allocate()
         self._program = Program()
         self._by_token: list[int] = []  # jobs with so many items for each token
+        self._of_row: list[tuple[int, slice]] = []  # jobs of one token alone
         self._gemvs: list[tuple[int, Any, np.ndarray]] = []  # of each product: its job, type, arguments
         self._adapted = AdaptedProducts(ops.features, self.most, self._add_products)
         self._layers = [self._add_layer(number, layer) for number, layer in enumerate(model.layers)]
         head = self._rows(model.head)
         self._norm(self._hidden, self._vector(model.norm, self.config.d_model), head)
         self._products(self._normed, head, [self._logits], None)
-        self._table, self._tokens = self._program.table, 1
-        self._items = self._table[self._by_token, 1].copy()
+        self._table, self._tokens = self._program.table, 0
+        self._items = self._table[:, 1].copy()
         self._jobs = np.array([layer.job for layer in self._layers])
 
     def _allocate(self) -> None:
@@ -86,7 +90,7 @@ class Decoder:
         self._joint = self._floats(most, heads * c.head_dim)
         count = c.experts.used if c.experts else most
         self._gate, self._up = (self._floats(count, c.d_ff) for _ in range(2))
-        self._routed = self._floats(1, c.experts.count if c.experts else 1)
+        self._routed = self._floats(most, c.experts.count if c.experts else 1)
         self._weights = self._floats(1, count)
         self._result = self._floats(most, c.d_model)  # what is normed or scaled before it joins the residual stream
         # Keys and values on their way to a cache that chooses.
@@ -181,30 +185,33 @@ class Decoder:
         self._products(self._normed, self._rows(experts.router), [self._routed], None)
         gate, up = (Stacked.of(experts.gate_up, part, features) for part in range(2))
         down = Stacked.of(experts.down, 0, features)
-        chosen, places = np.zeros(used, np.int64), np.zeros((3 * used, 3), np.int64)
-        self._kept += [gate, up, down, chosen, places]
-        program.add(
-            choose_kernel(features), 1, address(self._routed), count, used, int(experts.normalised),
-            address(self._weights), address(chosen), address(places), len(places),
-        )  # fmt: skip
+        self._kept += [gate, up, down]
+        stacks = [gate] * used + [up] * used + [down] * used
         outs = [address(rows[slot]) for rows in (self._gate, self._up) for slot in range(used)]
-        words = add_stacked(program, self._ops, address(self._normed), outs, [gate] * used + [up] * used)
-        program.add(
-            gate_experts_kernel(features, c.activation), gate_experts_items(c.d_ff, used),
-            address(self._gate), address(self._up), self._gate.strides[0], address(self._activated),
-            self._activated.strides[0], padded(c.d_ff), address(self._weights),
-        )  # fmt: skip
-        to, before = address(hidden), address(middle)
-        if layer.ffn_merge is not None:
-            to, before = address(self._result), 0
-        for slot in range(used):
-            words += add_stacked(program, self._ops, address(self._activated[slot]), [to], [down], before)
-            before = to
+        for row in range(self.most):  # each token reads matrices of its own
+            begun, chosen, places = len(program), np.zeros(used, np.int64), np.zeros((3 * used, 3), np.int64)
+            self._kept += [chosen, places]
+            program.add(
+                choose_kernel(features), 1, address(self._routed[row]), count, used, int(experts.normalised),
+                address(self._weights), address(chosen), address(places), len(places),
+            )  # fmt: skip
+            words = add_stacked(program, self._ops, address(self._normed[row]), outs, stacks[: 2 * used])
+            program.add(
+                gate_experts_kernel(features, c.activation), gate_experts_items(c.d_ff, used),
+                address(self._gate), address(self._up), self._gate.strides[0], address(self._activated),
+                self._activated.strides[0], padded(c.d_ff), address(self._weights),
+            )  # fmt: skip
+            to, before = address(hidden[row]), address(middle[row])
+            if layer.ffn_merge is not None:
+                to, before = address(self._result[row]), 0
+            for slot in range(used):
+                words += add_stacked(program, self._ops, address(self._activated[slot]), [to], [down], before)
+                before = to
+            for number, (stack, word) in enumerate(zip(stacks, words, strict=True)):
+                places[number] = word, address(stack.places), number % used
+            self._of_row.append((row, slice(begun, len(program))))
         if layer.ffn_merge is not None:
             self._merge(layer.ffn_merge, middle, hidden)
-        stacks = [gate] * used + [up] * used + [down] * used
-        for number, (stack, word) in enumerate(zip(stacks, words, strict=True)):
-            places[number] = word, address(stack.places), number % used
 
     def _each(self, kernel: Kernel, items: int, *args: int | float) -> np.ndarray:
         """Add a job that has ``items`` for each token."""
@@ -307,7 +314,9 @@ class Decoder:
         if count == self._tokens:
             return
         assert 1 <= count <= self.most
-        self._table[self._by_token, 1] = self._items * count
+        self._table[self._by_token, 1] = self._items[self._by_token] * count
+        for row, jobs in self._of_row:
+            self._table[jobs, 1] = self._items[jobs] if row < count else 0
         features = self._ops.features
         for job, kind, words in self._gemvs:
             words[3] = count
