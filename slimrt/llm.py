@@ -126,12 +126,12 @@ class LLM:
         with self._session.lock:
             self._apply(found, plan)
 
-    def _apply(self, adapters: Sequence[tuple[Adapter, float]], plan: PlanChoice) -> None:
-        self.plan = plan
+    def _apply(self, adapters: Sequence[tuple[Adapter, float]], choice: PlanChoice) -> None:
+        self.plan = choice
         self._engine.model.adapt(adapters)
         if self._library is not None:
             # A preset asks for the best that is quick; who gives a plan of his own gets its cuts.
-            plan = self.plan.plan if self.plan.preset else None
+            plan = choice.plan if choice.preset else None
             self._engine.library = Library(self._library, self._bits(), plan=plan)
 
     def _bits(self) -> str:
