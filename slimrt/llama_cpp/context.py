@@ -41,6 +41,8 @@ from slimrt.weights.gguf import GGUFFile
 
 __all__ = ["LlamaContext", "LlamaTokenizer"]
 
+_FEW = 48  # ids sent into a generator that passes of decode read sooner than one that unpacks every layer
+
 
 class LlamaTokenizer:
     """The tokenizer of a ``Llama``."""
@@ -385,7 +387,9 @@ class LlamaContext:
                     raise SettingError(
                         "the context read something else while these tokens were drawn; use a Llama for each"
                     )
-                if ids:
+                if 1 < len(ids) <= _FEW and session.engine.together > 1:
+                    session.decode(ids)
+                elif ids:
                     session.extend(ids)
                 revision = session.revision
                 assert session.logits is not None
