@@ -14,7 +14,7 @@ from slimrt.context import Context, Kept, Progress, Trace
 from slimrt.errors import ComputeError, SettingError
 from slimrt.kv.boundary import BoundaryStates
 from slimrt.kv.cache import KVCache
-from slimrt.kv.layer_rows import reserve_host_memory
+from slimrt.kv.host_blocks import reserve_host_memory
 from slimrt.kv.offload import OffloadedKVCache
 from slimrt.kv.windowed import WindowedKVCache
 from slimrt.models import Llama

@@ -1,102 +1,24 @@
-"""One layer's rows under a budget: resident slots, blocks in host memory, unit means; and which blocks to read."""
+"""One layer's rows under a budget: resident slots, blocks in host memory, unit means."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from slimrt.config import CacheConfig, ModelConfig
 from slimrt.kv.cache import Positions
+from slimrt.kv.choice import Choice
+from slimrt.kv.host_blocks import HostBlocks
 from slimrt.kv.ring import Transfers, wait_all
 from slimrt.ops.protocol import Array, Ops
 
-__all__ = ["MOST_TOGETHER", "Choice", "LayerRows", "choose", "host_slabs", "reserve_host_memory"]
+__all__ = ["MOST_TOGETHER", "LayerRows"]
 
 Fence = Any  # the backend's fence
 
 MOST_TOGETHER = 16  # tokens of a pass of decode, at most: so many of the last rows can be taken back exactly
-_SLAB_ROWS = 1024  # host memory is taken in slabs: pinning is slow, and a slab is never moved or given back
-
-
-class Choice:
-    """Blocks to read: those of ``kept`` [tail] bool (``complete`` [n] has their numbers, ascending), and ``tail``, the
-    block that holds the newest row."""
-
-    def __init__(self, kept: np.ndarray) -> None:
-        self.kept, self.tail = kept, len(kept)
-        self.complete = np.flatnonzero(kept)
-
-    def overlap(self, other: Choice) -> float:
-        """The share of this choice's blocks that the other, which ends in the same tail, has too."""
-        return (1 + int(np.count_nonzero(other.kept[self.complete]))) / (1 + len(self.complete))
-
-
-def choose(scores: np.ndarray | None, tail: int, config: CacheConfig) -> Choice:
-    """The sink, the tail, the local blocks before it, and the best of ``scores`` [tail]: as many as there are slots.
-
-    Without scores later blocks are better. Ties go to the earlier block.
-    """
-    wanted = np.arange(tail, dtype=np.float32) if scores is None else scores.copy()
-    wanted[: config.sink_blocks] = math.inf
-    wanted[max(0, tail - config.local_blocks) :] = math.inf
-    count = config.slots - 1
-    if not 0 < count < tail:
-        return Choice(np.arange(tail) < count)
-    rivals = wanted[wanted > -math.inf]  # in a long context a small part
-    least = np.partition(rivals, -count)[-count] if count <= len(rivals) else -math.inf
-    kept = wanted > least
-    kept[np.flatnonzero(wanted == least)[: count - np.count_nonzero(kept)]] = True
-    return Choice(kept)
-
-
-class HostBlocks:
-    """Blocks in host memory: [2, Hkv, block, Dh], keys and values of one block contiguous, so one transfer moves it."""
-
-    def __init__(self, ops: Ops, config: CacheConfig, model: ModelConfig) -> None:
-        self._ops = ops
-        self._shape = (2, model.n_kv_heads, config.block, model.head_dim)
-        self._per_slab, _ = host_slabs(config)
-        self._slabs: list[Array] = []
-        self.views: list[Array] = []  # one a block
-        self.block_bytes = math.prod(self._shape) * np.dtype(ops.kv_type).itemsize
-
-    def runs(self, device: Array, first: int, last: int) -> Iterator[tuple[Array, Array]]:
-        """Blocks ``first`` to ``last`` (exclusive) beside the same of ``device`` [2, Hkv, rows from ``first`` on, Dh].
-
-        Yields pairs (host, device) of equal shapes, as few as the slabs allow.
-        """
-        rows = self._shape[2]
-        while first < last:
-            slab, at = divmod(first, self._per_slab)
-            if slab == len(self._slabs):
-                self._slabs.append(self._ops.pinned((self._per_slab, *self._shape), self._ops.kv_type))
-                self.views.extend(self._slabs[slab])
-            count = min(self._per_slab - at, last - first)
-            heads, width = self._shape[1], self._shape[3]
-            blocks = device[:, :, : count * rows].reshape(2, heads, count, rows, width)  # splits an axis: a view
-            yield self._slabs[slab][at : at + count], blocks.transpose(2, 0, 1, 3, 4)
-            first += count
-            device = device[:, :, count * rows :]
-
-    def clear(self) -> None:
-        """Let go of the memory."""
-        self._slabs.clear()
-        self.views.clear()
-
-
-def host_slabs(config: CacheConfig) -> tuple[int, int]:
-    """Blocks in a slab of host memory, and how many slabs a layer needs when the context is full."""
-    blocks = max(1, _SLAB_ROWS // config.block)
-    return blocks, -(-config.ctx // (blocks * config.block))
-
-
-def reserve_host_memory(ops: Ops, config: CacheConfig, model: ModelConfig) -> None:
-    """Take the host memory of one conversation that fills the context now, once: pinning in a prompt's way is slow."""
-    blocks, slabs = host_slabs(config)
-    ops.reserve((blocks, 2, model.n_kv_heads, config.block, model.head_dim), model.n_layers * slabs)
 
 
 class _State(NamedTuple):

@@ -16,7 +16,8 @@ import numpy as np
 
 from slimrt.config import CacheConfig, ModelConfig
 from slimrt.errors import ComputeError
-from slimrt.kv.layer_rows import MOST_TOGETHER, Choice, LayerRows, choose
+from slimrt.kv.choice import Choice, choose
+from slimrt.kv.layer_rows import MOST_TOGETHER, LayerRows
 from slimrt.kv.ring import Pairs, Ring, Transfers
 from slimrt.ops.protocol import Array, Ops
 

@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 
 from slimrt.config import CacheConfig, ModelConfig
-from slimrt.kv.layer_rows import host_slabs
+from slimrt.kv.host_blocks import host_slabs
 from slimrt.memory.plan import MemoryRow
 from slimrt.models.stream import SLOTS, layer_bytes
 from slimrt.ops.cuda.cupy_ops import HEAD_WIDTHS, ROW_CHUNK, row_chunk

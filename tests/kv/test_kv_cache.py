@@ -18,7 +18,8 @@ from slimrt.context import Context
 from slimrt.engine import Engine
 from slimrt.errors import ComputeError, SettingError
 from slimrt.kv.cache import KVCache
-from slimrt.kv.layer_rows import LayerRows, choose
+from slimrt.kv.choice import choose
+from slimrt.kv.layer_rows import LayerRows
 from slimrt.kv.offload import OffloadedKVCache
 from slimrt.kv.ring import Transfers
 from slimrt.models import build, read_config
