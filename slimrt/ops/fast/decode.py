@@ -336,11 +336,11 @@ class Decoder:
                 layer.place(rows, store)
                 cache.appended(number, part.position + own)
                 if layer.window:
-                    self._skip(number, rows, cache.positions(number), held[number])
+                    layer.skip(rows, cache.positions(number), held[number])
             self._places[:, rows, 3] = held[:, None] + own
             self._seen[:, rows, 0] = held[:, None] + own + 1
             first = rows.stop
-        self._share(slice(None))
+        self._share()
         self._ops.team.run(self._program)
 
     def _run_by_layer(self, parts: Sequence[Part], at: np.ndarray) -> None:
@@ -365,7 +365,7 @@ class Decoder:
                 layer.read_from(alone, keys, values)
                 self._seen[number, row, 0] = keys.shape[1]
                 if layer.window:
-                    self._skip(number, alone, held, keys.shape[1] - 1)
+                    layer.skip(alone, held, keys.shape[1] - 1)
                 self._attend_alone(number, row)
             begun = layer.job
         self._ops.team.run(self._program, begun)
@@ -389,20 +389,13 @@ class Decoder:
         self._spans[number] = spans
         self._table[self._layers[number].job, 1] = spans * heads
 
-    def _skip(self, number: int, rows: slice, held: np.ndarray, before: int) -> None:
-        """The tokens of ``rows``, behind the first ``before`` rows of a layer, which are at positions ``held``, see
-        those within its window only."""
-        own = held[before : before + rows.stop - rows.start]
-        self._seen[number, rows, 1] = np.searchsorted(held, own - self._layers[number].window + 1)
-
-    def _share(self, layers: slice) -> None:
-        """How the keys that the tokens see in some layers are shared out."""
+    def _share(self) -> None:
+        """How the keys that the tokens see are shared out."""
         count, kv_heads = self._tokens, self.config.n_kv_heads
-        seen = self._seen[layers, :count]
+        seen = self._seen[:, :count]
         rows = seen[..., 0] - seen[..., 1]
         seen[..., 2] = spans_for(rows, kv_heads)
         spans = (-(-rows // seen[..., 2])).max(axis=1)
-        for number in np.flatnonzero(spans != self._spans[layers]).tolist():
-            at = number + (layers.start or 0)
-            self._layers[at].attend[5] = self._spans[at] = spans[number]
-        self._table[self._jobs[layers], 1] = spans * (kv_heads * count)
+        for number in np.flatnonzero(spans != self._spans).tolist():
+            self._layers[number].attend[5] = self._spans[number] = spans[number]
+        self._table[self._jobs, 1] = spans * (kv_heads * count)

@@ -38,3 +38,9 @@ class LayerPlaces:
     def read_from(self, rows: slice, keys: np.ndarray, values: np.ndarray) -> None:
         """Attention reads ``keys``, ``values`` [Hkv, N, Dh]."""
         self.seen[rows, 3:] = address(keys), address(values), keys.strides[0], values.strides[0]
+
+    def skip(self, rows: slice, held: np.ndarray, before: int) -> None:
+        """The tokens of ``rows``, behind the first ``before`` rows of the layer, which are at positions ``held``, see
+        those within its window only."""
+        own = held[before : before + rows.stop - rows.start]
+        self.seen[rows, 1] = np.searchsorted(held, own - self.window + 1)
