@@ -80,6 +80,24 @@ def bench_ttft(model: str | None, settings: BenchSettings, *, as_json: bool) -> 
         print_wide(result.table())
 
 
+def bench_library(model: str | None, settings: BenchSettings, *, as_json: bool) -> None:
+    """Measure what the library of documents saves; a table, or with ``as_json`` every run, goes to stdout."""
+    from slimrt.bench.library import measure_library
+    from slimrt.ops.numpy.workers import available_cores
+
+    if settings.vs or settings.kv_budget or settings.png:
+        raise SettingError("--library: measures slimrt alone, without a budget or a picture; leave the others out")
+    text = None if settings.text is None else read_document(settings.text)
+    path, threads = find_model(model), settings.threads or available_cores()
+    with progress_bar("measuring") as progress:
+        length = max(settings.lengths)
+        result = measure_library(path, length, settings.plans, settings.repeats, threads, text, progress)
+    if as_json:
+        click.echo(result.to_json())
+    else:
+        print_wide(result.table())
+
+
 @dataclass(frozen=True)
 class KernelSettings:
     """What is measured: sizes of ``shape``, ``tokens`` rows; ``kernels``: names, none for all."""

@@ -11,10 +11,13 @@ import signal
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from rich.console import Console
 
 import slimrt
+from click_cli import cli
 from slimrt.bench.contenders import Measurement, Setup, check_installed
+from slimrt.bench.library import measure_library
 from slimrt.bench.plot import save_png
 from slimrt.bench.process import ContenderProcess
 from slimrt.bench.ttft import BenchResult, BenchRow, run
@@ -253,3 +256,17 @@ def test_a_killed_process_is_reported(model: Path) -> None:
         os.kill(process.pid, signal.SIGKILL)
         with pytest.raises(ComputeError, match="slimrt: its process ended with exit code -9"):
             process.measure(IDS, 2, "off")
+
+
+def test_what_the_library_saves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLIMRT_CACHE", str(tmp_path / "cache"))
+    model, text = write_tiny_llama(tmp_path / "tiny.gguf", n_layers=2, ctx=4096), "the world hello there " * 700
+    report = measure_library(model, 2300, ["off"], 1, 1, text, device="numpy")
+    (run,) = report.runs["off"]
+    assert run.cold_s > max(run.same_s, run.later_s) > 0 and run.nbytes > 2200 * 2 * 2 * 2
+    assert json.loads(report.to_json())["of_cold"]["off"]["later_s"] == run.later_s / run.cold_s
+    assert "2,300 tokens" in str(report.table().title) and not (tmp_path / "cache").exists()
+    command = ["bench", "ttft", "--library", "-m", str(model)]
+    short = CliRunner().invoke(cli, [*command, "--length", "1000"])
+    assert short.exit_code == 1 and "--length 1000: the library keeps prompts of 2048 tokens" in short.stderr
+    assert "slimrt alone" in CliRunner().invoke(cli, [*command, "--vs", "llama_cpp"]).stderr

@@ -54,9 +54,7 @@ def test_it_says_where_it_listens_and_lets_streams_end_when_it_is_told_to_stop(m
                 last = long.read().rstrip().splitlines()[-1].removeprefix(b"data: ")
                 assert json.loads(last)["error"]["message"].startswith("the server is stopping")
                 assert server.wait(30) in (0, -signal.SIGTERM)
-            assert re.fullmatch(
-                r"note: stopping: (1 request has|2 requests have) 3 s to end\n", server.stderr.read()
-            )
+            assert re.fullmatch(r"note: stopping: (1 request has|2 requests have) 3 s to end\n", server.stderr.read())
         finally:
             server.kill()
 

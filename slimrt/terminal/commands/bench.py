@@ -114,9 +114,12 @@ def serve_clients(
 @threads_option
 @file_option("Text of the prompts.  [Python's documentation]")
 @click.option("--png", type=user_path, metavar="FILE.png", help="Draw time to first token over prompt length.")
+@click.option(
+    "--library", is_flag=True, help="What the library of documents saves at the longest --length, in new processes."
+)
 @force_option
 @json_option
-def ttft(model: str | None, file: Path | None, as_json: bool, **settings: Any) -> None:
+def ttft(model: str | None, file: Path | None, library: bool, as_json: bool, **settings: Any) -> None:
     """Time to first token and decode speed.
 
     All programs read the same token ids, in processes of their own, taking turns.
@@ -126,7 +129,8 @@ def ttft(model: str | None, file: Path | None, as_json: bool, **settings: Any) -
     """
     from slimrt.terminal import benchmark
 
-    benchmark.bench_ttft(model, benchmark.BenchSettings(text=file, **settings), as_json=as_json)
+    how = benchmark.bench_library if library else benchmark.bench_ttft
+    how(model, benchmark.BenchSettings(text=file, **settings), as_json=as_json)
 
 
 @bench.command()
