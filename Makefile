@@ -65,7 +65,7 @@ build/clients/installed: pyproject.toml examples/llm-slimrt/pyproject.toml
 	@echo "== installing clients into build/clients (a few minutes)"
 	@$(PYTHON) -m venv build/clients
 	@build/clients/bin/python -m pip install -q --upgrade 'pip>=25.1'
-	@PYTHONWARNINGS=ignore build/clients/bin/python -m pip install -q -e '.[fast,server,structured]' -e examples/llm-slimrt --group clients
+	@PYTHONWARNINGS=ignore build/clients/bin/python -m pip install -q -e '.[fast,server,structured,documents]' -e examples/llm-slimrt --group clients
 	@touch $@
 
 dist: .venv/installed-docs

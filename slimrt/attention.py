@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 from slimrt.context import Context
 from slimrt.models import Llama
 from slimrt.ops.protocol import Array, Ops
+from slimrt.parts import Parts
 from slimrt.prune.asked import wanted
 from slimrt.prune.reach import Reach
 from slimrt.prune.schedule import Schedule, Windows
@@ -18,18 +19,12 @@ from slimrt.prune.select import rivals
 
 __all__ = ["Attention"]
 
-_TURN_ROWS = 1024  # rows of a part of a layer between which others have their turn
-
 
 class Attention:
-    """The attention of one model's layers on one backend.
+    """The attention of one model's layers on one backend. ``parts``: between which others have their turn."""
 
-    ``turn``: see ``Engine.turn``.
-    """
-
-    def __init__(self, model: Llama, ops: Ops) -> None:
-        self._model, self._ops = model, ops
-        self.turn: Callable[[], None] | None = None
+    def __init__(self, model: Llama, ops: Ops, parts: Parts) -> None:
+        self._model, self._ops, self.parts = model, ops, parts
         # The soft cap of the scores, if the model has one: what the operations take behind their other arguments.
         self.cap: tuple[float, ...] = (model.config.attention_cap,) if model.config.attention_cap else ()
 
@@ -79,26 +74,14 @@ class Attention:
         how: Mapping[str, Any] = MappingProxyType({}),
     ) -> Array:
         """``ops.attend``, some rows at a time where others wait for their turn between them."""
-        if self.turn is None or len(q) <= _TURN_ROWS:
-            return self._ops.attend(q, keys, values, out, reach=reach, **how)
-        result = self._ops.empty(q.shape) if out is None else out
-        before = keys.shape[1] - len(q)
-        for low in range(0, len(q), _TURN_ROWS):
-            high = min(low + _TURN_ROWS, len(q))
-            seen = slice(0, before + high)  # causal: none of these rows looks farther
-            some = how if "first" not in how else {**how, "first": how["first"][low:high]}
-            self._ops.attend(q[low:high], keys[:, seen], values[:, seen], result[low:high], reach=reach, **some)
-            self.turn()
-        return result
-
-    def row_wise(self, part: Callable[[Array], Array], x: Array) -> Array:
-        """``part(x)``, which treats each row alone; some rows at a time where others wait for a turn between them."""
-        if self.turn is None or len(x) <= _TURN_ROWS:
-            return part(x)
-        result = self._ops.empty(x.shape)
-        for low in range(0, len(x), _TURN_ROWS):
-            result[low : low + _TURN_ROWS] = part(x[low : low + _TURN_ROWS])
-            self.turn()
+        result, before = out, keys.shape[1] - len(q)
+        for some in self.parts.slices("attention", len(q)):
+            if some.stop - some.start == len(q):
+                return self._ops.attend(q, keys, values, out, reach=reach, **how)
+            result = self._ops.empty(q.shape) if result is None else result
+            seen = slice(0, before + some.stop)  # causal: none of these rows looks farther
+            own = how if "first" not in how else {**how, "first": how["first"][some]}
+            self._ops.attend(q[some], keys[:, seen], values[:, seen], result[some], reach=reach, **own)
         return result
 
     def scores(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from slimrt.context import Progress
 from slimrt.engine import Engine
 from slimrt.errors import SettingError
+from slimrt.models import Llama
 from slimrt.ops.protocol import Array
 from slimrt.prune.schedule import DENSE
 
@@ -104,9 +105,14 @@ def read_apart(engine: Engine, texts: Sequence[Sequence[int]], *, last: bool) ->
             if first:
                 x, parts = ops.take(x, ends - 1), [slice(at, at + 1) for at in range(len(parts))]
             x = model.project(layer, x, np.concatenate(attention))
-            x = engine.attention.row_wise(functools.partial(model.feed_forward, layer), x)
+            work = functools.partial(_fed_forward, model, layer, x)
+            x = engine.parts.each("feed forward", work, len(x))
             del layer  # a scratch copy of its weights goes before the next layer's is made
         return [x[part] for part in parts]
+
+
+def _fed_forward(model: Llama, layer: Any, x: Array, some: slice) -> Array:
+    return model.feed_forward(layer, x[some])
 
 
 def states_of(engine: Engine, ids: Sequence[int]) -> np.ndarray:

@@ -18,7 +18,8 @@ from slimrt.kv.host_blocks import reserve_host_memory
 from slimrt.kv.offload import OffloadedKVCache
 from slimrt.kv.windowed import WindowedKVCache
 from slimrt.models import Llama
-from slimrt.ops.protocol import Cache, Decoder, Ops, Part
+from slimrt.ops.protocol import Array, Cache, Decoder, Ops, Part
+from slimrt.parts import Parts
 from slimrt.prune.schedule import DENSE, Schedule, Windows
 from slimrt.prune.select import select_rows
 
@@ -52,7 +53,8 @@ class Engine:
     def __init__(self, model: Llama, ops: Ops, cache: CacheConfig | None = None, *, whole_tokens: bool = True) -> None:
         """``whole_tokens`` False: decode goes layer by layer also where the backend has a way of its own (to debug)."""
         self.model, self.ops, self.config, self.cache_config = model, ops, model.config, cache
-        self.attention = Attention(model, ops)
+        self.parts = Parts(ops)
+        self.attention = Attention(model, ops, self.parts)
         self._whole_tokens = whole_tokens
         self._decoders: dict[str, Decoder | None] = {}  # by the adapters that are applied
         # Where sessions find and keep what was read of long prompts (a slimrt.library.store.Library), if anywhere.
@@ -72,11 +74,11 @@ class Engine:
     def turn(self) -> Callable[[], None] | None:
         """Where several share the engine: called between the parts of a layer while a prompt is read, so that others
         can read or write a little in contexts of their own. What it raises ends the reading."""
-        return self.attention.turn
+        return self.parts.turn
 
     @turn.setter
     def turn(self, turn: Callable[[], None] | None) -> None:
-        self.attention.turn = turn
+        self.parts.turn = turn
 
     @property
     def budgeted(self) -> bool:
@@ -164,14 +166,14 @@ class Engine:
             trace.begin()
         for number, packed in enumerate(model.layers):
             layer = model.unpacked(packed) if len(x) >= ops.unpack_rows else packed
-            q, k, v = model.qkv(layer, x, turns)
+            q, k, v = self._qkv(layer, x, turns)
             keys, values, held = cache.update(number, k, v, positions, q, exact=exact)
             if number == len(model.layers) - 1:
                 x, q = x[len(x) - wanted :], q[len(q) - wanted :]
             if trace:
                 trace.attention(number, q, keys)
             attention = self.attention.attend(schedule.windows, number, q, positions, keys, values, held)
-            x = model.project(layer, x, attention)
+            x = self._projected(layer, x, attention)
             if context.boundary is not None and number == context.boundary.layer:
                 context.boundary.append(x, q)
                 if schedule.anew:
@@ -190,7 +192,7 @@ class Engine:
                 x, positions = ops.take(x, rows), positions[rows]
                 turns = model.rope(positions)
             cache.attended(number)
-            x = self.attention.row_wise(functools.partial(model.feed_forward, layer), x)
+            x = self._fed_forward(layer, x)
             del layer  # a scratch copy of its weights goes before the next layer's is made
             if trace:
                 trace.layer(number)
@@ -198,6 +200,21 @@ class Engine:
                 progress(number + 1, len(model.layers))
         context.length += len(ids)
         return x, tuple(kept)
+
+    # Each in parts, between which others have their turn.
+
+    def _qkv(self, layer: Any, x: Array, turns: Any) -> tuple[Array, Array, Array]:
+        def work(some: slice) -> Any:
+            return self.model.qkv(layer, x[some], tuple((cos[some], sin[some]) for cos, sin in turns))
+
+        found: tuple[Array, Array, Array] = self.parts.each("qkv", work, len(x))
+        return found
+
+    def _projected(self, layer: Any, x: Array, attention: Array) -> Array:
+        return self.parts.each("project", lambda some: self.model.project(layer, x[some], attention[some]), len(x))
+
+    def _fed_forward(self, layer: Any, x: Array) -> Array:
+        return self.parts.each("feed forward", lambda some: self.model.feed_forward(layer, x[some]), len(x))
 
     def decode_one_token(self, context: Context, token: int) -> np.ndarray:
         """Read one token, which looks at the rows within the cache's budget, at all where there is none.

@@ -25,7 +25,7 @@ ORDER = (
     ("prune", "hub", "kernels_cu", "plans"),
     ("text",),
     ("ops", "sampling", "structured"),
-    ("kv", "sampler"),
+    ("kv", "sampler", "parts"),
     ("models",),
     ("convert", "memory", "context"),
     ("attention",),
