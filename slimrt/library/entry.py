@@ -136,7 +136,7 @@ def read_header(file: BinaryIO) -> Header:
         raise DamagedEntryError("the header's checksum differs")
     fields = json.loads(data)
     windows = tuple((layer, tuple(reach)) for layer, reach in fields.pop("windows"))
-    behind, whys = tuple(fields.pop("behind")), tuple(fields.pop("whys"))
+    behind, whys = (tuple(fields.pop(name, ())) for name in ("behind", "whys"))  # entries of before have neither
     header = Header(**fields, windows=windows, behind=behind, whys=whys)
     if not 0 < 4 * header.tokens < os.fstat(file.fileno()).st_size:  # before anything of that size is made room for
         raise DamagedEntryError(f"claims {header.tokens} tokens")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import logging
 import os
@@ -101,6 +102,21 @@ def test_what_was_read_whole_answers_as_without_cuts_and_the_same_prompt_as_befo
     cut = slimrt.load(model, device=device, prune=PLAN, cache=tmp_path / "read", threads=1).generate(other, **ASKED)
     assert cut.timings.stages and cut.timings.dense_note == ""
     assert cut.tokens == slimrt.load(model, device=device, prune=PLAN, threads=1).generate(other, **ASKED).tokens
+
+
+def test_entries_of_before_choices_were_kept_serve_still(model: Path, tmp_path: Path) -> None:
+    llm = slimrt.load(model, device="numpy", prune="off", cache=tmp_path / "read")
+    llm.generate(DOCUMENT, **ASKED)
+    (path,) = files(tmp_path / "read")
+    whole = path.read_bytes()
+    length = int.from_bytes(whole[8:12], "little")
+    header = json.loads(whole[12 : 12 + length])
+    for name in ("chosen", "behind", "whys"):
+        del header[name]
+    data = json.dumps(header).encode()
+    head = whole[:8] + len(data).to_bytes(4, "little") + data
+    path.write_bytes(head + hashlib.sha256(head).digest() + whole[12 + length + 32 :])
+    assert llm.generate(DOCUMENT, session=llm.session(), **ASKED).timings.reused_tokens > 290
 
 
 def test_nothing_runs_for_the_same_prompt_and_an_interrupted_completion_costs_nothing(
