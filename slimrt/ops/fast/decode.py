@@ -314,6 +314,8 @@ class Decoder:
         if count == self._tokens:
             return
         assert 1 <= count <= self.most
+        # Nobody's until all is changed: a Ctrl-C or a fork may come in between, most likely while a kernel is compiled.
+        self._tokens = 0
         self._table[self._by_token, 1] = self._items[self._by_token] * count
         for row, jobs in self._of_row:
             self._table[jobs, 1] = self._items[jobs] if row < count else 0

@@ -30,6 +30,7 @@ import platformdirs
 from numba import njit, types
 from numba.core import caching
 from numba.core.ccallback import CFunc
+from numba.core.compiler_lock import global_compiler_lock
 from numba.core.dispatcher import Dispatcher
 from numba.core.extending import _Intrinsic
 from numba.core.serialize import dumps as numba_dumps
@@ -48,6 +49,14 @@ BAKED_IN = (reach,)  # modules outside of this package whose constants are compi
 
 KERNEL = types.void(types.int64, types.int64, types.int64)  # (item, thread, args)
 _OPTIONS = {"nopython": True, "error_model": "numpy", "boundscheck": False}
+
+if hasattr(os, "register_at_fork"):
+    # A fork waits while another thread compiles: that thread is not in the child, to finish and to let go of the lock.
+    os.register_at_fork(
+        before=global_compiler_lock.acquire,
+        after_in_parent=global_compiler_lock.release,
+        after_in_child=global_compiler_lock.release,
+    )
 
 
 def inline(function: Callable[..., Any]) -> Any:

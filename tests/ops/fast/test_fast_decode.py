@@ -242,6 +242,27 @@ def test_caches_that_choose_forget_tokens_as_if_they_had_never_come(tmp_path: Pa
         assert taken_back > 20
 
 
+def test_interrupted_while_the_program_changes_its_number_of_tokens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a Ctrl-C broke off, or a fork of the process left half done, is done again by the next step."""
+    path = write_tiny_llama(tmp_path / "tiny.gguf", type="Q8_0", n_layers=3, ctx=2048, **QWEN)
+    ids = np.random.default_rng(4).integers(3, 200, 40).tolist()
+    engine = engine_of(path, FastOps(2))
+    ours, context = decoded(engine, ids, 30)
+    context.truncate(30)
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("slimrt.ops.fast.decode.gemv_kernel", interrupted)
+        engine.decode(context, ids[30:])
+    context.truncate(30)
+    for at in range(30, 40):
+        assert np.array_equal(engine.decode(context, ids[at : at + 1])[0], ours[at - 30])
+
+
 def test_default_model(default_model: Path) -> None:
     ids = np.random.default_rng(0).integers(3, 49000, 120).tolist()
     ours, naive = errors(default_model, Session(engine_of(default_model, FastOps()), 128), ids, 112)

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("numba")
 
+from numba.core.compiler_lock import global_compiler_lock
+
 from slimrt.ops.fast.features import detect
-from slimrt.ops.fast.kernels import inline
+from slimrt.ops.fast.kernels import compile_kernel, inline
+from tests.ops.numpy.test_tasks import forked, needs_fork
 
 pytestmark = pytest.mark.skipif(not detect().avx2, reason="this processor has no fast path")
 
@@ -58,6 +64,29 @@ def test_namesakes_from_the_cache(tmp_path: Path) -> None:
         command = [sys.executable, str(program), *numbers.split()]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
+
+
+@needs_fork
+def test_a_fork_while_another_thread_compiles() -> None:
+    """The child can compile: it does not wait for ever for a thread that only its parent has."""
+    compiling, forking = threading.Event(), threading.Event()
+
+    def compile_slowly() -> None:
+        with global_compiler_lock:
+            compiling.set()
+            forking.wait(10)
+            time.sleep(0.2)
+
+    def compile_one() -> bool:
+        faulthandler.dump_traceback_later(30, exit=True)
+        return compile_kernel(lambda item, thread, args: None, "test").address != 0
+
+    thread = threading.Thread(target=compile_slowly)
+    thread.start()
+    assert compiling.wait(10)
+    forking.set()
+    assert forked(compile_one) == 0
+    thread.join()
 
 
 def test_a_closure_is_named_by_what_it_holds() -> None:
