@@ -16,6 +16,7 @@ from slimrt.errors import ModelFileError
 
 __all__ = [
     "FLOAT_TYPES",
+    "STORED_TYPES",
     "Rows",
     "StoredTensor",
     "check_regular",
@@ -35,6 +36,7 @@ FLOAT_TYPES: dict[str, np.dtype[Any]] = {
     "F16": np.dtype("<f2"),
     "BF16": np.dtype("<u2"),
 }
+STORED_TYPES = FLOAT_TYPES | {"U8": np.dtype(np.uint8)}
 """Element types that weights may have, by their safetensors names, and how NumPy reads their bytes."""
 
 _MAX_JSON_BYTES = {
@@ -47,7 +49,8 @@ _MAX_CONTAINERS = 2_000_000  # merges are the most: under a million in the large
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A row-major tensor of float type ``kind`` at byte ``offset`` of an uncompressed file.
+    """A row-major tensor of type ``kind`` (floats, or bytes of packed numbers) at byte ``offset`` of an uncompressed
+    file.
 
     ``row_stride`` counts elements from one row to the next; it exceeds the row length where the tensor is a slice of
     the columns of a larger one (PyTorch stores the larger one).
@@ -65,7 +68,15 @@ class StoredTensor:
 
         Raises ModelFileError if they cannot be read.
         """
-        dtype = FLOAT_TYPES[self.kind]
+        raw = self.stored_rows(start, stop)
+        if self.kind == "BF16":
+            return (raw.astype(np.uint32) << np.uint32(16)).view(np.float32)
+        with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite, which the writer refuses by name
+            return raw.astype(np.float32)
+
+    def stored_rows(self, start: int, stop: int) -> np.ndarray:
+        """The same as stored; raises as ``rows`` does."""
+        dtype = STORED_TYPES[self.kind]
         width = math.prod(self.shape[1:])
         last_row_only = (stop - start - 1) * self.row_stride + width
         try:
@@ -85,14 +96,7 @@ class StoredTensor:
             raw = np.lib.stride_tricks.as_strided(
                 raw, (stop - start, width), (self.row_stride * dtype.itemsize, dtype.itemsize), writeable=False
             )
-        if self.kind == "BF16":
-            values = (raw.astype(np.uint32) << np.uint32(16)).view(np.float32)
-        else:
-            with np.errstate(
-                over="ignore"
-            ):  # a float64 beyond float32 becomes infinite, which the writer refuses by name
-                values = raw.astype(np.float32)
-        return values.reshape((stop - start, *self.shape[1:]))
+        return raw.reshape((stop - start, *self.shape[1:]))
 
 
 def concatenate(parts: Sequence[StoredTensor], axis: int) -> Rows:

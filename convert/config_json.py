@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 _FAMILIES = {name: family for family in ARCHITECTURES.values() for name in family.checkpoints}
 _ATTENTION = ("attn_q", "attn_k", "attn_v", "attn_output")
 _MLP = ("ffn_gate", "ffn_up", "ffn_down")
-_ACTIVATIONS = {"silu": ("silu", "swish"), "gelu": ("gelu_pytorch_tanh", "gelu_tanh")}
+_ACTIVATIONS = {"silu": ("silu", "swish"), "gelu": ("gelu_pytorch_tanh", "gelu_tanh"), "clamped": ("silu", "swish")}
 # Windows are on unless the configuration says so, in these; in others only with ``use_sliding_window``.
 _WINDOW_DEFAULTS = {"MistralForCausalLM": 4096, "MixtralForCausalLM": None, "MinistralForCausalLM": 4096}
 
@@ -34,7 +34,9 @@ def read_config(config: dict[str, Any], path: Path) -> Hyperparameters:
             f"{path}: architecture {str(name)[:60]!r}; slimrt converts and runs {', '.join(_FAMILIES)}; choose "
             "a model with one of these"
         )
-    if config.get("quantization_config"):
+    packed = config.get("quantization_config")
+    mxfp4 = family.turned_experts and isinstance(packed, dict) and packed.get("quant_method") == "mxfp4"
+    if packed and not mxfp4:
         raise ModelFileError(
             f"{path}: the weights are already quantised (quantization_config); fetch the unquantised checkpoint"
         )
@@ -100,6 +102,11 @@ def _check_layer(config: dict[str, Any], family: Architecture, path: Path) -> No
             f"{path}: hidden_act {str(activation)[:40]!r}; slimrt converts and runs "
             f"{_ACTIVATIONS[family.activation][0]} for {family.name}; choose another model"
         )
+    for key, only in family.fixed.items():
+        if config.get(key, only) != only:
+            raise ModelFileError(
+                f"{path}: {key} is {str(config[key])[:40]}; GGUF's {family.name} means {only:g}; choose another model"
+            )
     turned = config.get("no_rope_layers")
     stated = isinstance(family.turned, int) and isinstance(turned, list)
     if stated and any(bool(one) != (family.turns(layer, False) >= 0) for layer, one in enumerate(turned or ())):
@@ -180,6 +187,8 @@ def _experts(config: dict[str, Any], family: Architecture, path: Path) -> dict[s
     """The fields of ``Hyperparameters`` about experts."""
     key = next((key for key in ("num_experts", "num_local_experts") if config.get(key)), None)
     if key is None or "experts" not in family.reads:
+        if family.turned_experts:
+            raise ModelFileError(f"{path}: num_local_experts is missing or 0; {family.name} has experts; mend the file")
         return {}
     count, used = whole(config, key, path), whole(config, "num_experts_per_tok", path)
     if used > count:
@@ -259,4 +268,5 @@ def _rope_scaling(
         attention_factor=optional("attention_factor"),
         beta_fast=optional("beta_fast"),
         beta_slow=optional("beta_slow"),
+        whole_ramp=flag(rope, "truncate", path, True),
     )

@@ -34,6 +34,7 @@ def convert_checkpoint(
 ) -> None:
     """Convert a Hugging Face folder (config.json) or one of Meta's (params.json) to a GGUF file of ``type``.
 
+    Matrices that are quantised in the checkpoint already (gpt-oss's experts) keep their bits and their type.
     ``progress`` is called with (bytes written, bytes in all, tensor name). Memory stays bounded by a few rows of one
     tensor. ``target`` appears complete or not at all; a file that is there already is replaced with ``force`` only, a
     file of the checkpoint never.
@@ -49,7 +50,10 @@ def convert_checkpoint(
     shapes = {name: shape for name, shape in checkpoint.hyperparameters.shapes().items() if name in checkpoint.tensors}
     for name, kind in choose_types(shapes, output, checkpoint.hyperparameters.arch).items():
         tensor, shape = checkpoint.tensors[name], shapes[name]
-        tensors.append(OutputTensor(name, shape, kind, encoded(name, tensor.rows, kind, tensor.origin)))
+        if tensor.packed is not None:
+            tensors.append(OutputTensor(name, shape, tensor.packed, tensor.rows))
+        else:
+            tensors.append(OutputTensor(name, shape, kind, encoded(name, tensor.rows, kind, tensor.origin)))
     tensors += [_constant(name, values) for name, values in checkpoint.hyperparameters.constants().items()]
     metadata = _general(checkpoint, tensors)
 
@@ -57,7 +61,8 @@ def convert_checkpoint(
         writer.add_type(GGUFType.MODEL)
         metadata.set_gguf_meta_model(writer)
         checkpoint.hyperparameters.write(writer)
-        writer.add_file_type(LlamaFileType(output.file_type))
+        packed = any(tensor.packed for tensor in checkpoint.tensors.values())
+        writer.add_file_type(LlamaFileType.MOSTLY_MXFP4_MOE if packed else output.file_type)
         writer.add_quantization_version(GGML_QUANT_VERSION)
         checkpoint.vocabulary.write(writer)
 

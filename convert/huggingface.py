@@ -15,6 +15,7 @@ from slimrt.convert.safetensors_reader import read_safetensors_folder
 from slimrt.convert.source import Source, SourceTensor, check_complete, check_layers, gguf_names
 from slimrt.convert.special_tokens import read_special_tokens
 from slimrt.convert.tekken import from_tekken
+from slimrt.convert.turned_experts import take_turned_experts
 from slimrt.convert.vocabulary import Vocabulary, from_sentencepiece, from_tokenizer_json
 from slimrt.errors import ModelFileError
 
@@ -43,6 +44,7 @@ def open_huggingface(folder: Path) -> Source:
     sizes = read_config(config, config_path)
     tensors = read_safetensors_folder(folder)
     check_layers(sizes.n_layers, len(tensors), config_path, sizes.tensors_a_layer)
+    turned = take_turned_experts(tensors, sizes, folder) if sizes.family.turned_experts else {}
     taken = _stack_experts(tensors, sizes.n_layers, folder) | _take_joint(tensors, sizes.n_layers)
     named = {
         gguf: [tensors[name]] for gguf, name in gguf_names(list(tensors), sizes.arch, sizes.n_layers, folder).items()
@@ -54,7 +56,8 @@ def open_huggingface(folder: Path) -> Source:
     for name in zeros:  # Cohere's checkpoints have them, and GGUF has no place
         if any(part.rows(0, part.shape[0]).any() for part in named.pop(name)):
             raise ModelFileError(f"{folder}: {name} is not zero, and GGUF has no place for it; choose another model")
-    check_complete({name: _shape(name, parts, sizes) for name, parts in named.items()}, sizes, folder)
+    shapes = {name: _shape(name, parts, sizes) for name, parts in named.items()}
+    check_complete(shapes | {name: sizes.shapes()[name] for name in turned}, sizes, folder)
     vocabulary = _read_vocabulary(folder, sizes.vocab_size)
     sources = {
         name: SourceTensor(
@@ -63,7 +66,7 @@ def open_huggingface(folder: Path) -> Source:
         )
         for name, parts in named.items()
     }
-    return Source(folder, sizes, sources, vocabulary)
+    return Source(folder, sizes, sources | turned, vocabulary)
 
 
 def _shape(name: str, parts: list[StoredTensor], sizes: Hyperparameters) -> tuple[int, ...]:

@@ -22,7 +22,7 @@ _LLAMA3 = ("llama", "smollm3", "exaone")  # whose readers look for the tensor ro
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """RoPE stretched to longer contexts. The last three belong to ``yarn``, the frequency factors to ``llama3``."""
+    """RoPE stretched to longer contexts, see ``RopeConfig``. The frequency factors belong to ``llama3``."""
 
     kind: Literal["linear", "yarn", "llama3", "longrope"]
     factor: float
@@ -32,6 +32,7 @@ class RopeScaling:
     attention_factor: float | None = None
     beta_fast: float | None = None
     beta_slow: float | None = None
+    whole_ramp: bool = True
     long_factors: tuple[float, ...] = ()
     short_factors: tuple[float, ...] = ()
 
@@ -113,7 +114,10 @@ class Hyperparameters:
         for number in range(self.n_layers):
             for part, shape in layer.items():
                 shapes[f"blk.{number}.{part}.weight"] = shape
-                if len(shape) == 2 and part != "ffn_gate_inp":
+                if part.startswith("ffn_gate_inp") or len(shape) == 3:
+                    if self.family.expert_biases:
+                        shapes[f"blk.{number}.{part}.bias"] = shape[:-1]
+                elif len(shape) == 2:
                     shapes[f"blk.{number}.{part}.bias"] = shape[:1]
         return shapes
 
@@ -123,7 +127,8 @@ class Hyperparameters:
             return not self.tied
         part = name.split(".")[-2]
         parts = {"attn_qkv": "attn_q", "ffn_up": "ffn_up"}.get(part, part) if self.family.fused else part
-        return name.endswith(".weight") or parts in self.biases
+        of_experts = self.family.expert_biases and (part == "ffn_gate_inp" or part.endswith("_exps"))
+        return name.endswith(".weight") or parts in self.biases or of_experts
 
     def rope_divisors(self) -> np.ndarray | None:
         """The ``rope_freqs`` tensor [Dh / 2]: what llama3 scaling divides each frequency by; None for other kinds.
@@ -203,6 +208,8 @@ class Hyperparameters:
                 writer.add_rope_scaling_attn_factors(scaling.attention_factor / (1.0 + 0.1 * math.log(scaling.factor)))
             if scaling.beta_fast is not None:
                 writer.add_rope_scaling_yarn_beta_fast(scaling.beta_fast)
+            if scaling.whole_ramp != self.family.whole_ramp:
+                writer.add_bool(f"{self.arch}.rope.scaling.yarn_truncate", scaling.whole_ramp)
             if scaling.beta_slow is not None:
                 writer.add_rope_scaling_yarn_beta_slow(scaling.beta_slow)
 

@@ -50,6 +50,7 @@ _TYPES = {
         OutputType("q4_k_s", _Type.Q4_K, LlamaFileType.MOSTLY_Q4_K_S, _Type.Q5_K),
         OutputType("q4_1", _Type.Q4_1, LlamaFileType.MOSTLY_Q4_1),
         OutputType("q4_0", _Type.Q4_0, LlamaFileType.MOSTLY_Q4_0),
+        OutputType("mxfp4_moe", _Type.Q8_0, LlamaFileType.MOSTLY_MXFP4_MOE),
     )
 }
 OUTPUT_TYPES = tuple(_TYPES)
@@ -102,6 +103,8 @@ def choose_types(shapes: Shapes, output: OutputType, arch: str) -> dict[str, GGM
         else:
             # In files of one type too errors cost most in the embedding and the output.
             plain = _Type.Q8_0 if name in (_EMBEDDING, _OUTPUT) else output.base
+            if output.file_type == LlamaFileType.MOSTLY_MXFP4_MOE and len(shape) == 3:
+                plain = _Type.MXFP4  # the experts; all else is small beside them
             wanted = plain if mix is None else mix.type_of(name)
             types[name] = _fitting(wanted, shape[-1])
             if types[name] != wanted:

@@ -12,12 +12,13 @@ import re
 from pathlib import Path
 from typing import Any
 
-from slimrt.convert.checkpoint import FLOAT_TYPES, StoredTensor, check_regular, parse_json, read_json
+from slimrt.convert.checkpoint import FLOAT_TYPES, STORED_TYPES, StoredTensor, check_regular, parse_json, read_json
 from slimrt.errors import ModelFileError
 
 __all__ = ["read_safetensors", "read_safetensors_folder"]
 
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the reference implementation
+_PACKED = ("_blocks", "_scales")  # names of MXFP4's bytes end so
 _SHARD_NAME = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors$")
 
 
@@ -121,7 +122,8 @@ def _tensor(path: Path, name: str, entry: Any, start: int, size: int) -> StoredT
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         raise ModelFileError(f"{label} lacks dtype, shape or data_offsets; the file is corrupt; fetch it anew")
     kind, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(kind, str) or kind not in FLOAT_TYPES:
+    known = STORED_TYPES if name.endswith(_PACKED) else FLOAT_TYPES
+    if not isinstance(kind, str) or kind not in known:
         raise ModelFileError(
             f"{label} has type {str(kind)[:20]}; {', '.join(FLOAT_TYPES)} can be converted; fetch the unquantised "
             "checkpoint"
@@ -137,7 +139,7 @@ def _tensor(path: Path, name: str, entry: Any, start: int, size: int) -> StoredT
             f"{label} has shape {str(shape)[:60]} at {str(offsets)[:60]}; the file is corrupt; fetch it anew"
         )
     begin, end = offsets
-    if end - begin != math.prod(shape) * FLOAT_TYPES[kind].itemsize or start + end > size:
+    if end - begin != math.prod(shape) * STORED_TYPES[kind].itemsize or start + end > size:
         raise ModelFileError(
             f"{label} ({kind} {tuple(shape)}) claims bytes {begin} to {end} of {size - start}; they must hold it "
             "exactly; "

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+from gguf import MODEL_ARCH_NAMES, GGMLQuantizationType, get_tensor_name_map
 
 from slimrt.convert.checkpoint import Rows
 from slimrt.convert.hyperparameters import Hyperparameters
@@ -22,10 +22,12 @@ _COMPUTED = ("rotary_emb.inv_freq", "rope.freqs")
 
 @dataclass(frozen=True)
 class SourceTensor:
-    """Rows in GGUF's layout; ``origin`` names file and tensor in errors."""
+    """Rows in GGUF's layout; ``origin`` names file and tensor in errors. ``packed``: the type that they are packed as
+    already, else they are float32."""
 
     rows: Rows
     origin: str
+    packed: GGMLQuantizationType | None = None
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,8 @@ def gguf_names(names: Sequence[str], arch: str, n_layers: int, folder: Path) -> 
                 f"{folder}: tensor '{name[:80]}' does not belong to a {arch} model of {n_layers} layers; "
                 "leaving it out would change the results; only plain LLaMA-like checkpoints can be converted"
             )
+        if not gguf_name.endswith((".weight", ".bias")):  # a parameter of a layer itself: gpt-oss's sinks
+            gguf_name += ".weight"
         if gguf_name in mapped:
             raise ModelFileError(
                 f"{folder}: tensors '{name[:80]}' and '{mapped[gguf_name][:80]}' are both {gguf_name}; keep one"

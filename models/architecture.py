@@ -11,10 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-__all__ = ["Architecture", "Stated"]
+__all__ = ["Activation", "Architecture", "Stated"]
 
 Stated = Literal["attention cap", "logit cap", "query scale", "embedding scale", "residual scale", "logit scale",
                    "experts"]  # fmt: skip
+Activation = Literal["silu", "gelu", "clamped"]
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,11 @@ class Architecture:
     parallel        attention and feed-forward read the same norm of the layer's input, and both are added to it
     qk_norm         queries and keys are normed before they are turned: each head alone, or the whole row
     qkv_bias        biases of Q, K and V that a converted checkpoint has (a GGUF file may have any)
-    activation      of the gate: SiLU, or GELU in its tanh form
+    activation      of the gate: SiLU, GELU in its tanh form, or gpt-oss's clamped one (``NumpyOps.clamped``)
+    sinks           each query head has a learned logit that takes its part in the softmax and has no value
+    ffn_norm        the name of the norm before the feed-forward in files
+    expert_biases   of the router and of the experts' matrices
+    whole_ramp      YaRN's ramp begins and ends at whole dimensions, where the file does not say
     see_all_every   of so many layers the last sees everything, where the file states a window (0: none does)
     window          where the file states none
     no_window       a stated window of 0 means that there is none
@@ -45,7 +50,9 @@ class Architecture:
     For conversion: ``half_split`` says that checkpoints turn half-split pairs whatever GGUF does, ``norm_shift`` is
     added to the weights of norms, ``config_keys`` has other names of config.json (ours -> theirs), ``copied`` what is
     copied into the metadata (theirs -> ours), ``defaults`` what config.json leaves out, ``eps`` the default of the
-    norm's epsilon. ``grouped_qkv``: Q, K and V lie interleaved by KV head in checkpoints.
+    norm's epsilon. ``grouped_qkv``: Q, K and V lie interleaved by KV head in checkpoints; ``turned_experts``: experts'
+    matrices lie there as [in, out], rows of gate and up in turns. ``fixed``: what else config.json may not state (their
+    key -> the only value).
     """
 
     name: str
@@ -56,7 +63,11 @@ class Architecture:
     parallel: bool = False
     qk_norm: Literal["none", "head", "full"] = "none"
     qkv_bias: bool = False
-    activation: Literal["silu", "gelu"] = "silu"
+    activation: Activation = "silu"
+    sinks: bool = False
+    ffn_norm: str = "ffn_norm"
+    expert_biases: bool = False
+    whole_ramp: bool = True
     see_all_every: int = 0
     window: int = 0
     no_window: bool = False
@@ -75,6 +86,8 @@ class Architecture:
     defaults: Mapping[str, object] = field(default_factory=dict)
     eps: float = 1e-6
     grouped_qkv: bool = False
+    turned_experts: bool = False
+    fixed: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def permuted(self) -> bool:
@@ -90,7 +103,7 @@ class Architecture:
         if self.norms != "after":
             shapes["attn_norm"] = norm
             if not self.parallel:
-                shapes["ffn_norm"] = norm
+                shapes[self.ffn_norm] = norm
         if self.norms != "before":
             shapes |= {"post_attention_norm": norm, "post_ffw_norm": norm}
         if self.qk_norm != "none":
@@ -101,6 +114,8 @@ class Architecture:
         else:
             shapes |= {"attn_q": (q, d_model), "attn_k": (kv, d_model), "attn_v": (kv, d_model)}
         shapes["attn_output"] = (d_model, q)
+        if self.sinks:
+            shapes["attn_sinks"] = (q // head_dim,)
         if experts is not None:
             count, width = experts
             shapes |= {

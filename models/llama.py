@@ -99,6 +99,8 @@ class Llama:
         self.large_keys = frozenset(
             number for number in range(config.n_layers) if load.largest_key_bias(number) > _LARGE_BIAS
         )
+        # A score more in the softmax of each head [H], whose weight goes to no value; of each layer, or of none.
+        self.sinks = [load.sinks(number) for number in range(config.n_layers)] if config.sinks else []
         self.norm = load.vector("output_norm.weight", config.d_model)
         tied = "output.weight" not in file.tensors
         self.head = (

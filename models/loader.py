@@ -10,6 +10,7 @@ import numpy as np
 
 from slimrt.config import ModelConfig
 from slimrt.errors import ModelFileError
+from slimrt.models.families import ARCHITECTURES
 from slimrt.ops.layer import Experts, HeadNorms, Merge
 from slimrt.ops.protocol import Array, Ops
 from slimrt.weights.gguf import GGUFFile, TensorInfo
@@ -28,13 +29,15 @@ class Loader:
     def __init__(self, config: ModelConfig, file: GGUFFile, ops: Ops, matrix: Callable[..., Any]) -> None:
         """``matrix`` makes a handle of the matrices of a layer."""
         self.config, self.file, self.ops, self.matrix = config, file, ops, matrix
+        self.family = ARCHITECTURES[config.arch]
 
     def check_names(self) -> None:
         """Raises ModelFileError for a layer's tensor that nothing here reads: left out, it would change the results."""
         c = self.config
         known = {"attn_qkv", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_up", "ffn_gate", "ffn_down", *_ANY}
         known |= {"attn_norm"} if c.norms != "after" else set()
-        known |= {"ffn_norm"} if c.norms != "after" and not c.parallel else set()
+        known |= {self.family.ffn_norm} if c.norms != "after" and not c.parallel else set()
+        known |= {"attn_sinks"} if c.sinks else set()
         known |= {"post_attention_norm", "post_ffw_norm"} if c.norms != "before" else set()
         known |= {"attn_q_norm", "attn_k_norm"} if c.qk_norm != "none" else set()
         if c.experts:
@@ -83,7 +86,7 @@ class Loader:
         if c.parallel:
             fields["ffn_norm"] = fields["attn_norm"]
         else:
-            fields["ffn_norm"] = self.vector(f"{blk}.ffn_norm.weight", c.d_model) if before else None
+            fields["ffn_norm"] = self.vector(f"{blk}.{self.family.ffn_norm}.weight", c.d_model) if before else None
         if c.experts:
             nothing = dict.fromkeys(("gate_up", "gate_up_bias", "down", "down_bias"))
             return fields | nothing | {"experts": self._experts(blk)}
@@ -145,6 +148,10 @@ class Loader:
             return 0.0
         return float(np.abs(bias).max())
 
+    def sinks(self, number: int) -> Array:
+        """Of layer ``number``, a score for each query head."""
+        return self.vector(f"blk.{number}.attn_sinks.weight", self.config.n_heads)
+
     def _ordered(self, name: str, tensor: TensorInfo) -> TensorInfo:
         """Rows of a query or key tensor moved from RoPE's interleaved layout to the half-split one.
 
@@ -185,12 +192,24 @@ class Loader:
             return TensorInfo(tensor.name, tensor.shape[1:], tensor.type, tensor.data[expert])
 
         numbers = range(e.count)
+        router_bias = gate_up_bias = down_bias = None
+        if self.family.expert_biases:
+            router_bias = self.vector(f"{blk}.ffn_gate_inp.bias", e.count)
+            gate_bias, up_bias = (
+                self.checked(f"{blk}.ffn_{part}_exps.bias", e.count, e.d_ff) for part in ("gate", "up")
+            )
+            gate_up_bias = tuple(self.ops.vector(one(gate_bias, n), one(up_bias, n)) for n in numbers)
+            of_down = self.checked(f"{blk}.ffn_down_exps.bias", e.count, c.d_model)
+            down_bias = tuple(self.ops.vector(one(of_down, n)) for n in numbers)
         return Experts(
             router=self.matrix(self.checked(f"{blk}.ffn_gate_inp.weight", e.count, c.d_model)),
             gate_up=tuple(self.matrix(one(gate, n), one(up, n), half=e.d_ff) for n in numbers),
             down=tuple(self.matrix(one(down, n)) for n in numbers),
             used=e.used,
             normalised=e.normalised,
+            router_bias=router_bias,
+            gate_up_bias=gate_up_bias,
+            down_bias=down_bias,
         )
 
     def rope_divisors(self) -> np.ndarray | None:

@@ -114,6 +114,7 @@ def read_config(file: GGUFFile) -> ModelConfig:
         parallel=arch.parallel,
         qk_norm=arch.qk_norm,
         activation=arch.activation,
+        sinks=arch.sinks,
         query_scale=_query_scale(file, arch, layers, d_model // heads, head_dim),
         attention_cap=_number(file, arch, "attn_logit_softcapping", 0.0),
         logit_cap=_number(file, arch, "final_logit_softcapping", 0.0),
@@ -216,10 +217,11 @@ def _read_experts(file: GGUFFile, arch: Architecture) -> ExpertConfig | None:
         raise ModelFileError(
             f"{file.path}: {arch.name}.expert_used_count is {used} of {count} experts; the file is corrupt"
         )
-    if whole("expert_gating_func", 1) not in (0, 1):
+    gating = whole("expert_gating_func", 1)
+    if gating not in (0, 1, 3):
         raise ModelFileError(
-            f"{file.path}: {arch.name}.expert_gating_func is {whole('expert_gating_func')}; slimrt runs experts that a "
-            "softmax (1) weighs; use another model"
+            f"{file.path}: {arch.name}.expert_gating_func is {gating}; slimrt runs experts that a softmax "
+            "weighs (1, or 3 over the chosen ones); use another model"
         )
     scale = file.get(f"{arch.name}.expert_weights_scale", float, 1.0)
     if scale not in (0.0, 1.0):
@@ -230,7 +232,8 @@ def _read_experts(file: GGUFFile, arch: Architecture) -> ExpertConfig | None:
     width = whole("expert_feed_forward_length") or whole("feed_forward_length")
     if not 1 <= width <= 1 << 31:
         raise ModelFileError(f"{file.path}: experts are {width} wide; they must lie in 1..2^31; the file is corrupt")
-    return ExpertConfig(count, used, width, file.get(f"{arch.name}.expert_weights_norm", bool, True))
+    normalised = gating == 3 or file.get(f"{arch.name}.expert_weights_norm", bool, True)
+    return ExpertConfig(count, used, width, normalised)
 
 
 def _read_rope(file: GGUFFile, family: Architecture, head_dim: int, ctx_train: int) -> RopeConfig:
@@ -266,6 +269,7 @@ def _read_rope(file: GGUFFile, family: Architecture, head_dim: int, ctx_train: i
         ext_factor=file.get(f"{arch}.rope.scaling.yarn_ext_factor", float, 1.0),
         beta_fast=file.get(f"{arch}.rope.scaling.yarn_beta_fast", float, 32.0),
         beta_slow=file.get(f"{arch}.rope.scaling.yarn_beta_slow", float, 1.0),
+        whole_ramp=file.get(f"{arch}.rope.scaling.yarn_truncate", bool, family.whole_ramp),
     )
     try:
         _check_rope(rope)

@@ -44,7 +44,9 @@ def _yarn_ramp(config: RopeConfig) -> np.ndarray:
         ratio = math.log(config.original_ctx) - math.log(turns) - math.log(2 * math.pi)
         return config.dims * ratio / (2 * math.log(config.base))
 
-    low = max(0, math.floor(dimension(config.beta_fast)))
-    high = min(config.dims - 1, math.ceil(dimension(config.beta_slow)))
+    low, high = dimension(config.beta_fast), dimension(config.beta_slow)
+    if config.whole_ramp:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(0, low), min(config.dims - 1, high)
     ramp = (np.arange(config.dims // 2) - low) / max(0.001, high - low)
     return 1 - np.clip(ramp, 0, 1)

@@ -25,8 +25,6 @@ class Attention:
 
     def __init__(self, model: Llama, ops: Ops, parts: Parts) -> None:
         self._model, self._ops, self.parts = model, ops, parts
-        # The soft cap of the scores, if the model has one: what the operations take behind their other arguments.
-        self.cap: tuple[float, ...] = (model.config.attention_cap,) if model.config.attention_cap else ()
 
     def attend(
         self,
@@ -46,8 +44,7 @@ class Attention:
         how: dict[str, Any] = {}
         if window := self._model.config.window(layer):
             how["first"] = np.searchsorted(held, positions[len(positions) - len(q) :] - window + 1)
-        if self.cap:
-            how["cap"] = self.cap[0]
+        how |= self.softmax(layer)
         if layer in self._model.large_keys:
             how["precise"] = True
         limited = 0  # of the rows in q
@@ -63,6 +60,12 @@ class Attention:
         if limited < len(q):
             self._in_parts(q[limited:], keys, values, result[limited:], how=how)
         return result
+
+    def softmax(self, layer: int) -> dict[str, Any]:
+        """What a layer's softmax has besides the scores, where the model has that: a soft cap, sinks."""
+        c = self._model.config
+        how: dict[str, Any] = {"cap": c.attention_cap} if c.attention_cap else {}
+        return how | ({"sinks": self._model.sinks[layer]} if c.sinks else {})
 
     def _in_parts(
         self,
@@ -96,9 +99,9 @@ class Attention:
         if asked is None:
             return ops.score_blocks(plan.score, q[-plan.query_window :], keys, plan.block, plan.unit), None
         rows = keys.shape[1]
-        tail, cap = len(asked.tail), self.cap
+        tail, how = len(asked.tail), self.softmax(layer)
         groups: list[tuple[np.ndarray, Sequence[float]]] = [
-            (ops.block_mass(q[len(q) - tail :], keys, plan.block, True, *cap), asked.tail)
+            (ops.block_mass(q[len(q) - tail :], keys, plan.block, True, **how), asked.tail)
         ]
         places = [positions[rows - tail :]]
         if any(asked.head):
@@ -109,7 +112,7 @@ class Attention:
                 assert context.boundary is not None and layer == context.boundary.layer
                 own = context.boundary.first_queries()[: len(first)]
             moved = self._model.moved(own, positions[-1] + 1 - first, layer)
-            groups.append((ops.block_mass(moved, keys, plan.block, False, *cap), [asked.head[at] for at in first]))
+            groups.append((ops.block_mass(moved, keys, plan.block, False, **how), [asked.head[at] for at in first]))
             places.append(first)
         scores, by = wanted(groups, rivals(rule, len(groups[0][0][0, 0]), rows))
         return scores, np.where(by < 0, -1, np.concatenate(places)[by])

@@ -44,7 +44,7 @@ class RopeConfig:
     ``factor`` divides positions (linear) or the slow frequencies (YaRN, arXiv 2309.00071; ``original_ctx`` is the
     context before stretching). ``llama3`` takes its per-frequency divisors from the file's ``rope_freqs`` tensor,
     ``longrope`` (LongRoPE, arXiv 2402.13753) from ``rope_factors_long`` where the context passes the original one
-    (``long``), else from ``rope_factors_short``.
+    (``long``), else from ``rope_factors_short``. ``whole_ramp``: YaRN's ramp begins and ends at whole dimensions.
     """
 
     base: float = 10000.0
@@ -58,6 +58,7 @@ class RopeConfig:
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     long: bool = False
+    whole_ramp: bool = True
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,8 @@ class ModelConfig:
     centred: bool = False
     parallel: bool = False
     qk_norm: Literal["none", "head", "full"] = "none"
-    activation: Literal["silu", "gelu"] = "silu"
+    activation: Literal["silu", "gelu", "clamped"] = "silu"
+    sinks: bool = False
     query_scale: float = 1.0
     attention_cap: float = 0.0
     logit_cap: float = 0.0

@@ -34,6 +34,12 @@ def _rope(base: float, **more: Any) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": "default", "rope_theta": base, **more}}
 
 
+_GPT_OSS: dict[str, Any] = {
+    "num_hidden_layers": 4, "head_dim": DH, "num_local_experts": 5, "num_experts_per_tok": 2, "intermediate_size": 32,
+    "attention_bias": True, "sliding_window": 20, "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "rope_parameters": {"rope_type": "yarn", "rope_theta": 150000.0, "factor": 8.0, "beta_fast": 32.0, "beta_slow": 1.0,
+                        "truncate": False, "original_max_position_embeddings": 32},
+}  # fmt: skip
 _WINDOWED = ["sliding_attention", "full_attention"] * 2
 CASES: dict[str, dict[str, Any]] = {
     "qwen3": {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "head_dim": DH,
@@ -91,6 +97,11 @@ CASES: dict[str, dict[str, Any]] = {
     "mixtral": {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "num_local_experts": 4,
                 "num_experts_per_tok": 2, "intermediate_size": 32, "sliding_window": None, "head_dim": DH,
                 **_rope(1e6)},
+    "gpt-oss": {"model_type": "gpt_oss", "architectures": ["GptOssForCausalLM"], **_GPT_OSS},
+    "gpt-oss-mxfp4": {"model_type": "gpt_oss", "architectures": ["GptOssForCausalLM"], **_GPT_OSS,
+                      "rope_parameters": {**_GPT_OSS["rope_parameters"], "truncate": True},
+                      "quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": [
+                          "model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]}},
 }  # fmt: skip
 
 
@@ -128,7 +139,11 @@ def _shapes(c: dict[str, Any]) -> dict[str, tuple[int, ...]]:
             shapes |= {f"{at}.self_attn.{part}_norm.weight": (width,) for part in "qk"}
         elif kind.startswith("olmo"):
             shapes |= {f"{at}.self_attn.q_norm.weight": (q,), f"{at}.self_attn.k_norm.weight": (kv,)}
-        if kind == "qwen3_moe":
+        if kind == "gpt_oss":
+            shapes |= {f"{at}.self_attn.{part}_proj.bias": (rows,) for part, rows in
+                       (("q", q), ("k", kv), ("v", kv), ("o", d))}  # fmt: skip
+            shapes |= _gpt_oss_shapes(c, at)
+        elif kind == "qwen3_moe":
             inner = c["moe_intermediate_size"]
             shapes[f"{at}.mlp.gate.weight"] = (c["num_experts"], d)
             for expert in range(c["num_experts"]):
@@ -146,16 +161,39 @@ def _shapes(c: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def _gpt_oss_shapes(c: dict[str, Any], at: str) -> dict[str, tuple[int, ...]]:
+    d, f, count = c["hidden_size"], c["intermediate_size"], c["num_local_experts"]
+    shapes: dict[str, tuple[int, ...]] = {
+        f"{at}.self_attn.sinks": (c["num_attention_heads"],),
+        f"{at}.mlp.router.weight": (count, d), f"{at}.mlp.router.bias": (count,),
+        f"{at}.mlp.experts.gate_up_proj_bias": (count, 2 * f), f"{at}.mlp.experts.down_proj_bias": (count, d),
+    }  # fmt: skip
+    for part, out, inner in (("gate_up", 2 * f, d), ("down", d, f)):
+        if "quantization_config" in c:
+            shapes[f"{at}.mlp.experts.{part}_proj_blocks"] = (count, out, inner // 32, 16)
+            shapes[f"{at}.mlp.experts.{part}_proj_scales"] = (count, out, inner // 32)
+        else:
+            shapes[f"{at}.mlp.experts.{part}_proj"] = (count, inner, out)
+    return shapes
+
+
 def weights(name: str, **changes: Any) -> dict[str, np.ndarray]:
-    """The tensors of a case, float32: whole multiples of 1/256, so that every reader holds the same numbers."""
+    """The tensors of a case, float32: whole multiples of 1/256, so that every reader holds the same numbers; MXFP4's as
+    bytes."""
     c = config(name, **changes)
     result, centre = {}, 0.0 if c["model_type"].startswith("gemma") else 1.0
     for tensor, shape in _shapes(c).items():
         rng = np.random.default_rng(zlib.crc32(f"{name} {tensor}".encode()))
-        size = 0.25 if len(shape) == 1 else 1.5 / np.sqrt(shape[-1])
-        if ".gate.weight" in tensor:
+        if tensor.endswith(("_blocks", "_scales")):  # of numbers about as large as the others
+            low, high = (0, 256) if tensor.endswith("blocks") else (122, 125)
+            result[tensor] = rng.integers(low, high, shape).astype(np.uint8)
+            continue
+        size = 0.25 if len(shape) == 1 or tensor.endswith("bias") else 1.5 / np.sqrt(shape[-1])
+        if ".gate.weight" in tensor or ".router." in tensor:
             size *= 4  # routers that are sure of their choice, in any precision
-        values = rng.standard_normal(shape) * size + (centre if len(shape) == 1 else 0)
+        values = rng.standard_normal(shape) * size + (centre if tensor.endswith("norm.weight") else 0)
+        if tensor.endswith("sinks"):
+            values = values * 8  # beside scores, some larger and some smaller than these
         result[tensor] = (np.rint(values * 256) / 256).astype(np.float32)
     return result
 

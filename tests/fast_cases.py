@@ -13,7 +13,7 @@ from slimrt.weights.gguf import TensorInfo
 Kind = GGMLQuantizationType
 KINDS = (
     Kind.F32, Kind.F16, Kind.BF16, Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1, Kind.Q8_0,
-    Kind.Q4_K, Kind.Q5_K, Kind.Q6_K,
+    Kind.MXFP4, Kind.Q4_K, Kind.Q5_K, Kind.Q6_K,
 )  # fmt: skip
 MASKS = ((), ("vnni", "bf16"), ("avx512",), ("avx512", "avxvnni"))
 

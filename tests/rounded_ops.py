@@ -73,7 +73,7 @@ class RoundedOps(NumpyOps):
 
     def attend(  # type: ignore[override]
         self, q: Any, k: Any, v: Any, out: Any = None, reach: Reach = None, *, first: Any = None, cap: float = 0.0,
-        precise: bool = False,
+        precise: bool = False, sinks: Any = None,
     ) -> np.ndarray:  # fmt: skip
         assert reach is None or not any(reach)
         tokens, heads, width = q.shape
@@ -89,9 +89,15 @@ class RoundedOps(NumpyOps):
             if cap:
                 scores = np.float32(cap) * np.tanh(scores / np.float32(cap))
             scores[later] = -np.inf
-            weights = np.exp(scores - scores.max(axis=1, keepdims=True))
+            peak = scores.max(axis=1, keepdims=True)
+            if sinks is not None:
+                peak = np.maximum(peak, sinks[head])
+            weights = np.exp(scores - peak)
+            total = weights.sum(axis=1, keepdims=True)
+            if sinks is not None:
+                total += np.exp(sinks[head] - peak)
             mixed = rounded(weights) @ rounded(v[group].astype(np.float32))
-            result[:, head] = mixed / weights.sum(axis=1, keepdims=True)
+            result[:, head] = mixed / total
         return result
 
 

@@ -202,6 +202,7 @@ def unsupported(config: ModelConfig) -> str | None:
         (config.attention_cap, "soft caps of attention"),
         (config.parallel, "attention and feed-forward side by side"),
         (config.experts, "mixtures of experts"),
+        (config.sinks, "sinks of attention"),
     ):
         if lacking:
             return f"the GPU backend lacks {what}, which {config.arch} has; use device='cpu' (--device cpu)"

@@ -212,7 +212,7 @@ def _prefill_scratch(c: ModelConfig, ctx: int, threads: int, packed: bool) -> in
     group = c.n_heads // c.n_kv_heads
     tile = QUERY_TILE * group * (KEY_TILE + 4 * c.head_dim)
     chunk = min(ctx, ROW_CHUNK) * (4 * c.d_ff + 3 * c.d_model)
-    if c.windows or c.attention_cap:  # scores of a mask of its own, and what the softmax makes of them
+    if c.windows or c.attention_cap or c.sinks:  # scores of a mask of its own, and what the softmax makes of them
         tile = max(tile, 3 * MASKED_SCORES)
     if c.experts:  # all rows normed and mixed, and those of one expert on their way
         rows += ctx * (2 * c.d_model + 4 * c.d_ff + 2 * c.d_model)

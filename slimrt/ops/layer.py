@@ -17,7 +17,7 @@ from slimrt.ops.protocol import Array, Weight
 
 __all__ = ["Activation", "Experts", "HeadNorms", "LayerOps", "Merge", "by_expert", "chosen_experts"]
 
-Activation = Literal["silu", "gelu"]
+Activation = Literal["silu", "gelu", "clamped"]
 
 
 @dataclass(frozen=True)
@@ -43,13 +43,21 @@ class Merge:
 @dataclass(frozen=True)
 class Experts:
     """The weights of a mixture: ``router`` [E, D], of each expert gate and up stacked [2 F, D] and down [D, F]; a row
-    passes the ``used`` experts that its router's softmax makes likeliest, weighed by it (``normalised``: to sum 1)."""
+    passes the ``used`` experts that its router's softmax makes likeliest, weighed by it (``normalised``: to sum 1).
+    Biases, or None: of the router [E], of each expert [2 F] and [D]."""
 
     router: Weight
     gate_up: tuple[Weight, ...]
     down: tuple[Weight, ...]
     used: int
     normalised: bool
+    router_bias: Array | None = None
+    gate_up_bias: tuple[Array, ...] | None = None
+    down_bias: tuple[Array, ...] | None = None
+
+    def biases(self, expert: int) -> tuple[Array | None, Array | None]:
+        """Of gate and up, and of down."""
+        return tuple(None if part is None else part[expert] for part in (self.gate_up_bias, self.down_bias))  # type: ignore[return-value]
 
 
 def chosen_experts(logits: np.ndarray, used: int, normalised: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -65,7 +73,7 @@ def chosen_experts(logits: np.ndarray, used: int, normalised: bool) -> tuple[np.
 
 class LayerOps:
     """For backends with ``rows``, ``whole_rows``, ``empty``, ``rmsnorm``, ``linear``, ``add_linear``, ``rope``,
-    ``swiglu`` and ``geglu``."""
+    ``swiglu`` and ``geglu``; with experts also ``clamped``."""
 
     def qkv(
         self: Any,
@@ -144,10 +152,12 @@ class LayerOps:
         """Norm, the chosen experts' feed-forwards, residual: x [T, D] -> x + sum of weight * down(act(gate) * up)."""
         normed, chosen, weights = self.routed(x, gain, eps, experts)
         mixed = x * 0
+        ready = self.unpacked if len(x) > 1 else _as_it_is
         for expert, rows, share in by_expert(chosen, weights):
             at, share = self.index(rows), self.index(share)
-            hidden = self.gated(self.linear(normed[at], self.unpacked(experts.gate_up[expert])), activation)
-            mixed[at] += self.linear(hidden, self.unpacked(experts.down[expert])) * share[:, None]
+            bias, down_bias = experts.biases(expert)
+            hidden = self.gated(self.linear(normed[at], ready(experts.gate_up[expert]), bias), activation)
+            mixed[at] += self.linear(hidden, ready(experts.down[expert]), down_bias) * share[:, None]
         return x + mixed if merge is None else self.merged(x, mixed, merge)
 
     def routed(self: Any, x: Array, gain: Array, eps: float, experts: Experts) -> tuple[Array, np.ndarray, np.ndarray]:
@@ -155,7 +165,7 @@ class LayerOps:
 
         def part(x: Array) -> tuple[Array, Array]:
             normed = self.rmsnorm(x, gain, eps)
-            return normed, self.linear(normed, experts.router)
+            return normed, self.linear(normed, experts.router, experts.router_bias)
 
         normed, logits = self.by_rows(part, x)
         return normed, *chosen_experts(self.to_host(logits).astype(np.float32), experts.used, experts.normalised)
@@ -183,7 +193,8 @@ class LayerOps:
 
     def gated(self: Any, gate_up: Array, activation: Activation) -> Array:
         """act(gate) * up; gate_up [T, 2 F] with gate first -> [T, F]."""
-        return self.swiglu(gate_up) if activation == "silu" else self.geglu(gate_up)
+        gate = {"silu": self.swiglu, "gelu": self.geglu, "clamped": self.clamped}[activation]
+        return gate(gate_up)
 
     def merged(self: Any, x: Array, y: Array, merge: Merge) -> Array:
         """x [T, D] + y [T, D] as ``merge`` says."""
@@ -213,6 +224,11 @@ class LayerOps:
 
         self.rows(run, count)
         return tuple(whole)
+
+
+def _as_it_is(weight: Weight) -> Weight:
+    """For one row: reading the packed matrix is quicker than unpacking it."""
+    return weight
 
 
 def _wide(x: Array) -> Array:

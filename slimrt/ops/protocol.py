@@ -163,16 +163,19 @@ class Ops(MemoryOps, RowOps, Protocol):
 
     def attend(
         self, q: Array, k: Array, v: Array, out: Array | None = ..., reach: Reach = ...,
-        *, first: np.ndarray | None = ..., cap: float = ..., precise: bool = ...,
+        *, first: np.ndarray | None = ..., cap: float = ..., precise: bool = ..., sinks: Array | None = ...,
     ) -> Array:  # fmt: skip
         """Causal attention by index: q [T, H, Dh], k and v [Hkv, N, Dh] -> [T, H, Dh]. Row t sees no key before
         ``first[t]``, scores are capped softly at ``cap`` (0: not). ``precise``: keys are large, so none of the factors
-        may be rounded to fewer bits than float16 has."""
+        may be rounded to fewer bits than float16 has. ``sinks`` [H]: a score more in each head's softmax, of no
+        value."""
 
     def score_blocks(self, kind: str, q: Array, k: Array, block: int, unit: int) -> np.ndarray:
         """How much q [W, H, Dh] of the last rows want each block of k [Hkv, N, Dh] -> [B] on the host."""
 
-    def block_mass(self, q: Array, k: Array, block: int, causal: bool, cap: float = ...) -> np.ndarray:
+    def block_mass(
+        self, q: Array, k: Array, block: int, causal: bool, cap: float = ..., sinks: Array | None = ...
+    ) -> np.ndarray:
         """The attention of q [W, H, Dh] by block of k [Hkv, N, Dh] -> [W, H, B] on the host; ``causal``: q are those of
         the last W rows, and see no later keys; else they see all."""
 

@@ -57,16 +57,18 @@ def _per_block(values: Array, size: int, reduce: np.ufunc) -> Array:
     return reduce.reduceat(values, np.arange(0, values.shape[-1], size), axis=-1)
 
 
-def block_mass(q: Array, k: Array, block: int, causal: bool, cap: float = 0.0) -> Array:
+def block_mass(q: Array, k: Array, block: int, causal: bool, cap: float = 0.0, sinks: Array | None = None) -> Array:
     """The attention that each query in each head pays to each block: q [W, H, Dh], k [Hkv, N, Dh] -> [W, H, B].
 
     ``causal``: the queries are those of the last W rows, and see keys up to their own; else they see all. ``cap``: a
-    score s becomes cap * tanh(s / cap), where the model's attention does the same.
+    score s becomes cap * tanh(s / cap), where the model's attention does the same. ``sinks`` [H]: what each head's
+    softmax has besides the keys; that share falls to no block.
     """
     window, heads, _ = q.shape
     kv_heads, keys, _ = k.shape
     group = heads // kv_heads
     result = np.empty((window, heads, -(-keys // block)), np.result_type(q, k))
+    aside = np.zeros((window, heads), result.dtype)
     later = np.arange(window)[None, :] > np.arange(window)[:, None]  # which of the last W keys a query does not see
     # Some rows of one KV head at a time, so that their products with all keys stay in the cache.
     for head in range(kv_heads):
@@ -78,10 +80,14 @@ def block_mass(q: Array, k: Array, block: int, causal: bool, cap: float = 0.0) -
                 scores = np.tanh(scores / np.float32(cap)) * np.float32(cap)
             if causal:
                 np.copyto(scores[:, :, keys - window :], -np.inf, where=later[rows])
-            scores -= scores.max(axis=-1, keepdims=True)
+            peak = scores.max(axis=-1, keepdims=True)
+            if sinks is not None:
+                peak = np.maximum(peak, sinks[mine].reshape(-1, 1, 1))
+                aside[rows, mine] = np.exp(sinks[mine].reshape(-1, 1) - peak[:, :, 0]).T
+            scores -= peak
             np.exp(scores, out=scores)
             result[rows, mine] = _per_block(scores, block, np.add).transpose(1, 0, 2)
-    result /= result.sum(axis=-1, keepdims=True)
+    result /= result.sum(axis=-1, keepdims=True) + aside[:, :, None]
     return result
 
 

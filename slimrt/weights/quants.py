@@ -160,6 +160,15 @@ def _q5_1(blocks: Array, out: Array) -> None:
     out += _half(blocks, 2)
 
 
+_E2M1 = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.float32)  # twice the values
+
+
+@_unpacks(GGMLQuantizationType.MXFP4)
+def _mxfp4(blocks: Array, out: Array) -> None:
+    _E2M1.take(_nibbles(blocks, 1), out=out)
+    out *= np.ldexp(np.float32(1), blocks[:, :1].astype(np.int32) - 128)
+
+
 @_unpacks(GGMLQuantizationType.Q4_K)
 def _q4_k(blocks: Array, out: Array) -> None:
     out[...] = _grouped_nibbles(blocks[:, 16:].reshape(-1, 4, 32)).reshape(out.shape)

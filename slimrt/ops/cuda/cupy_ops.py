@@ -262,7 +262,7 @@ class CupyOps(FewRows, InPlaceLayer):
 
     def attend(
         self, q: Array, k: Array, v: Array, out: Array | None = None, reach: Reach = None,
-        *, first: np.ndarray | None = None, cap: float = 0.0, precise: bool = False,
+        *, first: np.ndarray | None = None, cap: float = 0.0, precise: bool = False, sinks: Array | None = None,
     ) -> Array:  # fmt: skip
         """Causal grouped-query attention by index: query row t sees key rows 0 .. N-T+t, within the heads' ``reach``.
 
@@ -270,8 +270,8 @@ class CupyOps(FewRows, InPlaceLayer):
         """
         tokens, heads, width = q.shape
         kv_heads, keys, _ = k.shape
-        if first is not None or cap:
-            raise DeviceError("the GPU's kernels have no windows by row and no soft caps; use device='cpu'")
+        if first is not None or cap or sinks is not None:
+            raise DeviceError("the GPU's kernels have no windows by row, no soft caps and no sinks; use device='cpu'")
         self._check_heads("attend", q, k)
         if v.shape != k.shape or v.strides != k.strides:
             raise DeviceError(f"attend: v is {v.shape}, k {k.shape}; they must have one layout; this is a bug")
@@ -367,10 +367,12 @@ class CupyOps(FewRows, InPlaceLayer):
                int(kind != "token_max"), T="f16", DH=width)  # fmt: skip
         return self.to_host(scores)
 
-    def block_mass(self, q: Array, k: Array, block: int, causal: bool, cap: float = 0.0) -> np.ndarray:
+    def block_mass(
+        self, q: Array, k: Array, block: int, causal: bool, cap: float = 0.0, sinks: Array | None = None
+    ) -> np.ndarray:
         """Attention of q [W, H, Dh] by block of k [Hkv, N, Dh] -> [W, H, B] on the host; see ``scores.block_mass``."""
-        if cap:
-            raise DeviceError("the GPU's kernels have no soft caps; use device='cpu'")
+        if cap or sinks is not None:
+            raise DeviceError("the GPU's kernels have no soft caps and no sinks; use device='cpu'")
         window, heads, width = q.shape
         kv_heads, rows, _ = k.shape
         self._check_heads("block_mass", q, k)

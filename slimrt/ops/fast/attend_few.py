@@ -336,7 +336,7 @@ def join_kernel(features: Features, head_dim: int) -> Kernel:
     """Item: one query row. Joins its spans' results into f32 [H, Dh].
 
     Args: 0 partial results, 1 spans for which there is room, 2 H, 3 out, 4 bytes from row to row of out, 5 padded
-    columns to quantize it, or 0, 6 ``seen``.
+    columns to quantize it, or 0, 6 ``seen``, 7 sinks f32 [H] or 0.
     """
     partial = partial_bytes(head_dim)
 
@@ -348,9 +348,14 @@ def join_kernel(features: Features, head_dim: int) -> Kernel:
         for head in range(heads):
             results = argument(args, 0) + (item * heads + head) * room * partial
             peak = np.float32(_LOWEST)
+            if argument(args, 7) != 0:
+                peak = load_scalar(float32, argument(args, 7) + head * 4)
+            sink = peak
             for span in range(spans):
                 peak = max(peak, load_scalar(float32, results + span * partial))
             total = splat(F32X16, 0.0)
+            if argument(args, 7) != 0:
+                total = exp(splat(F32X16, sink - peak))
             for span in range(spans):  # its share takes the place of a span's maximum
                 result = results + span * partial
                 share = exp(splat(F32X16, load_scalar(float32, result) - peak))
@@ -372,7 +377,10 @@ def join_kernel(features: Features, head_dim: int) -> Kernel:
     return compile_kernel(join, f"{features.key}-{head_dim}")
 
 
-def attend(ops: Any, q: np.ndarray, k: np.ndarray, v: np.ndarray, reach: Reach = None, cap: float = 0.0) -> np.ndarray:
+def attend(
+    ops: Any, q: np.ndarray, k: np.ndarray, v: np.ndarray, reach: Reach = None, cap: float = 0.0,
+    sinks: np.ndarray | None = None,
+) -> np.ndarray:  # fmt: skip
     """Causal grouped-query attention by index, as ``NumpyOps.attend``, for few rows: q f32 [T, H, Dh] -> [T, H, Dh].
 
     k and v [Hkv, N, Dh] are float16 and their heads may lie any distance apart; Dh a multiple of 16.
@@ -398,6 +406,9 @@ def attend(ops: Any, q: np.ndarray, k: np.ndarray, v: np.ndarray, reach: Reach =
         0 if windows is None else address(windows), address(scratch), scratch.strides[0],
     )  # fmt: skip
     joined = join_kernel(ops.features, head_dim)
-    program.add(joined, tokens, address(partial), room, heads, address(out), out.strides[0], 0, address(seen))
+    program.add(
+        joined, tokens, address(partial), room, heads, address(out), out.strides[0], 0, address(seen),
+        0 if sinks is None else address(sinks),
+    )  # fmt: skip
     ops.team.run(program)
     return out

@@ -44,7 +44,7 @@ from slimrt.ops.fast.decode_places import LayerPlaces
 from slimrt.ops.fast.gemv import VECTORS, Product, Rows, add_products, aligned_zeros, gemv_kernel, gemv_scratch
 from slimrt.ops.fast.kernels import Kernel
 from slimrt.ops.fast.layer_kernels import head_norm_words
-from slimrt.ops.fast.mixture import Stacked, add_stacked, choose_kernel, gate_experts_kernel
+from slimrt.ops.fast.mixture import Stacked, add_biases_kernel, add_stacked, choose_kernel, gate_experts_kernel
 from slimrt.ops.fast.mixture import gate_items as gate_experts_items
 from slimrt.ops.fast.team import Program, address
 from slimrt.ops.forks import after_fork, open_lock
@@ -155,6 +155,7 @@ class Decoder:
         self._each(
             join_kernel(features, c.head_dim), 1, address(self._partial), self._room, c.n_heads, address(self._mixed),
             self._mixed.strides[0], rounded, address(self._seen[number]),
+            self._vector(self._model.sinks[number], c.n_heads) if c.sinks else 0,
         )  # fmt: skip
         # Where feed-forward and attention read one norm, that is made anew: its buffer has the same numbers.
         deltas = deltas_of(layer.out)
@@ -182,12 +183,17 @@ class Decoder:
         """The router's choice and the chosen experts' feed-forwards, from ``middle`` to ``hidden``; see ``mixture``."""
         c, features, program, experts = self.config, self._ops.features, self._program, layer.experts
         used, count = experts.used, len(experts.down)
-        self._products(self._normed, self._rows(experts.router), [self._routed], None)
-        gate, up = (Stacked.of(experts.gate_up, part, features) for part in range(2))
+        self._products(self._normed, self._rows(experts.router), [self._routed], experts.router_bias)
+        gate, up = (Stacked.of(experts.gate_up, part, features, experts.gate_up_bias) for part in range(2))
         down = Stacked.of(experts.down, 0, features)
         self._kept += [gate, up, down]
         stacks = [gate] * used + [up] * used + [down] * used
         outs = [address(rows[slot]) for rows in (self._gate, self._up) for slot in range(used)]
+        biases = None
+        if experts.down_bias is not None:
+            # Not by the products: what they multiply is weighed already, and so must the biases be.
+            biases = np.array([[0, 0, self._vector(bias, c.d_model)] for bias in experts.down_bias], np.int64)
+            self._kept.append(biases)
         for row in range(self.most):  # each token reads matrices of its own
             begun, chosen, places = len(program), np.zeros(used, np.int64), np.zeros((3 * used, 3), np.int64)
             self._kept += [chosen, places]
@@ -204,6 +210,12 @@ class Decoder:
             to, before = address(hidden[row]), address(middle[row])
             if layer.ffn_merge is not None:
                 to, before = address(self._result[row]), 0
+            if biases is not None:
+                program.add(
+                    add_biases_kernel(features), 1, before, to, c.d_model, address(self._weights), address(chosen),
+                    used, address(biases),
+                )  # fmt: skip
+                before = to
             for slot in range(used):
                 words += add_stacked(program, self._ops, address(self._activated[slot]), [to], [down], before)
                 before = to

@@ -38,7 +38,7 @@ from slimrt.ops.fast.activations import (
 from slimrt.ops.fast.byte_products import byte_products, ints, pair_products, signed_products
 from slimrt.ops.fast.features import Features
 from slimrt.ops.fast.kernels import inline
-from slimrt.ops.fast.lanes import bits_times, constant, joiner, picker, where_set
+from slimrt.ops.fast.lanes import bits_times, constant, joiner, picker, table, where_set
 from slimrt.ops.fast.vectors import (
     F32X8,
     F32X16,
@@ -64,6 +64,7 @@ Kind = GGMLQuantizationType
 
 F16X1, F16X2, F16X4, F16X8, F16X16 = (Vector("f16", lanes) for lanes in (1, 2, 4, 8, 16))
 F32X1, F32X2, F32X4 = (Vector("f32", lanes) for lanes in (1, 2, 4))
+U8X4 = Vector("u8", 4)
 U32X2, U32X4, U32X16 = (Vector("u32", lanes) for lanes in (2, 4, 16))
 U16X8, U16X16, U64X1 = Vector("u16", 8), Vector("u16", 16), Vector("i64", 1)
 
@@ -205,6 +206,43 @@ def _q5_0(features: Features) -> Words:
 @_format(Kind.Q5_1, 128, 1.0)
 def _q5_1(features: Features) -> Words:
     return _nibble_blocks(features, 24, minimum=True, high_bits=4)
+
+
+# MXFP4 (OCP Microscaling Formats 1.0): a power of two for each 32 elements, and twice their numbers (e2m1) in the order
+# of the codes. These are small beside the largest, so an offset that makes them positive would cost precision.
+_e2m1 = table(0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
+_each_four = picker(*(lane // 4 for lane in range(16)))
+
+
+@_format(Kind.MXFP4, 128)
+def _mxfp4(features: Features) -> Words:
+    (size, products), codes, exponents = (
+        signed_products(features),
+        field(features, 16, 17, 1),
+        field(features, 1, 17, 0),
+    )
+
+    @inline
+    def unpack(w):
+        # 2 ** (exponent - 128) in two factors: the smallest are subnormal.
+        exponent = convert(U32X4, exponents(w))
+        half = exponent >> splat(U32X4, 1)
+        first = reinterpret(F32X4, (half + splat(U32X4, 63)) << splat(U32X4, 23))
+        d = first * reinterpret(F32X4, ((exponent - half) + splat(U32X4, 63)) << splat(U32X4, 23))
+        packed = codes(w)
+        low = reinterpret(I8X64, _e2m1(packed & splat(U8X64, 15)))
+        shifted = reinterpret(U8X64, reinterpret(U32X16, packed) >> splat(U32X16, 4))
+        high = reinterpret(I8X64, _e2m1(shifted & splat(U8X64, 15)))
+        return low, high, size(low), size(high), _each_four(d)
+
+    @inline
+    def multiply(sums, minima, unpacked, floats, record):
+        low, high, low_size, high_size, scale = unpacked
+        whole = products(low_size, low, load(I8X64, record + HALVES))
+        whole = whole + products(high_size, high, load(I8X64, record + HALVES + 64))
+        return fma(scale * load(F32X16, record + SCALES16), convert(F32X16, whole), sums), minima
+
+    return unpack, multiply
 
 
 _first_two, _last_two = (picker(*[0] * 8, *[1] * 8), picker(*[2] * 8, *[3] * 8))

@@ -14,10 +14,22 @@ from slimrt.ops.fast.features import Features
 from slimrt.ops.fast.kernels import inline
 from slimrt.ops.fast.lanes import exp
 from slimrt.ops.fast.products import shape_of
-from slimrt.ops.fast.vectors import F32X16, fma, load, load_scalar, splat, store, store_scalar, sum_lanes
+from slimrt.ops.fast.vectors import (
+    F32X16,
+    fma,
+    load,
+    load_scalar,
+    maximum,
+    minimum,
+    splat,
+    store,
+    store_scalar,
+    sum_lanes,
+)
 
-__all__ = ["Elements", "activation_argument", "elements"]
+__all__ = ["Elements", "activation_argument", "clamps", "elements"]
 
+_LIMIT, _SLOPE = 7.0, 1.702  # of gpt-oss's gate
 _GELU = 1.5957691216057308  # 2 sqrt(2 / pi)
 
 
@@ -29,7 +41,7 @@ class Elements:
     cast(x, n, out, padded): ``out[:n] = x``, zeros up to ``padded``
     norm(x, gain, n, eps, out, padded): ``out[:n] = x / np.sqrt(np.mean(x * x) + eps) * gain``, zeros up to ``padded``
     gate(g, u, out, i): ``out[i : i + 16] = g / (1 + np.exp(-g)) * u`` for 16 numbers at the addresses g and u; with the
-    activation gelu the exponential is that of -2 sqrt(2 / pi) (g + 0.044715 g^3)
+    activation gelu the exponential is that of -2 sqrt(2 / pi) (g + 0.044715 g^3), with clamped see ``NumpyOps.clamped``
     """
 
     put: Any
@@ -40,12 +52,19 @@ class Elements:
 
 @cache
 def activation_argument(activation: str) -> Any:
-    """The word t for F32X16 in which ``activation`` is g / (1 + exp(-t(g))): g itself, or gelu's in its tanh form."""
+    """The word t for F32X16 in which ``activation`` is g / (1 + exp(-t(g))): g itself, gelu's in its tanh form, or a
+    multiple of g (that is clamped before, see ``clamps``)."""
     if activation == "silu":
 
         @inline
         def argument_of(value):
             return value
+
+    elif activation == "clamped":
+
+        @inline
+        def argument_of(value):
+            return value * splat(F32X16, _SLOPE)
 
     else:
 
@@ -58,9 +77,32 @@ def activation_argument(activation: str) -> Any:
 
 
 @cache
+def clamps(activation: str) -> tuple[Any, Any]:
+    """The words for F32X16 that gate and up pass first: of ``clamped`` min(g, 7), and 1 + u within -7 .. 7."""
+    if activation != "clamped":
+
+        @inline
+        def plain(value):
+            return value
+
+        return plain, plain
+
+    @inline
+    def clamp_gate(value):
+        return minimum(splat(F32X16, _LIMIT), value)
+
+    @inline
+    def clamp_up(value):
+        return minimum(splat(F32X16, _LIMIT), maximum(splat(F32X16, -_LIMIT), value)) + splat(F32X16, 1.0)
+
+    return clamp_gate, clamp_up
+
+
+@cache
 def elements(features: Features, activation: str = "silu") -> Elements:
     """Those of the element that ``features`` multiply."""
     argument_of = activation_argument(activation)
+    clamp_gate, clamp_up = clamps(activation)
     if shape_of(features).bf16:
         narrow = narrower(features)
 
@@ -113,8 +155,8 @@ def elements(features: Features, activation: str = "silu") -> Elements:
 
     @inline
     def gate(g, u, out, i):
-        value = load(F32X16, g)
+        value = clamp_gate(load(F32X16, g))
         one = splat(F32X16, 1.0)
-        put(out, i, value / (one + exp(splat(F32X16, 0.0) - argument_of(value))) * load(F32X16, u))
+        put(out, i, value / (one + exp(splat(F32X16, 0.0) - argument_of(value))) * clamp_up(load(F32X16, u)))
 
     return Elements(put, cast, norm, gate)

@@ -311,9 +311,11 @@ class FastOps(NumpyOps):
             return WEIGHT_SCORES[kind](weights[:, None], block)
         return super().score_blocks(kind, q, k.astype(np.float32), block, unit)
 
-    def block_mass(self, q: Array, k: Array, block: int, causal: bool, cap: float = 0.0) -> np.ndarray:
+    def block_mass(
+        self, q: Array, k: Array, block: int, causal: bool, cap: float = 0.0, sinks: Array | None = None
+    ) -> np.ndarray:
         """See ``NumpyOps``; k float16."""
-        return super().block_mass(q, k.astype(np.float32), block, causal, cap)
+        return super().block_mass(q, k.astype(np.float32), block, causal, cap, sinks)
 
     def _one_query(self, *shape: int) -> OneQuery:
         if shape not in self._one_queries:
@@ -334,14 +336,15 @@ class FastOps(NumpyOps):
         _, chosen, weights = self.routed(x, gain, eps, experts)
         for expert, rows, share in by_expert(chosen, weights):
             gate_up, down = (self.unpacked(part[expert]) for part in (experts.gate_up, experts.down))
-            result = self._feed_forward(x[rows], gain, eps, gate_up, None, down, None, activation, None)
+            bias, down_bias = experts.biases(expert)
+            result = self._feed_forward(x[rows], gain, eps, gate_up, bias, down, down_bias, activation, None)
             result *= share[:, None]
             mixed[rows] += result
         return x + mixed if merge is None else self.merged(x, mixed, merge)
 
     def attend(
         self, q: Array, k: Array, v: Array, out: Array | None = None, reach: Reach = None,
-        *, first: np.ndarray | None = None, cap: float = 0.0, precise: bool = False,
+        *, first: np.ndarray | None = None, cap: float = 0.0, precise: bool = False, sinks: Array | None = None,
     ) -> Array:  # fmt: skip
         """See ``NumpyOps``; k and v float16, the rows of a head follow each other. Many rows are multiplied in bfloat16
         where the processor does that, but for ``precise`` ones."""
@@ -349,10 +352,10 @@ class FastOps(NumpyOps):
             if first is not None:  # one query sees a run of keys
                 assert reach is None
                 k, v = (x[:, max(0, int(first[0])) :] for x in (k, v))
-            result = attend_few.attend(self, q, k, v, reach, cap)
+            result = attend_few.attend(self, q, k, v, reach, cap, sinks)
         else:
             result = self._attend_tiles(
-                _plain(q), _rows_together(k), _rows_together(v), reach or [0] * len(k), first, cap, precise
+                _plain(q), _rows_together(k), _rows_together(v), reach or [0] * len(k), first, cap, precise, sinks
             )
         if out is None:
             return result
@@ -361,7 +364,7 @@ class FastOps(NumpyOps):
 
     def _attend_tiles(  # type: ignore[override]
         self, q: Array, k: Array, v: Array, reach: Sequence[int], first: np.ndarray | None = None, cap: float = 0.0,
-        precise: bool = False,
+        precise: bool = False, sinks: Array | None = None,
     ) -> Array:  # fmt: skip
         tokens, heads, width = q.shape
         kv_heads, keys, _ = k.shape
@@ -394,7 +397,7 @@ class FastOps(NumpyOps):
         program.add(
             flash_kernel(features, first is not None, cap), len(tiles),
             address(tiles), address(q), heads, kv_heads, width, padded, keys, tokens, key_panels, value_panels, blocks,
-            _LOG2_E / math.sqrt(width), address(out), scratch, stride, _at(lowest),
+            _LOG2_E / math.sqrt(width), address(out), scratch, stride, _at(lowest), _at(sinks),
         )  # fmt: skip
         self.team.run(program)
         return out

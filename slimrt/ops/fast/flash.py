@@ -50,6 +50,7 @@ __all__ = ["KEY_BLOCK", "flash_kernel", "pack_kernel", "tile_scratch"]
 KEY_BLOCK = 256  # keys at a time: scores [rows of a product block, 256] float32 stay in the first cache
 _SLACK = 60.0  # in powers of two: the sum of so many keys as a context can hold stays far below float32's 2**127
 _LOWEST = -1e30
+_LOG2_E = 1.4426950408889634
 
 # 2**f for |f| <= 1/2 to a relative error of 7.5e-5 (bfloat16 rounds by 2e-3) and of 2e-9: minimax polynomials.
 _EXP2_SHORT = (0.9999280735783665, 0.6932609862236728, 0.2426111218766864, 0.055171664924156406)
@@ -202,7 +203,7 @@ def flash_kernel(features: Features, lowest: bool = False, cap: float = 0.0) -> 
     0 tiles: int64 [items, 4] of (first token, tokens, KV head, first row it reads besides the sink or 0),
     1 q float32 [T, H, Dh], 2 H, 3 Hkv, 4 Dh, 5 Dh padded, 6 N, 7 T, 8 panels of keys, 9 of values, 10 blocks of keys,
     11 log2(e) / sqrt(Dh), 12 out float32 [T, H, Dh], 13 scratch, 14 bytes of it for each thread, 15 the first key that
-    each row sees int64 [T], or 0
+    each row sees int64 [T], or 0, 16 sinks float32 [H] (in the scores' own unit), or 0
     """
     shape, words = shape_of(features), elements(features)
     cast, put = words.cast, words.put
@@ -337,7 +338,12 @@ def flash_kernel(features: Features, lowest: bool = False, cap: float = 0.0) -> 
         for r in range(rows):
             place = out + (r // group * heads + r % group) * head_dim * 4
             at = mixed + r * padded * 4
-            share = float32(1.0) / load_scalar(float32, totals + 4 * r)
+            total = load_scalar(float32, totals + 4 * r)
+            if argument(args, 16) != 0:
+                # A sink so far above all keys that the power is infinite leaves nothing to them.
+                sink = load_scalar(float32, argument(args, 16) + (head * group + r % group) * 4)
+                total += float32(2.0 ** float32(sink * float32(_LOG2_E) - load_scalar(float32, peaks + 4 * r)))
+            share = float32(1.0) / total
             d = 0
             while d + 16 <= head_dim:
                 store(place + 4 * d, load(F32X16, at + 4 * d) * splat(F32X16, share))

@@ -43,6 +43,7 @@ __all__ = [
     "spoil",
     "store_at",
     "sum_each",
+    "table",
     "where_set",
 ]
 
@@ -101,6 +102,33 @@ def load_at(builder: ir.IRBuilder, address: ir.Value, offset: int, kind: Any) ->
 def store_at(builder: ir.IRBuilder, address: ir.Value, offset: int, value: ir.Value) -> None:
     """For intrinsics: ``m[0] = value``, a vector, ``offset`` bytes behind ``address``."""
     builder.store(value, pointer(builder, builder.add(address, ir.IntType(64)(offset)), value.type), align=1)
+
+
+def table(*values: int) -> Callable[[Any], Any]:
+    """``lambda codes: np.array(values, np.uint8)[codes]``: 16 values; codes in 16 lanes or a multiple of 32."""
+
+    @intrinsic
+    def look_up(typingctx, codes):
+        wide = codes.lanes % 32 == 0
+        name, lanes = ("llvm.x86.avx2.pshuf.b", 32) if wide else ("llvm.x86.ssse3.pshuf.b.128", 16)
+        kind = ir.VectorType(ir.IntType(8), lanes)
+        entries = ir.Constant(kind, [value & 255 for value in values] * (lanes // 16))
+
+        def codegen(context, builder, signature, args):
+            parts = []
+            for at in range(0, codes.lanes, lanes):
+                some = builder.shuffle_vector(
+                    args[0], ir.Constant(args[0].type, ir.Undefined), _indices(tuple(range(at, at + lanes)))
+                )
+                parts.append(emit(builder, name, kind, [entries, some]))
+            while len(parts) > 1:
+                both = _indices(tuple(range(2 * parts[0].type.count)))
+                parts = [builder.shuffle_vector(a, b, both) for a, b in zip(parts[::2], parts[1::2], strict=True)]
+            return parts[0]
+
+        return codes(codes), codegen
+
+    return look_up
 
 
 @intrinsic

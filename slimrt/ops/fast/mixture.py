@@ -7,6 +7,7 @@ the products behind it, where the matrices of the chosen ones lie; nothing else 
     choose experts, place them     (one item)
     gate, up of the chosen ones    (rows)
     act(gate) * up * weight        (records)
+    their down's weighted biases   (one item; where they have any)
     down of each, added            (rows; one job an expert, for each adds to what the one before has left)
 """
 
@@ -21,7 +22,7 @@ import numpy as np
 from numba import float32, int64
 
 from slimrt.ops.fast.activations import RECORD, RECORD_BYTES, padded, quantize_record
-from slimrt.ops.fast.elements import activation_argument
+from slimrt.ops.fast.elements import activation_argument, clamps
 from slimrt.ops.fast.features import Features
 from slimrt.ops.fast.gemv import HEAD, PART, Product, Rows, add_products
 from slimrt.ops.fast.kernels import Kernel, compile_kernel
@@ -30,6 +31,7 @@ from slimrt.ops.fast.team import Program, address
 from slimrt.ops.fast.vectors import (
     F32X16,
     argument,
+    fma,
     load,
     load_scalar,
     max_lanes,
@@ -40,7 +42,7 @@ from slimrt.ops.fast.vectors import (
     sum_lanes,
 )
 
-__all__ = ["Stacked", "add_stacked", "choose_kernel", "gate_experts_kernel", "gate_items"]
+__all__ = ["Stacked", "add_biases_kernel", "add_stacked", "choose_kernel", "gate_experts_kernel", "gate_items"]
 
 _LOWEST = -1e30
 _RECORDS = 4  # of act(gate) * up that an item computes
@@ -48,19 +50,27 @@ _RECORDS = 4  # of act(gate) * up that an item computes
 
 @dataclass(frozen=True)
 class Stacked:
-    """The same matrix of every expert: ``first`` of expert 0, ``places`` int64 [E, 2] the addresses of each one's rows
-    and of their ends; ``ends`` holds these."""
+    """The same matrix of every expert: ``first`` of expert 0, ``places`` int64 [E, 3] the addresses of each one's rows,
+    of their ends and of its bias (0: none); ``held`` are these arrays."""
 
     first: Rows
     places: np.ndarray
-    ends: Sequence[np.ndarray]
+    held: Sequence[np.ndarray]
 
     @classmethod
-    def of(cls, weights: Sequence[Any], part: int, features: Features) -> Stacked:
-        """Of the part with this number of each expert's stacked ``weights``."""
+    def of(
+        cls, weights: Sequence[Any], part: int, features: Features, biases: Sequence[np.ndarray] | None = None
+    ) -> Stacked:
+        """Of the part with this number of each expert's stacked ``weights``; ``biases``: of all parts."""
         rows = [Rows.of(weight.parts[part], features) for weight in weights]
-        places = np.array([[address(one.tensor.data), address(one.ends)] for one in rows], np.int64)
-        return cls(rows[0], places, [one.ends for one in rows])
+        places = np.array([[address(one.tensor.data), address(one.ends), 0] for one in rows], np.int64)
+        held = [one.ends for one in rows]
+        if biases is not None:
+            first = sum(before.shape[0] for before in weights[0].parts[:part])
+            of_part = [bias[first : first + rows[0].tensor.shape[0]].copy() for bias in biases]
+            places[:, 2] = [address(bias) for bias in of_part]
+            held += of_part
+        return cls(rows[0], places, held)
 
 
 @cache
@@ -106,9 +116,10 @@ def choose_kernel(features: Features) -> Kernel:
         for number in range(argument(args, 7)):
             entry = words + number * 24
             expert = argument(chosen, argument(entry, 2))
-            place = argument(entry, 1) + expert * 16
+            place = argument(entry, 1) + expert * 24
             store_scalar(argument(entry, 0), int64(argument(place, 0)))
             store_scalar(argument(entry, 0) + 32, int64(argument(place, 1)))
+            store_scalar(argument(entry, 0) + 64, int64(argument(place, 2)))
 
     return compile_kernel(choose, features.key)
 
@@ -121,6 +132,7 @@ def gate_experts_kernel(features: Features, activation: str) -> Kernel:
     to the next, 5 padded columns, 6 weights f32 [used].
     """
     argument_of = activation_argument(activation)
+    clamp_gate, clamp_up = clamps(activation)
 
     def activate(item, thread, args):
         width = argument(args, 5)
@@ -131,12 +143,34 @@ def gate_experts_kernel(features: Features, activation: str) -> Kernel:
         weight = splat(F32X16, load_scalar(float32, argument(args, 6) + expert * 4))
         for record in range(part * _RECORDS, min((part + 1) * _RECORDS, width // RECORD)):
             for at in range(record * RECORD * 4, (record + 1) * RECORD * 4, 64):
-                value = load(F32X16, gate + at)
+                value = clamp_gate(load(F32X16, gate + at))
                 share = splat(F32X16, 1.0) / (splat(F32X16, 1.0) + exp(splat(F32X16, 0.0) - argument_of(value)))
-                store(out + at, value * share * load(F32X16, up + at) * weight)
+                store(out + at, value * share * clamp_up(load(F32X16, up + at)) * weight)
             quantize_record(out + record * RECORD * 4, out + width * 4 + record * RECORD_BYTES)
 
     return compile_kernel(activate, f"{features.key}-{activation}")
+
+
+@cache
+def add_biases_kernel(features: Features) -> Kernel:
+    """``out = before + (weights[:, None] * biases[chosen]).sum(axis=0)`` [n], one item; ``before`` 0 is zeros.
+
+    Args: 0 before, 1 out, 2 n, 3 weights f32 [used], 4 chosen int64 [used], 5 used, 6 ``Stacked.places`` of the biases.
+    All vectors are padded to 16.
+    """
+
+    def add(item, thread, args):
+        before, out, weights, chosen = argument(args, 0), argument(args, 1), argument(args, 3), argument(args, 4)
+        for i in range(0, argument(args, 2), 16):
+            total = splat(F32X16, 0.0)
+            if before != 0:
+                total = load(F32X16, before + i * 4)
+            for slot in range(argument(args, 5)):
+                bias = argument(argument(args, 6) + argument(chosen, slot) * 24, 2)
+                total = fma(load(F32X16, bias + i * 4), splat(F32X16, load_scalar(float32, weights + slot * 4)), total)
+            store(out + i * 4, total)
+
+    return compile_kernel(add, features.key)
 
 
 def gate_items(width: int, used: int) -> int:

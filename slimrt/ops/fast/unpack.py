@@ -23,7 +23,7 @@ from slimrt.ops.fast.bfloat import narrower
 from slimrt.ops.fast.dots import scales_and_minima
 from slimrt.ops.fast.features import Features
 from slimrt.ops.fast.kernels import Kernel, compile_kernel, inline
-from slimrt.ops.fast.lanes import bits_times, joiner, load_at, picker
+from slimrt.ops.fast.lanes import bits_times, joiner, load_at, picker, table
 from slimrt.ops.fast.vectors import (
     F16X16,
     F32X16,
@@ -52,6 +52,7 @@ _ROW_BYTES = TILE_COLUMNS * 4
 
 Kind = GGMLQuantizationType
 F16X1, F32X1, U16X1 = Vector("f16", 1), Vector("f32", 1), Vector("u16", 1)
+U8X1 = Vector("u8", 1)
 U32X1, U16X2 = Vector("u32", 1), Vector("u16", 2)
 
 _all = picker(*[0] * 16)
@@ -198,6 +199,21 @@ def _q8_0(w, to):
     d = _half(w)
     store(to, d * _whole(load(I8X16, w + 2)))
     store(to + 64, d * _whole(load(I8X16, w + 18)))
+
+
+_e2m1 = table(0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
+
+
+@_unpacks(Kind.MXFP4)
+def _mxfp4(w, to):
+    # 2 ** (exponent - 128) in two factors: the smallest are subnormal.
+    exponent = convert(U32X16, _all(load(U8X1, w)))
+    half = exponent >> splat(U32X16, 1)
+    first = reinterpret(F32X16, (half + splat(U32X16, 63)) << splat(U32X16, 23))
+    d = first * reinterpret(F32X16, ((exponent - half) + splat(U32X16, 63)) << splat(U32X16, 23))
+    codes = load(U8X16, w + 1)
+    store(to, d * _whole(reinterpret(I8X16, _e2m1(_low(codes)))))
+    store(to + 64, d * _whole(reinterpret(I8X16, _e2m1(_high(codes)))))
 
 
 @_unpacks(Kind.Q4_K)

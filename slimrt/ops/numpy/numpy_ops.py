@@ -34,6 +34,7 @@ _FEW_ROWS = 16  # up to so many rows (decode) a product is cut by its outputs an
 _SPLIT_BYTES = 16 << 20  # of a matrix: below this a second thread costs more than it saves
 MASKED_SCORES = 1 << 20  # that a thread holds where each row has a mask of its own
 GELU = 2 * math.sqrt(2 / math.pi)
+GATE_LIMIT, GATE_SLOPE = 7.0, 1.702  # of gpt-oss's gate
 _SPLIT_KEYS = 2048  # that one thread attends to at a time in decode
 
 
@@ -232,13 +233,27 @@ class NumpyOps(NumpyMemory, LayerOps):
         result *= up
         return result
 
+    def clamped(self, gate_up: Array) -> Array:
+        """gpt-oss's gate: with g = min(gate, 7) and u = up within -7 .. 7, g * sigmoid(1.702 g) * (u + 1); gate_up [T,
+        2F] with gate first -> [T, F]."""
+        gate, up = np.split(gate_up, 2, axis=-1)
+        gate = np.minimum(gate, np.float32(GATE_LIMIT))
+        with np.errstate(over="ignore"):
+            denominator = np.exp(gate * np.float32(-GATE_SLOPE))
+        denominator += 1
+        result = gate / denominator
+        result *= np.clip(up, np.float32(-GATE_LIMIT), np.float32(GATE_LIMIT)) + np.float32(1)
+        return result
+
     def score_blocks(self, kind: str, q: Array, k: Array, block: int, unit: int) -> np.ndarray:
         """How much the queries q [W, H, Dh] of the last rows want each block of k [Hkv, N, Dh] -> [B] on the host."""
         return BLOCK_SCORES[kind](q, k, block, unit)
 
-    def block_mass(self, q: Array, k: Array, block: int, causal: bool, cap: float = 0.0) -> np.ndarray:
+    def block_mass(
+        self, q: Array, k: Array, block: int, causal: bool, cap: float = 0.0, sinks: Array | None = None
+    ) -> np.ndarray:
         """Attention of q [W, H, Dh] by block of k [Hkv, N, Dh] -> [W, H, B] on the host; see ``scores.block_mass``."""
-        return block_mass(q, k, block, causal, cap)
+        return block_mass(q, k, block, causal, cap, sinks)
 
     def unit_means(self, k: Array, unit: int) -> Array:
         """Mean key of each run of ``unit`` rows: k [Hkv, N, Dh] -> [Hkv, ceil(N / unit), Dh]."""
@@ -254,7 +269,7 @@ class NumpyOps(NumpyMemory, LayerOps):
 
     def attend(
         self, q: Array, k: Array, v: Array, out: Array | None = None, reach: Reach = None,
-        *, first: np.ndarray | None = None, cap: float = 0.0, precise: bool = False,
+        *, first: np.ndarray | None = None, cap: float = 0.0, precise: bool = False, sinks: Array | None = None,
     ) -> Array:  # fmt: skip
         """Causal grouped-query attention by index: query row t sees key rows 0 .. N-T+t.
 
@@ -262,12 +277,13 @@ class NumpyOps(NumpyMemory, LayerOps):
         are not contiguous in position, but they keep their order, so an index-causal mask is right. ``reach``: how far
         back each KV head looks, see ``slimrt.prune.reach``. ``first`` [T]: row t sees no key before this one. ``cap``:
         scores become cap * tanh(score / cap) (Gemma 2, arXiv 2408.00118). ``precise`` changes nothing: all is
-        float32.
+        float32. ``sinks`` [H]: the softmax of each head has one score more, this one, whose weight goes to no value
+        (gpt-oss, arXiv 2508.10925; the idea is that of arXiv 2309.17453).
         """
         if out is None:
             out = np.empty(q.shape, np.float32)
-        if first is not None or cap:
-            self._attend_masked(q, k, v, out, reach or [0] * len(k), first, cap)
+        if first is not None or cap or sinks is not None:
+            self._attend_masked(q, k, v, out, reach or [0] * len(k), first, cap, sinks)
             return out
         if q.shape[0] > _FEW_ROWS:
             self._attend_tiles(q, k, v, out, reach or [0] * len(k))
@@ -318,8 +334,9 @@ class NumpyOps(NumpyMemory, LayerOps):
         out[...] = result.reshape(kv_heads, tokens, group, width).transpose(1, 0, 2, 3).reshape(tokens, heads, width)
 
     def _attend_masked(
-        self, q: Array, k: Array, v: Array, out: Array, reach: Sequence[int], first: np.ndarray | None, cap: float
-    ) -> None:
+        self, q: Array, k: Array, v: Array, out: Array, reach: Sequence[int], first: np.ndarray | None, cap: float,
+        sinks: Array | None = None,
+    ) -> None:  # fmt: skip
         """The rule in plain lines, a KV head and some rows at a time: mask, cap, softmax."""
         tokens, heads, width = q.shape
         kv_heads, keys, _ = k.shape
@@ -342,9 +359,16 @@ class NumpyOps(NumpyMemory, LayerOps):
                 np.tanh(scores, out=scores)
                 scores *= np.float32(cap)
             scores[:, ~seen] = -np.inf
-            scores -= scores.max(axis=-1, keepdims=True)
+            peak = scores.max(axis=-1, keepdims=True)
+            if sinks is not None:
+                sink = sinks[head * group : (head + 1) * group].reshape(group, 1, 1)
+                peak = np.maximum(peak, sink)
+            scores -= peak
             np.exp(scores, out=scores)
-            mixed = np.matmul(scores, v[head, start:stop]) / scores.sum(axis=-1, keepdims=True)
+            total = scores.sum(axis=-1, keepdims=True)
+            if sinks is not None:
+                total += np.exp(sink - peak)
+            mixed = np.matmul(scores, v[head, start:stop]) / total
             out[at, head * group : (head + 1) * group] = mixed.transpose(1, 0, 2)
 
         self._workers.map(some, [(lo, head) for lo in range(0, tokens, step) for head in range(kv_heads)])
