@@ -84,9 +84,9 @@ def read_config(config: dict[str, Any], path: Path) -> Hyperparameters:
         pattern=pattern,
         query_scale=_query_scale(config, family, n_layers, d_model // n_heads, head_dim, path),
         copied={
-            ours: float(number(config, theirs, path, -1e6, 1e6))
+            ours: float(number(rope | config, theirs, path, -1e6, 1e6))
             for theirs, ours in family.copied.items()
-            if config.get(theirs) is not None
+            if (rope | config).get(theirs) is not None
         },
         **_experts(config, family, path),
     )
@@ -261,11 +261,16 @@ def _rope_scaling(
     def optional(key: str) -> float | None:
         return None if rope.get(key) is None else number(rope, key, path, 1e-6, 1e6)
 
+    gain, gained = optional("attention_factor"), (optional("mscale"), optional("mscale_all_dim"))
+    if gain is None and None not in gained:  # DeepSeek's way to say it: one gain over the other
+        over, under = (1 + 0.1 * (part or 0) * math.log(max(1.0, factor)) for part in gained)
+        gain = over / under
     return RopeScaling(
         "yarn",
         factor,
         original,
-        attention_factor=optional("attention_factor"),
+        attention_factor=gain,
+        log_multiplier=gained[1] if gain == 1 else None,
         beta_fast=optional("beta_fast"),
         beta_slow=optional("beta_slow"),
         whole_ramp=flag(rope, "truncate", path, True),

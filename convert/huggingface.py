@@ -15,6 +15,7 @@ from slimrt.convert.safetensors_reader import read_safetensors_folder
 from slimrt.convert.source import Source, SourceTensor, check_complete, check_layers, gguf_names
 from slimrt.convert.special_tokens import read_special_tokens
 from slimrt.convert.tekken import from_tekken
+from slimrt.convert.text_part import text_config, text_tensors
 from slimrt.convert.turned_experts import take_turned_experts
 from slimrt.convert.vocabulary import Vocabulary, from_sentencepiece, from_tokenizer_json
 from slimrt.errors import ModelFileError
@@ -41,8 +42,12 @@ def open_huggingface(folder: Path) -> Source:
     """
     config_path = folder / "config.json"
     config = read_json(config_path)
-    sizes = read_config(config, config_path)
     tensors = read_safetensors_folder(folder)
+    if isinstance(config.get("text_config"), dict):
+        config, tensors = text_config(config), text_tensors(tensors, folder)
+        # Whether such a checkpoint is tied is stated in one of two places, or left to defaults that have changed.
+        config["tie_word_embeddings"] = "lm_head.weight" not in tensors
+    sizes = read_config(config, config_path)
     check_layers(sizes.n_layers, len(tensors), config_path, sizes.tensors_a_layer)
     turned = take_turned_experts(tensors, sizes, folder) if sizes.family.turned_experts else {}
     taken = _stack_experts(tensors, sizes.n_layers, folder) | _take_joint(tensors, sizes.n_layers)

@@ -30,6 +30,7 @@ class RopeScaling:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     attention_factor: float | None = None
+    log_multiplier: float | None = None
     beta_fast: float | None = None
     beta_slow: float | None = None
     whole_ramp: bool = True
@@ -203,7 +204,9 @@ class Hyperparameters:
         writer.add_rope_scaling_factor(scaling.factor)
         if scaling.kind == "yarn":
             writer.add_rope_scaling_orig_ctx_len(scaling.original_ctx)
-            if scaling.attention_factor is not None:
+            if scaling.log_multiplier is not None and "growing queries" in self.family.reads:
+                writer.add_rope_scaling_yarn_log_mul(scaling.log_multiplier)  # which says that the factor is 1
+            elif scaling.attention_factor is not None:
                 # Transformers states the whole factor; GGUF's multiplies YaRN's own 1 + 0.1 ln(factor).
                 writer.add_rope_scaling_attn_factors(scaling.attention_factor / (1.0 + 0.1 * math.log(scaling.factor)))
             if scaling.beta_fast is not None:

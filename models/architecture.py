@@ -14,7 +14,7 @@ from typing import Literal
 __all__ = ["Activation", "Architecture", "Stated"]
 
 Stated = Literal["attention cap", "logit cap", "query scale", "embedding scale", "residual scale", "logit scale",
-                   "experts"]  # fmt: skip
+                   "experts", "growing queries"]  # fmt: skip
 Activation = Literal["silu", "gelu", "clamped"]
 
 

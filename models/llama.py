@@ -137,6 +137,18 @@ class Llama:
         none = turns[0][0][:, :0]
         return (*turns, (none, none))
 
+    def growth(self, positions: np.ndarray) -> np.ndarray | None:
+        """What queries at ``positions`` [T] are multiplied with, float32 [T], or None for nothing."""
+        if self.config.query_growth is None or not len(positions) or positions[-1] < self.config.query_growth[1]:
+            return None
+        by, every = self.config.query_growth
+        return (1 + by * np.log(1 + positions // every)).astype(np.float32)
+
+    def grown(self, q: Array, positions: np.ndarray) -> Array:
+        """Rotated queries q [T, H, Dh] at ascending ``positions`` [T], as attention wants them."""
+        growth = self.growth(positions)
+        return q if growth is None else q * growth[:, None, None]
+
     def moved(self, q: Array, by: np.ndarray, layer: int) -> Array:
         """Queries q [T, H, Dh] of ``layer``, as they would be ``by`` [T] positions later; a copy."""
         turns = self.config.turns[layer] if self.config.turns else 0

@@ -168,7 +168,8 @@ class Loader:
     def _head_norms(self, blk: str, q: int, kv: int) -> HeadNorms | None:
         c = self.config
         if c.qk_norm == "none":
-            return None if c.query_scale == 1 else HeadNorms(None, None, c.norm_eps, c.query_scale)
+            plain = c.query_scale == 1 and c.query_growth is None
+            return None if plain else HeadNorms(None, None, c.norm_eps, c.query_scale)
         q, kv = (c.head_dim, c.head_dim) if c.qk_norm == "head" else (q, kv)
         gains = [self.vector(f"{blk}.attn_{part}_norm.weight", size) for part, size in (("q", q), ("k", kv))]
         return HeadNorms(gains[0], gains[1], c.norm_eps, c.query_scale)

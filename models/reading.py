@@ -29,19 +29,19 @@ _STATED: dict[str, tuple[Stated, float]] = {
     "residual_scale": ("residual scale", 1),
     "logit_scale": ("logit scale", 1),
     "expert_count": ("experts", 0),
+    "attention.temperature_scale": ("growing queries", 0),
+    "rope.scaling.yarn_log_multiplier": ("growing queries", 0),
 }
 # What no architecture here has: metadata key -> the value that does nothing.
 _UNKNOWN = {
     "attention.clamp_kqv": 0,
     "attention.max_alibi_bias": 0,
     "attention.causal": 1,
-    "attention.temperature_scale": 0,
     "expert_shared_count": 0,
     "expert_shared_feed_forward_length": 0,
     "expert_group_count": 0,
     "leading_dense_block_count": 0,
     "nextn_predict_layers": 0,
-    "rope.scaling.yarn_log_multiplier": 0,
     "use_parallel_residual": 0,
 }
 
@@ -116,6 +116,7 @@ def read_config(file: GGUFFile) -> ModelConfig:
         activation=arch.activation,
         sinks=arch.sinks,
         query_scale=_query_scale(file, arch, layers, d_model // heads, head_dim),
+        query_growth=_query_growth(file, arch, rope),
         attention_cap=_number(file, arch, "attn_logit_softcapping", 0.0),
         logit_cap=_number(file, arch, "final_logit_softcapping", 0.0),
         embedding_scale=math.sqrt(d_model) if arch.embedding_scale else _number(file, arch, "embedding_scale", 1.0),
@@ -139,7 +140,7 @@ def _check_known(file: GGUFFile, arch: Architecture) -> None:
 
     for key, (what, nothing) in _STATED.items():
         if what not in arch.reads and file.metadata.get(f"{arch.name}.{key}", nothing) != nothing:
-            refuse(key, f"{'an ' if what[0] in 'ae' else 'a '}{what}" if what != "experts" else what)
+            refuse(key, f"{'an ' if what[0] in 'ae' else 'a '}{what}" if not what.endswith("s") else what)
     for key, nothing in _UNKNOWN.items():
         if file.metadata.get(f"{arch.name}.{key}", nothing) != nothing:
             refuse(key, key.replace(".", " ").replace("_", " "))
@@ -170,6 +171,11 @@ def _query_scale(file: GGUFFile, arch: Architecture, layers: int, width: int, he
     if stated:
         return stated * math.sqrt(head_dim)
     return math.sqrt(head_dim / width) if layers == arch.wide_at else 1.0
+
+
+def _query_growth(file: GGUFFile, arch: Architecture, rope: RopeConfig) -> tuple[float, int] | None:
+    growth = _number(file, arch, "attention.temperature_scale", 0.0)
+    return (growth, rope.original_ctx) if growth else None
 
 
 def _read_windows(file: GGUFFile, arch: Architecture, layers: int) -> tuple[int, ...]:
@@ -258,6 +264,9 @@ def _read_rope(file: GGUFFile, family: Architecture, head_dim: int, ctx_train: i
             f"{file.path}: {arch}.rope.scaling.type is '{kind}'; none, linear, yarn and the rope_freqs and "
             "rope_factors tensors are known; override it with rope_scaling"
         )
+    attn_factor = file.get(f"{arch}.rope.scaling.attn_factor", float, 1.0)
+    if kind == "yarn" and factor > 0 and file.get(f"{arch}.rope.scaling.yarn_log_multiplier", float, 0.0):
+        attn_factor = 1 / (1 + 0.1 * math.log(factor))  # of the gain and what divides it nothing is left
     rope = RopeConfig(
         base=base,
         dims=dims,
@@ -265,7 +274,7 @@ def _read_rope(file: GGUFFile, family: Architecture, head_dim: int, ctx_train: i
         scaling=cast(RopeScaling, kind),
         factor=factor,
         original_ctx=file.get(f"{arch}.rope.scaling.original_context_length", int, ctx_train),
-        attn_factor=file.get(f"{arch}.rope.scaling.attn_factor", float, 1.0),
+        attn_factor=attn_factor,
         ext_factor=file.get(f"{arch}.rope.scaling.yarn_ext_factor", float, 1.0),
         beta_fast=file.get(f"{arch}.rope.scaling.yarn_beta_fast", float, 32.0),
         beta_slow=file.get(f"{arch}.rope.scaling.yarn_beta_slow", float, 1.0),

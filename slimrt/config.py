@@ -81,7 +81,8 @@ class ModelConfig:
     ``n_params`` counts the weights in the file. ``d_ff`` is that of one expert where there are ``experts``. Layer i
     sees the last ``windows[i]`` positions, its own among them (0, or no entry: all before it); it is turned by ``rope``
     (``turns[i]`` 0, or no entry), by ``local_rope`` (1) or not at all (-1). A scale of 1 and a cap of 0 do nothing;
-    ``query_scale`` is what queries are multiplied with besides 1 / sqrt(Dh).
+    ``query_scale`` is what queries are multiplied with besides 1 / sqrt(Dh); those at position p, with ``query_growth``
+    (b, n), also with 1 + b ln(1 + p // n).
     """
 
     arch: str
@@ -104,6 +105,7 @@ class ModelConfig:
     activation: Literal["silu", "gelu", "clamped"] = "silu"
     sinks: bool = False
     query_scale: float = 1.0
+    query_growth: tuple[float, int] | None = None
     attention_cap: float = 0.0
     logit_cap: float = 0.0
     embedding_scale: float = 1.0

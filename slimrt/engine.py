@@ -167,6 +167,7 @@ class Engine:
         for number, packed in enumerate(model.layers):
             layer = model.unpacked(packed) if len(x) >= ops.unpack_rows else packed
             q, k, v = self._qkv(layer, x, turns)
+            q = model.grown(q, positions)
             keys, values, held = cache.update(number, k, v, positions, q, exact=exact)
             if number == len(model.layers) - 1:
                 x, q = x[len(x) - wanted :], q[len(q) - wanted :]

@@ -7,7 +7,7 @@ from slimrt.models.families.gemma import GEMMA, GEMMA2, GEMMA3
 from slimrt.models.families.gpt_oss import GPT_OSS
 from slimrt.models.families.granite import GRANITE
 from slimrt.models.families.internlm2 import INTERNLM2
-from slimrt.models.families.llama import LLAMA
+from slimrt.models.families.llama import LLAMA, MISTRAL3
 from slimrt.models.families.olmo2 import OLMO2
 from slimrt.models.families.phi3 import PHI3
 from slimrt.models.families.qwen import QWEN2, QWEN3, QWEN3MOE
@@ -19,6 +19,6 @@ ARCHITECTURES: dict[str, Architecture] = {
     family.name: family
     for family in (
         LLAMA, QWEN2, QWEN3, QWEN3MOE, SMOLLM3, GRANITE, PHI3, OLMO2, GEMMA, GEMMA2, GEMMA3, COMMAND_R, COHERE2,
-        EXAONE, INTERNLM2, GPT_OSS,
+        EXAONE, INTERNLM2, GPT_OSS, MISTRAL3,
     )
 }  # fmt: skip

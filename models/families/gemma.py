@@ -36,7 +36,7 @@ GEMMA2 = Architecture(
 )  # fmt: skip
 GEMMA3 = Architecture(
     "gemma3",
-    checkpoints=("Gemma3ForCausalLM",),
+    checkpoints=("Gemma3ForCausalLM", "Gemma3ForConditionalGeneration"),
     norms="both",
     qk_norm="head",
     activation="gelu",
@@ -49,6 +49,7 @@ GEMMA3 = Architecture(
     copied={"final_logit_softcapping": "final_logit_softcapping"},
     defaults={
         "head_dim": 256, "sliding_window": 4096, "rope_theta": 1e6, "tie_word_embeddings": True,
-        "query_pre_attn_scalar": 256,
+        "query_pre_attn_scalar": 256, "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 262208,
+        "max_position_embeddings": 131072,
     },
 )  # fmt: skip

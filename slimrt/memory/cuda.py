@@ -203,6 +203,7 @@ def unsupported(config: ModelConfig) -> str | None:
         (config.parallel, "attention and feed-forward side by side"),
         (config.experts, "mixtures of experts"),
         (config.sinks, "sinks of attention"),
+        (config.query_growth, "queries that grow with their position"),
     ):
         if lacking:
             return f"the GPU backend lacks {what}, which {config.arch} has; use device='cpu' (--device cpu)"

@@ -104,6 +104,8 @@ class Decoder:
         # What each token sees in each layer, see ``attend_few``; how many spans of keys that are, at most.
         self._seen, self._spans = np.zeros((c.n_layers, most, SEEN), np.int64), np.zeros(c.n_layers, np.int64)
         self._places = np.zeros((c.n_layers, most, PLACE), np.int64)
+        self._growth = self._places.view(np.float64)[:, :, 4]  # of each token's queries
+        self._growth[...] = 1
         self._room = most_spans(c.n_kv_heads)
         self._partial = aligned_zeros(most * c.n_heads * self._room, partial_bytes(c.head_dim))
         self._sums = gemv_scratch(self._ops.threads)
@@ -309,6 +311,8 @@ class Decoder:
             for number, (cos, sin) in enumerate(self._model.rope(at)[:-1]):
                 self._angles[2 * number, :count, : cos.shape[1]] = cos
                 self._angles[2 * number + 1, :count, : sin.shape[1]] = sin
+            growth = self._model.growth(at)
+            self._growth[:, :count] = 1 if growth is None else growth
             self._hidden[:count, :d] = self._model.embed(np.concatenate([part.tokens for part in parts]))
             if chooses:
                 self._run_by_layer(parts, at)

@@ -31,7 +31,7 @@ from slimrt.ops.fast.vectors import (
 
 __all__ = ["PLACE", "append_kernel", "gate_items", "gate_kernel", "merge_kernel", "norm_kernel"]
 
-PLACE = 4  # words of a row's place in a cache
+PLACE = 5  # words of a row's place in a cache, and what its query is multiplied with
 _PLACE_BYTES = PLACE * 8
 _RECORDS = 4  # of silu(gate) * up that an item computes
 
@@ -101,8 +101,9 @@ def append_kernel(features: Features, head_dim: int, norms: bool = False) -> Ker
     """Rotate q and k [H + Hkv, Dh] (pairs (i, half + i) by an angle) in place; k and v to float16 rows of the cache.
     With ``norms`` q and k are normed before.
 
-    Item: one row. Args: 0 q, k, v f32 [H + 2 Hkv, Dh], 1 H, 2 Hkv, 3 cos, 4 sin [half], 5 half, 6 places int64 [T, 4]
-    (where a row's key and value go: addresses of keys and values, bytes from head to head, row there), 7 bytes from row
+    Item: one row. Args: 0 q, k, v f32 [H + 2 Hkv, Dh], 1 H, 2 Hkv, 3 cos, 4 sin [half], 5 half, 6 places int64 [T, 5]
+    (where a row's key and value go: addresses of keys and values, bytes from head to head, row there; and with
+    ``norms`` a factor of its query, float64), 7 bytes from row
     to row of q, k, v, 8 of cos and sin; with ``norms`` 9 gain of q, 10 of k (or 0), 11 whether of whole rows, 12 eps,
     13 factor of q.
     """
@@ -111,7 +112,8 @@ def append_kernel(features: Features, head_dim: int, norms: bool = False) -> Ker
         joint, heads, kv_heads = argument(args, 0) + item * argument(args, 7), argument(args, 1), argument(args, 2)
         if norms:
             whole_rows, eps = argument(args, 11), argument_float(args, 12)
-            norm_heads(joint, argument(args, 9), heads, head_dim, whole_rows, eps, argument_float(args, 13))
+            own = argument_float(argument(args, 6) + item * _PLACE_BYTES, 4)
+            norm_heads(joint, argument(args, 9), heads, head_dim, whole_rows, eps, argument_float(args, 13) * own)
             norm_heads(joint + heads * head_dim * 4, argument(args, 10), kv_heads, head_dim, whole_rows, eps, 1.0)
         turned = item * argument(args, 8)
         cos, sin, half = argument(args, 3) + turned, argument(args, 4) + turned, argument(args, 5)
