@@ -121,7 +121,8 @@ class FastOps(NumpyOps):
         panels."""
         most = 256 if self.features.amx else 128  # with tiles the panels would come too slowly for fewer rows
         blocks = -(-tokens // self._shape.rows)
-        size = min(max(1, most // self._shape.rows), -(-blocks // self.threads)) * self._shape.rows
+        slices = -(-blocks // min(-(-most // self._shape.rows), -(-blocks // self.threads)))
+        size = -(-blocks // slices) * self._shape.rows  # about as many rows in each: a short one is no quicker
         return size, -(-tokens // size)
 
     def _row_bytes(self, inner: int) -> int:

