@@ -193,8 +193,9 @@ class LayerOps:
 
     def gated(self: Any, gate_up: Array, activation: Activation) -> Array:
         """act(gate) * up; gate_up [T, 2 F] with gate first -> [T, F]."""
-        gate = {"silu": self.swiglu, "gelu": self.geglu, "clamped": self.clamped}[activation]
-        return gate(gate_up)
+        if activation == "clamped":
+            return self.clamped(gate_up)
+        return self.swiglu(gate_up) if activation == "silu" else self.geglu(gate_up)
 
     def merged(self: Any, x: Array, y: Array, merge: Merge) -> Array:
         """x [T, D] + y [T, D] as ``merge`` says."""
