@@ -58,6 +58,7 @@ def fit_messages(
     """
     ids = tokens(messages)
     left = list(messages)
+    request = dataclasses.replace(request, chat=True)
     if request.overflow == "error":
         return Fitted(left, ids, request)
     begin = next((at for at, message in enumerate(left) if message["role"] != "system"), len(left))

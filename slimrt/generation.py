@@ -13,6 +13,7 @@ from slimrt.sampler import Sampler
 from slimrt.sampling.dry import dry_breakers
 from slimrt.session import Session
 from slimrt.structured import guide as guides
+from slimrt.text.channels import Channels
 from slimrt.text.tokenizer import Tokenizer
 
 __all__ = ["BEGINS", "Step", "generate_tokens"]
@@ -72,7 +73,7 @@ def generate_tokens(
     if begun is not None:
         begun(drawing)
     decoder = tokenizer.stream_decoder(shown=request.shown)
-    held = _StopStrings(request.stop)
+    held = _Text(request.stop, Channels() if request.chat else None)
     drawn = 0
     while request.max_tokens is None or drawn < request.max_tokens:
         turn = drawing.turn(None if request.max_tokens is None else request.max_tokens - drawn)
@@ -93,26 +94,27 @@ def generate_tokens(
                 raise
             dropped = 0
         if turn.ended:
-            text = held.push(decoder.flush()) + held.flush()
+            text = held.push(decoder.flush()) + held.finish()
             yield Step(None, text, None, "stop", dropped, None if guide is None else not held.stopped)
             return
         if guide is not None and guide.done:
             break
     # The last token asked for is not read: nothing is drawn after it.
-    text = held.push(decoder.flush()) + held.flush()
+    text = held.push(decoder.flush()) + held.finish()
     ended = held.stopped or (guide is not None and guide.done)
     complete = None if guide is None else guide.complete and not held.stopped
     yield Step(None, text, None, "stop" if ended else "length", 0, complete)
 
 
-class _StopStrings:
-    """Passes text on, but holds back what may turn out to be the beginning of a stop string."""
+class _Text:
+    """Passes text on, but holds back what may turn out to be the beginning of a stop string; of ``channels`` what is to
+    be seen."""
 
-    def __init__(self, stops: Sequence[str]) -> None:
-        self.stops, self.held, self.stopped = stops, "", False
+    def __init__(self, stops: Sequence[str], channels: Channels | None) -> None:
+        self.stops, self.held, self.stopped, self._channels = stops, "", False, channels
 
     def push(self, text: str) -> str:
-        self.held += text
+        self.held += text if self._channels is None else self._channels.push(text)
         found = [at for at in (self.held.find(stop) for stop in self.stops) if at >= 0]
         if found:
             self.stopped = True
@@ -128,3 +130,7 @@ class _StopStrings:
     def flush(self) -> str:
         text, self.held = self.held, ""
         return text
+
+    def finish(self) -> str:
+        """What is held back at the end."""
+        return self.flush() + ("" if self._channels is None else self._channels.finish())

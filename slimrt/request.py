@@ -28,7 +28,8 @@ class GenerationRequest:
     ``grammar``: what the answer must match. Tokens that it forces are read several at a time, unless
     ``one_by_one`` or ``logprobs`` want the logits before each. With ``one_by_one`` the session has read all but the
     last token that was written whenever somebody looks; nothing is guessed. ``shown``: control tokens that the text
-    shows.
+    shows. ``chat``: the answer is a chat's; of one in channels (gpt-oss) the text has no thoughts, see
+    ``slimrt.text.channels``.
 
     ``draft``: how next tokens are guessed; the text is the same. "auto": as the model was loaded; "lookup": by what
     stood behind the same words before; None: not at all.
@@ -45,6 +46,7 @@ class GenerationRequest:
     grammar: Grammar | None = None
     one_by_one: bool = False
     shown: frozenset[int] = frozenset()
+    chat: bool = False
     draft: Draft | None = "auto"
 
     def __post_init__(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -31,7 +32,8 @@ def calling_of(llm: LLM, tools: Any, choice: Any, parallel: Any = None, *, param
 
 
 def bound(request: GenerationRequest, calling: Calling | None) -> GenerationRequest:
-    """``request``, its answer bound to ``calling``. Raises ApiError."""
+    """The ``request`` of a chat, its answer bound to ``calling``. Raises ApiError."""
+    request = dataclasses.replace(request, chat=True)
     try:
         return request if calling is None else calling.bind(request)
     except SettingError as error:
