@@ -139,13 +139,13 @@ class Llama:
 
     def growth(self, positions: np.ndarray) -> np.ndarray | None:
         """What queries at ``positions`` [T] are multiplied with, float32 [T], or None for nothing."""
-        if self.config.query_growth is None or not len(positions) or positions[-1] < self.config.query_growth[1]:
+        if self.config.query_growth is None or positions.max(initial=0) < self.config.query_growth[1]:
             return None
         by, every = self.config.query_growth
         return (1 + by * np.log(1 + positions // every)).astype(np.float32)
 
     def grown(self, q: Array, positions: np.ndarray) -> Array:
-        """Rotated queries q [T, H, Dh] at ascending ``positions`` [T], as attention wants them."""
+        """Rotated queries q [T, H, Dh] at ``positions`` [T], as attention wants them."""
         growth = self.growth(positions)
         return q if growth is None else q * growth[:, None, None]
 

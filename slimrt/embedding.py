@@ -93,6 +93,7 @@ def read_apart(engine: Engine, texts: Sequence[Sequence[int]], *, last: bool) ->
         for number, packed in enumerate(model.layers):
             layer = model.unpacked(packed)
             q, k, v = model.qkv(layer, x, turns)
+            q = model.grown(q, positions)
             first = -1 if last and number == len(model.layers) - 1 else 0
             keys, values = (np.ascontiguousarray(one.transpose(1, 0, 2)) for one in (k, v))
             attention = [
