@@ -16,6 +16,7 @@ from slimrt.prune.asked import wanted
 from slimrt.prune.reach import Reach
 from slimrt.prune.schedule import Schedule, Windows
 from slimrt.prune.select import rivals
+from slimrt.row_blocks import Queries
 
 __all__ = ["Attention"]
 
@@ -88,26 +89,26 @@ class Attention:
         return result
 
     def scores(
-        self, context: Context, rule: Schedule, layer: int, q: Array, keys: Array, positions: np.ndarray
+        self, context: Context, rule: Schedule, layer: int, q: Queries, keys: Array, positions: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray | None]:
         """How much each block of the active rows is wanted [B], and by the token of which position [B] (-1: none); the
         published scores do not tell (None).
 
-        ``q`` are the queries of the last rows at least.
+        ``q``: of the rows of this pass, which may be the last of the layer's.
         """
         ops, plan, asked = self._ops, rule.plan, rule.asked
         if asked is None:
-            return ops.score_blocks(plan.score, q[-plan.query_window :], keys, plan.block, plan.unit), None
+            return ops.score_blocks(plan.score, q.last[-plan.query_window :], keys, plan.block, plan.unit), None
         rows = keys.shape[1]
         tail, how = len(asked.tail), self.softmax(layer)
         groups: list[tuple[np.ndarray, Sequence[float]]] = [
-            (ops.block_mass(q[len(q) - tail :], keys, plan.block, True, **how), asked.tail)
+            (ops.block_mass(q.last[len(q.last) - tail :], keys, plan.block, True, **how), asked.tail)
         ]
         places = [positions[rows - tail :]]
         if any(asked.head):
             first = positions[: np.searchsorted(positions, len(asked.head))]
-            if len(q) == rows:
-                own = q[: len(first)]
+            if q.rows == rows:
+                own = q.first[: len(first)]
             else:
                 assert context.boundary is not None and layer == context.boundary.layer
                 own = context.boundary.first_queries()[: len(first)]

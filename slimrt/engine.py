@@ -17,6 +17,7 @@ from slimrt.kv.cache import KVCache
 from slimrt.kv.host_blocks import reserve_host_memory
 from slimrt.kv.offload import OffloadedKVCache
 from slimrt.kv.windowed import WindowedKVCache
+from slimrt.layer_pass import LayerPass
 from slimrt.models import Llama
 from slimrt.ops.protocol import Array, Cache, Decoder, Ops, Part
 from slimrt.parts import Parts
@@ -55,6 +56,7 @@ class Engine:
         self.model, self.ops, self.config, self.cache_config = model, ops, model.config, cache
         self.parts = Parts(ops)
         self.attention = Attention(model, ops, self.parts)
+        self._pass = LayerPass(model, ops, self.attention, self.parts)
         self._whole_tokens = whole_tokens
         self._decoders: dict[str, Decoder | None] = {}  # by the adapters that are applied
         # Where sessions find and keep what was read of long prompts (a slimrt.library.store.Library), if anywhere.
@@ -67,7 +69,7 @@ class Engine:
 
     def close(self) -> None:
         """Let go of the weights; whoever still has the engine gets a SettingError."""
-        self.model = self.attention = _Closed()  # type: ignore[assignment]
+        self.model = self.attention = self._pass = _Closed()  # type: ignore[assignment]
         self._decoders.clear()
 
     @property
@@ -166,17 +168,13 @@ class Engine:
             trace.begin()
         for number, packed in enumerate(model.layers):
             layer = model.unpacked(packed) if len(x) >= ops.unpack_rows else packed
-            q, k, v = self._qkv(layer, x, turns)
-            q = model.grown(q, positions)
-            keys, values, held = cache.update(number, k, v, positions, q, exact=exact)
-            if number == len(model.layers) - 1:
-                x, q = x[len(x) - wanted :], q[len(q) - wanted :]
-            if trace:
-                trace.attention(number, q, keys)
-            attention = self.attention.attend(schedule.windows, number, q, positions, keys, values, held)
-            x = self._projected(layer, x, attention)
+            first = len(x) - wanted if number == len(model.layers) - 1 else 0
+            look = None if trace is None else functools.partial(trace.attention, number)
+            x, q, keys = self._pass.attended(
+                cache, schedule, layer, number, x, positions, turns, first=first, exact=exact, look=look
+            )
             if context.boundary is not None and number == context.boundary.layer:
-                context.boundary.append(x, q)
+                context.boundary.append(x, q.first)
                 if schedule.anew:
                     cache.clear(number + 1)
                 if schedule.anew and context.boundary.length > len(x):
@@ -192,8 +190,9 @@ class Engine:
                     trace.cut(number, positions, scores, rows, by)
                 x, positions = ops.take(x, rows), positions[rows]
                 turns = model.rope(positions)
+            del q, keys
             cache.attended(number)
-            x = self._fed_forward(layer, x)
+            x = self._pass.fed(layer, x)
             del layer  # a scratch copy of its weights goes before the next layer's is made
             if trace:
                 trace.layer(number)
@@ -201,21 +200,6 @@ class Engine:
                 progress(number + 1, len(model.layers))
         context.length += len(ids)
         return x, tuple(kept)
-
-    # Each in parts, between which others have their turn.
-
-    def _qkv(self, layer: Any, x: Array, turns: Any) -> tuple[Array, Array, Array]:
-        def work(some: slice) -> Any:
-            return self.model.qkv(layer, x[some], tuple((cos[some], sin[some]) for cos, sin in turns))
-
-        found: tuple[Array, Array, Array] = self.parts.each("qkv", work, len(x))
-        return found
-
-    def _projected(self, layer: Any, x: Array, attention: Array) -> Array:
-        return self.parts.each("project", lambda some: self.model.project(layer, x[some], attention[some]), len(x))
-
-    def _fed_forward(self, layer: Any, x: Array) -> Array:
-        return self.parts.each("feed forward", lambda some: self.model.feed_forward(layer, x[some]), len(x))
 
     def decode_one_token(self, context: Context, token: int) -> np.ndarray:
         """Read one token, which looks at the rows within the cache's budget, at all where there is none.

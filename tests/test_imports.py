@@ -21,7 +21,7 @@ INSTALLED = {
 ORDER = (
     ("errors",),
     ("paths", "results", "config"),
-    ("output", "weights", "documents"),
+    ("output", "weights", "documents", "row_blocks"),
     ("prune", "hub", "kernels_cu", "plans"),
     ("text",),
     ("ops", "sampling", "structured"),
@@ -29,6 +29,7 @@ ORDER = (
     ("models",),
     ("convert", "memory", "context"),
     ("attention",),
+    ("layer_pass",),
     ("engine",),
     ("load_options", "reuse"),
     ("session", "inspect", "importance"),

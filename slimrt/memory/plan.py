@@ -15,6 +15,7 @@ from slimrt.errors import SettingError
 from slimrt.ops import control_groups
 from slimrt.ops.numpy.numpy_ops import KEY_TILE, MASKED_SCORES, QUERY_TILE, ROW_CHUNK
 from slimrt.ops.numpy.workers import available_cores
+from slimrt.row_blocks import STEP, block_row_floats, row_blocks, rows_at_a_time
 from slimrt.weights.gguf import GGUFFile
 
 __all__ = ["DEFAULT_CTX", "MemoryPlan", "MemoryRow", "available_memory", "largest_context", "plan"]
@@ -131,8 +132,14 @@ def plan(
         packed = available is not None and dense > available / 2
     threads = threads or available_cores()
     kv_per_token = config.kv_bytes_per_token // (2 if fast else 1)
-    scratch = _fast_scratch(config, ctx, threads) if fast else _prefill_scratch(config, ctx, threads, packed) * _FLOAT
-    kv, kv_host = _budgeted(config, CacheConfig(ctx, kv_budget), kv_per_token)
+    cache = CacheConfig(ctx, kv_budget)
+    budgeted = cache.budget is not None
+    scratch = (
+        _fast_scratch(config, ctx, threads, budgeted)
+        if fast
+        else _prefill_scratch(config, ctx, threads, packed, budgeted) * _FLOAT
+    )
+    kv, kv_host = _budgeted(config, cache, kv_per_token)
     return MemoryPlan(
         ctx=ctx,
         fast=fast,
@@ -202,13 +209,17 @@ def largest_context(
     return steps[first - 1] if first else 0
 
 
-def _prefill_scratch(c: ModelConfig, ctx: int, threads: int, packed: bool) -> int:
+def _prefill_scratch(c: ModelConfig, ctx: int, threads: int, packed: bool, budgeted: bool) -> int:
     """Floats alive at the peak of ``Engine.prefill`` with T = ctx, weights and cache excluded."""
     q, kv = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
     angles = c.rope.dims * (2 if c.local_rope else 1)
     # While the layer attends: x, q, k, v, the result, the keys with their extra column, angles. In the feed-forward:
     # x before and after, q, k, v, angles.
-    rows = ctx * max(c.d_model + 2 * q + 2 * kv + c.n_kv_heads * (c.head_dim + 1) + angles, 2 * c.d_model + q + 2 * kv)
+    if len(row_blocks(ctx, rows_at_a_time(c))) == 1:
+        attending = c.d_model + 2 * q + 2 * kv + c.n_kv_heads * (c.head_dim + 1) + angles
+        rows = ctx * max(attending, 2 * c.d_model + q + 2 * kv)
+    else:
+        rows = ctx * (_whole_row(c, budgeted) + c.n_kv_heads * (c.head_dim + 1) + angles) + _block(c)
     group = c.n_heads // c.n_kv_heads
     tile = QUERY_TILE * group * (KEY_TILE + 4 * c.head_dim)
     chunk = min(ctx, ROW_CHUNK) * (4 * c.d_ff + 3 * c.d_model)
@@ -222,19 +233,34 @@ def _prefill_scratch(c: ModelConfig, ctx: int, threads: int, packed: bool) -> in
     return rows + threads * max(tile, chunk) + c.vocab_size + unpacked
 
 
-def _fast_scratch(c: ModelConfig, ctx: int, threads: int) -> int:
+def _whole_row(c: ModelConfig, budgeted: bool) -> int:
+    """Floats of each row of a prompt that passes a layer in blocks, beside its keys and values: x, at a cut those that
+    go on as well; in layers under a budget all of q, k, v in x's company; in a mixture x before and after."""
+    q, kv = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
+    return max(2 * c.d_model, c.d_model + q + 2 * kv if budgeted else 0)
+
+
+def _block(c: ModelConfig) -> int:
+    """Floats of the largest block of rows on its way through a layer."""
+    return (rows_at_a_time(c) + STEP - 1) * block_row_floats(c)
+
+
+def _fast_scratch(c: ModelConfig, ctx: int, threads: int, budgeted: bool) -> int:
     """Bytes alive at the peak of ``Engine.prefill`` on compiled kernels; factors counted as float32, the wider kind."""
     q, kv = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
     # While the layer attends: x, q, the result, angles, k and v in float16, their panels. In the feed-forward: x before
     # and after in place of one of q and the result, no panels.
     angles = c.rope.dims * (2 if c.local_rope else 1)
-    row = _FLOAT * (max(c.d_model + 2 * q, 2 * c.d_model + q) + angles + 3 * kv)
+    if len(row_blocks(ctx, rows_at_a_time(c))) == 1:
+        row, block = _FLOAT * (max(c.d_model + 2 * q, 2 * c.d_model + q) + angles + 3 * kv), 0
+    else:
+        row, block = _FLOAT * (_whole_row(c, budgeted) + angles + 2 * kv), _FLOAT * _block(c)
     if c.experts:  # all rows normed and mixed, those of one expert, and its result
         row += _FLOAT * 4 * c.d_model
     panels = _FLOAT * c.d_model * (2 * q + 2 * kv + 3 * c.d_ff)
     tile = KEY_TILE * c.n_heads // c.n_kv_heads * (2 * c.head_dim + 2)
     slice_ = ROW_CHUNK * (2 * c.d_model + max(c.d_ff, q + 2 * kv))
-    return ctx * row + panels + _FLOAT * (threads * max(tile, slice_) + c.vocab_size)
+    return ctx * row + block + panels + _FLOAT * (threads * max(tile, slice_) + c.vocab_size)
 
 
 def available_memory(root: Path = Path("/")) -> int | None:

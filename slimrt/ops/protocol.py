@@ -85,6 +85,10 @@ class RowOps(Protocol):
     def each_alone(self) -> bool:
         """Whether a row gets the same bits whatever others pass with it, from ``unpack_rows`` rows on."""
 
+    @property
+    def rows_in_blocks(self) -> bool:
+        """Whether the rows of a long prompt pass a layer block by block (``slimrt.row_blocks``)."""
+
     def rows(self, task: Callable[[slice], object], count: int) -> None:
         """Call ``task(slice)`` for slices that cover ``count`` rows once."""
 

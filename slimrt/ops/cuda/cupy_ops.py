@@ -76,6 +76,7 @@ class CupyOps(FewRows, InPlaceLayer):
     name = "cuda"
     exact_rows = 1  # of a prompt that was read before so many rows run again at least: its last token, for the logits
     each_alone = False  # not looked into: texts of embeddings pass one by one
+    rows_in_blocks = False  # what passes together is bounded by ``rows``; attention wants all rows at once
     unpack_rows = FEW_ROWS  # from so many rows on a layer is unpacked once, into scratch
     keeps_unpacked = False  # whether it then stays so, for the next prompt (slimrt.memory.cuda plans for it)
 

@@ -68,6 +68,7 @@ class NumpyOps(NumpyMemory, LayerOps):
     exact_rows = 1  # of a prompt that was read before so many rows run again at least, for the same bits as then
     unpack_rows = 16  # from so many rows on it pays to unpack a packed layer once, into scratch
     each_alone = False  # a BLAS library sums in an order that depends on how many rows there are
+    rows_in_blocks = True  # a long prompt passes a layer block by block, so that scratch is bounded
     whole_rows = 1  # up to so many rows pass a layer in one piece
 
     def __init__(self, threads: int | None = None, *, packed: bool = False) -> None:
@@ -126,6 +127,9 @@ class NumpyOps(NumpyMemory, LayerOps):
         """
         if count <= _FEW_ROWS:
             task(slice(0, count))
+            return
+        if count >= 4 * ROW_CHUNK:  # BLAS rounds by the rows of a product: the same ones in whatever blocks they come
+            self._workers.map(task, [slice(lo, min(lo + ROW_CHUNK, count)) for lo in range(0, count, ROW_CHUNK)])
             return
         # Equal slices: a last slice much shorter than the others would leave threads idle.
         chunks = -(-count // ROW_CHUNK)
