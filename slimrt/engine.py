@@ -169,6 +169,7 @@ class Engine:
         for number, packed in enumerate(model.layers):
             layer = model.unpacked(packed) if len(x) >= ops.unpack_rows else packed
             first = len(x) - wanted if number == len(model.layers) - 1 else 0
+            ours = True  # x, to be overwritten
             look = None if trace is None else functools.partial(trace.attention, number)
             x, q, keys = self._pass.attended(
                 cache, schedule, layer, number, x, positions, turns, first=first, exact=exact, look=look
@@ -179,8 +180,8 @@ class Engine:
                     cache.clear(number + 1)
                 if schedule.anew and context.boundary.length > len(x):
                     x, positions = context.boundary.rows(), np.arange(context.boundary.length)
-                    turns = model.rope(positions)
-                    if number not in cut_at:  # a backend may overwrite x; the boundary's rows must stay
+                    turns, ours = model.rope(positions), False
+                    if number not in cut_at:  # x will be overwritten; the boundary's rows must stay
                         x = ops.take(x, positions)
             if number in cut_at:
                 scores, by = self.attention.scores(context, schedule, number, q, keys, positions)
@@ -188,7 +189,7 @@ class Engine:
                 kept.append(Kept(positions[rows], why))
                 if trace:
                     trace.cut(number, positions, scores, rows, by)
-                x, positions = ops.take(x, rows), positions[rows]
+                x, positions = self._pass.kept(x, rows) if ours else ops.take(x, rows), positions[rows]
                 turns = model.rope(positions)
             del q, keys
             cache.attended(number)

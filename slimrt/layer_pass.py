@@ -14,7 +14,7 @@ from slimrt.ops.protocol import Array, Cache, Ops
 from slimrt.parts import Parts
 from slimrt.prune.asked import HEAD
 from slimrt.prune.schedule import Schedule
-from slimrt.row_blocks import Queries, row_blocks, rows_at_a_time
+from slimrt.row_blocks import STEP, Queries, row_blocks, rows_at_a_time
 
 __all__ = ["LayerPass"]
 
@@ -104,6 +104,15 @@ class LayerPass:
             )  # fmt: skip
             x[block] = self._projected(layer, x[block], attention)
         return x, Queries(q, q, len(q)), keys
+
+    def kept(self, x: Array, rows: np.ndarray) -> Array:
+        """x[rows], ascending; in blocks they move forward in the memory of x."""
+        if len(self._blocks(len(x))) == 1:
+            return self._ops.take(x, rows)
+        for low in range(0, len(rows), STEP):
+            some = rows[low : low + STEP]
+            x[low : low + len(some)] = x[some]
+        return x[: len(rows)]
 
     def fed(self, layer: Any, x: Array) -> Array:
         """x [T, D] after the feed-forward of a layer; it may be overwritten."""

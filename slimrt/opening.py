@@ -60,6 +60,13 @@ class Opened:
         self.memory = memory = plan_memory(self.config, file, self.ctx, **how)
         if not memory.fits():
             raise SettingError(_does_not_fit(memory, largest_context(self.config, file, self.ctx, **how)))
+        if self.cache.offloads:
+            whole = plan_memory(self.config, file, self.ctx, threads=options.threads, fast=fast).total
+            if memory.total >= whole:
+                self.notes.append(
+                    "a KV budget saves no memory on a CPU, where rows behind it lie in the same memory: "
+                    f"{memory.total / 2**30:.1f} GiB with it, {whole / 2**30:.1f} without; decode reads fewer rows"
+                )
         if memory.packed and not fast:
             self.notes.append(
                 "weights stay packed: unpacked they would take more than half of the free memory; expect slow decoding"

@@ -234,10 +234,10 @@ def _prefill_scratch(c: ModelConfig, ctx: int, threads: int, packed: bool, budge
 
 
 def _whole_row(c: ModelConfig, budgeted: bool) -> int:
-    """Floats of each row of a prompt that passes a layer in blocks, beside its keys and values: x, at a cut those that
-    go on as well; in layers under a budget all of q, k, v in x's company; in a mixture x before and after."""
+    """Floats of each row of a prompt that passes a layer in blocks: x, and in layers under a budget all of q, k, v as
+    well; in a mixture x before and after."""
     q, kv = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
-    return max(2 * c.d_model, c.d_model + q + 2 * kv if budgeted else 0)
+    return max(c.d_model * (2 if c.experts else 1), c.d_model + q + 2 * kv if budgeted else 0)
 
 
 def _block(c: ModelConfig) -> int:

@@ -180,3 +180,9 @@ def test_describe_a_file_that_cannot_run(tmp_path: Path) -> None:
     assert data["context_length"] == 512
     assert not data["chat_template"]
     assert data["tensor_types"]["F32"]["tensors"] == len(GGUFFile(path).tensors)
+
+
+def test_a_budget_that_saves_nothing_says_so(model: Path) -> None:
+    for budget, said in ((None, 0), (256, 1), (1024, 0)):
+        with slimrt.load(model, ctx=512, device="numpy", kv_budget=budget) as llm:
+            assert len([note for note in llm.notes if "saves no memory" in note]) == said
