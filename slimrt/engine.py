@@ -19,7 +19,7 @@ from slimrt.kv.offload import OffloadedKVCache
 from slimrt.kv.windowed import WindowedKVCache
 from slimrt.layer_pass import LayerPass
 from slimrt.models import Llama
-from slimrt.ops.protocol import Array, Cache, Decoder, Ops, Part
+from slimrt.ops.protocol import Cache, Decoder, Ops, Part
 from slimrt.parts import Parts
 from slimrt.prune.schedule import DENSE, Schedule, Windows
 from slimrt.prune.select import select_rows
