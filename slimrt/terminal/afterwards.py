@@ -6,6 +6,7 @@ import contextlib
 import os
 import sys
 import warnings
+from pathlib import Path
 
 from slimrt.llm import LLM
 from slimrt.memory.plan import available_memory
@@ -17,7 +18,7 @@ if sys.platform != "win32":
 
 __all__ = ["read_on"]
 
-_NICER = 10  # than what people wait for
+_NICER = 19  # than what people wait for
 _OF_FREE = 2  # the process's own memory may take no more than this part of what is free
 
 
@@ -57,6 +58,10 @@ def _alone() -> None:
     """Let go of the terminal, and of every file and pipe that somebody may wait for."""
     os.setsid()
     os.nice(_NICER)
+    with contextlib.suppress(
+        OSError
+    ):  # where the kernel shares the processor out by sessions, that alone changes nothing
+        Path("/proc/self/autogroup").write_text(str(_NICER))
     nothing = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):
         os.dup2(nothing, stream)

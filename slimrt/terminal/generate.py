@@ -19,9 +19,17 @@ __all__ = ["generate"]
 
 
 def generate(
-    prompt: str, load: LoadSettings, answer: AnswerSettings, *, chat: bool, system: str | None, as_json: bool
+    prompt: str,
+    load: LoadSettings,
+    answer: AnswerSettings,
+    *,
+    chat: bool,
+    system: str | None,
+    as_json: bool,
+    reads_on: bool = True,
 ) -> None:
     """Answer ``prompt`` on stdout: continued as plain text, or (``chat``) as a message through the chat template.
+    ``reads_on``: what cuts left unread of a document may be read in the background, for further questions.
 
     Who asks for a context of some size is told what memory it will take, before it is taken.
     """
@@ -42,11 +50,12 @@ def generate(
     completion = result.completion
     if as_json:
         click.echo(json.dumps({"model": llm.config.name, **dataclasses.asdict(completion)}, ensure_ascii=False))
-        read_on(llm, llm.current)
+        if reads_on:
+            read_on(llm, llm.current)
         return
     if kept := kept_note(llm):
         screen.remark(kept)
     cut = cut_note(llm, completion, answer)
     screen.remark(stats_line(completion) + (f" · {cut}" if cut else ""))
-    if read_on(llm, llm.current):
+    if reads_on and read_on(llm, llm.current):
         screen.remark("the rest of the document is read in the background, so that further questions cost little")

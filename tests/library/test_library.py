@@ -185,6 +185,15 @@ def test_generate_leaves_the_rest_to_a_process_in_the_background(model: Path, tm
         beside.unlink()
 
 
+def test_nothing_is_left_to_the_background_if_so_told(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[object] = []
+    monkeypatch.setattr("slimrt.terminal.generate.read_on", lambda *about: calls.append(about))
+    command = ["generate", "hello", "-m", str(model), "--device", "numpy", "-n", "1", "--no-cache"]
+    for options, expected in (([], 1), (["--no-read-on"], 1), (["--json"], 2), (["--no-read-on", "--json"], 2)):
+        assert CliRunner().invoke(cli, [*command, *options]).exit_code == 0
+        assert len(calls) == expected
+
+
 def test_another_model_and_other_settings_never_match(model: Path, tmp_path: Path) -> None:
     def reused(path: Path, **options: object) -> int:
         llm = slimrt.load(path, device="numpy", cache=tmp_path / "read", **options)  # type: ignore[arg-type]

@@ -33,10 +33,15 @@ CHAT_REPEAT_PENALTY = 1.05  # without it small models soon repeat a sentence for
 @answer_options(max_tokens=GENERATE_MAX_TOKENS)
 @load_options
 @cache_option
+@click.option(
+    "--no-read-on",
+    is_flag=True,
+    help="Leave nothing to a process in the background, which reads what cuts left unread, for further questions.",
+)
 @json_option
 def generate(
     prompt: str | None, file: Path | None, chat: bool, system: str | None, answer: AnswerSettings, load: LoadSettings,
-    as_json: bool,
+    no_read_on: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Continue PROMPT, or answer it (--chat).
 
@@ -55,7 +60,8 @@ def generate(
         checked_argument(system, "--system")
     from slimrt.terminal import generate as command
 
-    command.generate(text, load, answer, chat=chat or system is not None, system=system, as_json=as_json)
+    chat = chat or system is not None
+    command.generate(text, load, answer, chat=chat, system=system, as_json=as_json, reads_on=not no_read_on)
 
 
 @click.command()
