@@ -206,17 +206,19 @@ def quality_table(report: dict[str, Any]) -> str:
     columns += [("RULER, mean score", RULER_MEAN, "score")] * (RULER_MEAN in tasks)
     quoted = [task for task in measures if task in tasks]
     heads = ["plan", "prompt", *(heading for heading, _, _ in columns)]
-    heads += [f"KL, nats ({' / '.join(quoted)})"] * bool(quoted) + ["first token"]
-    lines = ["| " + " | ".join(heads) + " |", "|---|---:|" + "---|" * (len(heads) - 3) + "---:|"]
-    plans = list(report["plans"])
-    timings = [timing for timing in report["ttft"] if timing["plan"] != "dense"]
-    for timing in sorted(timings, key=lambda timing: (plans.index(timing["plan"]), timing["length"])):
-        key = timing["plan"], timing["length"]
-        cells = [f"`{Path(timing['plan']).stem}`", f"{timing['length']:,}"]
+    faster = {(one["plan"], one["length"]): f"{one['speedup']:.2f}x faster" for one in report["ttft"]}
+    heads += [f"KL, nats ({' / '.join(quoted)})"] * bool(quoted) + ["first token"] * bool(faster)
+    lines = [
+        "| " + " | ".join(heads) + " |",
+        "|---|---:|" + "---|" * (len(heads) - 2 - bool(faster)) + "---:|" * bool(faster),
+    ]
+    for key in sorted({row[:2] for row in found}, key=lambda key: (list(report["plans"]).index(key[0]), key[1])):
+        cells = [f"`{Path(key[0]).stem}`", f"{key[1]:,}"]
         cells += [change(*key, task, metric) for _, task, metric in columns]
         if quoted:
             cells.append(" / ".join(f"{found[*key, task, 'kl']['mean']:.3f}" for task in quoted))
-        lines.append("| " + " | ".join([*cells, f"{timing['speedup']:.2f}x faster"]) + " |")
+        cells += [faster[key]] if faster else []
+        lines.append("| " + " | ".join(cells) + " |")
     text = f", text `{report['text']['name']}`" if quoted else ""
     about = (
         f"Dense -> pruned, with the 95 % interval of the difference; {report['samples']} samples a task and length, "
