@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import Any
@@ -145,14 +146,17 @@ def test_where_it_computes(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from slimrt.llama_cpp import context
 
     real = context.LLM
-    monkeypatch.setattr(context, "LLM", lambda *given, **options: asked.append(options["device"]) or real(
-        *given, **{**options, "device": "numpy"}
-    ))  # fmt: skip
+
+    def loaded_on_numpy(file: Any, options: Any) -> Any:
+        asked.append(options.device)
+        return real(file, dataclasses.replace(options, device="numpy"))
+
+    monkeypatch.setattr(context, "LLM", loaded_on_numpy)
     for options in ({}, {"n_gpu_layers": 0}, {"n_gpu_layers": -1}, {"n_gpu_layers": 20}, {"device": "numpy"}):
         slimrt.Llama(path, n_ctx=64, **options)
     assert asked == ["cpu", "cpu", "auto", "auto", "numpy"]
     with pytest.raises(slimrt.SlimrtError, match="device 'tpu'"):
-        real(slimrt.load(path, device="numpy").file, device="tpu")
+        slimrt.load(path, device="tpu")
 
 
 def test_a_budget_of_keys_and_values(path: Path) -> None:

@@ -74,7 +74,10 @@ def test_every_command_explains_itself(command: str) -> None:
 
 
 def test_types_are_listed_where_they_are_asked_for() -> None:
-    assert "[f32|f16|bf16|q8_0|q6_k|q5_k_m|q5_k_s|q5_1|q5_0|q4_k_m|q4_k_s|q4_1|q4_0]" in run("convert", "--help").stdout
+    assert (
+        "[f32|f16|bf16|q8_0|q6_k|q5_k_m|q5_k_s|q5_1|q5_0|q4_k_m|q4_k_s|q4_1|q4_0|mxfp4_moe]"
+        in run("convert", "--help").stdout
+    )
     result = run("convert", "a", "b", "--type", "q9")
     assert result.exit_code == 2
     assert "'q9' is not one of f32, f16" in result.stderr
@@ -119,7 +122,8 @@ def test_generate_json_is_one_object_that_equals_the_python_result(tiny: Path) -
 def test_a_context_that_is_asked_for_gets_its_memory_plan_first(tiny: Path) -> None:
     result = run("generate", "-m", tiny, "-n", 2, "-c", 512, "--rope-scaling", "none", "--kv-budget", 128, "hello")
     lines = result.stderr.splitlines()
-    assert result.exit_code == 0 and len(lines) == 3
+    assert result.exit_code == 0 and len(lines) == 4
+    assert any("a KV budget saves no memory on a CPU" in line for line in lines)
     assert "context 512 tokens · memory up to" in lines[0]
     assert re.match(
         r"\(weights .*, keys and values .* and .* behind the budget, hidden states .*, scratch .*\)", lines[1]
