@@ -126,9 +126,10 @@ def summary_table(results: dict[str, Any], quality: Sequence[dict[str, Any]]) ->
         for row in (row for row in found if row["length"] == nearest):
             recall["slimrt off"] = f"{row['dense']:.3f}"
             recall[f"slimrt {row['plan']}"] = f"{row['mean']:.3f} ({row['low']:+.3f} to {row['high']:+.3f})"
+        count = _samples(report, [nearest])
         about = (
-            f" Recall: share of a quoted passage's tokens predicted right, {report['samples']} prompts of {nearest:,} "
-            "tokens, with the 95 % interval of the difference to dense."
+            f" Recall: share of a quoted passage's tokens predicted right, {count} prompts of {nearest:,} tokens, "
+            "with the 95 % interval of the difference to dense."
         )
     environment, settings = results["environment"], results["settings"]
     more = settings.get("questions", 1)
@@ -221,10 +222,17 @@ def quality_table(report: dict[str, Any]) -> str:
         lines.append("| " + " | ".join(cells) + " |")
     text = f", text `{report['text']['name']}`" if quoted else ""
     about = (
-        f"Dense -> pruned, with the 95 % interval of the difference; {report['samples']} samples a task and length, "
+        f"Dense -> pruned, with the 95 % interval of the difference; {_samples(report)} samples a task, "
         f"seed {report['seed']}{text}; `slimrt eval`."
     )
     return "\n".join([*lines, "", about])
+
+
+def _samples(report: dict[str, Any], lengths: Sequence[int] = ()) -> str:
+    """How many prompts of a task there are at each length."""
+    counts = {row["length"]: row["n"] for row in report["summary"] if row["task"] != RULER_MEAN}
+    each = [str(counts[length]) for length in lengths or sorted(counts)]
+    return each[0] if len(set(each)) == 1 else " and ".join(each)
 
 
 def placed(readme: str, begin: str, end: str, text: str) -> str | None:

@@ -262,7 +262,7 @@ def test_the_table_of_cpu_results() -> None:
 def test_the_table_of_quality() -> None:
     def summary(task: str, metric: str, dense: float, mean: float) -> dict[str, object]:
         return {"plan": "auto", "length": 4000, "task": task, "metric": metric, "dense": dense, "mean": mean,
-                "low": mean - dense - 0.01, "high": mean - dense + 0.01}  # fmt: skip
+                "low": mean - dense - 0.01, "high": mean - dense + 0.01, "n": 3}  # fmt: skip
 
     rows = [summary("recall", "accuracy", 0.8, 0.75), summary("recall", "kl", 0, 0.04),
             summary("continuation", "nll", 2, 2.5), summary("continuation", "kl", 0, 0.02)]  # fmt: skip
@@ -272,6 +272,11 @@ def test_the_table_of_quality() -> None:
     change = "0.800 -> 0.750 (-0.060 to -0.040) | 2.000 -> 2.500 (+0.490 to +0.510)"
     assert f"| `auto` | 4,000 | {change} | 0.040 / 0.020 | 2.00x faster |" in quality_table(report).splitlines()
     assert quality_table(report).splitlines()[0].endswith(" | KL, nats (recall / continuation) | first token |")
+    assert "; 3 samples a task, seed 5, text `a.txt`" in quality_table(report)
+    longer = [{**row, "length": 8000, "n": 2} for row in rows]
+    untimed = {**report, "summary": [*rows, *longer], "ttft": []}  # --ttft-repeats 0
+    assert f"| `auto` | 8,000 | {change} | 0.040 / 0.020 |" in quality_table(untimed).splitlines()
+    assert "; 3 and 2 samples a task" in quality_table(untimed) and "first token" not in quality_table(untimed)
     report["summary"] = [summary("niah_single", "score", 0.5, 0.25), summary("ruler", "score", 0.5, 0.25)]
     assert quality_table(report).splitlines()[0] == "| plan | prompt | RULER, mean score | first token |"
     assert "| `auto` | 4,000 | 0.500 -> 0.250 (-0.260 to -0.240) | 2.00x faster |" in quality_table(report)
@@ -286,15 +291,21 @@ def test_the_summary_has_speed_and_quality() -> None:
         "environment": {"cpu": "a CPU", "date": "2026-11-24"},
         "settings": {"model": "m.gguf", "threads": 2, "repeats": 3, "follow_up": 32},
     }
-    found = {"plan": "auto", "task": "recall", "metric": "accuracy", "dense": 0.7, "low": -0.02, "high": 0.01}
+    found = {"plan": "auto", "task": "recall", "metric": "accuracy", "dense": 0.7, "low": -0.02, "high": 0.01, "n": 24}
     quality = {
-        "samples": 24,
         "summary": [{**found, "length": 4000, "mean": 0.5}, {**found, "length": 7900, "mean": 0.695}],
     }
     made = summary_table(cpu, [quality])
     assert "| slimrt `auto` (default) | 1.50 s | 0.50 s | 70 | 0.695 (-0.020 to +0.010) |" in made
     assert "| llama.cpp, the same file | 40.00 s | - | 70 | - |" in made
     assert "24 prompts of 7,900 tokens" in made and "follow-up of 32 tokens" in made
+    cpu["settings"]["questions"] = 10  # type: ignore[index]
+    for one, waiting in zip(cpu["rows"], (9.26, 40.0), strict=True):
+        one["waiting_s"] = waiting  # type: ignore[index]
+    made = summary_table(cpu, [quality])
+    assert "| follow-up | 11 questions | tokens/s |" in made
+    assert "| slimrt `auto` (default) | 1.50 s | 0.50 s | 9.3 s | 70 |" in made
+    assert "| llama.cpp, the same file | 40.00 s | - | - | 70 |" in made  # it was asked no further question
 
 
 def test_the_committed_tables_are_those_of_the_newest_results() -> None:
