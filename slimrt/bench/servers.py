@@ -243,7 +243,7 @@ class _Stream(threading.Thread):
             for line in response:
                 if not line.startswith(b"data: {"):
                     continue
-                if b'"error"' in line:
+                if "error" in json.loads(line.removeprefix(b"data: ")):  # not the text: a model may write that word
                     self.error = line.decode()[:200]
                     return
                 self.came.append(time.monotonic())

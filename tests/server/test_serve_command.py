@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.server
 import importlib.util
 import json
 import re
@@ -9,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from click.testing import CliRunner
 pytest.importorskip("starlette")
 
 from click_cli import cli
+from slimrt.bench import servers
 from tests.tiny_gguf import write_tiny_llama
 
 
@@ -115,3 +118,27 @@ def test_the_benchmark_beside_another_server(model: Path, tmp_path: Path) -> Non
         (crowd,), (standstill,) = told["crowds"][name]["2"], told["standstills"][name]
         assert crowd["clients"] == 2 and crowd["tokens_per_s"] > 0 and crowd["ttft_s"] > 0
         assert standstill["length"] == 600 and 0 < standstill["median_s"] <= standstill["longest_s"]
+
+
+def test_a_model_that_writes_the_word_error_is_no_failure() -> None:
+    """Only an event that is one."""
+    events: list[dict[str, object]] = [{"choices": [{"text": "error"}]}, {"choices": [{"text": '"error"'}]}]
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"".join(b"data: " + json.dumps(event).encode() + b"\n\n" for event in events))
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        for error in ("", "no room"):
+            events += [{"error": {"message": error}}] if error else []
+            stream = servers._Stream(f"127.0.0.1:{server.server_port}", [1, 2], 2)
+            stream.start()
+            stream.join(30)
+            assert len(stream.came) == 2 and error in stream.error and bool(stream.error) == bool(error)
+        server.shutdown()
