@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import traceback
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 from slimrt.llm import LLM
 from slimrt.memory.plan import available_memory
@@ -27,8 +30,8 @@ def read_on(llm: LLM, session: Session) -> bool:
     library; this one goes on, or ends. Whether there is one.
 
     It takes the memory of this process, which it shares until either changes it, and ends by itself: when it is done,
-    or where another one is at work already, or on any error. Linux alone: elsewhere a process with threads, or a GPU,
-    cannot be copied.
+    where another one is at work already, or on an error, which it leaves in the library's file ``.completing``. Linux
+    alone: elsewhere a process with threads, or a GPU, cannot be copied.
     """
     library = llm.engine.library
     if sys.platform != "linux" or llm.backend.ops.name == "cuda" or library is None or not session.incomplete:
@@ -45,13 +48,19 @@ def read_on(llm: LLM, session: Session) -> bool:
         child = os.fork()
     if child:
         return True
+    status = 1
     try:
         _alone()
-        with _lock(str(library.folder / ".completing")):
-            if count := session.complete():
-                session.keep(count, llm.tokenizer.decode(list(session.tokens[:BEGINS])))
+        with _lock(library.folder / ".completing") as notes:
+            try:
+                if count := session.complete():
+                    session.keep(count, llm.tokenizer.decode(list(session.tokens[:BEGINS])))
+            except Exception:
+                traceback.print_exc(file=notes)  # nobody hears it: whoever looks for the reason finds it there
+                raise
+        status = 0
     finally:
-        os._exit(0)
+        os._exit(status)
 
 
 def _alone() -> None:
@@ -69,8 +78,10 @@ def _alone() -> None:
 
 
 @contextlib.contextmanager
-def _lock(path: str):  # type: ignore[no-untyped-def]
-    """Raises BlockingIOError where another process has it; the system gives it back when its holder dies."""
-    with open(path, "w") as file:  # noqa: PTH123
+def _lock(path: Path) -> Iterator[TextIO]:
+    """The file at ``path``, emptied. Raises BlockingIOError where another process has it; the system gives it back when
+    its holder dies."""
+    with path.open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
+        file.truncate(0)
+        yield file

@@ -155,6 +155,19 @@ cli(sys.argv[1:])
 """
 
 
+FAILING = BACKGROUND.replace(
+    "cli(sys",
+    """
+from slimrt.session import Session
+
+def fail(self, progress=None):
+    raise OSError("the disk is gone")
+
+Session.complete = fail
+cli(sys""",
+)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="processes with threads are copied on Linux alone")
 def test_generate_leaves_the_rest_to_a_process_in_the_background(model: Path, tmp_path: Path) -> None:
     file, beside = GGUFFile(model), preset_path(model)
@@ -163,21 +176,26 @@ def test_generate_leaves_the_rest_to_a_process_in_the_background(model: Path, tm
     environment = {**os.environ, "SLIMRT_CACHE": str(tmp_path)}
     document, library = "the world hello there " * 40, Library(tmp_path / "read")
 
-    def ask(question: str, *options: str) -> dict[str, Any]:
+    def ask(question: str, *options: str, script: str = BACKGROUND) -> dict[str, Any]:
         command = ["generate", document + question, "-m", str(model), "--device", "numpy", "--prune", "fast", "-n", "2"]
         done = subprocess.run(
-            [sys.executable, "-c", BACKGROUND, *command, "--json", *options],
+            [sys.executable, "-c", script, *command, "--json", *options],
             env=environment, capture_output=True, text=True, check=True, timeout=60,
         )  # fmt: skip
         return json.loads(done.stdout)["timings"]
 
     try:
         assert ask("hello", "--no-cache")["stages"] and not (tmp_path / "read").exists()
-        assert ask("hello")["stages"]
+        assert ask("hello", script=FAILING)["stages"]
+        reason, until = tmp_path / "read" / ".completing", time.monotonic() + 60
+        while not (reason.exists() and reason.stat().st_size) and time.monotonic() < until:
+            time.sleep(0.05)
+        assert reason.read_text().endswith("OSError: the disk is gone\n") and len(library.books()) == 1
+        assert ask("there hello")["stages"]
         until = time.monotonic() + 60
         while len(library.books()) < 2 and time.monotonic() < until:
             time.sleep(0.05)
-        assert {book.header.boundary for book in library.books()} == {1, None}
+        assert {book.header.boundary for book in library.books()} == {1, None} and not reason.read_text()
         other = ask("there is the world")
         assert "read whole before" in other["dense_note"] and other["reused_tokens"] > 100
         assert ask("hello")["stages"]  # just this prompt: as it was
