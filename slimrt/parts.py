@@ -17,7 +17,9 @@ _FIRST, _MOST = 512, 4096  # rows of a part before any was measured, and at most
 
 class Parts:
     """Splits work on many rows, each of which is treated alone, into parts of about ``_PART_S`` seconds, by what parts
-    of the same ``kind`` took before: a layer of a large model, on a slow machine, takes fewer rows at a time.
+    of the same ``kind`` took before: a layer of a large model, on a slow machine, takes fewer rows at a time. Where a
+    row's last bits depend on how many are with it (not ``ops.each_alone``) parts have ``_FIRST`` rows whatever they
+    take: results must not depend on the clock.
 
     ``turn`` is called between parts; while it is None, nothing is split.
     """
@@ -44,7 +46,7 @@ class Parts:
             low = high
 
     def _measured(self, kind: str, rows: int, seconds: float) -> None:
-        if rows < _STEP:
+        if rows < _STEP or not self._ops.each_alone:
             return
         wanted = rows * _PART_S / max(seconds, 1e-6)
         grown = min(wanted, 2 * self._rows.get(kind, _FIRST), _MOST)  # a quick part may have been a lucky one

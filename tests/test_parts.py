@@ -16,7 +16,9 @@ from slimrt.parts import Parts
 def test_parts_become_as_long_as_they_may(monkeypatch: pytest.MonkeyPatch, row_s: float) -> None:
     now, turns = [0.0], []
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    found = Parts(NumpyOps())
+    ops = NumpyOps()
+    monkeypatch.setattr(ops, "each_alone", True)
+    found = Parts(ops)
     found.turn = lambda: turns.append(now[0])
     sizes, at = [], 0
     for _ in range(5):
@@ -31,6 +33,17 @@ def test_parts_become_as_long_as_they_may(monkeypatch: pytest.MonkeyPatch, row_s
     assert sizes[0] == parts._FIRST and wanted in sizes[-4:] and len(turns) == len(sizes)
     assert all(size % parts._STEP == 0 or size >= parts._STEP for size in sizes)
     assert max(sizes[-6:]) <= wanted + parts._STEP  # a remainder of a few rows goes with the part before it
+
+
+def test_parts_do_not_depend_on_the_clock_where_bits_depend_on_parts() -> None:
+    found = Parts(NumpyOps())
+    found.turn = lambda: None
+    for pause in (0.0, 0.2, 0.0):
+        sizes = []
+        for some in found.slices("kind", 1600):
+            sizes.append(some.stop - some.start)
+            time.sleep(pause)
+        assert sizes == [parts._FIRST, parts._FIRST, 1600 - 2 * parts._FIRST]
 
 
 def test_nothing_is_split_while_nobody_waits_and_results_are_put_together() -> None:
