@@ -210,7 +210,10 @@ def test_a_conversation_goes_on_from_a_file_and_after_decoding(llm: slimrt.LLM, 
         for token in words[100:140]:
             talk.extend([token])
         reading = talk.prefill(words, plan)
-        assert reading.reused == 100 and "nothing tells what was asked" in reading.note
+        if llm.engine.ops.name == "fast":  # whose decode leaves no queries
+            assert reading.reused == 100 and "nothing tells what was asked" in reading.note
+        else:  # layer by layer they are kept
+            assert reading.reused == 140 and "nothing tells what was asked" not in reading.note
         talk.save(tmp_path / "talk.slim")
         more = [*talk.tokens, *llm.tokenize(" And this?")]
         reading = talk.prefill(more, plan)
