@@ -125,7 +125,7 @@ class Engine:
         cuts, up to the boundary only ``ids`` are computed; there blocks are chosen among all tokens by the last
         queries, and the stages behind it are computed again over the choice. Keys and values of a layer are those of
         the tokens that were active there. Without cuts ``ids`` pass all layers; under a ``whole`` schedule those behind
-        the boundary read what came before ``ids`` as well.
+        the boundary read what came before ``ids`` as well, and the boundary moves on at the layers in its ``moves``.
         """
         context.windows = schedule.windows
         return self._through_layers(context, ids, schedule, wanted=wanted, progress=progress, trace=trace)
@@ -183,6 +183,10 @@ class Engine:
                     turns, ours = model.rope(positions), False
                     if number not in cut_at:  # x will be overwritten; the boundary's rows must stay
                         x = ops.take(x, positions)
+            elif number in schedule.moves:
+                states = BoundaryStates(number, self.config.d_model)
+                states.append(x, q.first)
+                context.boundary = states
             if number in cut_at:
                 scores, by = self.attention.scores(context, schedule, number, q, keys, positions)
                 rows, why = select_rows(schedule, cut_at[number], scores, len(x))

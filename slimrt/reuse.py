@@ -14,7 +14,7 @@ from slimrt.prune.asked import ASKED, Asked
 from slimrt.prune.plan import PrunePlan
 from slimrt.prune.schedule import Schedule, schedule
 
-__all__ = ["Choice", "Held", "Reading", "common_prefix"]
+__all__ = ["Choice", "Held", "LastCut", "Reading", "common_prefix"]
 
 _GROWN = 512  # rows that a conversation grows by, under a plan without cuts, before its windows move on
 
@@ -51,6 +51,25 @@ class Choice:
     reading: Reading
     whys: tuple[str, ...]
     logits: np.ndarray
+
+
+@dataclass(frozen=True)
+class LastCut:
+    """The last prompt of ``length`` tokens was cut, under ``plan``, behind the first cut once more at the layers
+    ``later``. ``passed``: as ``Schedule`` has it."""
+
+    length: int
+    plan: PrunePlan
+    later: tuple[int, ...] = ()
+    passed: bool = False
+
+    @classmethod
+    def of(cls, ids: Sequence[int], plan: PrunePlan, rule: Schedule) -> LastCut:
+        return cls(len(ids), plan, tuple(cut.layer for cut in rule.cuts[1:]), rule.passed)
+
+    def up_to(self, length: int) -> LastCut | None:
+        """Of so much of the prompt as ``length`` tokens of the conversation leave."""
+        return dataclasses.replace(self, length=min(length, self.length)) if length else None
 
 
 @dataclass(frozen=True)
@@ -116,6 +135,7 @@ class Held:
             return rule
         if held.windows.reach != rule.windows.reach:
             return rule
+        rule = self._without_what_was_read(rule)
         if self.boundary_layer in (None, rule.boundary) and not self.pruned:
             why = "the document was read whole before, and a further question costs little"
             rule = dataclasses.replace(rule, cuts=(), why_dense=why)
@@ -124,6 +144,14 @@ class Held:
         if self.boundary_layer == rule.boundary and plan.questions and self.questions >= plan.questions:
             why = f"after {plan.questions} questions the document is read whole, so that further ones cost little"
             return dataclasses.replace(rule, cuts=(), whole=True, why_dense=why)
+        return rule
+
+    def _without_what_was_read(self, rule: Schedule) -> Schedule:
+        """``rule`` without the cuts before a later one up to which the layers read the document whole: it need not be
+        chosen again what passes them."""
+        for at, cut in enumerate(rule.cuts):
+            if at and cut.layer == self.boundary_layer:
+                return dataclasses.replace(rule, cuts=rule.cuts[at:], boundary=cut.layer, passed=True)
         return rule
 
     def reusable(self, ids: Sequence[int], rule: Schedule, exact_rows: int) -> tuple[int | None, str]:
@@ -174,5 +202,9 @@ def _runs(positions: np.ndarray) -> tuple[tuple[int, int], ...]:
 
 def _doubts(rule: Schedule, stages: Sequence[Kept]) -> tuple[str, ...]:
     """In words, why more of a prompt was kept than usual, or why it was cut later."""
-    late = () if not rule.left_out else ("a question stands before the document: no cut in early layers",)
+    late: tuple[str, ...] = (
+        () if not rule.left_out else ("a question stands before the document: no cut in early layers",)
+    )
+    if rule.passed:
+        late += (f"the layers up to {rule.boundary} read the document whole before: no cut in them",)
     return late + tuple(f"layer {cut.layer}: {one.why}" for cut, one in zip(rule.cuts, stages, strict=True) if one.why)

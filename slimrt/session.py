@@ -20,7 +20,7 @@ from slimrt.ops.forks import after_fork
 from slimrt.prune.asked import Asked
 from slimrt.prune.plan import PrunePlan
 from slimrt.prune.schedule import Schedule
-from slimrt.reuse import Choice, Held, Reading, common_prefix
+from slimrt.reuse import Choice, Held, LastCut, Reading, common_prefix
 
 Other = TypeVar("Other", bound="Session")
 
@@ -58,7 +58,7 @@ class Session:
         self.adapters = engine.adapters  # what the model was when it read the tokens
         self._questions = 0  # prompts in a row that were cut, on the same document
         self._choice: Choice | None = None  # what the cuts of the last prompt chose, while it is there
-        self._cut: tuple[int, PrunePlan] | None = None  # tokens and plan of the last prompt, where it was cut
+        self._cut: LastCut | None = None
         after_fork(self, Session._forked)
 
     def _forked(self) -> None:
@@ -109,7 +109,7 @@ class Session:
             reading = Reading.of(reused, note, rule, stages)
             self._cut = None
             if rule.cuts and plan is not None and self.logits is not None:
-                self._cut = len(ids), plan
+                self._cut = LastCut.of(ids, plan, rule)
                 whys = tuple(stage.why for stage in stages)
                 self._choice = Choice(len(ids), plan, reading, whys, self.logits.copy())
             return reading
@@ -130,12 +130,14 @@ class Session:
         self.logits = choice.logits.copy()
         return dataclasses.replace(choice.reading, reused=choice.length, note=note)
 
-    def complete(self, progress: Progress | None = None) -> int:
+    def complete(self, progress: Progress | None = None, begins: str | None = None) -> int:
         """Let the layers behind the first cut read all that is held, while nobody waits: from then on a question about
         it costs what it costs without cuts, and is answered as without. Returns the tokens of the last prompt, for
         ``keep``; 0 where nothing was left to do (``incomplete``).
 
-        A call that does not end leaves the conversation without its last tokens, at most ``ops.exact_rows``.
+        Once the layers up to a later cut have read it, a question is chosen for from there on only, also where the
+        call does not end; with ``begins``, the first words, the library gets what there is then. A call that does not
+        end leaves the conversation without its last tokens, at most ``ops.exact_rows``.
         """
         with self.lock:
             self._mend()
@@ -143,12 +145,21 @@ class Session:
                 return 0
             context, tokens, cut = self.context, list(self.tokens), self._cut
             assert cut is not None and context.boundary is not None
-            rule = Schedule(cut[1], windows=context.windows, boundary=context.boundary.layer, whole=True)
+            first, library = context.boundary.layer, self.engine.library
+            moves = tuple(layer for layer in cut.later if layer > first)
+            rule = Schedule(cut.plan, windows=context.windows, boundary=first, whole=True, moves=moves)
             self.truncate(max(0, len(tokens) - self.engine.ops.exact_rows))
             self.revision += 1
-            self._read(tokens[len(self.tokens) :], rule, progress)
+
+            def told(done: int, total: int) -> None:
+                if begins is not None and library is not None and done - 1 in moves:
+                    library.keep(self.engine, context, tokens, cut.length, begins, passing=True)
+                if progress is not None:
+                    progress(done, total)
+
+            self._read(tokens[len(self.tokens) :], rule, told)
             context.boundary, self._questions, self._cut = None, 0, None
-            return cut[0]
+            return cut.length
 
     @property
     def incomplete(self) -> bool:
@@ -156,7 +167,7 @@ class Session:
         that was read whole serves (one with an end of ``questions``, or the library's)."""
         if self._cut is None or self.context.boundary is None or self.adapters != self.engine.adapters:
             return False
-        return bool(self._cut[1].questions) or self._serves_whole(self._cut[1])
+        return bool(self._cut.plan.questions) or self._serves_whole(self._cut.plan)
 
     def _forget_others(self) -> str:
         """Forget what was read under other adapters than the engine's; in words, that it was, for the note."""
@@ -200,7 +211,7 @@ class Session:
         if found.logits is not None and plan is not None:
             positions = [found.context.cache.positions(cut.layer + 1) for cut in rule.cuts]
             stages = [Kept(*one) for one in zip(positions, found.whys, strict=True)]
-            self._cut = len(ids), plan
+            self._cut = LastCut.of(ids, plan, rule)
             self._choice = Choice(len(ids), plan, Reading.of(len(ids), "", rule, stages), found.whys, found.logits)
         return " (from the library on disk)"
 
@@ -208,7 +219,7 @@ class Session:
         """Let the library, if there is one, have the first ``count`` tokens as they were read; ``begins``: their first
         words."""
         library = self.engine.library
-        if library is None:
+        if library is None or (self._cut is not None and self._cut.passed):  # it has the layers before, and soon all
             return
         with self.lock:
             self._mend()
@@ -372,8 +383,7 @@ class Session:
         self.context.truncate(length)
         if self._choice is not None and length < self._choice.length:
             self._choice = None
-        if self._cut is not None and length < self._cut[0]:
-            self._cut = (length, self._cut[1]) if length else None
+        self._cut = None if self._cut is None else self._cut.up_to(length)
         if undo.cut and length:
             # The stages behind the cut hold rows of two prompts. A prompt with cuts computes them anew in any case.
             boundary = self._held.boundary_layer

@@ -55,6 +55,7 @@ class Header:
     tokens the queries at the boundary are kept. ``windows``: (layer, reach by KV head) under which the first
     ``windowed`` rows were read. ``chosen``: under which plan (its digest) the layers behind the boundary chose their
     ``behind`` rows of just this prompt, empty where that is not kept; ``whys``: why each cut kept more than usual.
+    ``passing``: written while the layers behind the boundary read on, and of no use once they have.
     ``model``, ``begins``: for people."""
 
     key: str
@@ -70,6 +71,7 @@ class Header:
     chosen: str = ""
     behind: tuple[int, ...] = ()
     whys: tuple[str, ...] = ()
+    passing: bool = False
 
     @property
     def reach(self) -> Windows:

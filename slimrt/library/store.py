@@ -42,7 +42,7 @@ _FIRST = 512
 _MOST_BYTES = 4 << 30
 _OF_FREE = 8  # no more than this part of what the disk has free, with what the library holds already
 _SUFFIX = ".slimrt-read"
-_BEGINS, _WHOLE, _SAME = 1, 2, 3  # how an entry serves a prompt, the best last
+_BEGINS, _PASSED, _WHOLE, _SAME = 1, 2, 3, 4  # how an entry serves a prompt, the best last
 
 
 def _digest(plan: PrunePlan | None) -> str:
@@ -96,10 +96,11 @@ class Library:
         """What serves the prompt ``ids``, which ``rule`` reads under ``plan``, best, and is of use beside the first
         ``held`` tokens that are there already. It was read under the same windows, and begins with ``LEAST`` tokens or
         more of the prompt. In this order: just this prompt under this plan; where there are cuts, most of it, whole
-        (if this library's ``plan`` allows that); the longest beginning with hidden states at the rule's boundary."""
+        (if this library's ``plan`` allows that), or whole up to a later cut; the longest beginning with hidden states
+        at the rule's boundary."""
         if len(ids) < LEAST:
             return None
-        best: tuple[int, int, Path] | None = None  # kind, tokens in common
+        best: tuple[int, int, int, Path] | None = None  # kind, layers, tokens in common
         for path in self._entries(self._prefix(ids)):
             with self._forgiving(path, "could not be read"), path.open("rb") as file:
                 check_owner(path, os.fstat(file.fileno()))
@@ -108,11 +109,11 @@ class Library:
                     continue
                 same = common_prefix(read_tokens(file, header), ids)
                 kind = self._serves(header, ids, plan, rule, same, held)
-                if kind and (best is None or (kind, same) > best[:2]):
-                    best = kind, same, path
+                if kind and (best is None or (kind, header.layers, same) > best[:3]):
+                    best = kind, header.layers, same, path
         if best is None:
             return None
-        found, (kind, same, path) = None, best
+        found, (kind, _, same, path) = None, best
         with self._forgiving(path, "could not be read"), path.open("rb") as file:
             header = read_header(file)
             tokens = read_tokens(file, header)
@@ -133,7 +134,11 @@ class Library:
                 return _SAME
             return _BEGINS if same > held else 0
         takes_whole = rule.cuts and plan is not None and (plan.questions or plan == self.plan)
-        return _WHOLE if takes_whole and header.boundary is None and 2 * same > len(ids) else 0
+        if not takes_whole or 2 * same <= len(ids):
+            return 0
+        if header.boundary is None:
+            return _WHOLE
+        return _PASSED if header.boundary in [cut.layer for cut in rule.cuts[1:]] else 0
 
     def has_whole(self, engine: Engine, tokens: Sequence[int], windows: Windows) -> bool:
         """Whether all but a little of ``tokens`` is there as all layers read it, under these windows."""
@@ -148,11 +153,14 @@ class Library:
         count: int,
         begins: str,
         choice: Choice | None = None,
+        *,
+        passing: bool = False,
     ) -> None:
         """Write the first ``count`` of the ``tokens`` that ``context`` holds, unless that much is there already;
-        ``choice``: and what the cuts of just this prompt chose."""
+        ``choice``: and what the cuts of just this prompt chose; ``passing``: until more layers have read them."""
         boundary = context.boundary
         header = self._header(engine, boundary, context.windows, count, begins)
+        header = dataclasses.replace(header, passing=passing)
         layers = header.layers
         if count < LEAST or any(context.cache.length(layer) < count for layer in range(layers)):
             return
@@ -206,14 +214,16 @@ class Library:
         for path in self._entries(prefix):
             with self._forgiving(path, "could not be read"), path.open("rb") as file:
                 other = read_header(file)
-                same_kind = (other.key, other.boundary, other.windows) == (header.key, header.boundary, header.windows)
-                if not same_kind:
+                if (other.key, other.windows) != (header.key, header.windows):
+                    continue
+                passed = other.passing and other.layers < header.layers
+                if other.boundary != header.boundary and not passed:
                     continue
                 theirs = read_tokens(file, other)
                 same = common_prefix(theirs, mine)
-                if len(mine) - same < LEAST // 4:
+                if not passed and len(mine) - same < LEAST // 4:
                     return True, []
-                if same == len(theirs):
+                if len(theirs) - same < (LEAST // 4 if passed else 1):
                     superfluous.append(path)
         return False, superfluous
 

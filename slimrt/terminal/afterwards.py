@@ -36,7 +36,7 @@ def read_on(llm: LLM, session: Session) -> bool:
     library = llm.engine.library
     if sys.platform != "linux" or llm.backend.ops.name == "cuda" or library is None or not session.incomplete:
         return False
-    free, needed = available_memory(), llm.memory.kv + llm.memory.boundary + llm.memory.scratch
+    free, needed = available_memory(), llm.memory.kv + 2 * llm.memory.boundary + llm.memory.scratch
     if free is not None and _OF_FREE * needed > free:
         return False
     if not library.books() or library.has_whole(llm.engine, session.tokens, session.context.windows):
@@ -53,8 +53,9 @@ def read_on(llm: LLM, session: Session) -> bool:
         _alone()
         with _lock(library.folder / ".completing") as notes:
             try:
-                if count := session.complete():
-                    session.keep(count, llm.tokenizer.decode(list(session.tokens[:BEGINS])))
+                begins = llm.tokenizer.decode(list(session.tokens[:BEGINS]))
+                if count := session.complete(begins=begins):
+                    session.keep(count, begins)
             except Exception:
                 traceback.print_exc(file=notes)  # nobody hears it: whoever looks for the reason finds it there
                 raise

@@ -22,6 +22,7 @@ from slimrt.terminal.answer import cut_note, larger_context, stream_answer
 from slimrt.terminal.guard import one_line
 from slimrt.terminal.line_input import LineInput, read_message
 from slimrt.terminal.options import AnswerSettings
+from slimrt.terminal.reading_on import ReadingOn
 from slimrt.terminal.screen import Screen, quiet_keyboard, stats_line
 from slimrt.terminal.text_input import join_document, read_document, size_limit
 
@@ -48,14 +49,23 @@ Several lines: end a line with \\, or write """ before and after; {newline}Ctrl-
 class Chat:
     """A conversation in the terminal.
 
-    Whatever goes wrong is one line, and the conversation is then as it was before.
+    Whatever goes wrong is one line, and the conversation is then as it was before. ``reads_on``: while it waits for a
+    message, what cuts left unread of a document is read.
     """
 
     def __init__(
-        self, llm: LLM, settings: AnswerSettings, source: LineInput, screen: Screen, system: str | None
+        self,
+        llm: LLM,
+        settings: AnswerSettings,
+        source: LineInput,
+        screen: Screen,
+        system: str | None,
+        *,
+        reads_on: bool = False,
     ) -> None:
         self._llm, self._settings, self._source, self._screen = llm, settings, source, screen
         self._talk = llm.session(system=system)
+        self._reading_on = ReadingOn(llm, self._talk) if reads_on else None
         self._documents: list[tuple[str, str]] = []  # (name, text), waiting for the next message
         self._written: set[Path] = set()  # files that /save made, and may replace
         self._open = True
@@ -77,7 +87,7 @@ class Chat:
         """Read and answer until the input ends or /quit."""
         while self._open:
             try:
-                text = read_message(self._source.read)
+                text = self._next_message()
                 self._handle(text)
             except EOFError:
                 return
@@ -91,6 +101,16 @@ class Chat:
                 if isinstance(error, BrokenPipeError):
                     raise
                 self._fail(one_line(error))
+
+    def _next_message(self) -> str:
+        if self._reading_on is None:
+            return read_message(self._source.read)
+        try:
+            with self._reading_on.meanwhile():
+                return read_message(self._source.read)
+        finally:
+            if error := self._reading_on.failed():
+                self._fail(f"the rest of the document could not be read meanwhile: {one_line(error)}")
 
     def _fail(self, text: str) -> None:
         self.failures += 1

@@ -20,16 +20,23 @@ __all__ = ["start_chat"]
 
 
 def start_chat(
-    file: Path | None, system: str | None, answer: AnswerSettings, load: LoadSettings, *, as_json: bool
+    file: Path | None,
+    system: str | None,
+    answer: AnswerSettings,
+    load: LoadSettings,
+    *,
+    as_json: bool,
+    reads_on: bool = True,
 ) -> None:
-    """Load the model, talk until the input ends; status 1 if a message from a pipe failed."""
+    """Load the model, talk until the input ends; status 1 if a message from a pipe failed. ``reads_on``: while a person
+    reads and writes, what cuts left unread of a document may be read."""
     if system is not None:
         checked_argument(system, "--system")
     interactive = sys.stdin.isatty() and sys.stdout.isatty() and not as_json
     screen = Screen(interactive=interactive, quiet=as_json)
     llm = load_model(load, announce_memory(load, screen.remark) if interactive else None)
     source = open_input(interactive)
-    chat = Chat(llm, answer, source, screen, system)
+    chat = Chat(llm, answer, source, screen, system, reads_on=reads_on and interactive)
     try:
         if file is not None:
             chat.load(shlex.quote(str(file)))

@@ -104,6 +104,41 @@ def test_what_was_read_whole_answers_as_without_cuts_and_the_same_prompt_as_befo
     assert cut.tokens == slimrt.load(model, device=device, prune=PLAN, threads=1).generate(other, **ASKED).tokens
 
 
+@pytest.mark.parametrize("device", ["numpy", "cpu"])
+def test_what_was_read_whole_up_to_a_later_cut_is_chosen_for_from_there_on(
+    model: Path, tmp_path: Path, device: str
+) -> None:
+    plan = dataclasses.replace(PLAN, questions=4)
+    first, other = ([*DOCUMENT, *question] for question in (range(5, 25), range(60, 75)))
+    one = slimrt.load(model, device=device, prune=plan, cache=tmp_path / "read", threads=1)
+    one.generate(first, **ASKED)
+
+    def interrupt(done: int, total: int) -> None:
+        if done == total - 1:  # behind the second cut
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        one.current.complete(interrupt, "the document")
+    library = one.engine.library
+    assert {(book.header.boundary, book.header.passing) for book in library.books()} == {(1, False), (2, True)}
+    later = slimrt.load(model, device=device, prune=plan, cache=tmp_path / "read", threads=1)
+    second = dataclasses.replace(plan, stages=plan.stages[1:])
+    fresh = slimrt.load(model, device=device, prune=second, threads=1).generate(other, **ASKED)
+    for llm, session in ((later, later.session()), (one, one.current)):
+        found = llm.generate(other, session=session, **ASKED)
+        assert found.tokens == fresh.tokens
+        assert found.timings.stages == fresh.timings.stages and len(fresh.timings.stages) == 1
+        assert found.timings.reused_tokens > 280 and "read the document whole before" in found.timings.doubts[0]
+        session.keep(len(other), "")
+        assert len(library.books()) == 2  # nothing that is there already in another way
+    # Only the rest is left to do, and then of no more use.
+    assert one.current.complete(begins="the document") == len(other)
+    one.current.keep(len(other), "the document")
+    assert {book.header.boundary for book in library.books()} == {1, None}
+    whole = slimrt.load(model, device=device, prune=plan.without_cuts, threads=1).generate(first[:310], **ASKED)
+    assert one.generate(first[:310], **ASKED).tokens == whole.tokens
+
+
 def test_entries_of_before_choices_were_kept_serve_still(model: Path, tmp_path: Path) -> None:
     llm = slimrt.load(model, device="numpy", prune="off", cache=tmp_path / "read")
     llm.generate(DOCUMENT, **ASKED)
@@ -132,7 +167,7 @@ def test_nothing_runs_for_the_same_prompt_and_an_interrupted_completion_costs_no
         assert again.timings.reused_tokens == len(DOCUMENT) and "nothing of it runs again" in again.timings.reuse_note
 
     def interrupt(done: int, total: int) -> None:
-        if done == total - 1:
+        if done == 2:  # of four: in front of the second cut
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -160,7 +195,7 @@ FAILING = BACKGROUND.replace(
     """
 from slimrt.session import Session
 
-def fail(self, progress=None):
+def fail(self, progress=None, begins=None):
     raise OSError("the disk is gone")
 
 Session.complete = fail
@@ -193,7 +228,7 @@ def test_generate_leaves_the_rest_to_a_process_in_the_background(model: Path, tm
         assert reason.read_text().endswith("OSError: the disk is gone\n") and len(library.books()) == 1
         assert ask("there hello")["stages"]
         until = time.monotonic() + 60
-        while len(library.books()) < 2 and time.monotonic() < until:
+        while {book.header.boundary for book in library.books()} != {1, None} and time.monotonic() < until:
             time.sleep(0.05)
         assert {book.header.boundary for book in library.books()} == {1, None} and not reason.read_text()
         other = ask("there is the world")

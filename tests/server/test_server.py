@@ -460,7 +460,7 @@ def test_what_cuts_left_unread_is_read_while_nobody_asks(llm: slimrt.LLM, monkey
     began, goes_on, complete = threading.Event(), threading.Event(), Session.complete
     ended: list[int] = []
 
-    def completes(session: Session, progress: Any) -> int:
+    def completes(session: Session, progress: Any = None) -> int:
         began.set()
         goes_on.wait(60)
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,10 @@ CHAT_MAX_TOKENS, GENERATE_MAX_TOKENS = 1024, 128
 CHAT_REPEAT_PENALTY = 1.05  # without it small models soon repeat a sentence for ever
 
 
+def _read_on_option(told: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    return click.option("--no-read-on", is_flag=True, help=told)
+
+
 @click.command()
 @click.argument("prompt", required=False)
 @file_option("A document; PROMPT follows it as the question.")
@@ -33,10 +38,8 @@ CHAT_REPEAT_PENALTY = 1.05  # without it small models soon repeat a sentence for
 @answer_options(max_tokens=GENERATE_MAX_TOKENS)
 @load_options
 @cache_option
-@click.option(
-    "--no-read-on",
-    is_flag=True,
-    help="Leave nothing to a process in the background, which reads what cuts left unread, for further questions.",
+@_read_on_option(
+    "Leave nothing to a process in the background, which reads what cuts left unread, for further questions."
 )
 @json_option
 def generate(
@@ -70,8 +73,11 @@ def generate(
 @answer_options(max_tokens=CHAT_MAX_TOKENS, repeat_penalty=CHAT_REPEAT_PENALTY)
 @load_options
 @cache_option
+@_read_on_option("Do not read what cuts left unread of a document while waiting for a message.")
 @json_option
-def chat(file: Path | None, system: str | None, answer: AnswerSettings, load: LoadSettings, as_json: bool) -> None:
+def chat(
+    file: Path | None, system: str | None, answer: AnswerSettings, load: LoadSettings, no_read_on: bool, as_json: bool
+) -> None:
     """Talk to a model.
 
     /help lists the commands: /load FILE reads a document. From a pipe each line is a message, and stdout gets the
@@ -79,7 +85,7 @@ def chat(file: Path | None, system: str | None, answer: AnswerSettings, load: Lo
     """
     from slimrt.terminal.chat_start import start_chat
 
-    start_chat(file, system, answer, load, as_json=as_json)
+    start_chat(file, system, answer, load, as_json=as_json, reads_on=not no_read_on)
 
 
 @click.command()
