@@ -3,17 +3,20 @@
     python scripts/results_table.py [--readme README.md] [--results FILE] [--check]
 
 GPU results are what ``make gpu`` leaves (``gpu-*.json``), CPU results what ``slimrt bench ttft --json`` prints
-(``cpu-*.json``), quality is what ``slimrt eval --output`` writes (``quality-*.json``). Each table stands between two
-marker lines: the summary and the GPU's in the README, all of it in ``docs/results/README.md``. A README without a place
-for the GPU's is refused, the other places may be missing.
+(``cpu-*.json``), quality is what ``slimrt eval --output`` writes (``quality-*.json``), of the library of documents and
+of servers what ``slimrt bench ttft --library`` and ``slimrt bench serve --llama-server`` write with ``--output``
+(``library-*.json``, ``serve-*.json``). Each table stands between two marker lines: the summary and the GPU's in the
+README, the library's and the servers' in ``docs/library.md`` and ``docs/serve.md``, the others in
+``docs/results/README.md``. A README without a place for the GPU's is refused, the other places may be missing.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,8 @@ BEGIN, END = "<!-- gpu results: begin -->", "<!-- gpu results: end -->"
 CPU_BEGIN, CPU_END = "<!-- cpu results: begin -->", "<!-- cpu results: end -->"
 GPU_BEGIN, GPU_END = "<!-- gpu details: begin -->", "<!-- gpu details: end -->"
 DETAILS_BEGIN, DETAILS_END = "<!-- cpu details: begin -->", "<!-- cpu details: end -->"
+LIBRARY_BEGIN, LIBRARY_END = "<!-- library results: begin -->", "<!-- library results: end -->"
+SERVE_BEGIN, SERVE_END = "<!-- serve results: begin -->", "<!-- serve results: end -->"
 QUALITY_BEGIN, QUALITY_END = "<!-- quality results: begin -->", "<!-- quality results: end -->"
 NOTHING = "No GPU has been measured yet: `make gpu` measures one and fills this table."
 
@@ -228,6 +233,83 @@ def quality_table(report: dict[str, Any]) -> str:
     return "\n".join([*lines, "", about])
 
 
+_IDLE = 1.0  # load average under which a machine did little else
+
+
+def library_table(report: dict[str, Any]) -> str:
+    """Markdown: a line a plan; medians in seconds, and their shares of the cold one."""
+    lines = [
+        "| plan | cold | the same question | another one at once | soon | later | on disk |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    after = []
+    for plan, runs in report["runs"].items():
+        cold = statistics.median(run["cold_s"] for run in runs)
+        cells = [f"{cold:.1f} s"]
+        for name in ("same_s", "at_once_s", "soon_s", "later_s"):
+            values = [run[name] for run in runs if run.get(name) is not None]
+            middle = statistics.median(values) if values else None
+            cells.append("-" if middle is None else f"{middle:.2f} s ({middle / cold:.1%})".replace("%", " %"))
+        size = statistics.median(run["nbytes"] for run in runs) / 2**20
+        lines.append(f"| `{plan}` | {' | '.join(cells)} | {size:.0f} MiB |")
+        if whole := statistics.median(run["whole_s"] for run in runs):
+            soon = statistics.median(run.get("soon_after_s", 0.0) for run in runs)
+            after.append(f"{soon:.0f} and {whole:.0f} s (`{plan}`)" if soon else f"- and {whole:.0f} s (`{plan}`)")
+    where, repeats = report["environment"], max(len(runs) for runs in report["runs"].values())
+    counted = "one run" if repeats == 1 else f"medians of {repeats} runs"
+    options = (
+        f"--length {report['length']} {' '.join(f'--prune {plan}' for plan in report['runs'])} --repeats {repeats}"
+    )
+    busy = "" if where["load"] < _IDLE else " (other programs kept it busy: the shares say more than the seconds)"
+    lines += [
+        "",
+        f"First token of {report['length']:,} tokens, {report['model']}, {report['threads']} threads of "
+        f"{where['cpu']}, {where['date'][:10]}, {counted}, load average before {where['load']}{busy}; in brackets: of "
+        f"the cold one; `slimrt bench ttft --library {options}`."
+        + (f' "Soon" and "later" began {", ".join(after)} after the end of the first process.' if after else ""),
+    ]
+    return "\n".join(lines)
+
+
+def serve_table(report: dict[str, Any]) -> str:
+    """Markdown: a line a figure, a column a server; medians, the range of all runs in brackets."""
+    setting, where = report["setting"], report["environment"]
+    names = list(report["crowds"])
+    lines = [f"| | {' | '.join(names)} |", f"|---|{'---:|' * len(names)}"]
+
+    def row(what: str, values: Callable[[str], list[float]], form: str) -> None:
+        cells = [f"{statistics.median(v):{form}} ({min(v):{form}}..{max(v):{form}})" for v in map(values, names)]
+        lines.append(f"| {what} | {' | '.join(cells)} |")
+
+    if setting["length"]:
+        beside = report["standstills"]
+        long = f"{setting['length']:,} tokens"
+        row(f"a stream while {long} of another client are read: a token, median, s",
+            lambda name: [run["median_s"] for run in beside[name]], ".3f")  # fmt: skip
+        row("the longest, s", lambda name: [run["longest_s"] for run in beside[name]], ".2f")
+        row(f"first token of those {long}, s", lambda name: [run["ttft_s"] for run in beside[name]], ".1f")
+    for clients in setting["clients"]:
+        many = "1 client" if clients == 1 else f"{clients} clients together"
+        row(f"tokens/s of {many}",
+            lambda name, n=clients: [run["tokens_per_s"] for run in report["crowds"][name][str(n)]], ".0f")  # fmt: skip
+    last = setting["clients"][-1]
+    row(
+        f"first token, {last} clients, s",
+        lambda name: [run["ttft_s"] for run in report["crowds"][name][str(last)]],
+        ".1f",
+    )
+    clients = " ".join(f"--clients {n}" for n in setting["clients"])
+    lines += [
+        "",
+        f"{setting['model']}, prompts of {setting['prompt']} tokens and answers of {setting['tokens']}, slimrt with "
+        f"`--prune {setting['prune']}`; medians of {setting['repeats']} runs in turns (range), {setting['threads']} "
+        f"threads of {where['cpu']}, load average before {where['load']}, {where['date'][:10]}: `slimrt bench serve "
+        f"--length {setting['length']} {clients} --prompt {setting['prompt']} --decode-tokens {setting['tokens']} "
+        f"--repeats {setting['repeats']} --llama-server llama-server`.",
+    ]
+    return "\n".join(lines)
+
+
 def _samples(report: dict[str, Any], lengths: Sequence[int] = ()) -> str:
     """How many prompts of a task there are at each length."""
     counts = {row["length"]: row["n"] for row in report["summary"] if row["task"] != RULER_MEAN}
@@ -281,9 +363,9 @@ def gpu_reports(folder: Path) -> list[dict[str, Any]]:
     return [results for results in found if not results["dry"]]
 
 
-def newest_cpu(folder: Path) -> dict[str, Any] | None:
-    """The latest results of a CPU."""
-    found = [json.loads(path.read_text()) for path in folder.glob("cpu-*.json")]
+def newest_of(folder: Path, kind: str) -> dict[str, Any] | None:
+    """The latest results of a ``kind`` that a command of slimrt wrote: cpu, library, serve."""
+    found = [json.loads(path.read_text()) for path in folder.glob(f"{kind}-*.json")]
     return max(found, key=lambda results: results["environment"]["date"], default=None)
 
 
@@ -303,16 +385,26 @@ def main() -> None:
     before = options.readme.read_text()
     details = folder / "README.md"
     page = details.read_text()
-    filled = detailed(page, newest_cpu(folder), quality_reports(folder), gpu_reports(folder))
-    after = updated(before, results, newest_cpu(folder), quality_reports(folder))
+    filled = detailed(page, newest_of(folder, "cpu"), quality_reports(folder), gpu_reports(folder))
+    filled_pages = {details: filled}
+    for name, begin, end, made in (
+        ("library", LIBRARY_BEGIN, LIBRARY_END, library_table),
+        ("serve", SERVE_BEGIN, SERVE_END, serve_table),
+    ):
+        path, found = folder.parent / f"{name}.md", newest_of(folder, name)
+        if found is not None:
+            text = path.read_text()
+            filled_pages[path] = placed(text, begin, end, made(found)) or text
+    changed = {path: text for path, text in filled_pages.items() if text != path.read_text()}
+    after = updated(before, results, newest_of(folder, "cpu"), quality_reports(folder))
     if after is None:
         sys.exit(f"{options.readme}: has no lines {BEGIN!r} and {END!r}; add them where the table is to stand")
     if options.check:
-        newest_ones = (after, filled) == (before, page)
-        sys.exit(0 if newest_ones else f"{options.readme} or {details} has older results; run this script")
+        older = [str(path) for path in changed] + [str(options.readme)] * (after != before)
+        sys.exit(f"{', '.join(older)}: older results; run this script" if older else 0)
     options.readme.write_text(after)
-    if filled != page:
-        details.write_text(filled)
+    for path, text in changed.items():
+        path.write_text(text)
 
 
 if __name__ == "__main__":

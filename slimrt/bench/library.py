@@ -1,5 +1,5 @@
 """What the library of documents saves: ``slimrt generate`` in processes of their own, on one document, one after the
-other: cold, the same question, another one at once, and another one when nobody has asked for a while."""
+other: cold, another question at once, the same one, another one soon, another one when nobody has asked for a while."""
 
 from __future__ import annotations
 
@@ -31,7 +31,9 @@ from slimrt.weights.gguf import GGUFFile
 
 __all__ = ["LibraryReport", "Reads", "measure_library"]
 
-_QUESTIONS = ("What is this text about?", "Which example does it give?", "What should one keep in mind?")
+_QUESTIONS = (
+    "What is this text about?", "Which example does it give?", "What should one keep in mind?", "Who should read it?"
+)  # fmt: skip
 _ROOM = 96  # tokens for a question, a chat template and the answer
 _WAIT_S = 1800  # for the process in the background
 Progress = Callable[[int, int, str], None]
@@ -39,15 +41,18 @@ Progress = Callable[[int, int, str], None]
 
 @dataclass(frozen=True)
 class Reads:
-    """One document under one plan, in seconds to the first token: the first process (``cold``), the next with the
-    ``same`` question, with another one ``at_once``, with a third one ``later``, when the document was read whole;
-    ``same_later``: the first question then. ``whole_s``: seconds from the end of the first process until it was read
-    whole (0: it was at once, or the plan keeps its cuts).
+    """One document under one plan, in seconds to the first token: the first process (``cold``), the next with another
+    question ``at_once``, with the ``same`` one, with a third one ``soon``, when the layers up to the plan's next cut
+    had read the document (None: there is no such time, or it was over), with a fourth one ``later``, when all had;
+    ``same_later``: the first question then. ``soon_after_s``, ``whole_s``: seconds from the end of the first process
+    until then (0: it was at once, or the plan keeps its cuts).
     ``nbytes`` of the library. ``kept``: tokens kept after each cut of the first, ``later_kept``: of the last."""
 
     cold_s: float
-    same_s: float
     at_once_s: float
+    same_s: float
+    soon_after_s: float
+    soon_s: float | None
     whole_s: float
     later_s: float
     same_later_s: float
@@ -69,27 +74,29 @@ class LibraryReport:
     def to_json(self) -> str:
         """Everything, with medians as shares of the cold one."""
         told = dataclasses.asdict(self)
-        told["of_cold"] = {
-            plan: {name: _median(runs, name) / _median(runs, "cold_s") for name in _SHARES}
-            for plan, runs in self.runs.items()
-        }
+        told["of_cold"] = {plan: {name: _share(runs, name) for name in _SHARES} for plan, runs in self.runs.items()}
         return json.dumps(told, indent=2)
 
     def table(self) -> Table:
         """For the terminal: medians, in brackets the range, and the share of the cold one."""
         title = f"first token of {self.length:,} tokens, {self.model}, {self.threads} threads; new processes"
         table = Table(title=Text(title), title_justify="left", title_style="bold", box=None, pad_edge=False)
-        headings = ("", "cold s", "same question", "another at once", "another later", "whole after s", "MiB")
+        headings = ("", "cold s", "same question", "another at once", "soon", "after s", "later", "after s", "MiB")
         for heading in headings:
             table.add_column(heading, justify="right" if heading else "left")
         for plan, runs in self.runs.items():
-            shares = [f"{_spread(runs, name)}, {_median(runs, name) / _median(runs, 'cold_s'):.1%}" for name in _SHARES]
+            same, at_once, soon, later, _ = (
+                "-" if (share := _share(runs, name)) is None else f"{_spread(runs, name)}, {share:.1%}"
+                for name in _SHARES
+            )
             size = f"{statistics.median(run.nbytes for run in runs) / 2**20:.0f}"
-            table.add_row(Text(plan), _spread(runs, "cold_s"), *shares[:3], _spread(runs, "whole_s"), size)
+            soon_after = "-" if soon == "-" else _spread(runs, "soon_after_s")
+            whole = _spread(runs, "whole_s")
+            table.add_row(Text(plan), _spread(runs, "cold_s"), same, at_once, soon, soon_after, later, whole, size)
         return table
 
 
-_SHARES = ("same_s", "at_once_s", "later_s", "same_later_s")
+_SHARES = ("same_s", "at_once_s", "soon_s", "later_s", "same_later_s")
 
 
 def measure_library(
@@ -149,29 +156,49 @@ def _reads(plan: str, options: list[str], cache: Path) -> Reads:
         timings: dict[str, Any] = json.loads(done.stdout)["timings"]
         return timings
 
-    first, other, last = _QUESTIONS
+    def wait(*states: str) -> float:
+        """Seconds from the end of the first process until the library has the document in one of these states."""
+        while not there() & {*states}:
+            if time.monotonic() - ended > _WAIT_S:
+                raise ComputeError("the document was not read whole in the background: is another process at work?")
+            time.sleep(0.1)
+        return time.monotonic() - ended
+
+    def there() -> set[str]:
+        headers = [book.header for book in library.books()]
+        return {"whole" if one.boundary is None else "passing" if one.passing else "cut" for one in headers}
+
+    first, other, third, last = _QUESTIONS
     library = Library(cache / "read")
     cold = ask(first)
     ended = time.monotonic()
-    same, at_once = ask(first), ask(other)
-    whole = 0.0
-    while plan in PRESETS and cold["stages"] and all(book.header.boundary is not None for book in library.books()):
-        whole = time.monotonic() - ended
-        if whole > _WAIT_S:
-            raise ComputeError("the document was not read whole in the background: is there another process at work?")
-        time.sleep(0.1)
+    at_once, same = ask(other), ask(first)
+    soon_after, soon, whole = 0.0, None, 0.0
+    if plan in PRESETS and cold["stages"]:
+        soon_after = wait("passing", "whole")
+        if "passing" in there():
+            found = ask(third)
+            soon = found["ttft_s"] if found["stages"] else None
+        whole = wait("whole")
     later, same_later = ask(last), ask(first)
     return Reads(
-        cold["ttft_s"], same["ttft_s"], at_once["ttft_s"], whole, later["ttft_s"], same_later["ttft_s"],
-        sum(book.nbytes for book in library.books()), tuple(cold["stages"]), tuple(later["stages"]),
+        cold["ttft_s"], at_once["ttft_s"], same["ttft_s"], soon_after, soon, whole, later["ttft_s"],
+        same_later["ttft_s"], sum(book.nbytes for book in library.books()), tuple(cold["stages"]),
+        tuple(later["stages"]),
     )  # fmt: skip
 
 
-def _median(runs: Sequence[Reads], name: str) -> float:
-    return statistics.median(getattr(run, name) for run in runs)
+def _values(runs: Sequence[Reads], name: str) -> list[float]:
+    return [value for run in runs if (value := getattr(run, name)) is not None]
+
+
+def _share(runs: Sequence[Reads], name: str) -> float | None:
+    """The median as a share of the cold one's; None where there is no value."""
+    values = _values(runs, name)
+    return statistics.median(values) / statistics.median(_values(runs, "cold_s")) if values else None
 
 
 def _spread(runs: Sequence[Reads], name: str) -> str:
-    values = [getattr(run, name) for run in runs]
+    values = _values(runs, name)
     middle = f"{statistics.median(values):.2f}"
     return middle if len(values) == 1 else f"{middle} ({min(values):.2f}-{max(values):.2f})"

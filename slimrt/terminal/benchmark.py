@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import click
 from rich.table import Table
 
 from slimrt.errors import SettingError
-from slimrt.output import check_output
+from slimrt.output import check_output, write_atomically
 from slimrt.terminal.loading import find_model, load_model
 from slimrt.terminal.options import LoadSettings
 from slimrt.terminal.progress import progress_bar
 from slimrt.terminal.tables import print_wide
 from slimrt.terminal.text_input import read_document
+
+if TYPE_CHECKING:
+    from slimrt.bench.servers import Versus
 
 __all__ = [
     "BenchSettings", "KernelSettings", "ShapeSettings", "bench_kernels", "bench_serve", "bench_shape",
@@ -27,7 +31,8 @@ __all__ = [
 
 @dataclass(frozen=True)
 class BenchSettings:
-    """What is measured. ``plans``: as --prune takes them; ``vs``: other programs; ``png``: where a picture goes."""
+    """What is measured. ``plans``: as --prune takes them; ``vs``: other programs; ``png``: where a
+    picture goes, ``output``: every run."""
 
     lengths: tuple[int, ...]
     repeats: int
@@ -40,6 +45,7 @@ class BenchSettings:
     threads: int | None
     text: Path | None
     png: Path | None
+    output: Path | None
     force: bool
 
 
@@ -48,11 +54,10 @@ def bench_ttft(model: str | None, settings: BenchSettings, *, as_json: bool) -> 
     from slimrt.bench.ttft import run
 
     if settings.png is not None:
-        # Refused before the long work, not after it.
         from slimrt.eval.plot import check_plotting
 
         check_plotting()
-        check_output(settings.png, sources=() if settings.text is None else [settings.text], force=settings.force)
+    _check_outputs(settings)
     text = None if settings.text is None else read_document(settings.text)
     path = find_model(model)
     with progress_bar("measuring") as progress:
@@ -74,10 +79,7 @@ def bench_ttft(model: str | None, settings: BenchSettings, *, as_json: bool) -> 
         from slimrt.bench.plot import save_png
 
         save_png(result, settings.png)
-    if as_json:
-        click.echo(result.to_json())
-    else:
-        print_wide(result.table())
+    _tell(result, settings.output, as_json=as_json)
 
 
 def bench_library(model: str | None, settings: BenchSettings, *, as_json: bool) -> None:
@@ -87,15 +89,35 @@ def bench_library(model: str | None, settings: BenchSettings, *, as_json: bool) 
 
     if settings.vs or settings.kv_budget or settings.png:
         raise SettingError("--library: measures slimrt alone, without a budget or a picture; leave the others out")
+    _check_outputs(settings)
     text = None if settings.text is None else read_document(settings.text)
     path, threads = find_model(model), settings.threads or available_cores()
     with progress_bar("measuring") as progress:
         length = max(settings.lengths)
         result = measure_library(path, length, settings.plans, settings.repeats, threads, text, progress)
+    _tell(result, settings.output, as_json=as_json)
+
+
+class _Report(Protocol):
+    def to_json(self) -> str: ...
+    def table(self) -> Table: ...
+
+
+def _tell(result: _Report, output: Path | None, *, as_json: bool) -> None:
+    """Everything to the file ``output``, if there is one; a table, or with ``as_json`` everything, to stdout."""
+    if output is not None:
+        write_atomically(output, (result.to_json() + "\n").encode())
     if as_json:
         click.echo(result.to_json())
     else:
         print_wide(result.table())
+
+
+def _check_outputs(settings: BenchSettings) -> None:
+    """Refused before the long work, not after it."""
+    for path in (settings.png, settings.output):
+        if path is not None:
+            check_output(path, sources=() if settings.text is None else [settings.text], force=settings.force)
 
 
 @dataclass(frozen=True)
@@ -169,19 +191,40 @@ def bench_shape(settings: ShapeSettings, *, as_json: bool) -> None:
 
 
 def bench_serve(
-    load: LoadSettings, settings: dict[str, Any], llama_server: Path | None, repeats: int, *, as_json: bool
+    load: LoadSettings,
+    settings: dict[str, Any],
+    llama_server: Path | None,
+    repeats: int,
+    output: Path | None = None,
+    *,
+    force: bool = False,
+    as_json: bool,
 ) -> None:
-    """Measure, beside llama.cpp's server where it is given; tables, or with ``as_json`` all of it, go to stdout."""
+    """Measure, beside llama.cpp's server where it is given; tables, or with ``as_json`` all of it, go to stdout; all of
+    it to the file ``output``."""
     from slimrt.bench.serving import run
 
+    if output is not None:
+        check_output(output, force=force)
     if llama_server is not None:
-        _bench_servers(load, settings, llama_server, repeats, as_json=as_json)
+        _tell_tables(_bench_servers(load, settings, llama_server, repeats), output, as_json=as_json)
         return
     if load.ctx is None:
         load = replace(load, ctx=max(settings["length"], settings["prompt"]) + settings["tokens"] + 16)
     llm = load_model(load)
     with progress_bar("measuring") as progress:
         result = run(llm, progress=progress, **settings)
+    _tell_tables(result, output, as_json=as_json)
+
+
+class _Tables(Protocol):
+    def to_json(self) -> str: ...
+    def tables(self) -> Sequence[Table]: ...
+
+
+def _tell_tables(result: _Tables, output: Path | None, *, as_json: bool) -> None:
+    if output is not None:
+        write_atomically(output, (result.to_json() + "\n").encode())
     if as_json:
         click.echo(result.to_json())
         return
@@ -189,9 +232,7 @@ def bench_serve(
         print_wide(table)
 
 
-def _bench_servers(
-    load: LoadSettings, settings: dict[str, Any], llama_server: Path, repeats: int, *, as_json: bool
-) -> None:
+def _bench_servers(load: LoadSettings, settings: dict[str, Any], llama_server: Path, repeats: int) -> Versus:
     from slimrt.bench.servers import Setting, run_versus
     from slimrt.ops.numpy.workers import available_cores
 
@@ -208,12 +249,7 @@ def _bench_servers(
         find_model(load.model), repeats=repeats, threads=load.threads or available_cores(), **given, **settings
     )
     with progress_bar("measuring") as progress:
-        result = run_versus(setting, llama_server, progress)
-    if as_json:
-        click.echo(result.to_json())
-        return
-    for table in result.tables():
-        print_wide(table)
+        return run_versus(setting, llama_server, progress)
 
 
 def bench_draft(load: LoadSettings, tokens: int, repeats: int, *, as_json: bool) -> None:

@@ -269,4 +269,6 @@ def test_what_the_library_saves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     command = ["bench", "ttft", "--library", "-m", str(model)]
     short = CliRunner().invoke(cli, [*command, "--length", "1000"])
     assert short.exit_code == 1 and "--length 1000: the library keeps prompts of 2048 tokens" in short.stderr
+    there = CliRunner().invoke(cli, [*command, "-o", str(model)])
+    assert there.exit_code == 1 and "exists already" in there.stderr
     assert "slimrt alone" in CliRunner().invoke(cli, [*command, "--vs", "llama_cpp"]).stderr

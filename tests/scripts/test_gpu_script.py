@@ -30,8 +30,10 @@ from scripts.results_table import (
     QUALITY_BEGIN,
     QUALITY_END,
     detailed,
+    library_table,
     newest,
     quality_table,
+    serve_table,
     summary_table,
     updated,
 )
@@ -306,6 +308,27 @@ def test_the_summary_has_speed_and_quality() -> None:
     assert "| follow-up | 11 questions | tokens/s |" in made
     assert "| slimrt `auto` (default) | 1.50 s | 0.50 s | 9.3 s | 70 |" in made
     assert "| llama.cpp, the same file | 40.00 s | - | - | 70 |" in made  # it was asked no further question
+
+
+def test_the_tables_of_the_library_and_of_servers() -> None:
+    def read(soon: float | None) -> dict[str, object]:
+        return {"cold_s": 10.0, "same_s": 0.2, "at_once_s": 2.5, "soon_s": soon, "later_s": 0.3, "nbytes": 2**20,
+                "whole_s": 8.0, "soon_after_s": 3.0}  # fmt: skip
+
+    where = {"cpu": "a CPU", "load": 0.5, "date": "2026-11-24T10:00:00"}
+    report = {"runs": {"auto": [read(0.9), read(None)]}, "length": 8000, "model": "m", "threads": 2}
+    made = library_table({**report, "environment": where})
+    assert "| `auto` | 10.0 s | 0.20 s (2.0 %) | 2.50 s (25.0 %) | 0.90 s (9.0 %) | 0.30 s (3.0 %) | 1 MiB |" in made
+    assert "medians of 2 runs" in made and "3 and 8 s (`auto`)" in made and "busy" not in made
+    assert "busy" in library_table({**report, "environment": {**where, "load": 3.0}})
+    beside = [{"median_s": 0.08, "longest_s": 0.2, "ttft_s": 18.0}, {"median_s": 0.1, "longest_s": 0.4, "ttft_s": 20.0}]
+    crowds = {"4": [{"tokens_per_s": 60.0, "ttft_s": 1.0}, {"tokens_per_s": 70.0, "ttft_s": 3.0}]}
+    setting = {"length": 8000, "clients": [4], "prompt": 64, "tokens": 32, "prune": "auto", "repeats": 2, "threads": 2}
+    served = {"crowds": {"slimrt": crowds}, "standstills": {"slimrt": beside}, "environment": where}
+    made = serve_table({**served, "setting": {**setting, "model": "m"}})
+    assert "| the longest, s | 0.30 (0.20..0.40) |" in made
+    assert "| tokens/s of 4 clients together | 65 (60..70) |" in made
+    assert "a token, median" not in serve_table({**served, "setting": {**setting, "model": "m", "length": 0}})
 
 
 def test_the_committed_tables_are_those_of_the_newest_results() -> None:

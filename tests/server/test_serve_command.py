@@ -110,9 +110,11 @@ def test_the_benchmark_beside_another_server(model: Path, tmp_path: Path) -> Non
     assert f"{program}: does not serve; it said: cannot load the model" in CliRunner().invoke(cli, command).stderr
     assert "--overflow: llama.cpp's server" in CliRunner().invoke(cli, [*command, "--overflow", "shift"]).stderr
     program.write_text(LLAMA_SERVER.format(python=sys.executable))
-    result = CliRunner().invoke(cli, command)
+    result = CliRunner().invoke(cli, [*command, "--output", str(tmp_path / "report.json")])
     assert result.exit_code == 0, result.output
     told = json.loads(result.stdout)
+    assert json.loads((tmp_path / "report.json").read_text()) == told
+    assert "exists already" in CliRunner().invoke(cli, [*command, "-o", str(tmp_path / "report.json")]).stderr
     assert told["medians"].keys() == {"llama.cpp", "slimrt"} and told["environment"]["cores"] >= 1
     for name in told["medians"]:
         (crowd,), (standstill,) = told["crowds"][name]["2"], told["standstills"][name]

@@ -24,6 +24,10 @@ from slimrt.terminal.options import (
     user_path,
 )
 
+_output_option = click.option(
+    "--output", "-o", type=user_path, metavar="FILE.json", help="Write the report with every run."
+)
+
 
 @click.group()
 def bench() -> None:
@@ -54,9 +58,12 @@ def bench() -> None:
 )
 @repeats_option(3)
 @load_options
+@_output_option
+@force_option
 @json_option
 def serve_clients(
-    load: LoadSettings, llama_server: Path | None, repeats: int, as_json: bool, **settings: Any
+    load: LoadSettings, llama_server: Path | None, repeats: int, output: Path | None, force: bool, as_json: bool,
+    **settings: Any,
 ) -> None:  # fmt: skip
     """What several clients of one server get.
 
@@ -65,7 +72,7 @@ def serve_clients(
     """
     from slimrt.terminal import benchmark
 
-    benchmark.bench_serve(load, settings, llama_server, repeats, as_json=as_json)
+    benchmark.bench_serve(load, settings, llama_server, repeats, output, force=force, as_json=as_json)
 
 
 @bench.command()
@@ -114,6 +121,7 @@ def serve_clients(
 @threads_option
 @file_option("Text of the prompts.  [Python's documentation]")
 @click.option("--png", type=user_path, metavar="FILE.png", help="Draw time to first token over prompt length.")
+@_output_option
 @click.option(
     "--library", is_flag=True, help="What the library of documents saves at the longest --length, in new processes."
 )
