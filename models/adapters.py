@@ -79,9 +79,14 @@ def projections(c: ModelConfig) -> dict[str, tuple[Place, ...]]:
 def read_adapter(path: str | Path, config: ModelConfig, limit: int | None = None) -> Adapter:
     """The adapter in the GGUF file ``path`` for a model of ``config``; ``limit``: bytes that it may take (None: any).
 
-    Raises ModelFileError for what is no LoRA adapter, another architecture's, does not fit the model's shapes, lacks a
-    half, changes what slimrt applies no adapter to, or holds NaN; before the weights are read, but for the last.
+    Raises ModelFileError for a path without a file, what is no LoRA adapter, another architecture's, does not fit the
+    model's shapes, lacks a half, changes what slimrt applies no adapter to, or holds NaN; before the weights are read,
+    but for the last.
     """
+    if not Path(path).exists():
+        raise ModelFileError(f"adapter {path}: no such file; name the .gguf file of a LoRA adapter")
+    if Path(path).is_dir():
+        raise ModelFileError(f"adapter {path}: a folder; 'slimrt convert --lora' makes a .gguf file of a PEFT folder")
     file = GGUFFile(path)
     alpha = _alpha(file, config)
     halves: dict[str, dict[str, TensorInfo]] = {}

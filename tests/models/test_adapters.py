@@ -279,6 +279,14 @@ def test_rank_zero_and_memory(folder: Path, tmp_path: Path) -> None:
         read_adapter(folder / "qwen3.a.gguf", config, limit=1000)
 
 
+def test_a_path_without_a_file_names_the_remedy_of_adapters(folder: Path, tmp_path: Path) -> None:
+    config = read_config(GGUFFile(folder / "qwen3.gguf"))
+    with pytest.raises(ModelFileError, match=r"none\.gguf: no such file; name the \.gguf file of a LoRA adapter$"):
+        read_adapter(tmp_path / "none.gguf", config)
+    with pytest.raises(ModelFileError, match="a folder; 'slimrt convert --lora'"):
+        read_adapter(tmp_path, config)
+
+
 def test_bad_settings(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A failed change leaves what was set."""
     with slimrt.load(folder / "qwen3.gguf", device="numpy", ctx=CTX, lora=[folder / "qwen3.a.gguf"]) as llm:
