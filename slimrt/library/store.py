@@ -13,7 +13,6 @@ import dataclasses
 import hashlib
 import logging
 import os
-import secrets
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -87,6 +86,7 @@ class Library:
         self.folder, self._key, self._limit = folder, hashlib.sha256(key.encode()).hexdigest(), limit
         self.plan = plan
         self.written = 0  # bytes that this process wrote
+        self._told: set[str] = set()  # what went wrong and was said
 
     # -- using it -----------------------------------------------------------------------------------------------------
 
@@ -172,7 +172,9 @@ class Library:
         covered, superfluous = self._compared(prefix, header, tokens)
         if covered:
             return
-        path = self.folder / f"{prefix}-{secrets.token_hex(6)}{_SUFFIX}"
+        # Processes that write the same at the same time write the same file, one after the other.
+        same = hashlib.sha256(repr(header).encode() + np.asarray(tokens[:count], "<i4").tobytes()).hexdigest()
+        path = self.folder / f"{prefix}-{same[:12]}{_SUFFIX}"
         with self._forgiving(None, "could not be written"):
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             check_owner(self.folder, self.folder.stat())
@@ -187,7 +189,7 @@ class Library:
             logits = choice.logits if choice is not None and header.chosen else None
             write_entry(path, header, tokens, engine, context, logits)
             self.written += path.stat().st_size
-            for shorter in superfluous:  # not before: a killed process loses no more than what it was writing
+            for shorter in set(superfluous) - {path}:  # not before: who is killed loses what it was writing, no more
                 shorter.unlink(missing_ok=True)
             log.info("kept %d tokens in %s", count, path)
 
@@ -242,9 +244,9 @@ class Library:
         """Delete all entries; returns their bytes. Raises OSError."""
         freed = 0
         remove_leftovers(self.folder, _SUFFIX, any_beginning=True)
-        for path in self._entries(""):
-            freed += path.stat().st_size
+        for _, nbytes, path in self._sizes():
             path.unlink(missing_ok=True)
+            freed += nbytes
         return freed
 
     @property
@@ -255,7 +257,7 @@ class Library:
         place = self.folder
         while not place.exists():
             place = place.parent
-        held = sum(path.stat().st_size for path in self._entries(""))
+        held = sum(nbytes for _, nbytes, _ in self._sizes())
         return min(_MOST_BYTES, (shutil.disk_usage(place).free + held) // _OF_FREE)
 
     def _make_room(self, size: int) -> bool:
@@ -263,7 +265,7 @@ class Library:
         limit = self.limit
         if size > limit:
             return False
-        there = sorted((path.stat().st_mtime, path.stat().st_size, path) for path in self._entries(""))
+        there = sorted(self._sizes())
         total = sum(nbytes for _, nbytes, _ in there)
         for _, nbytes, path in there:
             if total + size <= limit:
@@ -272,15 +274,31 @@ class Library:
             total -= nbytes
         return True
 
+    def _sizes(self) -> list[tuple[float, int, Path]]:
+        """When each entry was last used, its bytes and its file; another process may drop one meanwhile."""
+        found = []
+        for path in self._entries(""):
+            with contextlib.suppress(FileNotFoundError):
+                status = path.stat()
+                found.append((status.st_mtime, status.st_size, path))
+        return found
+
     def _entries(self, prefix: str) -> list[Path]:
         try:
             check_owner(self.folder, self.folder.stat())
-            return sorted(self.folder.glob(f"{prefix}*{_SUFFIX}"))
+            # Neither a pipe, which would be waited for, nor a link to nothing.
+            return sorted(path for path in self.folder.glob(f"{prefix}*{_SUFFIX}") if path.is_file())
         except FileNotFoundError:
             return []
         except OSError as error:
-            log.warning("the library of documents is not used: %s", error)
+            self._warn("the library of documents is not used", error)
             return []
+
+    def _warn(self, what: str, error: OSError) -> None:
+        """In the log, each error once."""
+        if str(error) not in self._told:
+            self._told.add(str(error))
+            log.warning("%s: %s", what, error)
 
     def _prefix(self, tokens: Sequence[int]) -> str:
         first = np.asarray(tokens[:_FIRST], "<i4").tobytes()
@@ -299,4 +317,4 @@ class Library:
                 with contextlib.suppress(OSError):
                     path.unlink(missing_ok=True)
         except OSError as error:
-            log.warning("an entry of the library %s: %s", what, error)
+            self._warn(f"an entry of the library {what}", error)
