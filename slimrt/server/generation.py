@@ -80,7 +80,13 @@ SAMPLING: dict[str, Field] = {
     "presence_penalty": Field(NUMBER, "subtracted once from tokens that were there", 0.0, -2, 2),
     "frequency_penalty": Field(NUMBER, "subtracted for each time that a token was there", 0.0, -2, 2),
     "logit_bias": Field(OBJECT, "token id -> what is added to its logit, -100 to 100"),
-    "seed": Field(INTEGER, "the same seed gives the same text", None, -(1 << 63), (1 << 63) - 1),
+    "seed": Field(
+        INTEGER,
+        "the same seed gives the same text, of several answers each a text of its own",
+        None,
+        -(1 << 63),
+        (1 << 63) - 1,
+    ),
     "ignore_eos": Field(BOOLEAN, "go on behind the end token", False),
 }
 # Taken, and without effect here: they change accounting, routing and storage at a provider, not the text.

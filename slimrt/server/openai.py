@@ -103,10 +103,15 @@ def messages_of(given: list[Any]) -> list[dict[str, Any]]:
     messages = []
     for at, message in enumerate(given):
         where = f"messages[{at}]"
-        if not isinstance(message, dict) or message.get("role") not in _ROLES:
-            role = message.get("role") if isinstance(message, dict) else message
+        if not isinstance(message, dict):
             raise ApiError(
-                400, f"{where}: role {str(role)[:40]!r}; it must be one of {', '.join(_ROLES)}", param="messages"
+                400, f"{where} is {str(message)[:40]!r}; it must be an object with role and content", param="messages"
+            )
+        if message.get("role") not in _ROLES:
+            raise ApiError(
+                400,
+                f"{where}: role {str(message.get('role'))[:40]!r}; it must be one of {', '.join(_ROLES)}",
+                param="messages",
             )
         role = "system" if message["role"] == "developer" else message["role"]
         calls = {key: message[key] for key in _CALLS if message.get(key) is not None}

@@ -15,7 +15,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from slimrt.context import Progress
 from slimrt.drafting.drawing import Drawing, Guesses
@@ -119,15 +119,18 @@ def answers(
     came: float | None = None,
     draws: Callable[[Drawing], None] | None = None,
 ) -> Generator[Event, None, None]:
-    """Read the prompt ``ids`` in ``session`` and write ``choices`` answers to it: Read, the Pieces, Ended. Then the
-    library, if there is one, gets what was read. ``came``: when the request did (None: now), by ``time.monotonic``;
-    ``draws`` is given what draws each answer."""
+    """Read the prompt ``ids`` in ``session`` and write ``choices`` answers to it: Read, the Pieces, Ended; with a seed
+    each draws from one of its own, the next number. Then the library, if there is one, gets what was read. ``came``:
+    when the request did (None: now), by ``time.monotonic``; ``draws`` is given what draws each answer."""
     plan, begun, guesses = llm.plan.plan, time.monotonic() if came is None else came, Guesses()
     for index in range(choices):
         reading = session.prefill(ids, plan, progress=progress)
         if index == 0:
             yield Read(reading, time.monotonic() - begun, guesses)
-        for step in generate_tokens(session, llm.tokenizer, request, plan, count=guesses, begun=draws):
+        one = request
+        if index and (seed := request.sampling.seed) is not None:
+            one = replace(request, sampling=replace(request.sampling, seed=seed + index))
+        for step in generate_tokens(session, llm.tokenizer, one, plan, count=guesses, begun=draws):
             yield Piece(index, step)
     yield Ended()
     session.keep(len(ids), llm.tokenizer.decode(list(ids[:BEGINS])))

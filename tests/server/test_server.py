@@ -90,6 +90,9 @@ def test_completions_of_several_prompts_and_choices(client: TestClient, llm: sli
     seeded = {**asked, "prompt": "the", "n": 1, "temperature": 1.5, "seed": 7}
     first, again = (client.post("/v1/completions", json=seeded).json()["choices"][0]["text"] for _ in range(2))
     assert first == again
+    three = client.post("/v1/completions", json={**seeded, "n": 3, "max_tokens": 12}).json()["choices"]
+    alone = client.post("/v1/completions", json={**seeded, "seed": 8, "max_tokens": 12}).json()["choices"]
+    assert three[1]["text"] == alone[0]["text"] and len({one["text"] for one in three}) == 3
 
 
 def test_messages_and_responses(client: TestClient, llm: slimrt.LLM) -> None:
@@ -231,6 +234,7 @@ def test_the_answer_tells_which_tokens_were_kept(tmp_path: Path) -> None:
         ("/v1/chat/completions", {**ASK, "max_tokens": True}, "'max_tokens' is of type boolean"),
         ("/v1/chat/completions", {**ASK, "messages": []}, "'messages' is empty"),
         ("/v1/chat/completions", {**ASK, "messages": [{"role": "king", "content": ""}]}, "role 'king'"),
+        ("/v1/chat/completions", {**ASK, "messages": ["hi"]}, "messages[0] is 'hi'; it must be an object"),
         ("/v1/chat/completions", {**ASK, "messages": IMAGE}, "text only"),
         ("/v1/chat/completions", {**ASK, "logit_bias": {"x": 1}}, "'logit_bias' has 'x'"),
         ("/v1/chat/completions", {**ASK, "stop": [""]}, "'stop' must be"),
