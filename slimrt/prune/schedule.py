@@ -95,8 +95,9 @@ class Schedule:
 
 _LEAST = 1 / 8  # of the active blocks: a cut that drops fewer is not made under the score "asked"
 # Where further questions are expected (``questions``), the next one pays for what the last cut kept once more, the one
-# after that for the rest. Of a short prompt ``min_keep`` is more than this share: then they cost more than was saved.
-_LASTING = 0.55
+# after that for the rest. Of a short prompt ``min_keep`` is more than this share: then they cost more than was saved,
+# and it is on short prompts that a cut costs a continuation most.
+_LASTING = 0.45
 
 DENSE = Schedule()
 

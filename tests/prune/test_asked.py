@@ -175,10 +175,10 @@ def test_a_short_prompt_is_not_cut_where_further_questions_are_expected() -> Non
     """What ``min_keep`` leaves of it costs the next question more than the cut has saved; what was asked for is cut."""
     plan = dataclasses.replace(PLAN, min_keep=900, windows=(), questions=2)
     asked = Asked(tail=(1.0,) * 20)
-    short = schedule(plan, 1400, asked)
-    assert not short.cuts and "900 of 1,400 tokens would stay" in short.why_dense
-    assert schedule(dataclasses.replace(plan, questions=0), 1400, asked).cuts
-    assert schedule(plan, 1800, asked).cuts
+    short = schedule(plan, 1700, asked)
+    assert not short.cuts and "900 of 1,700 tokens would stay" in short.why_dense
+    assert schedule(dataclasses.replace(plan, questions=0), 1700, asked).cuts
+    assert schedule(plan, 2200, asked).cuts
     most = dataclasses.replace(plan, stages=(Stage(2, 0.7),), min_keep=0)
     assert schedule(most, 1400, asked).cuts == schedule(dataclasses.replace(most, questions=0), 1400, asked).cuts != ()
 
