@@ -51,7 +51,7 @@ class DamagedEntryError(Exception):
 @dataclass(frozen=True)
 class Header:
     """``key``: model, settings and backend whose bits these are. ``tokens`` rows in each of the first ``layers``
-    layers; ``boundary``: the layer of the hidden states, None where all layers are there. ``first``: of how many first
+    layers; ``boundary``: the layer of the hidden states, None where there are none. ``first``: of how many first
     tokens the queries at the boundary are kept. ``windows``: (layer, reach by KV head) under which the first
     ``windowed`` rows were read. ``chosen``: under which plan (its digest) the layers behind the boundary chose their
     ``behind`` rows of just this prompt, empty where that is not kept; ``whys``: why each cut kept more than usual.

@@ -100,7 +100,7 @@ class Library:
         at the rule's boundary."""
         if len(ids) < LEAST:
             return None
-        best: tuple[int, int, int, Path] | None = None  # kind, layers, tokens in common
+        best: tuple[int, int, int, Path] | None = None  # kind, up to which later cut, tokens in common
         for path in self._entries(self._prefix(ids)):
             with self._forgiving(path, "could not be read"), path.open("rb") as file:
                 check_owner(path, os.fstat(file.fileno()))
@@ -108,9 +108,12 @@ class Library:
                 if header.key != self._key or dict(header.windows) != rule.windows.reach:
                     continue
                 same = common_prefix(read_tokens(file, header), ids)
+                if not rule.anew and header.layers < engine.config.n_layers:
+                    continue  # nothing is chosen behind the boundary: the layers there must have been read
                 kind = self._serves(header, ids, plan, rule, same, held)
-                if kind and (best is None or (kind, header.layers, same) > best[:3]):
-                    best = kind, header.layers, same, path
+                depth = header.layers if kind == _PASSED else 0
+                if kind and (best is None or (kind, depth, same) > best[:3]):
+                    best = kind, depth, same, path
         if best is None:
             return None
         found, (kind, _, same, path) = None, best
@@ -161,6 +164,9 @@ class Library:
         boundary = context.boundary
         header = self._header(engine, boundary, context.windows, count, begins)
         header = dataclasses.replace(header, passing=passing)
+        last = engine.config.n_layers - 1
+        if not passing and choice is None and np.searchsorted(context.cache.positions(last), count) == count:
+            header = dataclasses.replace(header, layers=last + 1)  # no cut left anything out
         layers = header.layers
         if count < LEAST or any(context.cache.length(layer) < count for layer in range(layers)):
             return
@@ -223,9 +229,9 @@ class Library:
                     continue
                 theirs = read_tokens(file, other)
                 same = common_prefix(theirs, mine)
-                if not passed and len(mine) - same < LEAST // 4:
+                if other.layers >= header.layers and len(mine) - same < LEAST // 4:
                     return True, []
-                if len(theirs) - same < (LEAST // 4 if passed else 1):
+                if other.layers <= header.layers and len(theirs) - same < (LEAST // 4 if passed else 1):
                     superfluous.append(path)
         return False, superfluous
 

@@ -139,6 +139,27 @@ def test_what_was_read_whole_up_to_a_later_cut_is_chosen_for_from_there_on(
     assert one.generate(first[:310], **ASKED).tokens == whole.tokens
 
 
+@pytest.mark.parametrize("device", ["numpy", "cpu"])
+def test_a_prompt_too_short_for_the_cuts_of_its_plan_is_not_read_again_either(
+    model: Path, tmp_path: Path, device: str
+) -> None:
+    plan = dataclasses.replace(PLAN, min_keep=250, questions=2)
+    first, other = ([*DOCUMENT, *question] for question in (range(5, 25), range(60, 75)))
+
+    def load(**cache: Any) -> slimrt.LLM:
+        return slimrt.load(model, device=device, prune=plan, threads=1, **cache)
+
+    before = load(cache=tmp_path / "read").generate(first, **ASKED)
+    assert not before.timings.stages and len(files(tmp_path / "read")) == 1
+    again = load(cache=tmp_path / "read").generate(first, **ASKED)
+    assert again.tokens == before.tokens and again.timings.reused_tokens >= len(first) - 2
+    grown = [*DOCUMENT, *np.random.default_rng(1).integers(3, 200, 300).tolist()]
+    for ids, cuts, reused in ((other, 0, 300), (grown, 2, 256)):  # of more tokens more are under windows
+        found = load(cache=tmp_path / "read").generate(ids, **ASKED)
+        assert found.tokens == load().generate(ids, **ASKED).tokens and len(found.timings.stages) == cuts
+        assert found.timings.reused_tokens == reused
+
+
 def test_entries_of_before_choices_were_kept_serve_still(model: Path, tmp_path: Path) -> None:
     llm = slimrt.load(model, device="numpy", prune="off", cache=tmp_path / "read")
     llm.generate(DOCUMENT, **ASKED)
