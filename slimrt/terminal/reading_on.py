@@ -52,8 +52,10 @@ class ReadingOn:
             yield
         finally:
             self._sent = True
-            thread.join()
-            engine.turn = before
+            try:
+                thread.join()
+            finally:  # also where a second Ctrl-C comes; the thread then ends behind its layer
+                engine.turn = before
 
     def failed(self) -> Exception | None:
         """Why the last one failed, if it did; said once."""
