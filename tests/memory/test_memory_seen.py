@@ -7,7 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+import slimrt
+from tests.tiny_gguf import write_tiny_llama
 
 PROGRAM = """
 import json, re, sys
@@ -34,3 +38,20 @@ def test_announced_and_seen_agree(default_model: Path) -> None:
         if run and announced <= 1.1 * seen:
             break
     assert 0.9 <= announced / seen <= 1.1, (announced >> 20, seen >> 20)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="what is resident of a file is read from /proc")
+def test_a_file_whose_weights_were_unpacked_takes_no_memory(tmp_path: Path) -> None:
+    """NumPy computes with float32 copies; what it read of the file, for a large model gigabytes, goes back."""
+    path = write_tiny_llama(tmp_path / "tiny.gguf", d_model=256, d_ff=2048, n_layers=4, type="Q8_0")
+    with slimrt.load(path, device="numpy", prune="off", ctx=64) as llm:
+        assert not llm.memory.packed  # type: ignore[union-attr]
+        lines = Path("/proc/self/smaps").read_text().splitlines()
+        (at,) = (number for number, line in enumerate(lines) if line.endswith(f" {path}"))
+        resident = next(int(line.split()[1]) << 10 for line in lines[at:] if line.startswith("Rss:"))
+        # The header's pages, and of each tensor at most the two that it shares with its neighbours.
+        assert resident < path.stat().st_size / 4
+        ids = list(range(40, 60))
+        before = llm.logits(ids)
+    with slimrt.load(path, device="numpy", prune="off", ctx=64) as again:
+        assert np.array_equal(again.logits(ids), before)

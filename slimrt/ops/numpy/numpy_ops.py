@@ -20,6 +20,7 @@ from slimrt.ops.numpy.workers import Workers, available_cores, single_threaded_b
 from slimrt.prune.reach import RUN, SINK, Reach, first_row
 from slimrt.prune.scores import BLOCK_SCORES, block_mass, unit_means
 from slimrt.weights.gguf import TensorInfo
+from slimrt.weights.pages import let_go
 from slimrt.weights.quants import dequantize
 
 __all__ = ["NumpyOps", "Weight"]
@@ -84,7 +85,10 @@ class NumpyOps(NumpyMemory, LayerOps):
         are wanted together (0: none are), which a backend may make use of."""
         if self.packed:
             return Weight(parts, None)
-        return Weight(parts, self._unpack(parts))
+        dense = self._unpack(parts)
+        for part in parts:  # what the file holds is not read again: else it would count beside the unpacked matrix
+            let_go(part.data)
+        return Weight(parts, dense)
 
     def vector(self, *parts: TensorInfo | int) -> Array:
         """Small tensors (norms, biases) as one float32 [n]; a number stands for so many zeros."""
