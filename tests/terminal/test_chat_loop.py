@@ -33,6 +33,7 @@ from slimrt.terminal.line_input import read_message
 from slimrt.terminal.options import AnswerSettings
 from slimrt.terminal.screen import Screen
 from slimrt.terminal.wrap import WordWrap
+from tests.terminal_notes import without_backend_note
 from tests.tiny_gguf import write_tiny_llama
 
 
@@ -89,7 +90,9 @@ def talk(llm: LLM, *lines: str | type[BaseException], screen: Screen | None = No
 
 
 def in_pipe(model: Path, text: str | bytes, *flags: str) -> Result:
-    return CliRunner().invoke(cli, ["chat", "-m", str(model), "-n", "6", *flags], input=text)
+    result = CliRunner().invoke(cli, ["chat", "-m", str(model), "-n", "6", *flags], input=text)
+    result.stderr_bytes = without_backend_note(result.stderr_bytes)
+    return result
 
 
 # -- input -------------------------------------------------------------------------------------------------------------

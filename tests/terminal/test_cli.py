@@ -23,6 +23,7 @@ from click_cli import cli
 from slimrt.terminal.loading import announce_memory
 from slimrt.terminal.options import LoadSettings
 from slimrt.weights.gguf import GGUFFile
+from tests.terminal_notes import without_backend_note
 from tests.tiny_gguf import write_tiny_llama
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
@@ -35,12 +36,16 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(*args: object, input: str | bytes | None = None) -> Result:
-    return CliRunner().invoke(cli, [str(arg) for arg in args], input=input)
+    result = CliRunner().invoke(cli, [str(arg) for arg in args], input=input)
+    result.stderr_bytes = without_backend_note(result.stderr_bytes)
+    return result
 
 
 def shell(*args: object, **options: Any) -> subprocess.CompletedProcess[bytes]:
     command = [sys.executable, "-m", "click_cli", *map(str, args)]
-    return subprocess.run(command, capture_output=options.pop("capture_output", True), timeout=120, **options)
+    done = subprocess.run(command, capture_output=options.pop("capture_output", True), timeout=120, **options)
+    done.stderr = without_backend_note(done.stderr)
+    return done
 
 
 def assert_one_error_line(result: Result, *parts: str, status: int = 1) -> None:

@@ -32,6 +32,7 @@ from slimrt.terminal.options import AnswerSettings
 from slimrt.terminal.screen import Screen
 from slimrt.terminal.text_input import read_document
 from slimrt.weights.gguf import GGUFFile
+from tests.terminal_notes import without_backend_note
 from tests.tiny_gguf import write_tiny_llama
 
 
@@ -46,12 +47,16 @@ def llm(tiny: Path) -> slimrt.LLM:
 
 
 def run(*arguments: object, input: str | None = None) -> Result:
-    return CliRunner().invoke(cli, [str(one) for one in arguments], input=input)
+    result = CliRunner().invoke(cli, [str(one) for one in arguments], input=input)
+    result.stderr_bytes = without_backend_note(result.stderr_bytes)
+    return result
 
 
 def shell(line: str, tiny: Path) -> subprocess.CompletedProcess[str]:
     command = line.replace("slimrt", f"{sys.executable} -m click_cli").replace("TINY", str(tiny))
-    return subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
+    done.stderr = without_backend_note(done.stderr)
+    return done
 
 
 # -- pipes -------------------------------------------------------------------------------------------------------------
