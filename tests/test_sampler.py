@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from slimrt.config import SamplingConfig
 from slimrt.errors import ComputeError, SettingError
 from slimrt.sampler import Sampler, apply_penalties, log_softmax, top_logprobs
+from tests.tolerance import EPS32, SLACK
 
 GOLDEN = json.loads((Path(__file__).parent / "goldens/sampler/llama_cpp.json").read_text())
 GOLDEN_CASES = [
@@ -107,7 +108,10 @@ def test_same_distribution_as_the_slow_reference(seed: int, config: SamplingConf
     scores = np.random.default_rng(seed).standard_normal(10).astype(np.float32) * 3
     ids, probs = Sampler(config, 10).distribution(scores, context)
     expected = reference([float(x) for x in scores], context, config)
-    assert dict(zip(ids.tolist(), probs, strict=True)) == pytest.approx(expected, rel=1e-4)  # float32 penalties
+    # Bias, penalties and temperature round a logit to float32 four times; two of them make a ratio of probabilities.
+    largest = np.abs(scores).max() * 2 + 4  # doubled by a penalty of .5 at most; bias, presence and frequency
+    off = float(2 * 4 * EPS32 / 2 * (largest + 12 * 0.25) / config.temperature)
+    assert dict(zip(ids.tolist(), probs, strict=True)) == pytest.approx(expected, rel=off, abs=0)
 
 
 @pytest.mark.parametrize("spread", [0.05, 2.0, 20.0])  # flat (top-p needs more than the first guess) to peaked
@@ -125,7 +129,7 @@ def test_large_vocabulary_takes_the_same_tokens(spread: float, config: SamplingC
     ids, probs = Sampler(config, 5000).distribution(scores, [])
     expected = reference([float(x) for x in scores], [], config)
     assert set(ids.tolist()) == set(expected)
-    assert probs.sum() == pytest.approx(1)
+    assert abs(probs.sum() - 1) <= len(probs) * EPS32
 
 
 def test_draws_follow_the_distribution() -> None:
@@ -169,7 +173,8 @@ def test_ties_go_to_the_lowest_id() -> None:
         assert Sampler(config, 600).distribution(flat, [])[0].tolist() == [0, 1, 2]
     wide = np.zeros(3000, np.float32)
     assert Sampler(SamplingConfig(temperature=1, top_p=0.001), 3000).distribution(wide, [])[0].tolist() == [0, 1, 2]
-    assert top_logprobs(flat, 5, 3).top == tuple((id, pytest.approx(-math.log(600))) for id in (0, 1, 2))
+    likely = pytest.approx(-math.log(600), rel=SLACK * EPS32, abs=0)
+    assert top_logprobs(flat, 5, 3).top == tuple((id, likely) for id in (0, 1, 2))
 
 
 def test_logits_stay_as_they_are() -> None:
@@ -223,7 +228,7 @@ def test_banned_tokens_are_never_drawn() -> None:
     ):
         ids, probs = Sampler(config, 4).distribution(scores, [])
         assert set(ids.tolist()) <= {1, 3}
-        assert probs.sum() == pytest.approx(1)
+        assert abs(probs.sum() - 1) <= len(probs) * EPS32
     assert Sampler(SamplingConfig(temperature=1e-30), 4)(scores, []) == 1
 
 
@@ -285,7 +290,7 @@ def test_top_n_sigma_and_xtc_keep_what_llama_cpp_keeps(
     ids, shares = sampler.distribution(np.log(np.array(probs, np.float32)), [])
     found = np.zeros(len(probs))
     found[ids] = shares
-    assert np.abs(found - np.array(expected) / sum(expected)).max() < 1e-5
+    assert np.abs(found - np.array(expected) / sum(expected)).max() < 1e-5  # llama.cpp's, whose numbers have six digits
 
 
 def test_xtc_excludes_as_often_as_it_is_told() -> None:
@@ -296,5 +301,5 @@ def test_xtc_excludes_as_often_as_it_is_told() -> None:
     drawn = np.bincount([sampler(logits, []) for _ in range(8000)], minlength=4) / 8000
     expected = np.zeros(4)
     expected[ids] = shares
-    assert abs(expected.sum() - 1) < 1e-12 and expected[0] == pytest.approx(0.28, abs=1e-6)
+    assert abs(expected.sum() - 1) < 1e-12 and abs(expected[0] - 0.28) <= SLACK * EPS32
     assert np.abs(drawn - expected).max() < 4 * np.sqrt(0.25 / 8000)

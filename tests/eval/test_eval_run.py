@@ -29,6 +29,7 @@ from slimrt.output import write_atomically
 from slimrt.prune.plan import PrunePlan, Stage
 from slimrt.weights.gguf import GGUFFile
 from tests.tiny_gguf import write_tiny_llama
+from tests.tolerance import doubles
 
 LENGTHS = (700, 420)
 DEEP = PrunePlan((Stage(1, 0.25),), block=16, min_tokens=1)
@@ -101,8 +102,8 @@ def test_the_summary_is_that_of_the_samples(report: EvalReport) -> None:
     }
     differences = np.subtract(values["deep"], values["dense"])
     one = row(report, 420, "recall", "nll", "deep")
-    assert one.mean == pytest.approx(np.mean(values["deep"]), rel=1e-12)
-    assert one.difference == pytest.approx(differences.mean(), rel=1e-12)
+    assert one.mean == doubles(np.mean(values["deep"]))
+    assert one.difference == doubles(differences.mean())
     assert (one.low, one.high) == bootstrap_interval(differences)
 
 
@@ -128,7 +129,7 @@ def test_losses_and_the_worst_samples() -> None:
         (row,) = EvalReport("m", "0", {}, 0, 20, {}, (), tuple(results), ()).summaries
         worst = 0.5 if metric == "accuracy" else 3.0
         assert row.clusters == 10 and row.worst == worst
-        assert row.worst_tenth == pytest.approx(np.mean(np.abs(differences[-2:])))
+        assert row.worst_tenth == doubles(np.mean(np.abs(differences[-2:])))
         # One cluster of ten holds all the loss: the bound is above the mean loss, by more than independent samples say.
         alone = [dataclasses.replace(result, cluster=result.index) for result in results]
         (free,) = EvalReport("m", "0", {}, 0, 20, {}, (), tuple(alone), ()).summaries
@@ -285,8 +286,8 @@ def test_runs_of_other_seeds_and_texts_are_one(tmp_path: Path) -> None:
     both = merged([*runs, asked(3, "other")])
     row = {(row.task, row.metric): row for row in both.summaries}
     each, pooled = row["ask", "nats"], row["questions", "nats"]
-    assert (each.n, each.clusters, each.worst) == (6, 6, 3) and each.difference == pytest.approx(7 / 6)
-    assert (pooled.n, pooled.worst) == (18, 3) and pooled.difference == pytest.approx(7 / 6)
+    assert (each.n, each.clusters, each.worst) == (6, 6, 3) and each.difference == doubles(7 / 6)
+    assert (pooled.n, pooled.worst) == (18, 3) and pooled.difference == doubles(7 / 6)
     assert both.samples == 6 and both.text["name"] == "one, other"
     assert both.timing(700, "cut").ttft_s == (2.0, 2.0, 4.0, 2.0, 4.0, 2.0)
     with pytest.raises(SettingError, match="number 2 repeats the samples"):

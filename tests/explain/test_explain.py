@@ -24,6 +24,7 @@ from slimrt.explain.report import Explanation, explain
 from slimrt.explain.text import signs, summary
 from slimrt.prune.plan import PrunePlan, Stage, Window
 from tests.tiny_gguf import write_tiny_llama
+from tests.tolerance import doubles
 
 PLAN = PrunePlan((Stage(1, 0.5), Stage(3, 0.25)), block=16, min_tokens=50, query_window=8)
 DOCUMENT = "the <b>world</b> & hello worlds; \x07 ünï © 😀 in a row. " * 8
@@ -100,7 +101,7 @@ def test_numbers_agree_with_one_another(llm: slimrt.LLM, seen: Explanation) -> N
         assert cut.tokens_after == sum(b.tokens for b in seen.blocks if b.survived > place)
     assert [span.tokens for span in seen.spans()] == [seen.tokens, *(cut.tokens_after for cut in seen.cuts)]
     assert [(span.first, span.last) for span in seen.spans()] == [(0, 1), (2, 3), (4, 5)]
-    assert sum(layer.seconds for layer in seen.layers) + seen.outside_s == pytest.approx(seen.ttft_s)
+    assert sum(layer.seconds for layer in seen.layers) + seen.outside_s == doubles(seen.ttft_s, 64)
     assert all(layer.seconds > 0 for layer in seen.layers) and seen.outside_s > 0
     assert seen.kv_dense == seen.tokens * llm.engine.kv_bytes_per_token
     assert seen.kv_host == 0 and seen.kv_resident == seen.kv_kept < seen.kv_dense

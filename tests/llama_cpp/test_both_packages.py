@@ -219,8 +219,12 @@ def test_embeddings(model_path: str) -> None:
     assert vectors.shape == (3, llama.n_embd())
     unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     single, count = llama.embed(texts[0], normalize=True, return_count=True)
-    assert count == len(llama.tokenize(texts[0].encode())) and np.linalg.norm(single) == pytest.approx(1, abs=1e-5)
-    assert np.dot(single, unit[0]) == pytest.approx(1, abs=1e-3)
+    assert (
+        count == len(llama.tokenize(texts[0].encode()))
+        and abs(np.linalg.norm(single) - 1) <= 8 * np.finfo(np.float32).eps
+    )
+    # llama.cpp keeps keys and values in float16, and rounds a text alone otherwise than one of several.
+    assert abs(np.dot(single, unit[0]) - 1) <= np.finfo(np.float16).eps
     near, far = np.dot(unit[0], unit[1]), np.dot(unit[0], unit[2])
     assert near > far
 

@@ -22,8 +22,8 @@ from slimrt.llama_cpp.llama import LogitsProcessorList, StoppingCriteriaList
 from slimrt.memory.plan import available_memory
 from slimrt.ops.numpy.numpy_ops import NumpyOps
 from slimrt.sampler import log_softmax
-from tests import reference
 from tests.tiny_gguf import write_tiny_llama
+from tests.tolerance import logits_apart
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "goldens/llama_compat/llama_cpp.json").read_text())
 TALK = [{"role": "user", "content": "hello"}]
@@ -397,13 +397,6 @@ def numpy_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("slimrt.ops.backend.fast_features", lambda: (None, "NumPy: for this test"))
 
 
-def rounding(path: Path, ids: list[int]) -> float:
-    """How much the logits of two float32 computations may differ: each may err 4 times as much as the naive one."""
-    llm = slimrt.load(path, ctx=64, device="numpy")
-    truth, naive = (reference.logits(llm.file, llm.config, ids, kind) for kind in (np.float64, np.float32))
-    return float(2 * 4 * np.abs(naive - truth).max())
-
-
 def test_scores_of_single_tokens_are_their_logits(scored: slimrt.Llama) -> None:
     """On whatever computes here, which may have a way of its own to read one token."""
     scored.eval([70, 71, 72])
@@ -425,7 +418,7 @@ def test_scores_are_the_logits_after_every_token(scored: slimrt.Llama, tiny_path
     assert scored.scores.shape == (64, scored.n_vocab()) and scored._scores.shape == (5, scored.n_vocab())
     llm = slimrt.load(tiny_path, ctx=64, prune="off")
     for length in range(1, 6):
-        assert np.abs(scored._scores[length - 1] - llm.logits(ids[:length])).max() <= rounding(tiny_path, ids)
+        assert np.abs(scored._scores[length - 1] - llm.logits(ids[:length])).max() <= logits_apart(llm, ids)
     assert len(scored.eval_logits) == 5
     assert scored.sample(temp=0, idx=1) == int(scored.scores[1].argmax())
 
@@ -456,7 +449,7 @@ def test_going_back_and_states(tiny: slimrt.Llama, scored: slimrt.Llama, tiny_pa
         llama.n_tokens = 3
         llama.eval([73])
         again = np.array(list(llama.eval_logits)[-1])
-        assert np.abs(again - after).max() <= rounding(tiny_path, [70, 71, 72, 73])
+        assert np.abs(again - after).max() <= logits_apart(llama._model, [70, 71, 72, 73])
         with pytest.raises(SettingError, match=r"0\.\.4"):
             llama.n_tokens = 9
 

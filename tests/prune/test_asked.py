@@ -15,6 +15,7 @@ from slimrt.prune.plan import PrunePlan, Stage, Window
 from slimrt.prune.schedule import Cut, Schedule, schedule
 from slimrt.prune.scores import block_mass
 from slimrt.prune.select import select_rows
+from tests.tolerance import SLACK
 
 DOCUMENT = "The harbour was rebuilt in the spring, and the ferries ran again.\n\nMost of the work was done by hand. "
 QUESTION = "What was the frame of the Juniper prototype built from?"
@@ -72,6 +73,13 @@ def test_prompts_of_no_structure_are_taken_as_they_come(llm: slimrt.LLM, text: s
     assert set(asked.head) <= {0.0, 1.0} and set(asked.tail) <= {0.5, 1.0}
 
 
+def by_block(scores: np.ndarray) -> np.ndarray:
+    """Scores [W, H, N] -> the weights of their softmax by blocks of 32, in the precision of the scores."""
+    weights = np.exp(scores - scores.max(axis=2, keepdims=True))
+    weights /= weights.sum(axis=2, keepdims=True)
+    return np.add.reduceat(weights, np.arange(0, 333, 32), axis=2)
+
+
 def test_attention_by_block() -> None:
     rng = np.random.default_rng(5)
     q, k = rng.normal(size=(70, 6, 16)).astype(np.float32), rng.normal(size=(2, 333, 16)).astype(np.float32)
@@ -80,9 +88,8 @@ def test_attention_by_block() -> None:
         scores = np.einsum("whd,hnd->whn", q.astype(np.float64), np.repeat(k, 3, axis=0).astype(np.float64)) / 4
         if causal:
             scores[np.arange(333) > np.arange(333 - 70, 333)[:, None, None] + np.zeros((1, 6, 1))] = -np.inf
-        weights = np.exp(scores - scores.max(axis=2, keepdims=True))
-        weights /= weights.sum(axis=2, keepdims=True)
-        np.testing.assert_allclose(found, np.add.reduceat(weights, np.arange(0, 333, 32), axis=2), atol=2e-6)
+        truth, naive = (by_block(scores.astype(kind)) for kind in (np.float64, np.float32))
+        assert np.abs(found - truth).max() <= SLACK * np.abs(naive - truth).max()
 
 
 def test_one_query_that_knows_outweighs_many_that_do_not() -> None:
@@ -97,7 +104,7 @@ def test_one_query_that_knows_outweighs_many_that_do_not() -> None:
     assert scores.argmax() == 11 and by[11] == 3 and scores[11] > 0.6
     assert scores[4] < 0.2 and scores[0] == scores[19] == 0
     halved, _ = wanted([(mass, [0.5] * 200)], rivals)
-    np.testing.assert_allclose(halved, scores / 2)
+    assert np.array_equal(halved, scores / 2)
     both, by = wanted([(mass[:3], [1.0] * 3), (mass, [1.0] * 200)], rivals)
     assert both.argmax() == 11 and by[11] == 6  # counted through both groups
 

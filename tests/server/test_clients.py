@@ -87,7 +87,7 @@ def test_openai(openai: Any, server: tuple[int, str], llm: slimrt.LLM) -> None:
     assert answer.usage.prompt_tokens == wanted.usage.prompt_tokens
     assert wanted.logprobs is not None
     found = [one.logprob for one in choice.logprobs.content]
-    assert found == pytest.approx([one.logprob for one in wanted.logprobs], abs=1e-4)
+    assert found == [one.logprob for one in wanted.logprobs]  # the same computation in another process, written in full
     chunks = list(client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
     assert "".join(one.choices[0].delta.content or "" for one in chunks if one.choices) == wanted.text
     assert chunks[-1].usage.completion_tokens == wanted.usage.completion_tokens
@@ -101,7 +101,7 @@ def test_openai(openai: Any, server: tuple[int, str], llm: slimrt.LLM) -> None:
     assert text == llm.generate("the world", max_tokens=5).text
     vectors = client.embeddings.create(model=served.id, input=["hello", "world"]).data  # base64 on the way
     for vector, expected in zip(vectors, llm.embed(["hello", "world"]), strict=True):
-        assert vector.embedding == pytest.approx(expected.tolist(), abs=1e-5)
+        assert vector.embedding == expected.tolist()
     with pytest.raises(openai.BadRequestError, match="2048") as refused:
         client.chat.completions.create(**{**asked, "messages": [{"role": "user", "content": "hello " * 3000}]})
     assert refused.value.code == "context_length_exceeded"

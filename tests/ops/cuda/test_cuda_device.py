@@ -220,8 +220,9 @@ def test_weights_larger_than_the_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     layers = sum(
         packed_nbytes(t.type.name, *t.shape) for name, t in file.tensors.items() if len(t.shape) > 1 and "blk" in name
     )
-    assert streamed.host == pytest.approx(layers, abs=12 * 7 * 256)
-    assert streamed.device == pytest.approx(whole.device - layers + 2 * layers / 12, abs=2 * 7 * 256)
+    # Each of a layer's seven matrices begins at a multiple of 256 bytes.
+    assert layers <= streamed.host < layers + 12 * 7 * 256
+    assert abs(streamed.device - (whole.device - layers + 2 * layers / 12)) < 2 * 7 * 256
     FakeCupy(monkeypatch, total=(800 << 20) + whole.device - 1)
     with pytest.raises(SettingError, match=r"weights alone exceed the GPU; stream them .*--stream-weights"):
         slimrt.load(path, device="cuda", ctx=256)
