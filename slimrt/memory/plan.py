@@ -13,7 +13,8 @@ from pathlib import Path
 from slimrt.config import CacheConfig, ModelConfig
 from slimrt.errors import SettingError
 from slimrt.ops import control_groups
-from slimrt.ops.numpy.numpy_ops import KEY_TILE, MASKED_SCORES, QUERY_TILE, ROW_CHUNK
+from slimrt.ops.numpy.attention import KEY_TILE, MASKED_SCORES, QUERY_TILE
+from slimrt.ops.numpy.numpy_ops import ROW_CHUNK
 from slimrt.ops.numpy.workers import available_cores
 from slimrt.row_blocks import STEP, block_row_floats, row_blocks, rows_at_a_time
 from slimrt.weights.gguf import GGUFFile

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from threadpoolctl import ThreadpoolController
 
-from slimrt.ops.numpy.numpy_ops import KEY_TILE, QUERY_TILE, NumpyOps, Weight
+from slimrt.ops.numpy.attention import KEY_TILE, QUERY_TILE
+from slimrt.ops.numpy.numpy_ops import NumpyOps, Weight
 from slimrt.ops.numpy.workers import Workers, single_threaded_blas
 from slimrt.prune import scores as block_scores
 from tests import reference
