@@ -11,7 +11,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from slimrt.errors import SettingError, TokenizerError
+from slimrt.errors import SettingError
 from slimrt.hub import store
 from slimrt.llama_cpp.embedding import check_pooling
 from slimrt.llama_cpp.grammar import grammar_of_llama
@@ -29,6 +29,7 @@ from slimrt.llama_cpp.options import (
     sampling_config,
 )
 from slimrt.llama_cpp.state import AllLogits
+from slimrt.llama_cpp.tokens import LlamaTokens
 from slimrt.llm import LLM
 from slimrt.load_options import LoadOptions
 from slimrt.models import read_config
@@ -39,39 +40,12 @@ from slimrt.structured import guide as guides
 from slimrt.text.tokenizer import Tokenizer
 from slimrt.weights.gguf import GGUFFile
 
-__all__ = ["LlamaContext", "LlamaTokenizer"]
+__all__ = ["LlamaContext"]
 
 _FEW = 48  # ids sent into a generator that passes of decode read sooner than one that unpacks every layer
 
 
-class LlamaTokenizer:
-    """The tokenizer of a ``Llama``."""
-
-    def __init__(self, llama: LlamaContext) -> None:
-        self._tokenizer = llama._tokenizer
-
-    def tokenize(self, text: bytes, add_bos: bool = True, special: bool = True) -> list[int]:
-        """UTF-8 bytes -> ids; ``add_bos`` lets the model's BOS and EOS in. Raises SettingError for other bytes."""
-        try:
-            decoded = text.decode()
-        except UnicodeDecodeError as error:
-            raise SettingError(f"byte {error.start} of the text is not UTF-8; tokenize takes UTF-8 bytes") from None
-        return self._tokenizer.encode(decoded, special=special, add_bos=None if add_bos else False)
-
-    def detokenize(
-        self, tokens: Sequence[int], prev_tokens: Sequence[int] | None = None, special: bool = False
-    ) -> bytes:
-        """Ids -> bytes. ``prev_tokens`` changes nothing, as a token's bytes do not depend on what comes before."""
-        return self._tokenizer.decode_bytes(tokens, special=special)
-
-    def encode(self, text: str, add_bos: bool = True, special: bool = True) -> list[int]:
-        return self.tokenize(text.encode(errors="ignore"), add_bos, special)
-
-    def decode(self, tokens: Sequence[int]) -> str:
-        return self.detokenize(tokens).decode(errors="ignore")
-
-
-class LlamaContext:
+class LlamaContext(LlamaTokens):
     """A model and one conversation."""
 
     def __init__(
@@ -196,41 +170,11 @@ class LlamaContext:
             self._all_logits.draft = self._session.engine.draft
             self._session = Session(self._all_logits, self._ctx, self._llm.asking)
 
-    # -- tokens -----------------------------------------------------------------------------------------------------
-
-    def tokenizer(self) -> LlamaTokenizer:
-        return LlamaTokenizer(self)
-
-    def tokenize(self, text: bytes, add_bos: bool = True, special: bool = False) -> list[int]:
-        """UTF-8 bytes -> ids; ``add_bos`` lets the model's BOS and EOS in. Raises SettingError for other bytes."""
-        return LlamaTokenizer(self).tokenize(text, add_bos, special)
-
-    def detokenize(
-        self, tokens: Sequence[int], prev_tokens: Sequence[int] | None = None, special: bool = False
-    ) -> bytes:
-        return LlamaTokenizer(self).detokenize(tokens, prev_tokens, special)
-
-    def token_bos(self) -> int:
-        return -1 if self._tokenizer.bos_id is None else self._tokenizer.bos_id
-
-    def token_eos(self) -> int:
-        return -1 if self._tokenizer.eos_id is None else self._tokenizer.eos_id
-
-    def token_nl(self) -> int:
-        """The token of a line end: its own one, or the byte's."""
-        try:
-            return self._tokenizer.encode("\n", add_bos=False)[-1]
-        except TokenizerError:
-            return -1
-
     def n_ctx(self) -> int:
         return self._ctx
 
     def n_embd(self) -> int:
         return self._config.d_model
-
-    def n_vocab(self) -> int:
-        return self._tokenizer.vocab_size
 
     # -- the running context -----------------------------------------------------------------------------------------
 
@@ -440,11 +384,6 @@ class LlamaContext:
     def logits_to_logprobs(logits: np.ndarray | Sequence[Any], axis: int = -1) -> np.ndarray:
         """log-softmax along ``axis``, float32."""
         return np.apply_along_axis(log_softmax, axis, np.asarray(logits, np.float32))
-
-    @staticmethod
-    def longest_token_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-        """How many tokens two sequences have in common at their beginnings."""
-        return next((at for at, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _path(model_path: str | Path) -> Path:

@@ -17,7 +17,6 @@ import numpy as np
 
 from slimrt.errors import ContextError, SettingError
 from slimrt.generation import Step, generate_tokens
-from slimrt.llama_cpp.context import LlamaTokenizer
 from slimrt.llama_cpp.embedding import embedded, embedding_response
 from slimrt.llama_cpp.grammar import grammar_of_llama
 from slimrt.llama_cpp.missing import METHODS
@@ -38,6 +37,7 @@ from slimrt.llama_cpp.options import (
 from slimrt.llama_cpp.pretrained import fetched, matching_file
 from slimrt.llama_cpp.state import LlamaState
 from slimrt.llama_cpp.states import LlamaStates
+from slimrt.llama_cpp.tokens import LlamaTokenizer
 from slimrt.request import GenerationRequest
 from slimrt.results import FinishReason, TokenLogprob
 from slimrt.sampler import top_logprobs
