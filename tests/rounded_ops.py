@@ -1,8 +1,8 @@
 """A naive computation in the compiled kernels' precision: its error is the unit in which theirs is measured.
 
 Rounded where the kernels round: a single row to int8 in blocks of 32 before a product with packed integers; the factors
-of many rows to bfloat16 where the processor multiplies that (those of attention not where keys are large); keys and
-values to float16. Sums are float32.
+of many rows to bfloat16 where the processor multiplies that (those of attention not where keys are large), else, with
+packed weights, to int16 in blocks of 256; keys and values to float16. Sums are float32.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from slimrt.config import CacheConfig
 from slimrt.engine import Engine
 from slimrt.models import build, read_config
 from slimrt.ops.fast.features import detect
-from slimrt.ops.fast.products import shape_of
+from slimrt.ops.fast.products import packed_shape, shape_of
 from slimrt.ops.numpy.numpy_ops import NumpyOps, Weight
 from slimrt.prune.reach import Reach
 from slimrt.session import Session
@@ -41,6 +41,17 @@ def int8(x: np.ndarray) -> np.ndarray:
     return (steps * step).reshape(*x.shape[:-1], -1)[..., : x.shape[-1]]
 
 
+def int16(x: np.ndarray) -> np.ndarray:
+    """``x`` [..., n] rounded to whole numbers in each block of 256 along n, the step as small as two rules allow: no
+    number larger than 32767, no block, as a vector, longer than 46331."""
+    floats = np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % 256)]).astype(np.float32)
+    blocks = floats.reshape(*x.shape[:-1], -1, 256)
+    length = np.sqrt(np.square(blocks.astype(np.float64)).sum(axis=-1, keepdims=True))
+    step = np.maximum(length / 46331, np.abs(blocks).max(axis=-1, keepdims=True) / 32767).astype(np.float32)
+    steps = np.rint(np.divide(blocks, step, out=np.zeros_like(blocks), where=step > 0))
+    return (steps * step).reshape(*x.shape[:-1], -1)[..., : x.shape[-1]]
+
+
 class _ManyRows(Weight):
     """A weight that was made ready for many rows."""
 
@@ -55,17 +66,25 @@ class RoundedOps(NumpyOps):
     def __init__(self, threads: int = 1, *, bf16: bool | None = None) -> None:
         super().__init__(threads)
         self.bf16 = shape_of(detect()).bf16 if bf16 is None else bf16
+        self.whole = packed_shape(detect()).whole and not self.bf16
+
+    def _rounding(self, weight: Weight) -> Any:
+        """What happens to the factors of many rows' products with ``weight``."""
+        if self.bf16:
+            return bfloat16
+        packed = all(part.type.name not in _WHOLE for part in weight.parts)
+        return int16 if packed and self.whole else np.asarray
 
     def unpacked(self, weight: Weight) -> Weight:
         assert weight.dense is not None
-        return _ManyRows(weight.parts, bfloat16(weight.dense) if self.bf16 else weight.dense)
+        return _ManyRows(weight.parts, self._rounding(weight)(weight.dense))
 
     def linear(self, x: np.ndarray, weight: Weight, bias: Any = None, out: Any = None) -> np.ndarray:
         if len(x) == 1 and not isinstance(weight, _ManyRows):
             rounds = any(part.type.name not in _WHOLE for part in weight.parts)
             return super().linear(int8(x) if rounds else x, weight, bias, out)
         many = weight if isinstance(weight, _ManyRows) else self.unpacked(weight)
-        return super().linear(bfloat16(x) if self.bf16 else x, many, bias, out)
+        return super().linear(self._rounding(many)(x), many, bias, out)
 
     def qkv(self, *args: Any) -> Any:
         q, k, v = super().qkv(*args)

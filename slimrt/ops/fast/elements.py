@@ -13,7 +13,7 @@ from slimrt.ops.fast.bfloat import narrow_one, narrower
 from slimrt.ops.fast.features import Features
 from slimrt.ops.fast.kernels import inline
 from slimrt.ops.fast.lanes import exp
-from slimrt.ops.fast.products import shape_of
+from slimrt.ops.fast.products import Shape
 from slimrt.ops.fast.vectors import (
     F32X16,
     fma,
@@ -26,6 +26,7 @@ from slimrt.ops.fast.vectors import (
     store_scalar,
     sum_lanes,
 )
+from slimrt.ops.fast.whole_rows import whole_cast, whole_norm
 
 __all__ = ["Elements", "activation_argument", "clamps", "elements"]
 
@@ -35,7 +36,8 @@ _GELU = 1.5957691216057308  # 2 sqrt(2 / pi)
 
 @dataclass(frozen=True)
 class Elements:
-    """Functions for kernels; addresses are of elements (bfloat16 or float32), ``out`` [padded], x and gain float32 [n].
+    """Functions for kernels; addresses are of elements, ``out`` [padded], x and gain float32 [n]. Rows of whole numbers
+    have no put and no gate: a block's scale needs all of its numbers first.
 
     put(out, i, v): ``out[i : i + 16] = v``
     cast(x, n, out, padded): ``out[:n] = x``, zeros up to ``padded``
@@ -98,12 +100,34 @@ def clamps(activation: str) -> tuple[Any, Any]:
     return clamp_gate, clamp_up
 
 
+@inline
+def _norm_factor(x, n, eps):
+    """``1 / np.sqrt(np.mean(x * x) + eps)``."""
+    whole = n // 16 * 16
+    squares = splat(F32X16, 0.0)
+    for i in range(0, whole, 16):
+        value = load(F32X16, x + 4 * i)
+        squares = fma(value, value, squares)
+    total = sum_lanes(squares)
+    for i in range(whole, n):
+        one = load_scalar(float32, x + 4 * i)
+        total += one * one
+    return float32(1.0 / np.sqrt(float32(total / float32(n) + eps)))
+
+
 @cache
-def elements(features: Features, activation: str = "silu") -> Elements:
-    """Those of the element that ``features`` multiply."""
+def elements(features: Features, shape: Shape, activation: str = "silu") -> Elements:
+    """Those of the element of ``shape``."""
+    if shape.whole:
+
+        @inline
+        def norm_whole(x, gain, n, eps, out, padded):
+            whole_norm(x, gain, n, _norm_factor(x, n, eps), out, padded)
+
+        return Elements(None, whole_cast, norm_whole, None)
     argument_of = activation_argument(activation)
     clamp_gate, clamp_up = clamps(activation)
-    if shape_of(features).bf16:
+    if shape.bf16:
         narrow = narrower(features)
 
         @inline
@@ -136,16 +160,7 @@ def elements(features: Features, activation: str = "silu") -> Elements:
 
     @inline
     def norm(x, gain, n, eps, out, padded):
-        whole = n // 16 * 16
-        squares = splat(F32X16, 0.0)
-        for i in range(0, whole, 16):
-            value = load(F32X16, x + 4 * i)
-            squares = fma(value, value, squares)
-        total = sum_lanes(squares)
-        for i in range(whole, n):
-            one = load_scalar(float32, x + 4 * i)
-            total += one * one
-        factor = float32(1.0 / np.sqrt(float32(total / float32(n) + eps)))
+        whole, factor = n // 16 * 16, _norm_factor(x, n, eps)
         for i in range(0, whole, 16):
             put(out, i, load(F32X16, x + 4 * i) * splat(F32X16, factor) * load(F32X16, gain + 4 * i))
         for i in range(whole, n):

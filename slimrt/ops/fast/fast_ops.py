@@ -23,6 +23,7 @@ from slimrt.ops.fast.flash import KEY_BLOCK, flash_kernel, pack_kernel, tile_scr
 from slimrt.ops.fast.layer_kernels import (
     RESULT_PANELS,
     ROW_GAP,
+    WAITING_BYTES,
     feed_forward_kernel,
     head_norm_words,
     linear_kernel,
@@ -30,7 +31,7 @@ from slimrt.ops.fast.layer_kernels import (
 )
 from slimrt.ops.fast.one_query import OneQuery
 from slimrt.ops.fast.panels import PanelMaker, Panels
-from slimrt.ops.fast.products import PANEL, shape_of
+from slimrt.ops.fast.products import PANEL, packed_shape, shape_of
 from slimrt.ops.fast.team import Program, Team, address
 from slimrt.ops.layer import Activation, Experts, HeadNorms, Merge, by_expert
 from slimrt.ops.numpy.memory import Fence
@@ -119,15 +120,12 @@ class FastOps(NumpyOps):
     def _slices(self, tokens: int) -> tuple[int, int]:
         """Rows of a slice, in whole blocks, and how many slices: enough for all threads, large enough for the
         panels."""
-        most = 256 if self.features.amx else 128  # with tiles the panels would come too slowly for fewer rows
+        # The quicker a panel's products are, the more rows must share its way from memory.
+        most = 256 if self.features.amx else 192 if packed_shape(self.features).whole else 128
         blocks = -(-tokens // self._shape.rows)
         slices = -(-blocks // min(-(-most // self._shape.rows), -(-blocks // self.threads)))
         size = -(-blocks // slices) * self._shape.rows  # about as many rows in each: a short one is no quicker
         return size, -(-tokens // size)
-
-    def _row_bytes(self, inner: int) -> int:
-        """Of a row of ``inner`` factors in a kernel's scratch."""
-        return inner * self._shape.element_bytes + ROW_GAP
 
     def _thread_scratch(self, program: Program, nbytes: int) -> tuple[int, int]:
         """Address of scratch for all threads, and bytes from one to the next, for ``program``.
@@ -181,10 +179,10 @@ class FastOps(NumpyOps):
         wide = None if bias is None else panels.spread(bias, [part.shape[0] for part in weight.parts])
         program = Program()
         scratch, stride = self._thread_scratch(
-            program, size * (self._row_bytes(panels.inner) + min(panels.count, RESULT_PANELS) * PANEL * 4)
+            program, size * (_row_bytes(panels, panels.inner) + min(panels.count, RESULT_PANELS) * PANEL * 4)
         )
         program.add(
-            linear_kernel(self.features), items,
+            linear_kernel(self.features, panels.shape), items,
             address(x), tokens, size, weight.shape[1], panels.inner, panels.address, panels.count, _at(wide),
             _at(residual), weight.shape[0], address(out), scratch, stride,
         )  # fmt: skip
@@ -218,12 +216,12 @@ class FastOps(NumpyOps):
         size, items = self._slices(tokens)
         wide = None if bias is None else panels.spread(bias, [part.shape[0] for part in weight.parts])
         program = Program()
-        nbytes = size * (self._row_bytes(panels.inner) + panels.count * PANEL * 4)
+        nbytes = size * (_row_bytes(panels, panels.inner) + panels.count * PANEL * 4)
         scratch, stride = self._thread_scratch(program, nbytes)
         cos, sin = _plain(cos), _plain(sin)
         q_gain, k_gain, whole = head_norm_words(norms, width)
         program.add(
-            qkv_kernel(self.features, norms is not None), items,
+            qkv_kernel(self.features, panels.shape, norms is not None), items,
             address(x), tokens, size, d, panels.inner, _at(gain), float(eps), panels.address, panels.count,
             _at(wide), panels.columns(1), panels.columns(2), address(cos), address(sin), cos.shape[-1],
             count, kv_count, width, address(q), address(k), address(v), scratch, stride,
@@ -291,14 +289,15 @@ class FastOps(NumpyOps):
             program,
             size
             * (
-                self._row_bytes(first.inner)
-                + self._row_bytes(half * PANEL)
+                _row_bytes(first, first.inner)
+                + _row_bytes(second, half * PANEL)
                 + self._shape.panels * 128
                 + second.count * PANEL * 4
+                + (WAITING_BYTES if second.shape.whole else 0)
             ),
         )
         program.add(
-            feed_forward_kernel(self.features, activation), items,
+            feed_forward_kernel(self.features, first.shape, second.shape, activation), items,
             address(x), tokens, size, d, first.inner, _at(gain), float(eps), first.address, half, _at(wide),
             second.address, second.count, _at(down_wide), address(out), scratch, stride, _at(residual),
         )  # fmt: skip
@@ -407,6 +406,11 @@ class FastOps(NumpyOps):
 def _by_packed(x: Array, weight: FastWeight) -> bool:
     """Whether a product reads the packed weights: one row, and no panels made for other rows of the same layer."""
     return len(x) == 1 and weight.panels is None
+
+
+def _row_bytes(panels: Panels, inner: int) -> int:
+    """Of a row of ``inner`` factors in a kernel's scratch."""
+    return panels.shape.row_bytes(inner) + ROW_GAP
 
 
 def _at(array: Array | None) -> int:

@@ -132,7 +132,8 @@ def pack_kernel(features: Features) -> Kernel:
     values [Hkv, Dh padded / 16, blocks * KEY_BLOCK * 16 elements], 10 scratch, 11 bytes of it for each thread: [2, Dh
     padded] elements
     """
-    shape, put = shape_of(features), elements(features).put
+    shape = shape_of(features)
+    put = elements(features, shape).put
     bf16, width = shape.bf16, shape.element_bytes
 
     @inline
@@ -205,9 +206,10 @@ def flash_kernel(features: Features, lowest: bool = False, cap: float = 0.0) -> 
     11 log2(e) / sqrt(Dh), 12 out float32 [T, H, Dh], 13 scratch, 14 bytes of it for each thread, 15 the first key that
     each row sees int64 [T], or 0, 16 sinks float32 [H] (in the scores' own unit), or 0
     """
-    shape, words = shape_of(features), elements(features)
+    shape = shape_of(features)
+    words = elements(features, shape)
     cast, put = words.cast, words.put
-    score, mix = panel_product(features), panel_product(features, True)
+    score, mix = panel_product(features, shape), panel_product(features, shape, True)
     begin, end = tile_settings(features)
     exp2 = _exp2(shape.bf16)
     squash = _capped(cap)

@@ -38,9 +38,11 @@ __all__ = [
     "exp",
     "joiner",
     "load_at",
+    "loop",
     "picker",
     "prefetch",
     "spoil",
+    "stack",
     "store_at",
     "sum_each",
     "table",
@@ -93,6 +95,22 @@ def _indices(lanes: tuple[int, ...]) -> ir.Constant:
     return ir.Constant(ir.VectorType(_INDEX, len(lanes)), [_INDEX(lane) for lane in lanes])
 
 
+def stack(nbytes: int) -> Callable[[], Any]:
+    """A function that gives the address of so many bytes that live until its caller returns, on a line's boundary."""
+
+    @intrinsic
+    def take(typingctx):
+        def codegen(context, builder, signature, args):
+            with builder.goto_entry_block():  # once a call, not once a turn of a loop
+                memory = builder.alloca(ir.ArrayType(ir.IntType(8), nbytes))
+            memory.align = 64
+            return builder.ptrtoint(memory, ir.IntType(64))
+
+        return types.int64(), codegen
+
+    return take
+
+
 def load_at(builder: ir.IRBuilder, address: ir.Value, offset: int, kind: Any) -> ir.Value:
     """For intrinsics: ``m[0]``, a vector of ``kind`` (or numba.float32) ``offset`` bytes behind ``address``."""
     llvm = kind.llvm if isinstance(kind, Vector) else ir.FloatType()
@@ -102,6 +120,28 @@ def load_at(builder: ir.IRBuilder, address: ir.Value, offset: int, kind: Any) ->
 def store_at(builder: ir.IRBuilder, address: ir.Value, offset: int, value: ir.Value) -> None:
     """For intrinsics: ``m[0] = value``, a vector, ``offset`` bytes behind ``address``."""
     builder.store(value, pointer(builder, builder.add(address, ir.IntType(64)(offset)), value.type), align=1)
+
+
+def loop(builder: ir.IRBuilder, count: ir.Value, phis: list[ir.Value], body: Callable[..., list[ir.Value]]) -> Any:
+    """For intrinsics: ``for _ in range(count): phis = body(*phis)``, count at least 1; returns the last ones."""
+    word = ir.IntType(64)
+    before, steps = builder.block, builder.append_basic_block("steps")
+    after = builder.append_basic_block("done")
+    builder.branch(steps)
+    builder.position_at_end(steps)
+    number = builder.phi(word)
+    number.add_incoming(word(0), before)
+    carried = [builder.phi(value.type) for value in phis]
+    for phi, value in zip(carried, phis, strict=True):
+        phi.add_incoming(value, before)
+    updated = body(*carried)
+    following = builder.add(number, word(1))
+    number.add_incoming(following, builder.block)
+    for phi, value in zip(carried, updated, strict=True):
+        phi.add_incoming(value, builder.block)
+    builder.cbranch(builder.icmp_signed("<", following, count), steps, after)
+    builder.position_at_end(after)
+    return updated
 
 
 def table(*values: int) -> Callable[[Any], Any]:

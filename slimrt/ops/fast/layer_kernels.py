@@ -17,7 +17,7 @@ from slimrt.ops.fast.elements import elements
 from slimrt.ops.fast.features import Features
 from slimrt.ops.fast.kernels import Kernel, compile_kernel, inline
 from slimrt.ops.fast.lanes import spoil
-from slimrt.ops.fast.products import panel_product, shape_of, tile_settings
+from slimrt.ops.fast.products import Shape, panel_product, shape_of, sizes, tile_settings
 from slimrt.ops.fast.team import address
 from slimrt.ops.fast.vectors import (
     F16X16,
@@ -33,11 +33,13 @@ from slimrt.ops.fast.vectors import (
     store_scalar,
     sum_lanes,
 )
+from slimrt.ops.fast.whole_products import BLOCK
 from slimrt.ops.layer import HeadNorms
 
 __all__ = [
     "RESULT_PANELS",
     "ROW_GAP",
+    "WAITING_BYTES",
     "feed_forward_kernel",
     "head_norm_words",
     "linear_kernel",
@@ -47,6 +49,7 @@ __all__ = [
 
 ROW_GAP = 64  # bytes behind each row of factors: rows a power of two apart would share a few sets of the cache
 _FLOAT_MAX, _HALF_MAX = 3e38, 65520.0  # what rounds to infinity in float16 begins there
+WAITING_BYTES = BLOCK * 4 + ROW_GAP  # of a row's floats that wait to be rounded
 RESULT_PANELS = 64  # of a product that waits to be added to something
 
 
@@ -141,7 +144,7 @@ def head_norm_words(norms: HeadNorms | None, width: int) -> tuple[int, int, int]
 
 
 @cache
-def qkv_kernel(features: Features, norms: bool = False) -> Kernel:
+def qkv_kernel(features: Features, shape: Shape, norms: bool = False) -> Kernel:
     """Norm, the stacked projection, bias, rotation: x [T, D] -> q float32 [T, H Dh], k and v float16 [T, Hkv Dh].
 
     0 x, 1 T, 2 rows of a slice, 3 D, 4 D padded, 5 gain, 6 eps, 7 panels, 8 how many, 9 bias or 0,
@@ -150,10 +153,10 @@ def qkv_kernel(features: Features, norms: bool = False) -> Kernel:
     with ``norms`` 23 gain of q, 24 of k (or 0), 25 whether of whole rows, 26 eps, 27 factor of q. A gain (5) of 0 is
     none, and x is taken as it is.
     """
-    shape, norm, cast = shape_of(features), elements(features).norm, elements(features).cast
-    multiply = panel_product(features)
+    words, multiply = elements(features, shape), panel_product(features, shape)
+    norm, cast = words.norm, words.cast
     begin, end = tile_settings(features)
-    height, width = shape.rows, shape.element_bytes
+    height, (row_bytes, panel_bytes) = shape.rows, sizes(shape)
 
     def qkv(item, thread, args):
         x, tokens, size = argument(args, 0), argument(args, 1), argument(args, 2)
@@ -162,7 +165,7 @@ def qkv_kernel(features: Features, norms: bool = False) -> Kernel:
         panels, count, bias = argument(args, 7), argument(args, 8), argument(args, 9)
         half, heads, kv_heads, head_dim = argument(args, 14), argument(args, 15), argument(args, 16), argument(args, 17)
         left = argument(args, 21) + thread * argument(args, 22)
-        pitch = padded * width + ROW_GAP
+        pitch = row_bytes(padded) + ROW_GAP
         joint = left + size * pitch
         stride = count * 64
         first = item * size
@@ -174,7 +177,7 @@ def qkv_kernel(features: Features, norms: bool = False) -> Kernel:
                 cast(x + (first + r) * d * 4, d, left + r * pitch, padded)
         begin()
         whole = (rows + height - 1) // height * height
-        multiply(left, pitch, whole, panels, count, padded * 16 * width, padded, joint, stride)
+        multiply(left, pitch, whole, panels, count, panel_bytes(padded), padded, joint, stride)
         end()
         k_columns, v_columns = 4 * argument(args, 10), 4 * argument(args, 11)
         for r in range(rows):
@@ -198,21 +201,20 @@ def qkv_kernel(features: Features, norms: bool = False) -> Kernel:
             _halve(at + k_columns, kv, argument(args, 19) + (first + r) * kv * 2)
             _halve(at + v_columns, kv, argument(args, 20) + (first + r) * kv * 2)
 
-    return compile_kernel(qkv, f"{features.key}-{norms}")
+    return compile_kernel(qkv, f"{features.key}-{shape.element}-{norms}")
 
 
 @cache
-def linear_kernel(features: Features) -> Kernel:
+def linear_kernel(features: Features, shape: Shape) -> Kernel:
     """One projection of rows as they are: x [T, K] -> float32 [T, N], N the columns of all panels.
 
     0 x, 1 T, 2 rows of a slice, 3 K, 4 K padded, 5 panels, 6 how many, 7 bias or 0, 8 residual [T, N] or 0,
     9 N, 10 out, 11 scratch, 12 bytes of it for each thread: [slice, K padded] elements, then
     [slice, RESULT_PANELS * 16] float32
     """
-    shape, cast = shape_of(features), elements(features).cast
-    multiply = panel_product(features)
+    cast, multiply = elements(features, shape).cast, panel_product(features, shape)
     begin, end = tile_settings(features)
-    height, width = shape.rows, shape.element_bytes
+    height, (row_bytes, panel_bytes) = shape.rows, sizes(shape)
 
     def linear(item, thread, args):
         x, tokens, size = argument(args, 0), argument(args, 1), argument(args, 2)
@@ -220,7 +222,7 @@ def linear_kernel(features: Features) -> Kernel:
         panels, count, bias, residual = argument(args, 5), argument(args, 6), argument(args, 7), argument(args, 8)
         columns, out = argument(args, 9), argument(args, 10)
         left = argument(args, 11) + thread * argument(args, 12)
-        pitch = padded * width + ROW_GAP
+        pitch = row_bytes(padded) + ROW_GAP
         result = left + size * pitch
         first = item * size
         rows = min(size, tokens - first)
@@ -228,11 +230,11 @@ def linear_kernel(features: Features) -> Kernel:
             cast(x + (first + r) * k * 4, k, left + r * pitch, padded)
         begin()
         whole = (rows + height - 1) // height * height
-        panel_bytes = padded * 16 * width
+        apart = panel_bytes(padded)
         for panel in range(0, count, RESULT_PANELS):
             some = min(RESULT_PANELS, count - panel)
             stride = some * 64
-            multiply(left, pitch, whole, panels + panel * panel_bytes, some, panel_bytes, padded, result, stride)
+            multiply(left, pitch, whole, panels + panel * apart, some, apart, padded, result, stride)
             low = panel * 16
             wanted = min(some * 16, columns - low)
             for r in range(rows):
@@ -245,23 +247,29 @@ def linear_kernel(features: Features) -> Kernel:
                     _copy(at, wanted, out + to)
         end()
 
-    return compile_kernel(linear, features.key)
+    return compile_kernel(linear, f"{features.key}-{shape.element}")
 
 
 @cache
-def feed_forward_kernel(features: Features, activation: str = "silu") -> Kernel:
-    """Norm, gate and up, act(gate) * up, down, residual: x [T, D] -> out float32 [T, D].
+def feed_forward_kernel(features: Features, first: Shape, second: Shape, activation: str = "silu") -> Kernel:
+    """Norm, gate and up, act(gate) * up, down, residual: x [T, D] -> out float32 [T, D]. ``first`` multiplies with gate
+    and up, ``second`` with down; they differ in their elements alone.
 
     0 x, 1 T, 2 rows of a slice, 3 D, 4 D padded, 5 gain, 6 eps, 7 panels of gate and up, 8 how many of each, 9 their
     bias or 0, 10 panels of down, 11 how many, 12 its bias or 0, 13 out, 14 scratch, 15 bytes of it for each thread:
     [slice, D padded] elements, [slice, F padded] elements, [slice, two groups] float32, [slice, columns of down]
-    float32; 16 what the result is added to [T, D] or 0. A gain (5) of 0 is none.
+    float32, where down's elements are whole numbers [slice, BLOCK] float32; 16 what the result is added to [T, D] or
+    0. A gain (5) of 0 is none.
     """
-    shape, words = shape_of(features), elements(features, activation)
-    norm, gate, cast = words.norm, words.gate, words.cast
-    multiply = panel_product(features)
+    words, cast_hidden = elements(features, first), elements(features, second).cast
+    norm, cast = words.norm, words.cast
+    # A block of whole numbers is rounded when all of it is there as floats.
+    waits = second.whole
+    gate = elements(features, shape_of(features) if waits else second, activation).gate
+    multiply, multiply_hidden = panel_product(features, first), panel_product(features, second)
     begin, end = tile_settings(features)
-    height, group, width = shape.rows, shape.panels, shape.element_bytes
+    height, group, group_columns = first.rows, first.panels, first.columns
+    (row_bytes, panel_bytes), (hidden_bytes, down_bytes) = sizes(first), sizes(second)
 
     def feed_forward(item, thread, args):
         x, tokens, size = argument(args, 0), argument(args, 1), argument(args, 2)
@@ -275,43 +283,55 @@ def feed_forward_kernel(features: Features, activation: str = "silu") -> Kernel:
             argument(args, 13),
         )
         left = argument(args, 14) + thread * argument(args, 15)
-        pitch = padded * width + ROW_GAP
+        pitch = row_bytes(padded) + ROW_GAP
         hidden = left + size * pitch
         inner = count * 16  # F padded
-        hidden_pitch = inner * width + ROW_GAP
+        hidden_pitch = hidden_bytes(inner) + ROW_GAP
         gates = hidden + size * hidden_pitch
         result = gates + size * group * 128
-        first = item * size
-        rows = min(size, tokens - first)
+        stride = down_count * 64
+        waiting = result + size * stride
+        first_row = item * size
+        rows = min(size, tokens - first_row)
         for r in range(rows):
+            at = x + (first_row + r) * d * 4
             if gain != 0:
-                norm(x + (first + r) * d * 4, gain, d, eps, left + r * pitch, padded)
+                norm(at, gain, d, eps, left + r * pitch, padded)
             else:
-                cast(x + (first + r) * d * 4, d, left + r * pitch, padded)
+                cast(at, d, left + r * pitch, padded)
         begin()
         whole = (rows + height - 1) // height * height
-        panel_bytes, pair = padded * 16 * width, group * 128
+        apart, pair = panel_bytes(padded), group * 128
         for panel in range(0, count, group):
             for up in range(2):
-                where = panels + (panel + up * count) * panel_bytes
-                multiply(left, pitch, whole, where, group, panel_bytes, padded, gates + up * group * 64, pair)
+                where = panels + (panel + up * count) * apart
+                multiply(left, pitch, whole, where, group, apart, padded, gates + up * group * 64, pair)
             for r in range(whole):
-                for i in range(0, group * 16, 16):
+                for i in range(0, group_columns, 16):
                     g, u = gates + r * pair + i * 4, gates + r * pair + group * 64 + i * 4
                     if bias != 0:
                         _add(g, bias + (panel * 16 + i) * 4, 16, g)
                         _add(u, bias + ((panel + count) * 16 + i) * 4, 16, u)
-                    gate(g, u, hidden + r * hidden_pitch, panel * 16 + i)
-        stride = down_count * 64
-        multiply(hidden, hidden_pitch, whole, down, down_count, inner * 16 * width, inner, result, stride)
+                    if waits:
+                        gate(g, u, waiting + r * WAITING_BYTES, (panel * 16 + i) % BLOCK)
+                    else:
+                        gate(g, u, hidden + r * hidden_pitch, panel * 16 + i)
+            if waits:
+                done = (panel + group) * 16
+                if done % BLOCK == 0 or done == inner:
+                    start = (done - 1) // BLOCK * BLOCK
+                    for r in range(whole):
+                        to = hidden + r * hidden_pitch + hidden_bytes(start)
+                        cast_hidden(waiting + r * WAITING_BYTES, done - start, to, done - start)
+        multiply_hidden(hidden, hidden_pitch, whole, down, down_count, down_bytes(inner), inner, result, stride)
         end()
         for r in range(rows):
-            at = result + r * stride
+            at, row = result + r * stride, (first_row + r) * d * 4
             if down_bias != 0:
                 _add(at, down_bias, d, at)
             if argument(args, 16) != 0:
-                _add(at, argument(args, 16) + (first + r) * d * 4, d, out + (first + r) * d * 4)
+                _add(at, argument(args, 16) + row, d, out + row)
             else:
-                _copy(at, d, out + (first + r) * d * 4)
+                _copy(at, d, out + row)
 
-    return compile_kernel(feed_forward, f"{features.key}-{activation}")
+    return compile_kernel(feed_forward, f"{features.key}-{first.element}-{second.element}-{activation}")

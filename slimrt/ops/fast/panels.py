@@ -7,15 +7,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from gguf.constants import GGMLQuantizationType
 
 from slimrt.ops.fast.features import Features
-from slimrt.ops.fast.products import PANEL, shape_of
+from slimrt.ops.fast.products import PANEL, Shape, packed_shape, shape_of
 from slimrt.ops.fast.team import Program, Team, address
 from slimrt.ops.fast.unpack import unpack
+from slimrt.ops.fast.whole_panels import unpack_whole
 from slimrt.weights.gguf import TensorInfo
 
 __all__ = ["PanelMaker", "Panels"]
 
+_FLOATS = {GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16}
 _CACHED = 32 << 20  # bytes of panels that some cache may hold until they are read
 
 
@@ -23,6 +26,7 @@ _CACHED = 32 << 20  # bytes of panels that some cache may hold until they are re
 class Panels:
     """All parts of a stacked matrix, each filled up to whole groups of panels."""
 
+    shape: Shape  # of what is multiplied with them
     memory: np.ndarray
     address: int
     inner: int  # columns of the matrix, filled up: K
@@ -51,10 +55,11 @@ class PanelMaker:
         self._free: dict[int, list[np.ndarray]] = {}
 
     def make(self, parts: Sequence[TensorInfo]) -> Panels:
-        """``parts`` [out_i, in], stacked."""
-        shape = shape_of(self._features)
+        """``parts`` [out_i, in], stacked: as floats if the file has them as such."""
+        as_floats = any(part.type in _FLOATS for part in parts)
+        shape = shape_of(self._features) if as_floats else packed_shape(self._features)
         inner = shape.padded(parts[0].shape[-1])
-        panel_bytes = inner * PANEL * shape.element_bytes
+        panel_bytes = shape.panel_bytes(inner)
         starts, count = [], 0
         for part in parts:
             starts.append(count)
@@ -67,16 +72,19 @@ class PanelMaker:
             rows = part.shape[0]
             used = -(-rows // PANEL)
             at = begin + start * panel_bytes
+            if shape.element == "i16":
+                kernel = unpack_whole(self._features, part.type, past_caches)
+            else:
+                kernel = unpack(self._features, part.type, shape.element, past_caches)
             program.add(
-                unpack(self._features, part.type, "bf16" if shape.bf16 else "f32", past_caches),
-                used,
+                kernel, used,
                 address(part.data), part.nbytes // rows, rows, part.shape[-1], at, inner,
             )  # fmt: skip
             unused = shape.padded(rows) // PANEL - used  # zeros, for they are multiplied with
             low = at - address(memory) + used * panel_bytes
             memory[low : low + unused * panel_bytes] = 0
         self._team.run(program)
-        panels = Panels(memory, begin, inner, tuple(starts), count)
+        panels = Panels(shape, memory, begin, inner, tuple(starts), count)
         weakref.finalize(panels, self._give_back, memory)
         return panels
 

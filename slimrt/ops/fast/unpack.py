@@ -23,7 +23,7 @@ from slimrt.ops.fast.bfloat import narrower
 from slimrt.ops.fast.dots import scales_and_minima
 from slimrt.ops.fast.features import Features
 from slimrt.ops.fast.kernels import Kernel, compile_kernel, inline
-from slimrt.ops.fast.lanes import bits_times, joiner, load_at, picker, table
+from slimrt.ops.fast.lanes import bits_times, joiner, load_at, picker, stack, table
 from slimrt.ops.fast.vectors import (
     F16X16,
     F32X16,
@@ -44,7 +44,7 @@ from slimrt.ops.fast.vectors import (
     store_scalar,
 )
 
-__all__ = ["PANEL", "unpack"]
+__all__ = ["PANEL", "TILE_COLUMNS", "row_unpacker", "turner", "unpack"]
 
 PANEL = 16  # rows
 TILE_COLUMNS = 256
@@ -60,27 +60,11 @@ _first, _second = picker(0), picker(1)
 _paired = joiner(*range(32))
 
 
-def _stack(nbytes: int) -> Callable[[], Any]:
-    """A function that gives the address of so many bytes that live until the kernel returns, on a line's boundary."""
-
-    @intrinsic
-    def take(typingctx):
-        def codegen(context, builder, signature, args):
-            with builder.goto_entry_block():  # once a call, not once a turn of a loop
-                memory = builder.alloca(ir.ArrayType(ir.IntType(8), nbytes))
-            memory.align = 64
-            return builder.ptrtoint(memory, ir.IntType(64))
-
-        return types.int64(), codegen
-
-    return take
+_scales = stack(64)
+_tile, _pairs, _end = stack(PANEL * _ROW_BYTES), stack(PANEL * 64), stack(PANEL * 64)
 
 
-_scales = _stack(64)
-_tile, _pairs, _end = _stack(PANEL * _ROW_BYTES), _stack(PANEL * 64), _stack(PANEL * 64)
-
-
-def _turner(past_caches: bool) -> Callable[[int, int, int], Any]:
+def turner(past_caches: bool) -> Callable[[int, int, int], Any]:
     """``(tile, stride, out): out[:] = tile.T``: 16 rows of 16 words of 32 bits, ``stride`` bytes apart, to [16, 16].
 
     ``past_caches``: whole lines go to memory without being read first; ``out`` lies on a line's boundary.
@@ -115,7 +99,7 @@ def _turner(past_caches: bool) -> Callable[[int, int, int], Any]:
     return turn
 
 
-_turn_in_place = _turner(False)
+_turn_in_place = turner(False)
 
 
 # -- one block to float32 --------------------------------------------------------------------------------------------
@@ -302,6 +286,28 @@ _SIXTEEN = {Kind.F32: _f32_16, Kind.F16: _f16_16, Kind.BF16: _bf16_16}
 
 
 @cache
+def row_unpacker(kind: GGMLQuantizationType) -> Any:
+    """For kernels: ``unpack_row(w, columns, to)``: float32 [TILE_COLUMNS] at ``to`` from up to TILE_COLUMNS columns at
+    w, whole blocks, and zeros behind them. KeyError if there is no unpacker for ``kind``."""
+    elements, nbytes = GGML_QUANT_SIZES[kind]
+    one = _UNPACKERS[kind]
+    sixteen = _SIXTEEN.get(kind, one)
+    together = 16 if kind in _SIXTEEN else elements
+
+    @inline
+    def unpack_row(w, columns, to):
+        for column in range(columns // together * together, TILE_COLUMNS, 16):
+            store(to + column * 4, splat(F32X16, 0.0))
+        for column in range(0, columns - together + 1, together):
+            sixteen(w + column // elements * nbytes, to + column * 4)
+        if together != elements:
+            for column in range(columns // together * together, columns):
+                one(w + column // elements * nbytes, to + column * 4)
+
+    return unpack_row
+
+
+@cache
 def unpack(
     features: Features, kind: GGMLQuantizationType, target: Literal["bf16", "f32"], past_caches: bool = False
 ) -> Kernel:
@@ -315,23 +321,10 @@ def unpack(
     5 columns of a panel: as many, for bfloat16 rounded up to a multiple of 32, with zeros.
     """
     elements, nbytes = GGML_QUANT_SIZES[kind]
-    one = _UNPACKERS[kind]
-    sixteen = _SIXTEEN.get(kind, one)
-    together = 16 if kind in _SIXTEEN else elements
+    unpack_row = row_unpacker(kind)
     narrow, short = narrower(features), target == "bf16"
-    turn = _turner(past_caches)
+    turn = turner(past_caches)
     word = 2 if short else 4
-
-    @inline
-    def unpack_row(w, columns, to):
-        """Up to TILE_COLUMNS columns, and zeros behind them."""
-        for column in range(columns // together * together, TILE_COLUMNS, 16):
-            store(to + column * 4, splat(F32X16, 0.0))
-        for column in range(0, columns - together + 1, together):
-            sixteen(w + column // elements * nbytes, to + column * 4)
-        if together != elements:
-            for column in range(columns // together * together, columns):
-                one(w + column // elements * nbytes, to + column * 4)
 
     def unpack_panel(item, thread, args):
         stride, columns, width = argument(args, 1), argument(args, 3), argument(args, 5)

@@ -1,7 +1,8 @@
 """The fast backend's prefill against NumPy's, at ragged sizes, as each of the processors that it has code for.
 
 The unit of every tolerance is the error of a naive computation in the precision of the kernels: factors rounded to
-bfloat16 (or not, where the processor has no bfloat16 products), sums in float32.
+bfloat16 (where the processor has no bfloat16 products those with packed weights to int16, the others not at all), sums
+in float32.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ pytest.importorskip("numba")
 
 from slimrt.ops.fast.fast_ops import FastOps
 from slimrt.ops.fast.features import Features, detect
-from slimrt.ops.fast.products import shape_of
+from slimrt.ops.fast.products import packed_shape, shape_of
+from tests.rounded_ops import int16
 
 pytestmark = pytest.mark.skipif(not detect().avx2, reason="this processor has no fast path")
 
@@ -141,6 +143,68 @@ def test_a_layer(ops: FastOps, sizes: tuple[int, ...], tokens: int) -> None:
             first, second = ops.unpacked(first), ops.unpacked(second)
         results.append(backend.feed_forward(x.astype(dtype), gain, 1e-5, first, gate_bias, second, None))
     held(*results)
+
+
+def packed(seed: int, rows: int, columns: int) -> TensorInfo:
+    import gguf
+
+    values = random(seed, rows, columns) / np.float32(np.sqrt(columns))
+    return TensorInfo("w", (rows, columns), GGMLQuantizationType.Q8_0, gguf.quantize(values, GGMLQuantizationType.Q8_0))
+
+
+def as_floats(tensor: TensorInfo) -> TensorInfo:
+    from slimrt.weights.quants import dequantize
+
+    return TensorInfo("w", tensor.shape, GGMLQuantizationType.F32, dequantize(tensor))
+
+
+@pytest.mark.parametrize("sizes", [SIZES[0], (4, 2, 16, 64, 288), (2, 2, 128, 128, 64)], ids=str)
+def test_a_layer_of_packed_weights(ops: FastOps, sizes: tuple[int, ...]) -> None:
+    heads, kv_heads, width, d, f = sizes
+    to_whole = packed_shape(ops.features).whole
+    exact = Naive(lambda x: x, np.float64)
+    naive = Naive(int16 if to_whole else rounding(ops), np.float32)
+    x, gain, cos = random(0, 37, d), random(1, d), np.ones((37, width // 2), np.float32)
+    parts = [packed(3 + i, n * width, d) for i, n in enumerate((heads, kv_heads, kv_heads))]
+    gate_up, down, bias = [packed(10, f, d), packed(11, f, d)], packed(12, d, f), random(13, 2 * f)
+
+    def layer(backend: NumpyOps, dtype: type) -> list[Array]:
+        def ready(*parts: TensorInfo) -> Weight:
+            if backend is ops:
+                return backend.unpacked(backend.weight(*parts))
+            return backend.weight(*(as_floats(part) for part in parts))
+
+        given, kinds = x.astype(dtype), (heads, kv_heads, width)
+        q, k, v = backend.qkv(given, gain, 1e-5, ready(*parts), None, cos, 0 * cos, kinds)
+        first, second = ready(*gate_up), ready(down)
+        return [q, *(half.astype(np.float16) for half in (k, v)), backend.linear(given, ready(parts[0])),
+                backend.feed_forward(given, gain, 1e-5, first, bias, second, None)]  # fmt: skip
+
+    for ours, rounded, truth in zip(
+        layer(ops, np.float32), layer(naive, np.float32), layer(exact, np.float64), strict=True
+    ):
+        held(ours, rounded, truth)
+
+
+@pytest.mark.parametrize("floats", ["down", "gate_up"])
+def test_a_feed_forward_of_packed_weights_and_floats(ops: FastOps, floats: str) -> None:
+    d, f = 64, 288
+    x, gain = random(0, 20, d), random(1, d)
+    matrices = {"gate_up": (packed(2, f, d), packed(3, f, d)), "down": (packed(4, d, f),)}
+    matrices[floats] = tuple(as_floats(part) for part in matrices[floats])
+
+    def pass_through(backend: NumpyOps, dtype: type) -> Array:
+        first, second = (
+            backend.unpacked(backend.weight(*parts))
+            if backend is ops
+            else backend.weight(*(as_floats(part) if part.type.name == "Q8_0" else part for part in parts))
+            for parts in (matrices["gate_up"], matrices["down"])
+        )
+        return backend.feed_forward(x.astype(dtype), gain, 1e-5, first, None, second, None)
+
+    naive = Naive(int16 if packed_shape(ops.features).whole else rounding(ops), np.float32)
+    exact = Naive(lambda x: x, np.float64)
+    held(pass_through(ops, np.float32), pass_through(naive, np.float32), pass_through(exact, np.float64))
 
 
 def attention(
