@@ -28,8 +28,9 @@ _ADVISED = 0.95  # share of the free memory that an advised context takes
 _RUNTIME, _FAST_RUNTIME, _TOKEN = 125 << 20, 175 << 20, 1024
 # Types that compiled kernels multiply as they are packed (slimrt.ops.fast.dots, which needs Numba to be asked).
 _PRODUCTS = {
-    "F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K",
+    "F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "MXFP4", "Q4_K", "Q5_K", "Q6_K",
 }  # fmt: skip
+_FLOATS = {"F32", "F16", "BF16"}
 _FLOAT = 4  # bytes of the float32 that everything is computed in
 
 
@@ -136,7 +137,7 @@ def plan(
     cache = CacheConfig(ctx, kv_budget)
     budgeted = cache.budget is not None
     scratch = (
-        _fast_scratch(config, ctx, threads, budgeted)
+        _fast_scratch(config, ctx, threads, budgeted, _factor_bytes(file))
         if fast
         else _prefill_scratch(config, ctx, threads, packed, budgeted) * _FLOAT
     )
@@ -246,8 +247,20 @@ def _block(c: ModelConfig) -> int:
     return (rows_at_a_time(c) + STEP - 1) * block_row_floats(c)
 
 
-def _fast_scratch(c: ModelConfig, ctx: int, threads: int, budgeted: bool) -> int:
-    """Bytes alive at the peak of ``Engine.prefill`` on compiled kernels; factors counted as float32, the wider kind."""
+def _factor_bytes(file: GGUFFile) -> int:
+    """Of a number in the panels that compiled kernels make of a layer's matrices, for the widest of these."""
+    from slimrt.ops.fast.features import detect
+    from slimrt.ops.fast.products import packed_shape, shape_of
+
+    matrices = [t for t in file.tensors.values() if t.name.startswith("blk.") and len(t.shape) > 1]
+    kinds = {t.type.name for t in matrices if not t.name.endswith("ffn_gate_inp.weight")}  # routers are small
+    packed = kinds <= _PRODUCTS - _FLOATS
+    return (packed_shape if packed else shape_of)(detect()).element_bytes
+
+
+def _fast_scratch(c: ModelConfig, ctx: int, threads: int, budgeted: bool, factor: int) -> int:
+    """Bytes alive at the peak of ``Engine.prefill`` on compiled kernels; ``factor``: of a number in a layer's panels.
+    Rows of factors are counted as float32, the widest kind."""
     q, kv = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
     # While the layer attends: x, q, the result, angles, k and v in float16, their panels. In the feed-forward: x before
     # and after in place of one of q and the result, no panels.
@@ -258,7 +271,7 @@ def _fast_scratch(c: ModelConfig, ctx: int, threads: int, budgeted: bool) -> int
         row, block = _FLOAT * (_whole_row(c, budgeted) + angles + 2 * kv), _FLOAT * _block(c)
     if c.experts:  # all rows normed and mixed, those of one expert, and its result
         row += _FLOAT * 4 * c.d_model
-    panels = _FLOAT * c.d_model * (2 * q + 2 * kv + 3 * c.d_ff)
+    panels = factor * c.d_model * (2 * q + 2 * kv + 3 * c.d_ff)
     tile = KEY_TILE * c.n_heads // c.n_kv_heads * (2 * c.head_dim + 2)
     slice_ = ROW_CHUNK * (2 * c.d_model + max(c.d_ff, q + 2 * kv))
     return ctx * row + block + panels + _FLOAT * (threads * max(tile, slice_) + c.vocab_size)
