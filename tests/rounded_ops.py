@@ -41,13 +41,13 @@ def int8(x: np.ndarray) -> np.ndarray:
     return (steps * step).reshape(*x.shape[:-1], -1)[..., : x.shape[-1]]
 
 
-def int16(x: np.ndarray) -> np.ndarray:
+def int16(x: np.ndarray, length: float = 65510) -> np.ndarray:
     """``x`` [..., n] rounded to whole numbers in each block of 256 along n, the step as small as two rules allow: no
-    number larger than 32767, no block, as a vector, longer than 46331."""
+    number larger than 32767, no block, as a vector, longer than ``length`` (of weights 32765)."""
     floats = np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % 256)]).astype(np.float32)
     blocks = floats.reshape(*x.shape[:-1], -1, 256)
-    length = np.sqrt(np.square(blocks.astype(np.float64)).sum(axis=-1, keepdims=True))
-    step = np.maximum(length / 46331, np.abs(blocks).max(axis=-1, keepdims=True) / 32767).astype(np.float32)
+    size = np.sqrt(np.square(blocks.astype(np.float64)).sum(axis=-1, keepdims=True))
+    step = np.maximum(size / length, np.abs(blocks).max(axis=-1, keepdims=True) / 32767).astype(np.float32)
     steps = np.rint(np.divide(blocks, step, out=np.zeros_like(blocks), where=step > 0))
     return (steps * step).reshape(*x.shape[:-1], -1)[..., : x.shape[-1]]
 
@@ -68,23 +68,23 @@ class RoundedOps(NumpyOps):
         self.bf16 = shape_of(detect()).bf16 if bf16 is None else bf16
         self.whole = packed_shape(detect()).whole and not self.bf16
 
-    def _rounding(self, weight: Weight) -> Any:
-        """What happens to the factors of many rows' products with ``weight``."""
+    def _rounded(self, x: np.ndarray, weight: Weight, *length: float) -> np.ndarray:
+        """A factor of many rows' products with ``weight``."""
         if self.bf16:
-            return bfloat16
+            return bfloat16(x)
         packed = all(part.type.name not in _WHOLE for part in weight.parts)
-        return int16 if packed and self.whole else np.asarray
+        return int16(x, *length) if packed and self.whole else x
 
     def unpacked(self, weight: Weight) -> Weight:
         assert weight.dense is not None
-        return _ManyRows(weight.parts, self._rounding(weight)(weight.dense))
+        return _ManyRows(weight.parts, self._rounded(weight.dense, weight, 32765))
 
     def linear(self, x: np.ndarray, weight: Weight, bias: Any = None, out: Any = None) -> np.ndarray:
         if len(x) == 1 and not isinstance(weight, _ManyRows):
             rounds = any(part.type.name not in _WHOLE for part in weight.parts)
             return super().linear(int8(x) if rounds else x, weight, bias, out)
         many = weight if isinstance(weight, _ManyRows) else self.unpacked(weight)
-        return super().linear(self._rounding(many)(x), many, bias, out)
+        return super().linear(self._rounded(x, many), many, bias, out)
 
     def qkv(self, *args: Any) -> Any:
         q, k, v = super().qkv(*args)

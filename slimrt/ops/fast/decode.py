@@ -10,7 +10,7 @@ Per layer, each line a job that begins when the one before has ended, its items 
     output projection + residual   (rows)
     norm, rounded to int8          (tokens)
     gate, up                       (rows)
-    silu(gate) * up, rounded       (records x tokens)
+    act(gate) * up, rounded        (records x tokens)
     down + residual                (rows)
 
 Norms behind a part and multipliers of the residual stream are a job more. With experts the router's product and the
@@ -44,8 +44,7 @@ from slimrt.ops.fast.decode_places import LayerPlaces
 from slimrt.ops.fast.gemv import VECTORS, Product, Rows, add_products, aligned_zeros, gemv_kernel, gemv_scratch
 from slimrt.ops.fast.kernels import Kernel
 from slimrt.ops.fast.layer_kernels import head_norm_words
-from slimrt.ops.fast.mixture import Stacked, add_biases_kernel, add_stacked, choose_kernel, gate_experts_kernel
-from slimrt.ops.fast.mixture import gate_items as gate_experts_items
+from slimrt.ops.fast.mixture import Stacked, add_biases_kernel, add_stacked, choose_kernel
 from slimrt.ops.fast.team import Program, address
 from slimrt.ops.forks import after_fork, open_lock
 from slimrt.ops.protocol import Part
@@ -173,7 +172,7 @@ class Decoder:
         self._adapted.add(self._normed, deltas_of(layer.gate_up), [(c.d_ff, self._gate), (c.d_ff, self._up)])
         self._each(
             gate_kernel(features, c.activation), gate_items(c.d_ff), address(self._gate), address(self._up),
-            address(self._activated), padded(c.d_ff), self._gate.strides[0], self._activated.strides[0],
+            self._gate.strides[0], address(self._activated), self._activated.strides[0], padded(c.d_ff), 0,
         )  # fmt: skip
         deltas = deltas_of(layer.down)
         self._joined(self._activated, down, deltas, hidden, layer.down_bias, middle, layer.ffn_merge)
@@ -205,7 +204,7 @@ class Decoder:
             )  # fmt: skip
             words = add_stacked(program, self._ops, address(self._normed[row]), outs, stacks[: 2 * used])
             program.add(
-                gate_experts_kernel(features, c.activation), gate_experts_items(c.d_ff, used),
+                gate_kernel(features, c.activation), used * gate_items(c.d_ff),
                 address(self._gate), address(self._up), self._gate.strides[0], address(self._activated),
                 self._activated.strides[0], padded(c.d_ff), address(self._weights),
             )  # fmt: skip

@@ -9,7 +9,7 @@ from functools import cache
 from numba import float32
 
 from slimrt.ops.fast.activations import RECORD, RECORD_BYTES, padded, quantize_record, quantize_row
-from slimrt.ops.fast.elements import activation_argument
+from slimrt.ops.fast.elements import activation_argument, clamps
 from slimrt.ops.fast.features import Features
 from slimrt.ops.fast.kernels import Kernel, compile_kernel
 from slimrt.ops.fast.lanes import exp, spoil
@@ -33,7 +33,7 @@ __all__ = ["PLACE", "append_kernel", "gate_items", "gate_kernel", "merge_kernel"
 
 PLACE = 5  # words of a row's place in a cache, and what its query is multiplied with
 _PLACE_BYTES = PLACE * 8
-_RECORDS = 4  # of silu(gate) * up that an item computes
+_RECORDS = 4  # of act(gate) * up that an item computes
 
 
 @cache
@@ -147,23 +147,28 @@ def append_kernel(features: Features, head_dim: int, norms: bool = False) -> Ker
 
 @cache
 def gate_kernel(features: Features, activation: str = "silu") -> Kernel:
-    """``out = act(gate) * up``, rounded to int8. Item: _RECORDS records of a row, padded with zeros.
+    """``out = act(gate) * up * weight``, rounded to int8. Item: _RECORDS records of a row, padded with zeros.
 
-    Args: 0 gate, 1 up, 2 buffer of activations, 3 padded columns, 4 bytes from row to row of gate and up, 5 of buffers.
+    Args: 0 gate, 1 up, 2 bytes from row to row of both, 3 buffers of activations, 4 bytes from one to the next,
+    5 padded columns, 6 the rows' weights f32, or 0 for none.
     """
     argument_of = activation_argument(activation)
+    clamp_gate, clamp_up = clamps(activation)
 
     def activate(item, thread, args):
-        width = argument(args, 3)
+        width = argument(args, 5)
         items = (width // RECORD + _RECORDS - 1) // _RECORDS
-        row, item = item // items, item % items
-        gate, up = argument(args, 0) + row * argument(args, 4), argument(args, 1) + row * argument(args, 4)
-        out = argument(args, 2) + row * argument(args, 5)
-        for record in range(item * _RECORDS, min((item + 1) * _RECORDS, width // RECORD)):
+        row, part = item // items, item % items
+        gate, up = argument(args, 0) + row * argument(args, 2), argument(args, 1) + row * argument(args, 2)
+        out = argument(args, 3) + row * argument(args, 4)
+        weight = splat(F32X16, 1.0)
+        if argument(args, 6) != 0:
+            weight = splat(F32X16, load_scalar(float32, argument(args, 6) + row * 4))
+        for record in range(part * _RECORDS, min((part + 1) * _RECORDS, width // RECORD)):
             for at in range(record * RECORD * 4, (record + 1) * RECORD * 4, 64):
-                value = load(F32X16, gate + at)
+                value = clamp_gate(load(F32X16, gate + at))
                 share = splat(F32X16, 1.0) / (splat(F32X16, 1.0) + exp(splat(F32X16, 0.0) - argument_of(value)))
-                store(out + at, value * share * load(F32X16, up + at))
+                store(out + at, value * share * clamp_up(load(F32X16, up + at)) * weight)
             quantize_record(out + record * RECORD * 4, out + width * 4 + record * RECORD_BYTES)
 
     return compile_kernel(activate, f"{features.key}-{activation}")

@@ -42,6 +42,7 @@ __all__ = [
     "picker",
     "prefetch",
     "spoil",
+    "square_root",
     "stack",
     "store_at",
     "sum_each",
@@ -206,6 +207,16 @@ def prefetch(typingctx, address):
         return context.get_dummy_value()
 
     return types.void(types.int64), codegen
+
+
+@intrinsic
+def square_root(typingctx, a):
+    """``np.sqrt(a)``; f32."""
+
+    def codegen(context, builder, signature, args):
+        return emit(builder, f"llvm.sqrt.v{a.lanes}f32", a.llvm, args)
+
+    return a(a), codegen
 
 
 @inline

@@ -21,8 +21,6 @@ from typing import Any
 import numpy as np
 from numba import float32, int64
 
-from slimrt.ops.fast.activations import RECORD, RECORD_BYTES, padded, quantize_record
-from slimrt.ops.fast.elements import activation_argument, clamps
 from slimrt.ops.fast.features import Features
 from slimrt.ops.fast.gemv import HEAD, PART, Product, Rows, add_products
 from slimrt.ops.fast.kernels import Kernel, compile_kernel
@@ -42,10 +40,9 @@ from slimrt.ops.fast.vectors import (
     sum_lanes,
 )
 
-__all__ = ["Stacked", "add_biases_kernel", "add_stacked", "choose_kernel", "gate_experts_kernel", "gate_items"]
+__all__ = ["Stacked", "add_biases_kernel", "add_stacked", "choose_kernel"]
 
 _LOWEST = -1e30
-_RECORDS = 4  # of act(gate) * up that an item computes
 
 
 @dataclass(frozen=True)
@@ -125,33 +122,6 @@ def choose_kernel(features: Features) -> Kernel:
 
 
 @cache
-def gate_experts_kernel(features: Features, activation: str) -> Kernel:
-    """``out[j] = act(gate[j]) * up[j] * weights[j]``, rounded to int8. Item: _RECORDS records of one expert.
-
-    Args: 0 gate f32 [used, padded], 1 up, 2 bytes from row to row of both, 3 buffers of activations, 4 bytes from one
-    to the next, 5 padded columns, 6 weights f32 [used].
-    """
-    argument_of = activation_argument(activation)
-    clamp_gate, clamp_up = clamps(activation)
-
-    def activate(item, thread, args):
-        width = argument(args, 5)
-        items = (width // RECORD + _RECORDS - 1) // _RECORDS
-        expert, part = item // items, item % items
-        gate, up = argument(args, 0) + expert * argument(args, 2), argument(args, 1) + expert * argument(args, 2)
-        out = argument(args, 3) + expert * argument(args, 4)
-        weight = splat(F32X16, load_scalar(float32, argument(args, 6) + expert * 4))
-        for record in range(part * _RECORDS, min((part + 1) * _RECORDS, width // RECORD)):
-            for at in range(record * RECORD * 4, (record + 1) * RECORD * 4, 64):
-                value = clamp_gate(load(F32X16, gate + at))
-                share = splat(F32X16, 1.0) / (splat(F32X16, 1.0) + exp(splat(F32X16, 0.0) - argument_of(value)))
-                store(out + at, value * share * clamp_up(load(F32X16, up + at)) * weight)
-            quantize_record(out + record * RECORD * 4, out + width * 4 + record * RECORD_BYTES)
-
-    return compile_kernel(activate, f"{features.key}-{activation}")
-
-
-@cache
 def add_biases_kernel(features: Features) -> Kernel:
     """``out = before + (weights[:, None] * biases[chosen]).sum(axis=0)`` [n], one item; ``before`` 0 is zeros.
 
@@ -171,11 +141,6 @@ def add_biases_kernel(features: Features) -> Kernel:
             store(out + i * 4, total)
 
     return compile_kernel(add, features.key)
-
-
-def gate_items(width: int, used: int) -> int:
-    """Items of ``gate_experts_kernel`` for experts of ``width``."""
-    return used * -(-padded(width) // (RECORD * _RECORDS))
 
 
 def add_stacked(

@@ -9,21 +9,34 @@ from __future__ import annotations
 from functools import cache
 
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
-from numba import int64
+from numba import float32, int64
 
 from slimrt.ops.fast.features import Features
 from slimrt.ops.fast.kernels import Kernel, compile_kernel
-from slimrt.ops.fast.lanes import stack
+from slimrt.ops.fast.lanes import square_root, stack, sum_each
 from slimrt.ops.fast.unpack import PANEL, TILE_COLUMNS, row_unpacker, turner
-from slimrt.ops.fast.vectors import argument, load_scalar, store_scalar
+from slimrt.ops.fast.vectors import (
+    F32X16,
+    argument,
+    fma,
+    load,
+    load_scalar,
+    maximum,
+    splat,
+    store,
+    store_scalar,
+)
 from slimrt.ops.fast.whole_products import BLOCK, SCALE_BYTES
-from slimrt.ops.fast.whole_rows import round_block
+from slimrt.ops.fast.whole_rows import RIGHT_LENGTH, round_numbers
 
 __all__ = ["unpack_whole"]
 
 assert TILE_COLUMNS == BLOCK
-_ROW_BYTES = BLOCK * 2 + 64  # of numbers: rows a power of two apart would share a few sets of the cache
-_floats, _numbers, _end = stack(BLOCK * 4), stack(PANEL * _ROW_BYTES), stack(PANEL * 64)
+_FLOAT_BYTES = BLOCK * 4
+_NUMBER_BYTES = BLOCK * 2 + 64  # of a row: rows a power of two apart would share a few sets of the cache
+_TINY = 1e-36  # the square of a block's length below which it counts as 0
+_tile, _numbers, _end = stack(PANEL * _FLOAT_BYTES), stack(PANEL * _NUMBER_BYTES), stack(PANEL * 64)
+_squares, _factors = stack(PANEL * 64), stack(PANEL * 4)
 _turn_in_place = turner(False)
 
 
@@ -40,19 +53,33 @@ def unpack_whole(features: Features, kind: GGMLQuantizationType, past_caches: bo
         rows = min(PANEL, argument(args, 2) - item * PANEL)
         blocks = (width + BLOCK - 1) // BLOCK
         out = argument(args, 4) + item * (width * 2 + blocks * SCALE_BYTES) * PANEL
-        floats, numbers, end = _floats(), _numbers(), _end()
+        tile, numbers, end, squares, factors = _tile(), _numbers(), _end(), _squares(), _factors()
         for start in range(0, width, BLOCK):
             many = min(BLOCK, width - start)
             for row in range(PANEL):
                 count = min(BLOCK, columns - start) if row < rows else 0
+                floats = tile + row * _FLOAT_BYTES
                 unpack_row(packed + row * stride + start // elements * nbytes, count, floats)
-                store_scalar(out + row * SCALE_BYTES, round_block(floats, many, numbers + row * _ROW_BYTES))
+                total = splat(F32X16, 0.0)
+                for i in range(0, many, 16):
+                    value = load(F32X16, floats + 4 * i)
+                    total = fma(value, value, total)
+                store(squares + row * 64, total)
+            # The scales of all rows together: roots and quotients one after the other would take as long as all else.
+            total = sum_each(squares)
+            scale = square_root(maximum(splat(F32X16, _TINY), total)) * splat(F32X16, 1.0 / RIGHT_LENGTH)
+            scale = scale + (total - total)  # NaN where a number is NaN or infinite
+            store(out, scale)
+            store(factors, splat(F32X16, 1.0) / scale)
             out += PANEL * SCALE_BYTES
+            for row in range(PANEL):
+                factor = load_scalar(float32, factors + row * 4)
+                round_numbers(tile + row * _FLOAT_BYTES, many, factor, numbers + row * _NUMBER_BYTES)
             for column in range(0, many, 32):  # 16 pairs
                 if many - column >= 32:
-                    turn(numbers + column * 2, _ROW_BYTES, out + column * PANEL * 2)
+                    turn(numbers + column * 2, _NUMBER_BYTES, out + column * PANEL * 2)
                 else:
-                    _turn_in_place(numbers + column * 2, _ROW_BYTES, end)
+                    _turn_in_place(numbers + column * 2, _NUMBER_BYTES, end)
                     for i in range(0, 16 * PANEL * 2, 8):
                         store_scalar(out + column * PANEL * 2 + i, load_scalar(int64, end + i))
             out += many * PANEL * 2

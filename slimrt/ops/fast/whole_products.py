@@ -9,9 +9,9 @@ Neighbouring numbers along K lie together, as ``vpmaddwd`` wants them: it adds t
 
     c[r, n] += sum over blocks b of  (left[r, b] @ right[b, :, n]) * left_scale[r, b] * right_scale[b, n]
 
-with the sum in the brackets exact. No sum overflows, whatever the numbers: ``whole_rows`` chooses each block's scale
-so that its numbers, as a vector, are at most 46340 long, and by Cauchy and Schwarz |a . b| <= |a| |b| < 2**31, for any
-part of a block too. A block's root mean square is then about 2900, and the largest number that there may be 32767.
+with the sum in the brackets exact. No sum overflows, whatever the numbers: the scales are chosen so that a block, as a
+vector, is at most 65520 long on the left and 32775 on the right, and by Cauchy and Schwarz |a . b| <= |a| |b| < 2**31,
+for any part of a block too. The root mean squares are then about 4100 and 2000; a number may reach 32767.
 """
 
 from __future__ import annotations

@@ -25,21 +25,31 @@ from slimrt.ops.fast.vectors import (
 )
 from slimrt.ops.fast.whole_products import BLOCK, SCALE_BYTES
 
-__all__ = ["round_block", "whole_cast", "whole_norm"]
+__all__ = ["LEFT_LENGTH", "RIGHT_LENGTH", "round_numbers", "whole_cast", "whole_norm"]
 
 I16X16 = Vector("i16", 16)
-# Two blocks of numbers may each be 46340.9 long for the sum of their products to stay below 2**31; rounding makes one
-# of 256 numbers at most 8 longer, and the floats that find its length err by less than one.
-_LENGTH = 46331.0
+# The products of two blocks, as vectors, must stay below 2**31; rounding makes one of 256 numbers at most 8 longer, and
+# the floats that find its length err by less than one. Weights' lengths leave no number above 32767, so that their
+# largest need not be looked for; that of the left is the rest.
+LEFT_LENGTH, RIGHT_LENGTH = 65510.0, 32765.0
 _LARGEST = 32767.0
 _TINY = 1e-30  # blocks without a larger number count as 0: their scales could not be inverted
 _ROUND = 12582912.0  # 1.5 * 2**23: adding it rounds to whole numbers and leaves them in the low bits
 
 
 @inline
-def round_block(floats, count, out):
-    """``scale, out[:count] = ...`` of float32 [count], count a multiple of 16 of at most BLOCK: writes int16 to the
-    address ``out``, returns the scale: NaN if one of the floats is NaN or infinite."""
+def round_numbers(floats, count, factor, out):
+    """``out[:count] = np.rint(floats * factor)``: float32 [count] to int16, count a multiple of 16."""
+    times, shift = splat(F32X16, factor), splat(F32X16, _ROUND)
+    for i in range(0, count, 16):
+        whole = reinterpret(I32X16, load(F32X16, floats + 4 * i) * times + shift)
+        store(out + 2 * i, convert(I16X16, whole))
+
+
+@inline
+def _round_block(floats, count, out):
+    """Writes float32 [count], count a multiple of 16 of at most BLOCK, as int16 to the address ``out``; returns their
+    scale: NaN if one of them is NaN or infinite."""
     zero = splat(F32X16, 0.0)
     peaks, squares = zero, zero
     for i in range(0, count, 16):
@@ -50,15 +60,11 @@ def round_block(floats, count, out):
     for i in range(0, count, 16):  # of numbers up to 1: the squares of large ones would overflow
         a = load(F32X16, floats + 4 * i) * splat(F32X16, inverse)
         squares = fma(a, a, squares)
-    length = float32(np.sqrt(sum_lanes(squares)) * float32(1.0 / _LENGTH))
+    length = float32(np.sqrt(sum_lanes(squares)) * float32(1.0 / LEFT_LENGTH))
     if length < float32(1.0 / _LARGEST):
         length = float32(1.0 / _LARGEST)
     scale = float32(peak * length)
-    factor = splat(F32X16, float32(inverse / length))
-    shift = splat(F32X16, _ROUND)
-    for i in range(0, count, 16):
-        whole = reinterpret(I32X16, load(F32X16, floats + 4 * i) * factor + shift)
-        store(out + 2 * i, convert(I16X16, whole))
+    round_numbers(floats, count, float32(inverse / length), out)
     return float32(scale + (length - length))
 
 
@@ -80,7 +86,7 @@ def whole_cast(x, n, out, padded):
                 store_scalar(ends + 4 * i, value)
             source = ends
         to = out + 2 * start + start // BLOCK * SCALE_BYTES
-        store_scalar(to, round_block(source, count, to + SCALE_BYTES))
+        store_scalar(to, _round_block(source, count, to + SCALE_BYTES))
 
 
 @inline
@@ -100,4 +106,4 @@ def whole_norm(x, gain, n, factor, out, padded):
                 value = float32(load_scalar(float32, x + at) * factor * load_scalar(float32, gain + at))
             store_scalar(values + 4 * i, value)
         to = out + 2 * start + start // BLOCK * SCALE_BYTES
-        store_scalar(to, round_block(values, count, to + SCALE_BYTES))
+        store_scalar(to, _round_block(values, count, to + SCALE_BYTES))
