@@ -1,16 +1,18 @@
-"""Files go both ways between slimrt and llama.cpp: by hand, in four steps, from the repository's root.
+"""Files go both ways between slimrt and llama.cpp: by hand, in four steps and one more, from the repository's root.
 
     python -m tests.goldens.families.check_llama_cpp write FOLDER      slimrt's environment: checkpoints, slimrt's files
     python -m tests.goldens.families.check_llama_cpp convert FOLDER LLAMA_CPP    llama-cpp-python's: llama.cpp's files
     python -m tests.goldens.families.check_llama_cpp read FOLDER       llama-cpp-python's: llama.cpp's logits of both
     python -m tests.goldens.families.check_llama_cpp compare FOLDER    slimrt's: its own logits of both, and a table
+    python -m tests.goldens.families.check_llama_cpp spread FOLDER CASE    both in one: KL by prompt
 
 LLAMA_CPP: the sources that llama-cpp-python 0.3.36 carries. ``convert`` and ``read`` run in an environment with torch
 2.13.0, transformers 5.24.0 and llama-cpp-python. Pre-tokenizers are named by hand, as in ``convert/make_reference.py``,
 and every vocabulary is read as byte pairs: what is compared are logits. The table has the largest differences to
 Transformers in float64 over both prompts, and of llama.cpp, whose products round activations, to slimrt. A second table
 has the mean KL divergence to NumPy's float32 over the long prompt, read in one piece and token by token, of slimrt's
-compiled kernels and of llama.cpp, on slimrt's file in float32 and in Q8_0.
+compiled kernels and of llama.cpp, on slimrt's file in float32 and in Q8_0. ``spread`` has the same of Q8_0, token by
+token, over that prompt and eight random ones.
 """
 
 from __future__ import annotations
@@ -169,7 +171,40 @@ def _divergences(folder: Path, theirs: dict[str, np.ndarray]) -> None:
         print(f"{name:14}" + "".join(f"{cell:>17}" for cell in cells))
 
 
+def spread(folder: Path, name: str) -> None:
+    import llama_cpp
+
+    from slimrt.config import CacheConfig
+    from slimrt.engine import Engine
+    from slimrt.eval.metrics import kl
+    from slimrt.models import build, read_config, stretch_rope
+    from slimrt.ops.fast.fast_ops import FastOps
+    from slimrt.ops.numpy.numpy_ops import NumpyOps
+    from slimrt.weights.gguf import GGUFFile
+
+    path, rng = folder / f"{name}.q8_0.gguf", np.random.default_rng(5)
+    file = GGUFFile(path)
+    config = stretch_rope(read_config(file), CTX)
+    plain, fast = (Engine(build(config, file, ops), ops, CacheConfig(CTX)) for ops in (NumpyOps(1), FastOps(1)))
+    llm = llama_cpp.Llama(str(path), n_ctx=CTX, n_threads=1, logits_all=True, verbose=False)
+    ours, theirs = [], []
+    for ids in (prompts()[0], *(rng.integers(3, V - 1, 100).tolist() for _ in range(8))):
+        exact = plain.logits(plain.prefill(plain.new_context(), ids, wanted=len(ids))[0])
+        context = fast.new_context()
+        ours.append(kl(exact, np.stack([fast.decode_one_token(context, id) for id in ids])))
+        llm.reset()
+        for id in ids:
+            llm.eval([id])
+        theirs.append(kl(exact, llm.scores[: len(ids), : exact.shape[1]]))
+    print(
+        f"{name}: slimrt / llama.cpp by prompt",
+        *(f"{a.mean() / b.mean():.2f}" for a, b in zip(ours, theirs, strict=True)),
+    )
+    for what, of in (("mean", np.mean), ("median", np.median), ("largest", np.max)):
+        print(f"{what:8}{of(np.concatenate(ours)):10.2e}{of(np.concatenate(theirs)):10.2e}")
+
+
 if __name__ == "__main__":
-    {"write": write, "convert": convert, "read": read, "compare": compare}[sys.argv[1]](
+    {"write": write, "convert": convert, "read": read, "compare": compare, "spread": spread}[sys.argv[1]](
         Path(sys.argv[2]), *sys.argv[3:]
     )
