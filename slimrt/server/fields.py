@@ -62,7 +62,7 @@ def _value(name: str, field: Field, value: Any) -> Any:
     if isinstance(value, int | float) and not isinstance(value, bool) and not field.low <= value <= field.high:
         raise ApiError(
             400,
-            f"'{name}' is {value}; it must lie in {field.low:g} to {field.high:g}",
+            f"'{name}' is {value}; it must lie in {_written(field.low)} to {_written(field.high)}",
             param=name,
             code="invalid_value",
         )
@@ -109,3 +109,7 @@ def schema(fields: Mapping[str, Field]) -> dict[str, Any]:
         "type": "object", "properties": properties, "additionalProperties": False,
         **({"required": required} if required else {}),
     }  # fmt: skip
+
+
+def _written(bound: float) -> str:
+    return f"{int(bound):,}" if float(bound).is_integer() else f"{bound:g}"

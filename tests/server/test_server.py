@@ -237,6 +237,7 @@ def test_the_answer_tells_which_tokens_were_kept(tmp_path: Path) -> None:
         ("/v1/chat/completions", {**ASK, "temperature": "hot"}, "'temperature' is of type string; it must be number"),
         ("/v1/chat/completions", {**ASK, "top_p": 3}, "'top_p' is 3; it must lie in 0 to 1"),
         ("/v1/chat/completions", {**ASK, "n": 1000}, "'n' is 1000"),
+        ("/v1/chat/completions", {**ASK, "max_tokens": 0}, "'max_tokens' is 0; it must lie in 1 to 2,147,483,648"),
         ("/v1/chat/completions", {**ASK, "max_tokens": True}, "'max_tokens' is of type boolean"),
         ("/v1/chat/completions", {**ASK, "messages": []}, "'messages' is empty"),
         ("/v1/chat/completions", {**ASK, "messages": [{"role": "king", "content": ""}]}, "role 'king'"),
