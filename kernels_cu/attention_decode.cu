@@ -2,30 +2,32 @@
 //
 //   q [H, DH]; k, v with kv_stride from head to head, rows of DH. Of length[0] rows (device memory, so that a captured graph
 //   sees it grow) row i lies at row table[i / block] * block + i % block, or at row i where table is null. reach [Hkv] or
-//   null: as in prefill, the query being row length[0] - 1. H / Hkv is at most 16. T and DH are macros.
-//   attention_decode: grid (Hkv, splits), block 128, dynamic shared memory 512 * DH bytes
+//   null: as in prefill, the query being row length[0] - 1. start [1] or null: the first row that is read, then reach is null.
+//   H / Hkv is at most 16. T, DH and maybe CAPPED (cap: see attention.cuh) are macros.
+//   attention_decode: grid (Hkv, splits), block 32 * WARPS, dynamic shared memory 128 * WARPS * DH bytes; WARPS is 4, of
+//   heads wider than 128 2
 //       -> partial [H, splits, DH + 2] float32: greatest score (times log2 e), sum of weights, weighted values
 //   attention_combine: grid (H), block DH -> out [H, DH] of T
 //
 // The query heads of a KV head are the rows of one operand of the tensor cores, so each key and value is read once. A warp
-// is a pipeline of its own: it takes every fourth chunk of 16 rows of its block's share, two chunks in flight, and needs no
-// barrier before the end, when the four warps' results are joined through the shared memory that held their chunks.
+// is a pipeline of its own: it takes every WARPS-th chunk of 16 rows of its block's share, two chunks in flight, and needs no
+// barrier before the end, when the warps' results are joined through the shared memory that held their chunks.
 #include "attention.cuh"
 
-constexpr int WARPS = 4, ROWS = 16;
+constexpr int WARPS = DH > 128 ? 2 : 4, ROWS = 16;
 
 // 16 rows of keys and of values into a warp's tiles, of the rows that are read those from `first` on.
 struct Source {
     const T *k, *v;
     const int* table;
-    int block, reads, skipped;  // rows left out after the sink
+    int block, reads, sink, skipped;  // rows left out after the sink
 
     __device__ __forceinline__ void load(T* keys, T* values, int first) const {
         constexpr int CHUNKS = DH / 8;
         for (int i = threadIdx.x % 32; i < ROWS * CHUNKS; i += 32) {
             const int read = first + i / CHUNKS, chunk = i % CHUNKS;
             const bool valid = read < reads;
-            const int row = valid ? read + (read < SINK ? 0 : skipped) : 0;
+            const int row = valid ? read + (read < sink ? 0 : skipped) : 0;
             const long long at = (long long)(table ? table[row / block] * block + row % block : row) * DH + chunk * 8;
             cp_async16(chunk_of(keys, i / CHUNKS, chunk), k + at, valid);
             cp_async16(chunk_of(values, i / CHUNKS, chunk), v + at, valid);
@@ -33,17 +35,18 @@ struct Source {
     }
 };
 
-extern "C" __global__ void __launch_bounds__(128)
+extern "C" __global__ void __launch_bounds__(32 * WARPS)
 attention_decode(const T* q, const T* k, const T* v, const int* table, const int* length, const int* reach, float* partial,
-                 int heads, int kv_heads, int kv_stride, int block) {
+                 int heads, int kv_heads, int kv_stride, int block, const int* start, float cap) {
     DYNAMIC_SHARED(unsigned char, shared);
     __shared__ float peaks[WARPS][ROWS], totals[WARPS][ROWS];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int kv_head = blockIdx.x, group = heads / kv_heads, splits = gridDim.y;
 
-    const int first = first_row(reach, kv_head, length[0] - 1), skipped = first ? first - SINK : 0;
+    const int first = start ? start[0] : first_row(reach, kv_head, length[0] - 1);
+    const int sink = start ? 0 : SINK, skipped = first ? first - sink : 0;
     const Source source = {k + (long long)kv_head * kv_stride, v + (long long)kv_head * kv_stride,
-                           table, block, length[0] - skipped, skipped};
+                           table, block, length[0] - skipped, sink, skipped};
     const int chunks = (source.reads + ROWS - 1) / ROWS, share = (chunks + splits - 1) / splits;
     const int last_chunk = min(chunks, int(blockIdx.y + 1) * share);
     T* const tiles = reinterpret_cast<T*>(shared) + warp * 4 * ROWS * DH;  // keys and values, two stages
@@ -74,6 +77,7 @@ attention_decode(const T* q, const T* k, const T* v, const int* table, const int
             mma_m16n8k16<T>(scores[0], queries[c], b[0], b[1]);
             mma_m16n8k16<T>(scores[1], queries[c], b[2], b[3]);
         }
+        soften(scores, cap);
 #pragma unroll
         for (int i = 0; i < 8; i++)
             if (chunk * ROWS + 8 * (i / 4) + 2 * (lane % 4) + i % 2 >= source.reads) scores[i / 4][i % 4] = -FLOAT_INFINITY;

@@ -2,7 +2,8 @@
 // 0 .. N - T + t of N, or the sink and a window of them where its KV head has a `reach` (slimrt.prune.reach).
 //
 //   q [T, H, DH] with q_stride from token to token; k, v [Hkv, N, DH] with kv_stride from head to head; out [T, H, DH]
-//   reach [Hkv] int32 or null. T, DH, TILE (64 or 128 query rows), STAGES (1 or 2) are macros.
+//   reach [Hkv] int32 or null; starts [T] int32 or null, cap: see attention.cuh. T, DH, TILE (64 or 128 query rows),
+//   STAGES (1 or 2), maybe WINDOWED (then reach is null) and CAPPED are macros.
 //   grid (H, tiles), block 128, dynamic shared memory 2 * DH * (TILE + 128 * STAGES) bytes
 //
 // Four warps hold TILE / 4 query rows each and go through tiles of 64 keys; scores and weights never leave the registers.
@@ -20,7 +21,7 @@ constexpr int KEYS = 64, THREADS = 128, PARTS = TILE / 64;  // a warp holds PART
 
 extern "C" __global__ void __launch_bounds__(THREADS)
 attention_prefill(const T* q, const T* k, const T* v, T* out, const int* reach, int tokens, int keys, int heads, int kv_heads,
-                  int q_stride, int kv_stride) {
+                  int q_stride, int kv_stride, const int* starts, float cap) {
     DYNAMIC_SHARED(T, queries);
     T* const key_tiles = queries + TILE * DH;
     T* const value_tiles = key_tiles + STAGES * KEYS * DH;
@@ -32,10 +33,23 @@ attention_prefill(const T* q, const T* k, const T* v, T* out, const int* reach, 
     const int my_first = first_query + 16 * PARTS * warp, my_last = my_first + 16 * PARTS - 1;
 
     const long long head_at = (long long)kv_head * kv_stride;
+#ifdef WINDOWED
+    const int last = min(first_query + TILE, keys) - 1;
+    const int lowest = first_seen(starts, first_query - offset, tokens) / KEYS * KEYS;
+    const int tiles = (last - lowest) / KEYS + 1;
+    auto first_key = [=](int tile) { return lowest + tile * KEYS; };
+    const int my_lowest = first_seen(starts, my_first - offset, tokens);  // of this warp's rows, and the highest of them
+    const int my_highest = first_seen(starts, my_last - offset, tokens);
+    int starting[PARTS][2];
+    for (int p = 0; p < PARTS; p++)
+        for (int half = 0; half < 2; half++)
+            starting[p][half] = first_seen(starts, my_first + 16 * p + lane / 4 + 8 * half - offset, tokens);
+#else
     const int first = first_row(reach, kv_head, first_query), last = min(first_query + TILE, keys) - 1;
     const int tiles = last / KEYS - first / KEYS + 1 + (first > 0);
     const int jump = first ? first - KEYS : 0;  // from the sink to the window
     auto first_key = [=](int tile) { return tile == 0 ? 0 : jump + tile * KEYS; };
+#endif
     auto load_keys = [=](int tile) {
         if (tile < tiles)
             load_tile<KEYS, THREADS>(key_tiles + tile % STAGES * KEYS * DH, k + head_at, DH, first_key(tile), keys);
@@ -48,7 +62,11 @@ attention_prefill(const T* q, const T* k, const T* v, T* out, const int* reach, 
     };
 
     float mixed[PARTS][DH / 8][4] = {}, peak[PARTS][2], total[PARTS][2] = {};
+#ifdef WINDOWED
+    for (int p = 0; p < PARTS; p++) peak[p][0] = peak[p][1] = LOWEST;  // a row may see nothing of the first tiles
+#else
     for (int p = 0; p < PARTS; p++) peak[p][0] = peak[p][1] = -FLOAT_INFINITY;
+#endif
     load_tile<TILE, THREADS>(queries, q + (long long)head * DH, q_stride, first_query - offset, tokens);
     load_keys(0);
     load_values(0);
@@ -57,7 +75,11 @@ attention_prefill(const T* q, const T* k, const T* v, T* out, const int* reach, 
         const T* const key_tile = key_tiles + tile % STAGES * KEYS * DH;
         const T* const value_tile = value_tiles + tile % STAGES * KEYS * DH;
         const int key = first_key(tile);
+#ifdef WINDOWED
+        const bool seen = key <= my_last && key + KEYS > my_lowest;
+#else
         const bool seen = key <= my_last;  // by any row of this warp
+#endif
 
         cp_async_wait<1>();
         __syncthreads();
@@ -86,6 +108,19 @@ attention_prefill(const T* q, const T* k, const T* v, T* out, const int* reach, 
         }
 
         if (seen) {
+#pragma unroll
+            for (int p = 0; p < PARTS; p++) soften(scores[p], cap);
+#ifdef WINDOWED
+            if (key < my_highest) {
+#pragma unroll
+                for (int p = 0; p < PARTS; p++)
+#pragma unroll
+                    for (int n = 0; n < KEYS / 8; n++)
+#pragma unroll
+                        for (int i = 0; i < 4; i++)
+                            if (key + 8 * n + 2 * (lane % 4) + i % 2 < starting[p][i / 2]) scores[p][n][i] = -FLOAT_INFINITY;
+            }
+#endif
             if (key + KEYS - 1 > my_first) {  // on the diagonal
                 const int ahead = my_first + lane / 4 - key - 2 * (lane % 4);
 #pragma unroll

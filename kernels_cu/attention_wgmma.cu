@@ -1,7 +1,8 @@
 // attention_prefill for Hopper (sm_90a): the same contract, by the products of warpgroups (FlashAttention-3, arXiv 2407.08608).
 //
 //   q [T, H, DH] with q_stride from token to token; k, v [Hkv, N, DH] with kv_stride from head to head; out [T, H, DH]
-//   reach [Hkv] int32 or null. T, DH (64 or 128) and STAGES (1 to 3) are macros.
+//   reach [Hkv] int32 or null; starts [T] int32 or null, cap: see attention.cuh. T, DH (64 or 128), STAGES (1 to 3), maybe
+//   WINDOWED (then reach is null) and CAPPED are macros.
 //   grid (H, tiles of 128 rows), block 384, dynamic shared memory 2 * DH * (128 + 256 * STAGES) + 1152 bytes
 //
 // The first warpgroup loads, by cp.async, two warps keys and two warps values, each through STAGES tiles of 128 keys with a
@@ -19,7 +20,6 @@
 
 constexpr int ROWS = 128, KEYS = 128, THREADS = 384, MEMBERS = 2;  // members: warpgroups that compute
 constexpr int LINE = 64, PANELS = DH / LINE, LOADERS = 64;          // LOADERS: threads that fill one tile
-constexpr float LOWEST = -3.0e38f;                                  // below any score: where nothing was seen yet
 
 // Rows 0 .. COUNT of `from`, DH apart, into a tile of PANEL lines a panel, by threads of which this is number `thread`, STEP
 // lines a round. Rows from `limit` on become zeros.
@@ -38,7 +38,7 @@ __device__ __forceinline__ void load_lines(T* tile, const T* from, long long str
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 attention_wgmma(const T* q, const T* k, const T* v, T* out, const int* reach, int tokens, int keys, int heads, int kv_heads,
-                int q_stride, int kv_stride) {
+                int q_stride, int kv_stride, const int* starts, float cap) {
     DYNAMIC_SHARED(T, memory);
     T* const queries = memory + (-shared_address(memory) & 1023) / sizeof(T);
     T* const key_tiles = queries + ROWS * DH;
@@ -51,13 +51,19 @@ attention_wgmma(const T* q, const T* k, const T* v, T* out, const int* reach, in
     const int head = blockIdx.x, kv_head = head / (heads / kv_heads);
     const int offset = keys - tokens, first_query = ((keys - 1) / ROWS - int(blockIdx.y)) * ROWS;  // the heaviest first
 
-    const int first = first_row(reach, kv_head, first_query), last = min(first_query + ROWS, keys) - 1;
+    const int last = min(first_query + ROWS, keys) - 1;
+#ifdef WINDOWED
+    const int lowest = first_seen(starts, first_query - offset, tokens), tiles = (last - lowest) / KEYS + 1;
+    auto first_key = [=](int step) { return lowest + (tiles - 1 - step) * KEYS; };
+#else
+    const int first = first_row(reach, kv_head, first_query);
     const int tiles = (last - first) / KEYS + 1 + (first > 0);
     // Step n of all goes to tile tiles - 1 - n; tile 0 holds the sink where there is a window.
     auto first_key = [=](int step) {
         const int tile = tiles - 1 - step;
         return first ? (tile ? first + (tile - 1) * KEYS : 0) : tile * KEYS;
     };
+#endif
 
     if (threadIdx.x == 0) {
         for (int stage = 0; stage < STAGES; stage++) {
@@ -109,6 +115,10 @@ attention_wgmma(const T* q, const T* k, const T* v, T* out, const int* reach, in
         T* const my_queries = queries + member * 64 * LINE;
         const int my_first = first_query + 64 * member, my_row = my_first + 16 * (warp % 4) + lane / 4;
         const int my_token = my_first - offset;
+#ifdef WINDOWED
+        const int starting[2] = {first_seen(starts, my_row - offset, tokens), first_seen(starts, my_row + 8 - offset, tokens)};
+        const int highest_start = first_seen(starts, my_token + 63, tokens);
+#endif
         load_lines<64, 16, ROWS, false>(my_queries, q + (long long)head * DH + (long long)my_token * q_stride, q_stride,
                                         thread, -my_token, tokens - my_token);
         cp_async_commit();
@@ -152,9 +162,20 @@ attention_wgmma(const T* q, const T* k, const T* v, T* out, const int* reach, in
         };
         // Scores become weights relative to a new peak, by which `shrink` says what older sums have to be multiplied with.
         auto softmax = [&](int step, bool masked) {
+            soften(scores, cap);
             if (masked) {
                 const int key = first_key(step);
+#ifdef WINDOWED
+                const bool sink = false;
+                const int before[2] = {starting[0] - key - 2 * (lane % 4), starting[1] - key - 2 * (lane % 4)};
+#pragma unroll
+                for (int n = 0; n < KEYS / 8; n++)
+#pragma unroll
+                    for (int i = 0; i < 4; i++)
+                        if (8 * n + i % 2 < before[i / 2]) scores[n][i] = -FLOAT_INFINITY;
+#else
                 const bool sink = first && step == tiles - 1;
+#endif
                 const int ahead = (sink ? SINK - 1 : my_row - key) - 2 * (lane % 4), second = sink ? 0 : 8;
 #pragma unroll
                 for (int n = 0; n < KEYS / 8; n++)
@@ -223,7 +244,11 @@ attention_wgmma(const T* q, const T* k, const T* v, T* out, const int* reach, in
         pack_weights();
 
         int step = 1;
+#ifdef WINDOWED
+        const int whole = tiles - max(0, highest_start - lowest + KEYS - 1) / KEYS;  // steps that all rows see from the first key
+#else
         const int whole = tiles - (first > 0);  // steps before the sink's
+#endif
         for (; step < whole && first_key(step) + KEYS - 1 > my_first; step++) advance(step, true);
 #pragma unroll 1
         for (; step < whole; step++) advance(step, false);

@@ -8,7 +8,7 @@
 //     mean_qk      = the greatest mean over rows of |score| of the block's units
 //
 //   q [W, H, DH] with q_stride from query to query; keys [Hkv, N, DH] with keys_stride from head to head; `per_block` keys
-//   make a block. causal: query w sees keys up to N - W + w. Scores carry log2(e), so that 2^x serves for exp.
+//   make a block. causal: query w sees keys up to N - W + w. cap: with the macro CAPPED, see attention.cuh. Scores carry log2(e), so that 2^x serves for exp.
 //   score_stats    grid (ceil(B / max(1, 64 / per_block)), Hkv), block 128 -> stats [H * W, B] of (m, l)
 //   score_norms    grid (H * W), block 128                                -> norms [H * W] of (M, L)
 //   score_softmax  grid (ceil(B / 128)), block 128                        -> scores [B]
@@ -24,9 +24,10 @@ constexpr int KEYS = 64, ROWS = 16, PITCH = KEYS + 1;  // the pitch keeps 16 row
 // Products of rows `first` .. + 15 of a KV head's W * group rows with a tile of 64 keys -> products [16, PITCH], unscaled.
 // Row r is query r / group in head r % group of the KV head.
 __device__ __forceinline__ void multiply(float* products, const T* tile, const T* q, int first, int rows, int group,
-                                         int q_stride) {
+                                         int q_stride, float cap) {
     const int lane = threadIdx.x % 32;
     const T* row[2];
+#pragma unroll
     for (int i = 0; i < 2; i++) {
         const int r = first + lane / 4 + 8 * i;
         row[i] = r < rows ? q + (long long)(r / group) * q_stride + r % group * DH : nullptr;
@@ -44,6 +45,7 @@ __device__ __forceinline__ void multiply(float* products, const T* tile, const T
             mma_m16n8k16<T>(sums[2 * n + 1], a, b[2], b[3]);
         }
     }
+    soften(sums, cap);
 #pragma unroll
     for (int n = 0; n < KEYS / 8; n++)
 #pragma unroll
@@ -54,7 +56,7 @@ __device__ __forceinline__ void multiply(float* products, const T* tile, const T
 
 extern "C" __global__ void __launch_bounds__(128)
 score_stats(const T* q, const T* keys, float2* stats, int window, int count, int heads, int kv_heads, int q_stride,
-            int keys_stride, int per_block, int causal) {
+            int keys_stride, int per_block, int causal, float cap) {
     DYNAMIC_SHARED(T, tile);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     float* const products = reinterpret_cast<float*>(tile + KEYS * DH) + warp * ROWS * PITCH;
@@ -69,7 +71,7 @@ score_stats(const T* q, const T* keys, float2* stats, int window, int count, int
         cp_async_wait<0>();
         __syncthreads();
         for (int first = ROWS * warp; first < rows; first += 4 * ROWS) {
-            multiply(products, tile, q, first, rows, group, q_stride);
+            multiply(products, tile, q, first, rows, group, q_stride, cap);
             // A lane takes whole pairs of a row and a block. Blocks of more keys than a tile are alone: they grow in place.
             for (int pair = lane; pair < ROWS * together; pair += 32) {
                 const int r = first + pair % ROWS, b = first_block + pair / ROWS;
@@ -137,7 +139,7 @@ score_products(const T* q, const T* means, float* sums, int window, int units, i
     __syncthreads();
     float total[2] = {};  // of keys lane and lane + 32
     for (int first = ROWS * warp; first < rows; first += 4 * ROWS) {
-        multiply(products, tile, q, first, rows, group, q_stride);
+        multiply(products, tile, q, first, rows, group, q_stride, 1.0f);
         for (int r = 0; r < ROWS; r++)  // rows past the end are zeros
             for (int i = 0; i < 2; i++) total[i] += fabsf(products[r * PITCH + lane + 32 * i]) * SCALE;
     }

@@ -76,6 +76,13 @@ __device__ __forceinline__ float exp2_fast(float x) {
     return result;
 }
 
+// 1 / x to about 1 ulp; of infinity 0.
+__device__ __forceinline__ float reciprocal_fast(float x) {
+    float result;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+    return result;
+}
+
 // d += a b: a [16, 16], b [16, 8], d [16, 8] in the fragment layout of mma.m16n8k16. With g = lane / 4 and t = lane % 4, a
 // lane holds rows g and g + 8 of a and d, at columns 2t and 2t + 1 (of a also those + 8), and column g of b.
 template <typename HALF>

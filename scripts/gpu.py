@@ -1,20 +1,23 @@
 """Everything that needs a GPU: ``python3 scripts/gpu.py``, from a checkout, with no network and nothing installed.
 
-    python3 scripts/gpu.py [--only STEP_OR_GROUP[,...]] [--out FILE] [--quick] [--dry]
+    python3 scripts/gpu.py [--only STEP_OR_GROUP[,...]] [--within SECONDS] [--out FILE] [--quick] [--dry]
 
 Needs a Python with CuPy, NumPy, Numba, pytest and slimrt's dependencies; what is missing is said in one line. The
-steps come in four groups, ``correctness``, ``operations``, ``prompts`` and ``tokens``, each short enough for a machine
-that is lent for minutes. Each step runs in a process of its own within a time of its own and writes what it finds row
-by row, so a step that hangs, fails or is cut off costs nothing but its own rest. Checks share the card, measurements
-have it alone. Results go to ``--out`` (default: ``docs/results/gpu-<device>-<date>.json``) and are merged into what is
-there, so that ``--only`` adds to an earlier run. ``--quick`` measures one prompt length and one context; ``--dry``
-walks through all of it on the CPU's emulation, at tiny sizes.
+steps come in four groups, ``correctness``, ``operations``, ``prompts`` and ``tokens``, each short enough for a
+machine that is lent for minutes; ``docs/results/README.md`` has the order for one that is lent for fifteen in all.
+Each step runs in a process of its own within a time of its own and writes what it finds row by row, so a step that
+hangs, fails or is cut off costs nothing but its own rest. Checks share the card, measurements have it alone. Results
+go to ``--out`` (default: ``docs/results/gpu-<device>-<date>.json``) and are merged into what is there, so that
+``--only`` adds to an earlier run. ``--within`` bounds the whole call: what runs then is cut off with what it has
+found, what waits is not begun. ``--quick`` measures one prompt length and one context; ``--dry`` walks through all of
+it on the CPU's emulation, at tiny sizes.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import subprocess
@@ -153,9 +156,14 @@ class Report:
         return ROOT / "docs" / "results" / f"gpu-{slug}-{self.results['date'][:10]}.json"
 
 
-def run_all(names: Sequence[str], out: Path | None, *, dry: bool = False, quick: bool = False) -> int:
-    """Run the steps, checks together and measurements alone; returns how many neither passed nor were skipped."""
-    report = Report(out, dry=dry)
+def run_all(
+    names: Sequence[str], out: Path | None, *, dry: bool = False, quick: bool = False, within: float = math.inf
+) -> int:
+    """Run the steps, checks together and measurements alone; returns how many neither passed nor were skipped.
+
+    ``within``: seconds that all of it may take.
+    """
+    report, end = Report(out, dry=dry), time.perf_counter() + within
     waiting, running = list(names), list[Running]()
     ended: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -163,6 +171,11 @@ def run_all(names: Sequence[str], out: Path | None, *, dry: bool = False, quick:
             while waiting and _may_start(waiting[0], running, dry=dry):
                 running.append(_start(waiting.pop(0), Path(folder), dry=dry, quick=quick))
             time.sleep(POLL_S)
+            if time.perf_counter() > end:
+                for step in running:
+                    step.limit = 0
+                ended |= dict.fromkeys(waiting, "not begun")
+                waiting.clear()
             for step in list(running):
                 verdict = _look(step, report)
                 if verdict is None:
@@ -243,6 +256,9 @@ def main() -> None:
     parser.add_argument("--dry", action="store_true", help="on the CPU emulation, at tiny sizes")
     parser.add_argument("--quick", action="store_true", help="measure one prompt length and one context only")
     parser.add_argument("--only", metavar="NAME[,NAME]", help=f"these steps or groups ({', '.join(GROUPS)})")
+    parser.add_argument(
+        "--within", type=float, metavar="SECONDS", default=math.inf, help="what the call may take in all"
+    )
     parser.add_argument("--out", type=Path, help="where the results go, merged into what is there")
     parser.add_argument("--step", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -254,7 +270,8 @@ def main() -> None:
     if missing:
         sys.exit(gpu_layout.remedy(missing))
     out = None if options.out is None else options.out.resolve()
-    sys.exit(1 if run_all(chosen(options.only), out, dry=options.dry, quick=options.quick) else 0)
+    names, how = chosen(options.only), {"dry": options.dry, "quick": options.quick, "within": options.within}
+    sys.exit(1 if run_all(names, out, **how) else 0)
 
 
 if __name__ == "__main__":

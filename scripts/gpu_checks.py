@@ -136,6 +136,11 @@ def attention(note: Note, sizes: Sizes) -> None:
                 ops, heads, kv_heads, w, k, r, sizes.sampled_rows, reach))  # fmt: skip
         checks.run(f"attention_decode x {keys}, Dh {width}", lambda w=width, k=keys: _prefill(
             ops, heads, kv_heads, w, k, 1, 1))  # fmt: skip
+    for width, keys, window, cap in sizes.windowed:
+        for rows, what in ((keys, "prefill"), (1, "decode")):
+            name = f"attention_{what} x {keys}, Dh {width}, the last {window} keys" + f", capped at {cap:g}" * bool(cap)
+            checks.run(name, lambda w=width, k=keys, r=rows, more=(window, cap): _prefill(
+                ops, heads, kv_heads, w, k, r, min(r, sizes.sampled_rows), None, *more))  # fmt: skip
     checks.finish()
 
 
@@ -170,21 +175,26 @@ def all_written(x: Array) -> bool:
 
 
 def _prefill(
-    ops: Any, heads: int, kv_heads: int, width: int, keys: int, rows: int, samples: int, reach: Any = None
-) -> dict[str, Any]:
+    ops: Any, heads: int, kv_heads: int, width: int, keys: int, rows: int, samples: int, reach: Any = None,
+    window: int = 0, cap: float = 0.0,
+) -> dict[str, Any]:  # fmt: skip
     q, layer = bits((rows, heads, width), 2, 1), bits((2, kv_heads, keys, width), -1, 2)
     with ops.computing():
         there, out = ops.upload(layer), ops.upload(np.full(q.shape, np.nan, np.float16))
-        got = ops.to_host(ops.attend(ops.upload(q), there[0], there[1], out, reach=reach))
+        first = np.maximum(0, np.arange(keys - rows, keys) + 1 - window) if window else None
+        got = ops.to_host(ops.attend(ops.upload(q), there[0], there[1], out, reach=reach, first=first, cap=cap))
     edges = [row for row in (0, 1, 63, 64, 127, 128, rows - 2, rows - 1) if 0 <= row < rows]
     drawn = np.random.default_rng(3).integers(0, rows, samples)
     picked = np.unique([*edges, *drawn])[: samples + len(edges)]
-    exact, naive = _attention_rows(q[picked], layer[0], layer[1], picked + keys - rows, reach)
+    at = picked + keys - rows
+    exact, naive = _attention_rows(q[picked], layer[0], layer[1], at, reach, window, cap)
     found = judged(got[picked], naive, exact)
     return found | {"ok": found["ok"] and all_written(got), "all_written": all_written(got), "sampled": len(picked)}
 
 
-def _attention_rows(q: Array, k: Array, v: Array, positions: Array, reach: Any) -> tuple[Array, Array]:
+def _attention_rows(
+    q: Array, k: Array, v: Array, positions: Array, reach: Any, window: int = 0, cap: float = 0.0
+) -> tuple[Array, Array]:
     """Attention of rows q [S, H, Dh] at ``positions`` in float64, and naively with weights and result in float16."""
     heads, kv_heads = q.shape[1], k.shape[0]
     group = heads // kv_heads
@@ -193,6 +203,8 @@ def _attention_rows(q: Array, k: Array, v: Array, positions: Array, reach: Any) 
     for kv in range(kv_heads):
         own = slice(kv * group, (kv + 1) * group)
         hidden = index[None, :] > positions[:, None]
+        if window:
+            hidden |= index[None, :] <= positions[:, None] - window
         if reach is not None and reach[kv]:
             first = np.array([first_row(reach[kv], int(row)) for row in positions])[:, None]
             hidden |= (first > 0) & (index[None, :] < first) & (index[None, :] >= SINK)
@@ -200,6 +212,7 @@ def _attention_rows(q: Array, k: Array, v: Array, positions: Array, reach: Any) 
             keys, values = k[kv].astype(real), v[kv].astype(real)
             for row in range(len(q)):
                 scores = q[row, own].astype(real) @ keys.T / real(np.sqrt(q.shape[2]))
+                scores = real(cap) * np.tanh(scores / real(cap)) if cap else scores
                 scores[:, hidden[row]] = -np.inf
                 weights = np.exp(scores - scores.max(axis=1, keepdims=True))
                 total = weights.sum(axis=1, keepdims=True)
@@ -360,8 +373,9 @@ def shapes(note: Note, sizes: Sizes) -> None:
     threads = os.cpu_count() or 1
 
     def compare(kind: str) -> dict[str, Any]:
+        element: Any = "bf16" if kind == "BF16" else "f16"
         found = [talk(Engine(_model(config, kind, ops), ops), ids) for ops in (
-            NumpyOps(threads), HalfOps(threads), CupyOps())]  # fmt: skip
+            NumpyOps(threads), HalfOps(threads, element), CupyOps(element=element))]  # fmt: skip
         return judged(found[2], found[1], found[0])
 
     for kind in sizes.types:

@@ -85,7 +85,7 @@ def ttft(note: Note, sizes: Sizes) -> None:
 
 def ttft_q4(note: Note, sizes: Sizes) -> None:
     """The same with packed weights."""
-    _ttft(note, sizes, sizes.measured_types[1], sizes.packed_lengths)
+    _ttft(note, sizes, sizes.packed_type, sizes.packed_lengths)
 
 
 def _ttft(note: Note, sizes: Sizes, kind: str, lengths: Sequence[int]) -> None:

@@ -66,7 +66,8 @@ def launch_attention(card: Card, build: Build, case: Case, q: Any, k: Any, v: An
     grid = (case.heads, (case.keys - 1) // tile - (case.keys - case.tokens) // tile + 1)
     stride = int(q.strides[0]) // 2
     sizes = (case.tokens, case.keys, case.heads, case.kv_heads, stride, case.keys * case.dh)
-    args = (q, k, v, out, np.uintp(0) if reach is None else reach, *(np.int32(n) for n in sizes))
+    null = np.uintp(0)
+    args = (q, k, v, out, null if reach is None else reach, *(np.int32(n) for n in sizes), null, np.float32(0))
     card.kernel(build, build[0], shared)(grid, (threads,), args, shared_mem=shared)
 
 

@@ -291,7 +291,7 @@ class Engine:
     @_computing
     def last_states(self, x: np.ndarray) -> np.ndarray:
         """Hidden states [T, D], as ``prefill`` returns them -> behind the output norm [T, D] float32 on the host."""
-        return _finite(np.asarray(self.ops.to_host(self.model.normed(x)), np.float32))
+        return _finite(self.ops.floats(self.model.normed(x)))
 
 
 def _finite(logits: np.ndarray) -> np.ndarray:

@@ -96,7 +96,7 @@ def describe(
         "tokenizer": _tokenizer(file),
         "chat_template": "tokenizer.chat_template" in file.metadata,
         "chat_templates": sorted(key[len(_NAMED) :] for key in file.metadata if key.startswith(_NAMED)),
-        "backend": describe_backend(device),
+        "backend": describe_backend(device, config.head_dim) if config else describe_backend(device),
         "memory": memory,
     }
 

@@ -86,7 +86,7 @@ class Opened:
             self.memory, problem = memory_cuda.fit(self.config, file, self.cache, gpu, stream=options.stream_weights)
             try:
                 if problem is None:
-                    return open_cuda(gpu, keeps_unpacked=self.memory.keeps)
+                    return open_cuda(gpu, keeps_unpacked=self.memory.keeps, element=self.memory.element)
                 raise SettingError(problem)
             except SlimrtError as error:
                 if options.device == "cuda":

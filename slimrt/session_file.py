@@ -175,13 +175,13 @@ def _arrays(session: Session) -> Iterator[np.ndarray]:
     yield np.asarray(session.tokens, "<i4")
     for layer in range(session.engine.config.n_layers):
         keys, values, positions = context.cache.rows(layer)
-        yield np.ascontiguousarray(session.engine.ops.to_host(keys), "<f4")
-        yield np.ascontiguousarray(session.engine.ops.to_host(values), "<f4")
+        yield np.ascontiguousarray(session.engine.ops.floats(keys), "<f4")
+        yield np.ascontiguousarray(session.engine.ops.floats(values), "<f4")
         yield np.ascontiguousarray(positions, "<i8")
     if context.boundary is not None:
         yield np.ascontiguousarray(session.engine.ops.to_host(context.boundary.rows()), "<f4")
         if context.boundary.first_length:
-            yield np.ascontiguousarray(session.engine.ops.to_host(context.boundary.first_queries()), "<f4")
+            yield np.ascontiguousarray(session.engine.ops.floats(context.boundary.first_queries()), "<f4")
     if session.logits is not None:
         yield np.ascontiguousarray(session.logits, "<f4")
 

@@ -30,6 +30,13 @@ import numpy as np
 import pytest
 
 from tests import emulation
+from tests.kernel_cases import full, half
+
+BITS = "bits of bfloat16: only kernels know their numbers"
+
+
+def _numbers(x: np.ndarray) -> np.ndarray:
+    return full(x) if x.dtype == np.uint16 else x
 
 
 def _as_cupys(name: str, base: type[Exception]) -> type[Exception]:
@@ -184,6 +191,7 @@ class Array:
         if isinstance(value, np.ndarray):
             raise TypeError("Unsupported type <class 'numpy.ndarray'>")
         source = value._a if isinstance(value, Array) else value
+        assert not isinstance(value, Array) or (self.dtype == np.uint16) == (value.dtype == np.uint16), BITS
         self._machine.submit(lambda: np.copyto(target, source, casting="same_kind"))
 
     def reshape(self, *shape: Any) -> Array:
@@ -215,15 +223,19 @@ class Array:
         return out
 
     def astype(self, dtype: Any) -> Array:
+        assert self.dtype != np.uint16, BITS
         return self._elementwise(lambda a: a.astype(dtype))
 
     def __add__(self, other: Any) -> Array:
+        assert self.dtype != np.uint16, BITS
         return self._elementwise(np.add, other)
 
     def __mul__(self, other: Any) -> Array:
+        assert self.dtype != np.uint16, BITS
         return self._elementwise(np.multiply, other)
 
     def __iadd__(self, other: Array) -> Array:
+        assert self.dtype != np.uint16, BITS
         target, source = self._a, other._a
         self._machine.submit(lambda: np.add(target, source, out=target, casting="same_kind"))
         return self
@@ -558,7 +570,7 @@ class FakeCupy:
         assert lda >= k and ldb >= k and ldc >= m
 
         def matrix(address: int, kind: int, rows: int, stride: int, columns: int) -> np.ndarray:
-            dtype = np.dtype({0: np.float32, 2: np.float16}[kind])
+            dtype = np.dtype({0: np.float32, 2: np.float16, 14: np.uint16}[kind])
             size = ((rows - 1) * stride + columns) * dtype.itemsize
             flat = np.frombuffer((ctypes.c_char * size).from_address(address), dtype)
             return np.lib.stride_tricks.as_strided(flat, (rows, columns), (stride * dtype.itemsize, dtype.itemsize))
@@ -568,8 +580,10 @@ class FakeCupy:
 
         def work() -> None:
             with np.errstate(all="ignore"):
-                product = scale * (second.astype(np.float64) @ first.astype(np.float64).T)
-                out[...] = product + keep * out if keep else product
+                left, right = (_numbers(side).astype(np.float64) for side in (second, first))
+                product = scale * (left @ right.T)
+                product = product + keep * _numbers(out) if keep else product
+                out[...] = half(product.astype(np.float32), "bf16") if out.dtype == np.uint16 else product
 
         self.submit(work)
 
@@ -618,7 +632,6 @@ class FakeCupy:
         module.ndarray, module.RawModule, module.asarray = Array, RawModule, asarray  # type: ignore[attr-defined]
         module.empty = lambda shape, dtype=float: self.empty(shape, dtype)  # type: ignore[attr-defined]
         module.ascontiguousarray = lambda a: a if a.flags.c_contiguous else a._elementwise(np.ascontiguousarray)  # type: ignore[attr-defined]
-        module.asnumpy = lambda a: a.get()  # type: ignore[attr-defined]
         module.cos = lambda a: a._elementwise(np.cos)  # type: ignore[attr-defined]
         module.sin = lambda a: a._elementwise(np.sin)  # type: ignore[attr-defined]
         Stream.null = self.null  # type: ignore[attr-defined]

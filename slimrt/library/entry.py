@@ -115,7 +115,8 @@ def _arrays(
         assert context.boundary is not None
         yield np.ascontiguousarray(host(context.boundary.rows()[:n]), "<f4")
         if header.first:
-            yield np.ascontiguousarray(host(context.boundary.first_queries()[: header.first]), "<f4")
+            queries = engine.ops.floats(context.boundary.first_queries()[: header.first])
+            yield np.ascontiguousarray(queries, "<f4")
     if logits is not None:
         for layer, rows in enumerate(header.behind, header.layers):
             keys, values, positions = context.cache.rows(layer)

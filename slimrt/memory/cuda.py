@@ -14,8 +14,10 @@ from slimrt.config import CacheConfig, ModelConfig
 from slimrt.kv.host_blocks import host_slabs
 from slimrt.memory.plan import MemoryRow
 from slimrt.models.stream import SLOTS, layer_bytes
-from slimrt.ops.cuda.cupy_ops import HEAD_WIDTHS, ROW_CHUNK, row_chunk
+from slimrt.ops.cuda.checked import HEAD_WIDTHS
+from slimrt.ops.cuda.cupy_ops import ROW_CHUNK, row_chunk
 from slimrt.ops.cuda.device import CudaDevice
+from slimrt.ops.cuda.element import ELEMENTS, ElementName, element_of
 from slimrt.ops.cuda.weights import PACKED_TYPES, packed_nbytes
 from slimrt.weights.gguf import GGUFFile
 
@@ -30,8 +32,9 @@ _SLACK = 1.03  # the pool rounds sizes up and splits what it gives out
 class CudaPlan:
     """Bytes that a model takes on one GPU, for a prompt that fills the context of ``ctx`` tokens.
 
-    ``weights``: packed. ``unpacked``: one layer of them in float16, while a prompt is read, or where memory is
-    plentiful (``keeps``) all that are not float16 anyway, which then stay for the next prompt. ``kv``: keys
+    ``element``: the type of activations, keys and values. ``weights``: packed. ``unpacked``: one layer of them in that
+    type, while a prompt is read, or where memory is plentiful (``keeps``) all that do not have it anyway, which then
+    stay for the next prompt. ``kv``: keys
     and values on the device, all or (under a budget) the resident ones with the means of units; ``ring``: the staging
     slots of a budget. ``boundary``: the hidden states that a pruned prompt leaves for further questions. ``rows``: what
     a prompt's tokens hold while they pass a layer; ``scratch``: what the rows that pass the feed-forward together take
@@ -52,6 +55,7 @@ class CudaPlan:
     context: int
     host: int
     available: int
+    element: ElementName = "f16"
 
     @property
     def total(self) -> int:
@@ -64,15 +68,19 @@ class CudaPlan:
 
     def table(self) -> list[MemoryRow]:
         """The plan as the lines of a table, the total last."""
-        verdict = "fits into" if self.fits() else "exceeds"
+        verdict, words = "fits into" if self.fits() else "exceeds", ELEMENTS[self.element].words
         return [
             MemoryRow("weights", self.weights, "two layers at a time" if self.streamed else "packed"),
             MemoryRow(
                 "layers unpacked" if self.keeps else "one layer unpacked",
                 self.unpacked,
-                "float16, kept from prompt to prompt" if self.keeps else "float16, while a prompt is read",
+                f"{words}, kept from prompt to prompt" if self.keeps else f"{words}, while a prompt is read",
             ),
-            MemoryRow("KV cache", self.kv, f"{self.ctx} tokens" if not self.host else "what the budget keeps resident"),
+            MemoryRow(
+                "KV cache",
+                self.kv,
+                f"{self.ctx} tokens, {words}" if not self.host else f"what the budget keeps resident, {words}",
+            ),
             MemoryRow("staging slots", self.ring, "through which the other keys and values pass"),
             MemoryRow("hidden states", self.boundary, "of a pruned prompt, for further questions"),
             MemoryRow("rows", self.rows, "of a prompt of the whole context, within a layer"),
@@ -109,6 +117,7 @@ def plan(
     chunk: int = ROW_CHUNK,
     *,
     keeps: bool = False,
+    element: ElementName = "f16",
 ) -> CudaPlan:
     """The plan for a context of ``cache.ctx`` tokens, ``chunk`` of which pass the feed-forward together; ``keeps``:
     with all layers unpacked."""
@@ -146,21 +155,22 @@ def plan(
         context=_CONTEXT,
         host=host,
         available=available,
+        element=element,
     )
 
 
 @dataclass(frozen=True)
 class Weights:
     """Bytes of the weights on the device, and in page-locked host memory where the layers are streamed. ``unpacked``:
-    what the layers' matrices that are not float16 take in float16."""
+    what the layers' matrices that are not of the element take in it."""
 
     device: int
     host: int = 0
     unpacked: int = 0
 
 
-def place_weights(file: GGUFFile, *, stream: bool = False) -> Weights:
-    """What the tensors take: packed, or float16 where there is no kernel for their type."""
+def place_weights(file: GGUFFile, *, stream: bool = False, element: ElementName = "f16") -> Weights:
+    """What the tensors take: packed, or in 16 bits where there is no kernel for their type."""
     resident, unpacked, layers = 0, 0, dict[str, list[int]]()
     for name, tensor in file.tensors.items():
         matrix = len(tensor.shape) > 1
@@ -171,7 +181,7 @@ def place_weights(file: GGUFFile, *, stream: bool = False) -> Weights:
         else:
             nbytes = _HALF * math.prod(tensor.shape)
         layer = matrix and name.startswith("blk.")
-        if layer and tensor.type in PACKED_TYPES and tensor.type.name != "F16":
+        if layer and tensor.type in PACKED_TYPES and tensor.type.name != ELEMENTS[element].weights:
             unpacked += _HALF * math.prod(tensor.shape)
         if stream and layer:
             layers.setdefault(name.split(".")[1], []).append(nbytes)
@@ -198,8 +208,6 @@ def largest_context(
 def unsupported(config: ModelConfig) -> str | None:
     """Why the GPU's kernels cannot run a model of these sizes, in one line, or None."""
     for lacking, what in (
-        (config.windows, "layers with sliding windows"),
-        (config.attention_cap, "soft caps of attention"),
         (config.parallel, "attention and feed-forward side by side"),
         (config.experts, "mixtures of experts"),
         (config.sinks, "sinks of attention"),
@@ -210,7 +218,7 @@ def unsupported(config: ModelConfig) -> str | None:
     if config.head_dim not in HEAD_WIDTHS:
         return (
             f"the model's heads are {config.head_dim} wide, the GPU's attention kernels take "
-            f"{' and '.join(map(str, HEAD_WIDTHS))}; use device='cpu' (--device cpu)"
+            f"{', '.join(map(str, HEAD_WIDTHS))}; use device='cpu' (--device cpu)"
         )
     for name, width in (("hidden states", config.d_model), ("feed-forward", config.d_ff)):
         if width % 32:
@@ -222,11 +230,12 @@ def fit(
     config: ModelConfig, file: GGUFFile, cache: CacheConfig, gpu: CudaDevice, *, stream: bool = False
 ) -> tuple[CudaPlan, str | None]:
     """The plan of a model on ``gpu``, and in one line why it cannot be carried out there, or None."""
-    weights = place_weights(file, stream=stream)
+    element = element_of(file)
+    weights = place_weights(file, stream=stream, element=element)
     chunk = row_chunk(gpu.total)
-    chosen = plan(config, weights, cache, gpu.free, chunk)
+    chosen = plan(config, weights, cache, gpu.free, chunk, element=element)
     if weights.unpacked and not stream:
-        plentiful = plan(config, weights, cache, gpu.free, chunk, keeps=True)
+        plentiful = plan(config, weights, cache, gpu.free, chunk, keeps=True, element=element)
         chosen = plentiful if plentiful.fits() else chosen
     problem = unsupported(config)
     if problem is None and not chosen.fits():

@@ -8,6 +8,7 @@ from typing import Any
 
 from slimrt.errors import DeviceError, SettingError
 from slimrt.ops.cuda.device import CudaDevice, probe
+from slimrt.ops.cuda.element import ElementName
 from slimrt.ops.cuda.prefill import prefill_kernel
 from slimrt.ops.numpy.numpy_ops import NumpyOps
 from slimrt.ops.protocol import Ops
@@ -60,14 +61,15 @@ def find_gpu(device: str) -> tuple[CudaDevice | None, str]:
     return gpu, str(gpu)
 
 
-def open_cuda(gpu: CudaDevice, *, keeps_unpacked: bool = False) -> Backend:
-    """The backend on ``gpu``; ``keeps_unpacked``: float16 copies of packed weights stay for the next prompt.
+def open_cuda(gpu: CudaDevice, *, keeps_unpacked: bool = False, element: ElementName = "f16") -> Backend:
+    """The backend on ``gpu``; ``keeps_unpacked``: copies of packed weights in 16 bits stay for the next prompt.
+    ``element``: of activations, keys and values.
 
     Raises DeviceError if it does not start.
     """
     from slimrt.ops.cuda.cupy_ops import CupyOps
 
-    ops = CupyOps(gpu)
+    ops = CupyOps(gpu, element=element)
     ops.keeps_unpacked = keeps_unpacked
     return Backend(ops, str(gpu))
 
@@ -93,11 +95,13 @@ def uses_kernels(device: str) -> bool:
     return device != "numpy" and find_gpu(device)[0] is None and fast_features()[0] is not None
 
 
-def describe_backend(device: str) -> dict[str, str]:
-    """What ``open_backend`` would open: its name, and why. Raises DeviceError for "cuda" where that does not work."""
+def describe_backend(device: str, head_dim: int = 128) -> dict[str, str]:
+    """What ``open_backend`` would open for a model with such heads: its name, and why.
+
+    Raises DeviceError for "cuda" where that does not work."""
     gpu, _ = find_gpu(device)
     if gpu is not None:
-        return {"name": "cuda", "why": f"{gpu}; prompts attend by {prefill_kernel(gpu).words}"}
+        return {"name": "cuda", "why": f"{gpu}; prompts attend by {prefill_kernel(gpu, head_dim).words}"}
     if device == "numpy":
         return {"name": "numpy", "why": "NumPy: asked for"}
     features, why = fast_features()

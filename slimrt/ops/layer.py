@@ -101,7 +101,7 @@ class LayerOps:
                 self.norm_heads(q, norms.q_gain, norms.eps)
                 self.norm_heads(k, norms.k_gain, norms.eps)
                 if norms.scale != 1:
-                    q[...] = q * np.float32(norms.scale)
+                    self.scale_heads(q, norms.scale)
             if cos.shape[1]:
                 self.rope(joint[:, : count + kv_count], cos, sin)  # q and k, in place
             return q, k, v
@@ -186,6 +186,10 @@ class LayerOps:
         wide = x.astype(np.float32)
         wide /= ((wide * wide).mean(axis=axes, keepdims=True) + np.float32(eps)) ** np.float32(0.5)
         x[...] = wide * gain.reshape(-1, x.shape[-1])
+
+    def scale_heads(self, x: Array, by: float) -> None:
+        """Multiply x [T, heads, Dh] with ``by``, in place."""
+        x[...] = x * np.float32(by)
 
     def centred(self, x: Array) -> Array:
         """x [T, D] less each row's mean: RMSNorm of it is LayerNorm of x."""

@@ -64,7 +64,10 @@ class MemoryOps(Protocol):
         """Return when both queues have done all that was asked."""
 
     def to_host(self, x: Array) -> np.ndarray:
-        """``x`` as a NumPy array."""
+        """``x`` as a NumPy array, in the bits that the backend holds."""
+
+    def floats(self, x: Array) -> np.ndarray:
+        """``x`` as float32 on the host, whatever the backend's element is."""
 
     def close(self) -> None:
         """Finish all copies."""

@@ -57,6 +57,8 @@ unsigned fma_f16x2(unsigned a, unsigned b, unsigned c) HIDDEN;
 
 inline float exp2_fast(float x) { return x < -126.0f ? 0.0f : std::exp2(x); }  // flushed, as it says
 
+inline float reciprocal_fast(float x) { return 1.0f / x; }
+
 template <typename HALF>  // f16, bf16
 HIDDEN void mma_m16n8k16(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1);
 

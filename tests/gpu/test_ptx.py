@@ -27,6 +27,12 @@ extern "C" __global__ void powers(const float* x, float* out, int n) {
 }
 
 // out = a b^T + c by one warp: a [16, 16], b [8, 16], c and out [16, 8]; fragments are gathered by hand.
+extern "C" __global__ void reciprocals(const float* x, float* out, int n) {
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < n) out[i] = reciprocal_fast(x[i]);
+}
+
+// out = a b^T + c by one warp: a [16, 16], b [8, 16], c and out [16, 8]; fragments are gathered by hand.
 extern "C" __global__ void product(const T* a, const T* b, const float* c, float* out) {
     int g = threadIdx.x / 4, t = threadIdx.x % 4;
     auto two = [](const T* p) { return unsigned(p[0].bits) | unsigned(p[1].bits) << 16; };
@@ -98,6 +104,15 @@ def test_powers_of_two() -> None:
     assert out[-1] == 0 and np.isfinite(out).all()
     ulp = np.spacing(exact[:-1].astype(np.float32)).astype(np.float64)
     assert (np.abs(out[:-1] - exact[:-1]) <= 3 * ulp).all()  # documented: 2 ulp, and NumPy's own rounding
+
+
+def test_reciprocals() -> None:
+    x = np.concatenate([np.geomspace(2.0**-120, 2.0**120, 4001), [1, np.inf]]).astype(np.float32)
+    out = np.zeros_like(x)
+    run("f16", "reciprocals", -(-len(x) // 128), 128, x, out, len(x))
+    exact = 1 / x[:-1].astype(np.float64)
+    assert out[-1] == 0
+    assert (np.abs(out[:-1] - exact) <= 2 * np.spacing(exact.astype(np.float32))).all()  # documented: 1 ulp
 
 
 @pytest.mark.parametrize("kind", ["f16", "bf16"])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.kernel_cases import NULL, Array, assert_as_exact, full, half, launch, mode, needs_compiler, noise
-from tests.kernels_cu.test_kernels_attention import PREFILL, attention, inputs
+from tests.kernels_cu.test_kernels_attention import PREFILL, attention, inputs, starts_of
 
 __all__ = ["mode"]
 pytestmark = needs_compiler
@@ -20,8 +20,9 @@ CASES = [
 
 
 def run(
-    q: Array, k: Array, v: Array, keys: int, kind: str, reach: tuple[int, ...] | None = None, **macros: int
-) -> Array:
+    q: Array, k: Array, v: Array, keys: int, kind: str, reach: tuple[int, ...] | None = None,
+    starts: object = NULL, cap: float = 0.0, **macros: int,
+) -> Array:  # fmt: skip
     """q [T, H, Dh], which may be a part of wider rows, over the first ``keys`` rows of k and v [Hkv, N, Dh]."""
     (tokens, heads, dh), macros = q.shape, {"STAGES": 2, **macros}
     out = half(np.full(q.shape, np.nan, np.float32), kind)
@@ -33,7 +34,7 @@ def run(
         384,
         [
             *(q, k, v, out, NULL if reach is None else np.array(reach, np.int32)),
-            *(tokens, keys, heads, len(k), q.strides[0] // 2, k[0].size),
+            *(tokens, keys, heads, len(k), q.strides[0] // 2, k[0].size, starts, cap),
         ],
         shared=2 * dh * (128 + 256 * macros["STAGES"]) + 1152,
     )
@@ -57,6 +58,16 @@ def test_prefill(
     out = run(joint[:, :heads], k, v, keys, kind, reach, **macros)
     arrays = full(q), full(k[:, :keys]), full(v[:, :keys])
     assert_as_exact(out, attention(*arrays, reach, kind), attention(*arrays, reach))
+
+
+@pytest.mark.parametrize(("tokens", "keys", "window"), [(300, 300, 40), (130, 700, 333), (70, 70, 0)])
+def test_windows_and_caps(tokens: int, keys: int, window: int) -> None:
+    q, k, v = inputs(tokens, keys, 2, 1, 64, "f16", spare=5)
+    starts = starts_of(tokens, keys, window) if window else NULL
+    out = run(q, k, v, keys, "f16", starts=starts, cap=2.0, WINDOWED=1, CAPPED=1)
+    arrays = full(q), full(k[:, :keys]), full(v[:, :keys])
+    exact, naive = (attention(*arrays, None, kind, window, 2.0) for kind in (None, "f16"))
+    assert_as_exact(out, naive, exact)
 
 
 def test_prefill_survives_scores_far_apart() -> None:

@@ -24,7 +24,7 @@ def attend(code: str, stages: int, **more: object) -> Array:
     kernel = compiled(code, {"T": "f16", "DH": 64, "TILE": 64, "STAGES": stages, **more}).kernel("attention_prefill")
     q, k, v = (half(noise(shape, seed)) for seed, shape in enumerate([(190, 2, 64), (1, 190, 64), (1, 190, 64)]))
     out = np.zeros_like(q)
-    sizes = (np.int32(n) for n in (190, 190, 2, 1, 128, 190 * 64))
+    sizes = (*(np.int32(n) for n in (190, 190, 2, 1, 128, 190 * 64)), np.uintp(0), np.float32(0))
     kernel((2, 3), (128,), (q, k, v, out, np.uintp(0), *sizes), shared_mem=128 * (64 + 128 * stages))
     return full(out)
 

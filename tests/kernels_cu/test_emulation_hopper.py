@@ -108,7 +108,7 @@ def attend(code: str) -> Array:
     out = half(np.full(q.shape, np.nan, np.float32))
     kernel = compiled(code, {"T": "f16", "DH": 64, "STAGES": 2}).kernel("attention_wgmma")
     kernel.max_dynamic_shared_size_bytes = shared = 2 * 64 * (128 + 256 * 2) + 1152
-    sizes = (np.int32(n) for n in (130, 500, 1, 1, 64, 500 * 64))
+    sizes = (*(np.int32(n) for n in (130, 500, 1, 1, 64, 500 * 64)), np.uintp(0), np.float32(0))
     kernel((1, 2), (384,), (q, k, v, out, np.uintp(0), *sizes), shared_mem=shared)
     return full(out)
 

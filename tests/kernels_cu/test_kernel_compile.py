@@ -21,6 +21,7 @@ from pathlib import Path
 import pytest
 
 from slimrt.ops.cuda import gemv
+from slimrt.ops.cuda.checked import HEAD_WIDTHS
 from slimrt.ops.cuda.device import CudaDevice
 from slimrt.ops.cuda.modules import ARCHITECTURES as EXACT
 from slimrt.ops.cuda.modules import source_text
@@ -49,20 +50,33 @@ Case = tuple[str, dict[str, object], int, int, int, tuple[str, ...]]
 def cases(architecture: str) -> list[Case]:
     result: list[Case] = []
     result.append(("compact.cu", {}, 128, 0, 64, ()))
+    result.append(("merge.cu", {}, 256, 0, 40, ()))
     for kind in SIXTEEN:
-        for source in ("rmsnorm.cu", "rope.cu", "swiglu.cu", "kv_append.cu", "unit_means.cu", "kv_blocks.cu"):
+        for source in ("rmsnorm.cu", "rope.cu", "swiglu.cu", "kv_append.cu", "unit_means.cu", "kv_blocks.cu",
+                       "elements.cu", "norm_heads.cu"):  # fmt: skip
             result.append((source, {"T": kind}, 256, 0, 40, ()))
-        for dh in (64, 128):
+        for dh in HEAD_WIDTHS:
+            if dh in (96, 256) and kind == "bf16":
+                continue  # nothing that the other widths do not show
             seen = (TENSOR_CORES[kind], "LDSM.16.M88.4", "LDGSTS.E.BYPASS.128")
             attends = (*seen, "LDSM.16.MT88.4", "MUFU.EX2")
             defines = {"T": kind, "DH": dh}
             result.append(("block_scores.cu", defines, 128, 128 * dh + 16640, 96, seen))
-            result.append(("attention_decode.cu", defines, 128, 512 * dh, 168, attends))
-            tile, stages = PREFILL_TILES[architecture]
+            warps = 2 if dh > 128 else 4
+            decode = (32 * warps, 128 * warps * dh, 168 if dh <= 128 else 255, attends)
+            result.append(("attention_decode.cu", defines, *decode))
+            tile, stages = PREFILL_TILES[architecture] if dh <= 128 else (64, 1)
             shared = 2 * dh * (tile + 128 * stages)
-            assert 2 * (shared + RESERVED) <= SHARED_PER_BLOCK[architecture] + RESERVED, "two blocks fit at once"
+            alone = dh == 256 and architecture != "sm_90"
+            assert alone or 2 * (shared + RESERVED) <= SHARED_PER_BLOCK[architecture] + RESERVED, (
+                "two blocks fit at once"
+            )
             macros = {**defines, "TILE": tile, "STAGES": stages}
-            result.append(("attention_prefill.cu", macros, 128, shared, 255 if tile == 128 else 168, attends))
+            registers = 255 if tile == 128 or dh == 256 else 168
+            result.append(("attention_prefill.cu", macros, 128, shared, registers, attends))
+            if kind == "f16":  # of windows, and of windows and caps, each in one width
+                windowed = {**macros, "WINDOWED": 1} if dh in (96, 128) else {**macros, "WINDOWED": 1, "CAPPED": 1}
+                result.append(("attention_prefill.cu", windowed, 128, shared, registers, attends))
     for type_ in TYPES:
         result.append(("embed.cu", {"TYPE": type_}, 256, 0, 64, ()))
         if type_ in CELLS:
@@ -89,7 +103,10 @@ def cases(architecture: str) -> list[Case]:
 def hopper_cases() -> list[Case]:
     """What is compiled for sm_90a alone, as PrefillKernel has it."""
     result: list[Case] = []
-    for kind, dh in itertools.product(SIXTEEN, (64, 128)):
+    for kind, dh, more in (
+        *itertools.product(SIXTEEN, (64, 128), ({},)),
+        ("f16", 128, {"WINDOWED": 1}), ("f16", 128, {"WINDOWED": 1, "CAPPED": 1}),
+    ):  # fmt: skip
         product = "F32.BF16" if kind == "bf16" else "F32"
         seen = (
             f"HGMMA.64x128x16.{product} ",
@@ -98,7 +115,7 @@ def hopper_cases() -> list[Case]:
             "USETMAXREG.TRY_ALLOC",
         )
         kernel = prefill_kernel(HOPPER, wgmma=True)
-        macros = {"T": kind, "DH": dh, **kernel.macros()}
+        macros = {"T": kind, "DH": dh, **kernel.macros(), **more}
         loads = ("LDGSTS.E.BYPASS.128", "MUFU.EX2")
         result.append((f"{kernel.source}.cu", macros, kernel.threads, kernel.shared(dh), 168, (*seen, *loads)))
     return result

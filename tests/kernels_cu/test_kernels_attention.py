@@ -20,8 +20,17 @@ def seen_rows(reach: int, row: int) -> Array:
     return rows[(rows >= first) | (rows < SINK)] if first else rows
 
 
-def attention(q: Array, k: Array, v: Array, reach: Sequence[int] | None, kind: str | None = None) -> Array:
-    """In float64, or naively with 16-bit weights and result where ``kind`` is given."""
+def attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    reach: Sequence[int] | None,
+    kind: str | None = None,
+    window: int = 0,
+    cap: float = 0.0,
+) -> Array:
+    """In float64, or naively with 16-bit weights and result where ``kind`` is given. ``window``: the last keys that a
+    row sees (0: all); ``cap``: of scores."""
     tokens, heads, width = q.shape
     kv_heads, keys, _ = k.shape
     real = np.float32 if kind else np.float64
@@ -29,8 +38,9 @@ def attention(q: Array, k: Array, v: Array, reach: Sequence[int] | None, kind: s
     for t in range(tokens):
         for head in range(heads):
             kv = head // (heads // kv_heads)
-            rows = seen_rows(reach[kv] if reach else 0, keys - tokens + t)
+            rows = seen_rows(reach[kv] if reach else 0, keys - tokens + t)[-window:]
             scores = (k[kv, rows].astype(real) @ q[t, head].astype(real)) / real(np.sqrt(width))
+            scores = real(cap) * np.tanh(scores / real(cap)) if cap else scores
             weights = np.exp(scores - scores.max())
             total = weights.sum()
             mixed = (rounded(weights, kind) if kind else weights) @ v[kv, rows].astype(real) / total
@@ -86,7 +96,7 @@ def test_prefill(
         128,
         [
             *(joint, k, v, out, NULL if reach is None else np.array(reach, np.int32)),
-            *(tokens, keys, heads, kv_heads, (heads + 1) * dh, k[0].size),
+            *(tokens, keys, heads, kv_heads, (heads + 1) * dh, k[0].size, NULL, 0.0),
         ],
         shared=2 * dh * (tile + 128 * stages),
     )
@@ -107,7 +117,7 @@ def test_prefill_survives_scores_far_apart() -> None:
         "attention_prefill",
         (1, 2),
         128,
-        [q, k, v, out, NULL, 96, 96, 1, 1, 64, 96 * 64],
+        [q, k, v, out, NULL, 96, 96, 1, 1, 64, 96 * 64, NULL, 0.0],
         shared=128 * (64 + 128),
     )
     arrays = full(q), full(k), full(v)
@@ -158,10 +168,52 @@ def test_decode(
         [
             *(q, held_k, held_v, NULL if table is None else table, np.array([length], np.int32)),
             *(NULL if reach is None else np.array(reach, np.int32), partial),
-            *(heads, kv_heads, held_k[0].size, block),
+            *(heads, kv_heads, held_k[0].size, block, NULL, 0.0),
         ],
         shared=512 * dh,
     )
     launch("attention_decode.cu", defines, "attention_combine", (heads,), dh, [partial, out, splits])
     arrays = full(q), full(k), full(v)
     assert_as_exact(full(out), attention(*arrays, reach, kind), attention(*arrays, reach))
+
+
+def starts_of(tokens: int, keys: int, window: int) -> Array:
+    return np.maximum(0, np.arange(keys - tokens, keys) + 1 - window).astype(np.int32)
+
+
+WINDOWS = [
+    # tokens, keys, heads, kv_heads, dh, tile, stages, window, cap
+    (70, 333, 2, 1, 96, 128, 2, 100, 0.0),  # Phi-3's heads
+    (200, 200, 2, 2, 256, 64, 1, 40, 2.0),  # Gemma's: a window that ends within a tile, and scores beyond the cap
+    (90, 90, 2, 1, 256, 64, 1, 0, 2.0),
+]
+
+
+@pytest.mark.parametrize(("tokens", "keys", "heads", "kv_heads", "dh", "tile", "stages", "window", "cap"), WINDOWS)
+def test_windows_caps_and_heads(
+    tokens: int, keys: int, heads: int, kv_heads: int, dh: int, tile: int, stages: int, window: int, cap: float
+) -> None:
+    """Prefill, and decode of its last token."""
+    q, k, v = inputs(tokens, keys, heads, kv_heads, dh, "f16", spare=5)
+    arrays = full(q), full(k[:, :keys]), full(v[:, :keys])
+    exact, naive = (attention(*arrays, None, kind, window, cap) for kind in (None, "f16"))
+    starts = starts_of(tokens, keys, window) if window else NULL
+    capped, out = {"CAPPED": 1} if cap else {}, np.empty_like(q)
+    launch(
+        "attention_prefill.cu",
+        {"T": "f16", "DH": dh, "TILE": tile, "STAGES": stages, "WINDOWED": 1, **capped},
+        "attention_prefill",
+        (heads, (keys - 1) // tile - (keys - tokens) // tile + 1),
+        128,
+        [q, k, v, out, NULL, tokens, keys, heads, kv_heads, heads * dh, k[0].size, starts, cap],
+        shared=2 * dh * (tile + 128 * stages),
+    )
+    assert_as_exact(full(out), naive, exact)
+    splits, warps, last = 3, 2 if dh > 128 else 4, np.empty((1, heads, dh), q.dtype)
+    partial = np.full((heads, splits, dh + 2), np.nan, np.float32)
+    defines = {"T": "f16", "DH": dh, **capped}
+    args = [q[-1:], k, v, NULL, np.array([keys], np.int32), NULL, partial, heads, kv_heads, k[0].size, 1]
+    args += [starts[-1:].copy() if window else NULL, cap]
+    launch("attention_decode.cu", defines, "attention_decode", (kv_heads, splits), 32 * warps, args, 128 * warps * dh)
+    launch("attention_decode.cu", defines, "attention_combine", (heads,), dh, [partial, last, splits])
+    assert_as_exact(full(last), naive[-1:], exact[-1:])

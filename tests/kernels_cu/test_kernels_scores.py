@@ -62,7 +62,7 @@ def kernel_scores(name: str, q: Array, k: Array, keys: int, block: int, unit: in
     norms = np.full((heads * window, 2), np.nan, np.float32)
     grid = (-(-blocks // max(1, 64 // per_block)), kv_heads)
     causal = int(name.startswith("token"))
-    args = [q, source, stats, *products, per_block, causal]
+    args = [q, source, stats, *products, per_block, causal, 0.0]
     launch("block_scores.cu", defines, "score_stats", grid, 128, args, shared)
     launch("block_scores.cu", defines, "score_norms", (heads * window,), 128, [stats, norms, blocks])
     args = [stats, norms, scores, window, heads, blocks, int(name != "token_max")]

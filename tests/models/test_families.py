@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -17,6 +17,7 @@ from slimrt.llm import LLM
 from slimrt.load_options import LoadOptions
 from slimrt.models import build, read_config, stretch_rope
 from slimrt.ops.numpy.numpy_ops import NumpyOps
+from slimrt.prune.asked import Asked
 from slimrt.prune.plan import PrunePlan, Stage, Window, check_plan
 from slimrt.session import Session
 from slimrt.weights.gguf import GGUFFile
@@ -156,8 +157,21 @@ def test_plans_respect_windows(files: dict[str, Path]) -> None:
     check_plan(PrunePlan((Stage(1, 0.5),)), config)
 
 
-def test_cuda(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gemma 3 without its windows on the GPU's kernels, in emulation: norms of heads and behind, GELU, multipliers."""
+# Heads as wide as the GPU's kernels take: 256 as Gemma's, 96 as Phi-3's; a layer of each kind.
+ON_GPU: dict[str, dict[str, Any]] = {
+    "gemma2": {"head_dim": 256},
+    "gemma3": {"head_dim": 96, "num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]},
+    "phi3": {"head_dim": 96, "hidden_size": 192, "num_hidden_layers": 2},
+    "mistral": {"head_dim": 96, "num_hidden_layers": 2},
+    "qwen3": {"head_dim": 64, "num_hidden_layers": 2, "layer_types": ["full_attention"] * 2},
+    "granite": {"head_dim": 64, "hidden_size": 128, "num_hidden_layers": 2},
+    "olmo2": {"head_dim": 64, "hidden_size": 128, "num_hidden_layers": 2},
+}
+
+
+@pytest.mark.parametrize("name", ON_GPU)
+def test_cuda(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the GPU's kernels, in emulation: a prompt longer than the windows, decode, a pruned prompt, embeddings."""
     from tests import emulation
     from tests.fake_cupy import FakeCupy
     from tests.half_ops import HalfOps
@@ -165,15 +179,28 @@ def test_cuda(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     if emulation.compiler() is None:
         pytest.skip("running CUDA sources on the CPU needs g++")
-    FakeCupy(monkeypatch)
+    fake = FakeCupy(monkeypatch)
     from slimrt.ops.cuda.cupy_ops import CupyOps
 
-    changes = {"head_dim": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 2}
-    path = tmp_path / "model.gguf"
-    checkpoint = write_checkpoint("gemma3", tmp_path / "gemma3", **changes, layer_types=["full_attention"] * 2)
-    convert_checkpoint(checkpoint, path, "f16")
-    ids = prompts()[1]
-    truth, naive, found = (
-        read_and_decoded(session(path, ops, 128), ids, 7) for ops in (NumpyOps(1), HalfOps(), CupyOps())
-    )
+    path, changes = tmp_path / "model.gguf", {"num_attention_heads": 2, "num_key_value_heads": 1, **ON_GPU[name]}
+    convert_checkpoint(write_checkpoint(name, tmp_path / name, **changes), path, "f16")
+    ids = prompts()[0]
+    every = NumpyOps(1), HalfOps(), CupyOps()
+    truth, naive, found = (read_and_decoded(session(path, ops, 128), ids, 70) for ops in every)
     assert np.abs(found - truth).max() <= 3 * np.abs(naive - truth).max()
+    if name == "gemma2":  # a cut behind capped scores
+        cut, results = PrunePlan((Stage(1, 0.5),), block=16, score="asked"), []
+        for ops in every:
+            one = session(path, ops, 128)
+            one.asking = lambda tokens: Asked(head=(0.0,) * 20, tail=(1.0,) * 8)
+            assert one.prefill(ids, cut).stages == (43,)
+            results.append(one.logits)
+        truth, naive, found = results
+        assert np.abs(found - truth).max() <= 3 * np.abs(naive - truth).max()
+    if name == "mistral":
+        with LLM(GGUFFile(path), LoadOptions(ctx=128, device="cuda")) as llm:
+            truth, naive = (
+                embedded(session(path, ops, 128).engine, [ids], "mean", normalize=True) for ops in every[:2]
+            )
+            error = np.abs(llm.embed([ids], pooling="mean") - truth).max()
+            assert error <= 3 * np.abs(naive - truth).max() and "rmsnorm" in fake.launches

@@ -142,6 +142,22 @@ def test_only_names_steps_and_groups() -> None:
         gpu.chosen("tff")
 
 
+def test_a_call_ends_within_its_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What runs is cut off with what it has found; what waits is not begun."""
+
+    def start(name: str, folder: Path, **_: bool) -> gpu.Running:
+        found = folder / f"{name}.json"
+        found.write_text('{"rows": [1]}')
+        (folder / "log").touch()
+        sleep = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+        return gpu.Running(name, sleep, found, folder / "log", 60)
+
+    monkeypatch.setattr(gpu, "_start", start)
+    assert gpu.run_all(["ttft", "decode"], tmp_path / "results.json", within=0.1) == 2
+    steps = json.loads((tmp_path / "results.json").read_text())["steps"]
+    assert list(steps) == ["ttft"] and steps["ttft"]["ended"] == "out of time" and steps["ttft"]["results"]["rows"]
+
+
 def test_only_merges_into_an_earlier_report(tmp_path: Path) -> None:
     out = tmp_path / "results.json"
     gpu.Report(out, dry=True).put("bench", {"ended": "passed", "results": {"rows": [1]}})

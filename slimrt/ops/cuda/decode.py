@@ -29,8 +29,9 @@ class CapturedDecode:
         self._model, self._ops = model, ops
         c = model.config
         self._half = c.rope.dims // 2
-        # Token, rows of each layer before it, rows with it; cos, sin, as aligned as kernels want vectors.
-        self._angles_at = -(-(1 + 2 * c.n_layers) // 4) * 4
+        # Token, rows of each layer before it, rows with it, the first of them that it sees; cos, sin, as aligned as
+        # kernels want vectors.
+        self._angles_at = -(-(1 + 3 * c.n_layers) // 4) * 4
         size = self._angles_at + 2 * self._half
         self._device = ops.empty((size,), np.int32)
         self._host = ops.pinned((size,), np.int32)
@@ -70,10 +71,11 @@ class CapturedDecode:
 
     def _write(self, cache: Cache, token: int, position: int) -> None:
         """For the graph to find. The one before has ended: its logits were waited for."""
-        held = np.array([cache.length(layer) for layer in range(self._model.config.n_layers)])
+        c = self._model.config
+        held = np.array([cache.length(layer) for layer in range(c.n_layers)])
+        first = [_first_seen(cache, layer, position, c.window(layer)) for layer in range(c.n_layers)]
         cos, sin = self._model.rope_table(np.array([position]))
-        integers = self._host[: 1 + 2 * len(held)]
-        integers[0], integers[1 : 1 + len(held)], integers[1 + len(held) :] = token, held, held + 1
+        self._host[: 1 + 3 * len(held)] = np.concatenate([[token], held, held + 1, first])
         self._host[self._angles_at :].view(np.float32)[:] = np.concatenate([cos[0], sin[0]])
 
     def _pass(self, stores: list[Array]) -> list[Array]:
@@ -82,15 +84,21 @@ class CapturedDecode:
         cos, sin = self._device[self._angles_at :].view(np.float32).reshape(2, self._half)
         x, states = ops.begin(model.embedding, self._host, self._device), []
         for number, (layer, store) in enumerate(zip(model.layers, stores, strict=True)):
-            start, length = (self._device[at : at + 1] for at in (1 + number, 1 + c.n_layers + number))
+            start, length, first = (self._device[1 + part * c.n_layers + number :][:1] for part in range(3))
             q = ops.normed_heads(
                 x, layer.attn_norm, c.norm_eps, layer.qkv, layer.qkv_bias, cos, sin, start, store, c.n_heads
             )
             splits = ops.splits(c.n_kv_heads, store.shape[2])
-            mixed = ops.attend_one(q, store[0], store[1], length, ops.empty(q.shape), splits)
+            seen = {"start": first} if c.window(number) else {}
+            mixed = ops.attend_one(q, store[0], store[1], length, ops.empty(q.shape), splits, **seen)
             x = ops.add_linear(x, mixed.reshape(1, -1), layer.out, layer.out_bias)
             states.append(x)
             hidden = ops.normed_gated(x, layer.ffn_norm, c.norm_eps, layer.gate_up, layer.gate_up_bias)
             x = ops.add_linear(x, hidden, layer.down, layer.down_bias)
         ops.normed_head(x, model.norm, c.norm_eps, model.head, self._logits)
         return states
+
+
+def _first_seen(cache: Cache, layer: int, position: int, window: int) -> int:
+    """The first row of a layer that a token at ``position`` sees, which are the last ``window`` positions (0: all)."""
+    return int(np.searchsorted(cache.positions(layer), position - window + 1)) if window else 0

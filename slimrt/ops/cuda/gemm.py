@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from slimrt.ops.cuda.element import ELEMENTS
 from slimrt.ops.cuda.memory import reported
 from slimrt.ops.layer import Activation, LayerOps, Merge
 
@@ -16,7 +17,7 @@ __all__ = ["InPlaceLayer", "multiply"]
 Array = Any  # of CuPy
 
 _NONE, _TRANSPOSED = 0, 1  # cublasOperation_t
-_TYPES = {np.dtype(np.float32): 0, np.dtype(np.float16): 2}  # cudaDataType_t
+_TYPES = {np.dtype(np.float32): 0, **{kind.dtype: kind.cublas for kind in ELEMENTS.values()}}  # cudaDataType_t
 _SUM_IN_FLOAT32, _TENSOR_CORES = 68, 99  # cublasComputeType_t, cublasGemmAlgo_t
 _ONE, _ZERO = np.ones(1, np.float32), np.zeros(1, np.float32)  # read on the host, while the product is queued
 
@@ -45,13 +46,11 @@ class InPlaceLayer(LayerOps):
     def project(
         self: Any, x: Array, attention: Array, weight: Any, bias: Array | None, merge: Merge | None = None
     ) -> Array:
-        if merge is not None:
-            return LayerOps.project(self, x, attention, weight, bias, merge)
         attention = attention.reshape(len(x), -1)
 
         def part(at: slice) -> None:
             rows = x[at]
-            self.add_linear(rows, attention[at], weight, bias, out=rows)
+            self._joined(rows, attention[at], weight, bias, merge)
 
         self.rows(part, len(x))
         return x
@@ -69,7 +68,7 @@ class InPlaceLayer(LayerOps):
         merge: Merge | None = None,
         residual: Array | None = None,
     ) -> Array:
-        if merge is not None or residual is not None:
+        if residual is not None:
             return LayerOps.feed_forward(
                 self, x, gain, eps, gate_up, gate_up_bias, down, down_bias, activation, merge, residual
             )
@@ -77,7 +76,13 @@ class InPlaceLayer(LayerOps):
         def part(at: slice) -> None:
             rows = x[at]
             hidden = self.gated(self.linear(self.normed(rows, gain, eps), gate_up, gate_up_bias), activation)
-            self.add_linear(rows, hidden, down, down_bias, out=rows)
+            self._joined(rows, hidden, down, down_bias, merge)
 
         self.rows(part, len(x))
         return x
+
+    def _joined(self: Any, x: Array, y: Array, weight: Any, bias: Array | None, merge: Merge | None) -> None:
+        if merge is None:
+            self.add_linear(x, y, weight, bias, out=x)
+        else:
+            self.merge_into(x, self.wide_linear(y, weight, bias), merge)

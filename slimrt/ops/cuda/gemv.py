@@ -7,9 +7,7 @@ from typing import Any
 import numpy as np
 
 from slimrt.errors import DeviceError
-from slimrt.ops.cuda.device import CudaDevice
-from slimrt.ops.cuda.memory import CupyMemory
-from slimrt.ops.cuda.modules import Kernels
+from slimrt.ops.cuda.checked import Checked
 from slimrt.ops.cuda.weights import CELLS, CudaWeight, Packed
 
 __all__ = ["BLOCKS", "STAGES", "FewRows", "shared_bytes", "stages"]
@@ -46,12 +44,8 @@ def stages(kind: str, width: int, shared: int) -> tuple[int, int]:
     raise DeviceError(f"a matrix has rows of {width}; this GPU's shared memory is too small; use device='cpu'")
 
 
-class FewRows(CupyMemory):
+class FewRows(Checked):
     """What ``CupyOps`` does for fewer rows than matrix products are made for."""
-
-    device: CudaDevice
-    kernels: Kernels
-    half_type = "f16"  # of activations, as the kernels name it
 
     def few_linear(self, x: Array, weight: CudaWeight, bias: Array | None, residual: Array | None, out: Array) -> Array:
         """``out`` [T, out], float32 or of 16 bits = x [T, in] @ weight.T (+ bias) (+ residual, float32 [T, out])."""

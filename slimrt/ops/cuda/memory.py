@@ -19,6 +19,7 @@ import numpy as np
 
 from slimrt.errors import DeviceError
 from slimrt.ops.cuda.device import say_why
+from slimrt.ops.cuda.element import Element
 
 __all__ = ["CupyMemory", "Fence", "PinnedSlabs", "reported"]
 
@@ -102,13 +103,11 @@ class PinnedSlabs:
 
 
 class CupyMemory:
-    """Allocation, copies and fences. ``dtype`` is that of activations, keys and values."""
+    """Allocation, copies and fences. ``dtype`` and ``kv_type`` are that of activations, keys and values."""
 
-    dtype = np.dtype(np.float16)
-    kv_type = np.float16
-
-    def __init__(self, cupy: Any) -> None:
-        self._cupy = cupy
+    def __init__(self, cupy: Any, element: Element) -> None:
+        self._cupy, self.element = cupy, element
+        self.dtype = self.kv_type = element.dtype
         with reported():
             self._compute = cupy.cuda.Stream.null
             self._copies = cupy.cuda.Stream(non_blocking=True, priority=-1)
@@ -118,13 +117,13 @@ class CupyMemory:
         self.observed: tuple[list[Any], list[Any]] | None = None
 
     def empty(self, shape: tuple[int, ...], dtype: Any = None) -> Array:
-        """Uninitialised memory on the device, float16 unless ``dtype`` says otherwise."""
+        """Uninitialised memory on the device, of the element unless ``dtype`` says otherwise."""
         self._retire()  # before memory is taken that these may free
         with reported():
             return self._cupy.empty(shape, dtype or self.dtype)
 
     def pinned(self, shape: tuple[int, ...], dtype: Any = None) -> np.ndarray:
-        """Uninitialised page-locked host memory, float16 unless ``dtype`` says otherwise."""
+        """Uninitialised page-locked host memory, of the element unless ``dtype`` says otherwise."""
         return self._slabs.take(shape, dtype or self.dtype)
 
     def reserve(self, shape: tuple[int, ...], count: int) -> None:
@@ -177,6 +176,8 @@ class CupyMemory:
         if isinstance(source, np.ndarray):
             if source.dtype != destination.dtype or not source.flags.c_contiguous:
                 self._copies.synchronize()  # an earlier copy may be what fills the source
+                if source.dtype != destination.dtype and destination.dtype == self.dtype:
+                    source = self.element.narrowed(source)
                 source = np.ascontiguousarray(source, destination.dtype)
             if destination.flags.c_contiguous:
                 destination.set(source, self._copies)
@@ -189,7 +190,9 @@ class CupyMemory:
             return
         if not isinstance(destination, np.ndarray) or not destination.flags.c_contiguous:
             raise DeviceError("copy to the host: the destination must be C-contiguous host memory; this is a bug")
-        if not source.flags.c_contiguous or source.dtype != destination.dtype:
+        if source.dtype != destination.dtype:
+            raise DeviceError(f"copy of {source.dtype} to {destination.dtype} on the host; this is a bug")
+        if not source.flags.c_contiguous:
             packed = self._cupy.empty(source.shape, destination.dtype)
             packed[...] = source
             source = packed
@@ -241,7 +244,12 @@ class CupyMemory:
         if isinstance(x, np.ndarray):
             return x
         with reported():
-            return self._cupy.asnumpy(x)
+            return x.get(self._compute)  # whatever stream the caller works on
+
+    def floats(self, x: Array) -> np.ndarray:
+        """``x`` as float32 on the host."""
+        found = self.to_host(x)
+        return self.element.widened(found) if found.dtype == self.dtype else np.asarray(found, np.float32)
 
     def copied(self, x: Array) -> Array:
         """A copy of ``x`` on the device."""

@@ -9,6 +9,7 @@ from slimrt.ops.cuda.device import CudaDevice
 __all__ = ["PrefillKernel", "prefill_kernel"]
 
 _HOPPER = (9, 0)  # its instructions exist on no other generation
+_WGMMA_WIDTHS = (64, 128)
 
 
 @dataclass(frozen=True)
@@ -37,11 +38,13 @@ class PrefillKernel:
         return {**rows, "STAGES": self.stages}
 
 
-def prefill_kernel(device: CudaDevice, *, wgmma: bool = True) -> PrefillKernel:
-    """The kernel for ``device``; ``wgmma``: attention_wgmma where the device has its instructions."""
-    if wgmma and device.capability == _HOPPER:
+def prefill_kernel(device: CudaDevice, width: int = 128, *, wgmma: bool = True) -> PrefillKernel:
+    """The kernel for heads of ``width`` on ``device``; ``wgmma``: attention_wgmma where the device has its instructions
+    and it takes such heads."""
+    if wgmma and device.capability == _HOPPER and width in _WGMMA_WIDTHS:
         return PrefillKernel("attention_wgmma", 128, 128, 2, 384, 1152, "wgmma")
     # As large a tile as leaves room for two blocks on a multiprocessor: Hopper 96 KiB each, A100 64, others 48.
-    shared = device.shared_per_block
+    # Of heads of 256 the 64 rows that the registers have room for take 96 KiB in one stage.
+    shared = device.shared_per_block if width <= 128 else 0
     rows, stages = (128, 2) if shared >= 200 << 10 else (128, 1) if shared >= 160 << 10 else (64, 1)
     return PrefillKernel("attention_prefill", rows, 64, stages, 128, 0, "mma.sync")

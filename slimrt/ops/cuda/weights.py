@@ -10,6 +10,7 @@ import numpy as np
 from gguf.constants import GGMLQuantizationType as Type
 
 from slimrt.errors import DeviceError
+from slimrt.ops.cuda.element import Element
 from slimrt.ops.cuda.memory import CupyMemory
 from slimrt.ops.cuda.modules import Kernels
 from slimrt.weights.gguf import TensorInfo
@@ -24,7 +25,7 @@ CELLS = {
     "Q4_0": (1152, 128), "Q4_1": (1280, 128), "Q5_0": (1408, 128), "Q5_1": (1536, 128), "Q8_0": (2176, 128),
     "Q4_K": (2304, 256), "Q5_K": (2816, 256), "Q6_K": (3360, 256),
 }  # fmt: skip
-# The types that have kernels. F32 is not among them here: float16 is what its products are computed in anyway.
+# The types that have kernels. F32 is not among them here: 16 bits are what its products are computed in anyway.
 PACKED_TYPES = frozenset({Type.F16, Type.BF16, *(Type[name] for name in CELLS)})
 _STAGED = 1 << 26  # bytes that are uploaded, or elements that are unpacked on the host, at a time
 
@@ -52,7 +53,7 @@ class Packed:
 
 @dataclass
 class CudaWeight:
-    """A matrix [out, in]: ``parts`` stacked along out; ``dense`` is it in float16, once that exists."""
+    """A matrix [out, in]: ``parts`` stacked along out; ``dense`` is it in 16 bits, once that exists."""
 
     parts: tuple[Packed, ...]
     dense: Array | None = None
@@ -66,11 +67,11 @@ class CudaWeight:
         return sum(int(part.data.nbytes) for part in self.parts)
 
     @classmethod
-    def of(cls, parts: tuple[Packed, ...]) -> CudaWeight:
-        """A weight on the device; one that is float16 throughout needs no unpacking."""
-        if [part.type for part in parts] != ["F16"]:
+    def of(cls, parts: tuple[Packed, ...], element: Element) -> CudaWeight:
+        """A weight on the device; one that is of the ``element`` throughout needs no unpacking."""
+        if [part.type for part in parts] != [element.weights]:
             return cls(parts)
-        return cls(parts, parts[0].data.view(np.float16).reshape(parts[0].rows, parts[0].width))
+        return cls(parts, parts[0].data.view(element.dtype).reshape(parts[0].rows, parts[0].width))
 
 
 def load_weight(
@@ -88,7 +89,7 @@ def load_weight(
         )
     groups: list[tuple[str, list[TensorInfo]]] = []
     for tensor in tensors:
-        kind = tensor.type.name if tensor.type in PACKED_TYPES else "F16"
+        kind = tensor.type.name if tensor.type in PACKED_TYPES else memory.element.weights
         if groups and groups[-1][0] == kind:
             groups[-1][1].append(tensor)
         else:
@@ -100,14 +101,14 @@ def load_weight(
         part = Packed(kind, memory.empty((packed_nbytes(kind, rows, width),), np.uint8), rows, width, meet)
         _fill(memory, kernels, part, group)
         parts.append(Packed(kind, memory.to_host(part.data), rows, width, meet) if host else part)
-    return CudaWeight(tuple(parts)) if host else CudaWeight.of(tuple(parts))
+    return CudaWeight(tuple(parts)) if host else CudaWeight.of(tuple(parts), memory.element)
 
 
 def _fill(memory: CupyMemory, kernels: Kernels, part: Packed, tensors: list[TensorInfo]) -> None:
     if part.type in CELLS and (part.rows % 16 or part.width % CELLS[part.type][1]):
         part.data[...] = 0  # what pads the last cells counts for nothing
     first = 0
-    for rows in _pieces(part, tensors):
+    for rows in _pieces(part, tensors, memory.element):
         if part.type in CELLS:
             staged = memory.empty((rows.size,), np.uint8)
             memory.load(staged, rows.reshape(-1))
@@ -120,7 +121,7 @@ def _fill(memory: CupyMemory, kernels: Kernels, part: Packed, tensors: list[Tens
         first += len(rows)
 
 
-def _pieces(part: Packed, tensors: list[TensorInfo]) -> Iterator[np.ndarray]:
+def _pieces(part: Packed, tensors: list[TensorInfo], element: Element) -> Iterator[np.ndarray]:
     """The rows of all tensors in order, uint8 [some rows, bytes per row] at a time."""
     for tensor in tensors:
         count = tensor.shape[0]
@@ -131,21 +132,21 @@ def _pieces(part: Packed, tensors: list[TensorInfo]) -> Iterator[np.ndarray]:
         else:
             step = max(1, _STAGED // 4 // part.width)
             for lo in range(0, count, step):
-                yield _half(tensor, slice(lo, min(lo + step, count))).view(np.uint8)
+                yield _narrowed(tensor, slice(lo, min(lo + step, count)), element).view(np.uint8)
 
 
-def _half(tensor: TensorInfo, rows: slice) -> np.ndarray:
-    with np.errstate(over="ignore"):
-        half = dequantize(tensor, rows).astype(np.float16)
-    if not np.isfinite(half).all():
+def _narrowed(tensor: TensorInfo, rows: slice, element: Element) -> np.ndarray:
+    numbers = element.narrowed(dequantize(tensor, rows))
+    if not np.isfinite(element.widened(numbers)).all():
         raise DeviceError(
-            f"tensor '{tensor.name}' ({tensor.type.name}) exceeds what float16 holds (65504); use device='cpu'"
+            f"tensor '{tensor.name}' ({tensor.type.name}) exceeds what {element.words} holds ({element.largest:g}); "
+            "use device='cpu'"
         )
-    return half
+    return numbers
 
 
 def unpack(weight: CudaWeight, memory: CupyMemory, kernels: Kernels, out: Array | None = None) -> Array:
-    """``weight`` as float16 [out, in], a new array or ``out``."""
+    """``weight`` in 16 bits [out, in], a new array or ``out``."""
     if out is None:
         out = memory.empty(weight.shape)
     at = 0
@@ -153,6 +154,6 @@ def unpack(weight: CudaWeight, memory: CupyMemory, kernels: Kernels, out: Array 
         rows = out[at : at + part.rows]
         grid = (-(-part.rows // 16) * -(-part.width // 128),)
         kernels.launch("dequantize", "dequantize", grid, 64, part.data, rows, part.rows, part.width, part.half,
-                       TYPE=part.type, T="f16")  # fmt: skip
+                       TYPE=part.type, T=memory.element.name)  # fmt: skip
         at += part.rows
     return out

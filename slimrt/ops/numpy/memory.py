@@ -101,6 +101,10 @@ class NumpyMemory:
         """``x`` as a NumPy array."""
         return x
 
+    def floats(self, x: Array) -> np.ndarray:
+        """``x`` as float32 on the host."""
+        return np.asarray(x, np.float32)
+
     def close(self) -> None:
         """Finish all copies and end their thread; a later copy starts another."""
         self._copies.close()

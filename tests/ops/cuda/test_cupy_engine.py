@@ -1,8 +1,8 @@
 """The whole engine on the GPU backend, its kernels run on the CPU: what a model says there and on NumPy is the same.
 
-A tolerance is ``SLACK`` times the error that the same engine makes on ``HalfOps``, NumPy rounded to float16 wherever
-the GPU stores float16. Both errors are measured against float64 where nothing is pruned, else against NumPy in float32,
-whose error is some thousand times smaller.
+A tolerance is ``SLACK`` times the error that the same engine makes on ``HalfOps``, NumPy rounded to float16 or
+bfloat16 wherever the GPU stores that. Both errors are measured against float64 where nothing is pruned, else against
+NumPy in float32, whose error is some thousand times smaller.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from slimrt.engine import Engine
 from slimrt.errors import ComputeError, DeviceError
 from slimrt.models import build, read_config
 from slimrt.ops.cuda.cupy_ops import CupyOps
+from slimrt.ops.cuda.element import element_of
 from slimrt.ops.numpy.numpy_ops import NumpyOps
 from slimrt.prune.asked import Asked
 from slimrt.prune.plan import PrunePlan, Stage
@@ -82,6 +83,22 @@ class Chosen:
         self, layer: int, positions: np.ndarray, scores: np.ndarray, rows: np.ndarray, by: np.ndarray | None
     ) -> None:
         self.rows.append(rows.tolist())
+
+
+def beyond_float16(path: Path) -> GGUFFile:
+    """A model stored in bfloat16 whose keys have a bias beyond 65504, and its activations between gate and down too.
+    The biased pair of a head is one that queries do not look at: rounding it costs nothing, infinity would be seen."""
+    file = tiny(path, arch="qwen2", type="BF16", n_layers=3)
+    for name, tensor in list(file.tensors.items()):
+        data = np.array(tensor.data)
+        if name.endswith(("ffn_up.weight", "ffn_down.weight")):  # times 2^20 and 2^-20: so much more in the exponent
+            data.view(np.uint16)[...] += np.uint16(20 << 7) if "up" in name else np.uint16(-20 << 7 & 0xFFFF)
+        elif name.endswith("attn_k.bias"):
+            data.reshape(2, 64)[:, [31, 63]] = 1e5
+        elif "attn_q." in name:
+            data.reshape(4, 64, -1)[:, [31, 63]] = 0
+        file.tensors[name] = dataclasses.replace(tensor, data=data)
+    return file
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -364,3 +381,43 @@ def test_a_saved_session_goes_on_on_either_backend(monkeypatch: pytest.MonkeyPat
                 one.extend([5])
             assert np.array_equal(session.logits, restored.logits)  # type: ignore[arg-type]
             assert np.array_equal(session.logits, twin.logits)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_model_stored_in_bfloat16(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, late: bool) -> None:
+    """Numbers beyond float16 in keys and activations: prompt, graphs, follow-up, saved session, under a budget and
+    without one, as near NumPy as plain bfloat16 is."""
+    FakeCupy(monkeypatch, **({"copies": "late", "compute": "late"} if late else {}))  # type: ignore[arg-type]
+    assert element_of(tiny(tmp_path, type="F16")) == "f16"
+    file = beyond_float16(tmp_path)
+    assert element_of(file) == "bf16"
+    with pytest.raises(ComputeError, match="not finite"):
+        Session(engine(file, CupyOps()), 512).prefill(ids(file, 40))
+    plan = PrunePlan((Stage(0, 0.5),), block=16, query_window=8)
+    for cache in (BUDGET,) if late else (None, BUDGET):
+        found: dict[str, np.ndarray] = {}
+        for kind, ops in (
+            ("true", NumpyOps(1)), ("naive", HalfOps(1, "bf16")), ("cuda", CupyOps(element="bf16")),
+        ):  # fmt: skip
+            one, logits = engine(file, ops, cache), []
+            session = Session(one, 1024)
+            for prompt in (ids(file, 100), ids(file, 100) + ids(file, 20, 2)):
+                session.prefill(prompt, None if cache else plan)
+                logits.append(session.logits)
+                for token in ids(file, 3, 5):
+                    session.extend([token])
+                    logits.append(session.logits)
+            found[kind] = np.array(logits)
+            write_session(tmp_path / "talk", session, file, SavedTalk([], None, None))
+            restored = Session(one, 1024)
+            read_session(tmp_path / "talk", restored, file)
+            for layer in range(3):
+                for a, b in zip(session.context.cache.rows(layer), restored.context.cache.rows(layer), strict=True):
+                    assert np.array_equal(ops.to_host(a), ops.to_host(b))
+            if cache is None:
+                for side in (session, restored):
+                    side.extend([5])
+                assert np.array_equal(session.logits, restored.logits)  # type: ignore[arg-type]
+        unit = np.abs(found["naive"] - found["true"]).max()
+        assert 0 < unit < found["true"].std() / 2
+        assert np.abs(found["cuda"] - found["true"]).max() <= SLACK * unit
