@@ -323,6 +323,7 @@ class Stream:
     def end_capture(self) -> Graph:
         work, self.queue.recording = self.queue.recording, None
         assert work is not None
+        self.queue.machine.graphs += 1
         return Graph(work)
 
 
@@ -506,7 +507,7 @@ class FakeCupy:
     ) -> None:
         self.copies, self.compute, self.room, self.pinnable, self.fail_at = copies, compute, room, pinnable, fail_at
         self.lost: str | None = None
-        self.used = self.pinned_bytes = self.pinned_calls = self.copy_count = 0
+        self.used = self.pinned_bytes = self.pinned_calls = self.copy_count = self.graphs = 0
         self.pinned: list[np.ndarray] = []
         self.launches: list[str] = []
         self.streams: list[Stream] = []
@@ -632,6 +633,7 @@ class FakeCupy:
         module.ndarray, module.RawModule, module.asarray = Array, RawModule, asarray  # type: ignore[attr-defined]
         module.empty = lambda shape, dtype=float: self.empty(shape, dtype)  # type: ignore[attr-defined]
         module.ascontiguousarray = lambda a: a if a.flags.c_contiguous else a._elementwise(np.ascontiguousarray)  # type: ignore[attr-defined]
+        module.asnumpy = lambda a: a.get()  # type: ignore[attr-defined]
         module.cos = lambda a: a._elementwise(np.cos)  # type: ignore[attr-defined]
         module.sin = lambda a: a._elementwise(np.sin)  # type: ignore[attr-defined]
         Stream.null = self.null  # type: ignore[attr-defined]

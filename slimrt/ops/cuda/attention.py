@@ -71,7 +71,7 @@ class Attending(Checked):
         self.kernels.launch(
             kernel.source, kernel.source, grid, kernel.threads,
             q, k, v, out, self._reach(reach), tokens, keys, heads, kv_heads,
-            self.stride("attend", q), self.stride("attend", k), self._starts(first), cap,
+            self.stride("attend", q), self.stride("attend", k), self._starts(first), float(cap),
             shared=kernel.shared(width), T=self.half_type, DH=width, **kernel.macros(), **windows, **_capped(cap),
         )  # fmt: skip
         return out
@@ -91,7 +91,7 @@ class Attending(Checked):
         partial = self.empty((heads, splits, width + 2), np.float32)
         self.kernels.launch(
             "attention_decode", "attention_decode", (k.shape[0], splits), 32 * warps,
-            q, k, v, None, length, reach, partial, heads, k.shape[0], self.stride("attend", k), 1, start, cap,
+            q, k, v, None, length, reach, partial, heads, k.shape[0], self.stride("attend", k), 1, start, float(cap),
             shared=128 * warps * width, T=self.half_type, DH=width, **_capped(cap),
         )  # fmt: skip
         self.kernels.launch(
@@ -184,7 +184,7 @@ class Attending(Checked):
         grid = (-(-blocks // max(1, 64 // block)), kv_heads)
         launch = self.kernels.launch
         launch("block_scores", "score_stats", grid, 128, q, k, stats, window, rows, heads, kv_heads,
-               self.stride("block_mass", q), self.stride("block_mass", k), block, int(causal), cap,
+               self.stride("block_mass", q), self.stride("block_mass", k), block, int(causal), float(cap),
                shared=128 * width + 16640, T=self.half_type, DH=width, **_capped(cap))  # fmt: skip
         launch("block_scores", "score_norms", (heads * window,), 128, stats, norms, blocks,
                T=self.half_type, DH=width, **_capped(cap))  # fmt: skip

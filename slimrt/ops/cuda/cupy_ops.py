@@ -162,12 +162,12 @@ class CupyOps(FewRows, Attending, InPlaceLayer):
 
     def decoder(self, model: Any, *, budget: bool = False) -> CapturedDecode | None:
         """Decode by captured graphs; None where the kernels of a single token do not take the model's heads (many to a
-        group, or rotated in part) or its layers are others than LLaMA's, for streamed weights, which move, and under a
-        budget: what the cache chooses is not known when a graph begins."""
+        group), for streamed weights, which move, and under a budget: what the cache chooses is not known when a graph
+        begins."""
         c: ModelConfig = model.config
-        moves, wide = budget or model.streamed, c.n_heads // c.n_kv_heads > MAX_GROUP
-        part = c.rope.dims != c.head_dim
-        return None if moves or wide or part or not _as_llama(c) else CapturedDecode(model, self)
+        if budget or model.streamed or c.n_heads // c.n_kv_heads > MAX_GROUP:
+            return None
+        return CapturedDecode(model, self, fused=_as_llama(c) and c.rope.dims == c.head_dim)
 
     # -- compute ----------------------------------------------------------------------------------------------------
 
@@ -280,14 +280,16 @@ class CupyOps(FewRows, Attending, InPlaceLayer):
         block = min(256, 32 * -(-width // 128))
         grid = (tokens, heads * dh // width)
         self.kernels.launch(
-            "norm_heads", "norm_heads", grid, block, x, gain, eps, scale, width, stride, T=self.half_type
+            "norm_heads", "norm_heads", grid, block, x, gain, float(eps), float(scale), width, stride, T=self.half_type
         )
 
     def merge_into(self, x: Array, y: Array, merge: Merge) -> None:
         """x float32 [T, D] += y float32 [T, D] as ``merge`` says."""
         self.check("merge", x, np.float32, y.shape)
         self.check("merge", y, np.float32, (None, None))
-        self.kernels.launch("merge", "merge", (len(x),), 256, x, y, merge.gain, x.shape[1], merge.eps, merge.scale)
+        self.kernels.launch(
+            "merge", "merge", (len(x),), 256, x, y, merge.gain, x.shape[1], float(merge.eps), float(merge.scale)
+        )
 
     def shifted(self, x: Array, bias: Array) -> Array:
         """x 16 bits [T, n] + bias float32 [n], in place."""

@@ -24,15 +24,16 @@ _ROOM = 256  # tokens for which a captured graph serves before the cache has to 
 class CapturedDecode:
     """See ``slimrt.ops.protocol.Decoder``. It holds the graph of one cache. Callers in other threads wait."""
 
-    def __init__(self, model: Any, ops: Any) -> None:
-        """``model``: a Llama on ``ops``, a CupyOps."""
-        self._model, self._ops = model, ops
+    def __init__(self, model: Any, ops: Any, *, fused: bool) -> None:
+        """``model``: a Llama on ``ops``, a CupyOps. ``fused``: its layers are LLaMA's, for which there are kernels that
+        norm, multiply and turn in one; others pass a layer as a prompt's rows do, one launch after the other."""
+        self._model, self._ops, self._fused = model, ops, fused
         c = model.config
-        self._half = c.rope.dims // 2
+        self._halves = [len(table.frequencies) for table in model.rope_tables]
         # Token, rows of each layer before it, rows with it, the first of them that it sees; cos, sin, as aligned as
         # kernels want vectors.
         self._angles_at = -(-(1 + 3 * c.n_layers) // 4) * 4
-        size = self._angles_at + 2 * self._half
+        size = self._angles_at + 2 * sum(self._halves)
         self._device = ops.empty((size,), np.int32)
         self._host = ops.pinned((size,), np.int32)
         self._host[:] = 0
@@ -74,28 +75,53 @@ class CapturedDecode:
         c = self._model.config
         held = np.array([cache.length(layer) for layer in range(c.n_layers)])
         first = [_first_seen(cache, layer, position, c.window(layer)) for layer in range(c.n_layers)]
-        cos, sin = self._model.rope_table(np.array([position]))
+        waves = [wave[0] for table in self._model.rope_tables for wave in table(np.array([position]))]
         self._host[: 1 + 3 * len(held)] = np.concatenate([[token], held, held + 1, first])
-        self._host[self._angles_at :].view(np.float32)[:] = np.concatenate([cos[0], sin[0]])
+        self._host[self._angles_at :].view(np.float32)[:] = np.concatenate(waves)
+
+    def _turns(self) -> list[tuple[Array, Array]]:
+        """cos and sin [1, half] of each of the model's tables, and last those of no rotation."""
+        turns, at, angles = [], 0, self._device[self._angles_at :].view(np.float32)
+        for half in self._halves:
+            cos, sin = angles[at : at + 2 * half].reshape(2, 1, half)
+            turns, at = [*turns, (cos, sin)], at + 2 * half
+        none = turns[0][0][:, :0]
+        return [*turns, (none, none)]
 
     def _pass(self, stores: list[Array]) -> list[Array]:
         """One token through the model -> the states [1, D] after each layer's attention."""
         model, ops, c = self._model, self._ops, self._model.config
-        cos, sin = self._device[self._angles_at :].view(np.float32).reshape(2, self._half)
-        x, states = ops.begin(model.embedding, self._host, self._device), []
+        turns, states, eps = self._turns(), [], c.norm_eps
+        x = ops.begin(model.embedding, self._host, self._device)
+        if c.embedding_scale != 1:
+            x = x * np.float32(c.embedding_scale)
         for number, (layer, store) in enumerate(zip(model.layers, stores, strict=True)):
             start, length, first = (self._device[1 + part * c.n_layers + number :][:1] for part in range(3))
-            q = ops.normed_heads(
-                x, layer.attn_norm, c.norm_eps, layer.qkv, layer.qkv_bias, cos, sin, start, store, c.n_heads
-            )
+            angles = turns[layer.turns]
+            if self._fused:
+                q = ops.normed_heads(
+                    x, layer.attn_norm, eps, layer.qkv, layer.qkv_bias, *angles, start, store, c.n_heads
+                )
+            else:
+                heads = c.n_heads, c.n_kv_heads, c.head_dim
+                q, k, v = ops.qkv(x, layer.attn_norm, eps, layer.qkv, layer.qkv_bias, *angles, heads, layer.head_norms)
+                ops.append(store, k, v, start)
             splits = ops.splits(c.n_kv_heads, store.shape[2])
-            seen = {"start": first} if c.window(number) else {}
-            mixed = ops.attend_one(q, store[0], store[1], length, ops.empty(q.shape), splits, **seen)
-            x = ops.add_linear(x, mixed.reshape(1, -1), layer.out, layer.out_bias)
-            states.append(x)
-            hidden = ops.normed_gated(x, layer.ffn_norm, c.norm_eps, layer.gate_up, layer.gate_up_bias)
-            x = ops.add_linear(x, hidden, layer.down, layer.down_bias)
-        ops.normed_head(x, model.norm, c.norm_eps, model.head, self._logits)
+            how = {"start": first if c.window(number) else None, "cap": c.attention_cap}
+            mixed = ops.attend_one(q, store[0], store[1], length, ops.empty(q.shape), splits, **how)
+            if self._fused:
+                x = ops.add_linear(x, mixed.reshape(1, -1), layer.out, layer.out_bias)
+                states.append(x)
+                hidden = ops.normed_gated(x, layer.ffn_norm, eps, layer.gate_up, layer.gate_up_bias)
+                x = ops.add_linear(x, hidden, layer.down, layer.down_bias)
+            else:
+                x = ops.project(x, mixed, layer.out, layer.out_bias, layer.attn_merge)
+                states.append(ops.copied(x))  # x is overwritten
+                x = ops.feed_forward(
+                    x, layer.ffn_norm, eps, layer.gate_up, layer.gate_up_bias, layer.down, layer.down_bias,
+                    c.activation, layer.ffn_merge,
+                )  # fmt: skip
+        ops.normed_head(x, model.norm, eps, model.head, self._logits)
         return states
 
 

@@ -243,8 +243,8 @@ class CupyMemory:
         """``x`` as a NumPy array, when all that was asked before has been computed."""
         if isinstance(x, np.ndarray):
             return x
-        with reported():
-            return x.get(self._compute)  # whatever stream the caller works on
+        with reported(), self._compute:  # whatever stream the caller works on
+            return self._cupy.asnumpy(x)
 
     def floats(self, x: Array) -> np.ndarray:
         """``x`` as float32 on the host."""

@@ -383,18 +383,17 @@ def test_a_saved_session_goes_on_on_either_backend(monkeypatch: pytest.MonkeyPat
             assert np.array_equal(session.logits, twin.logits)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("late", [False, True])
-def test_a_model_stored_in_bfloat16(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, late: bool) -> None:
+def test_a_model_stored_in_bfloat16(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Numbers beyond float16 in keys and activations: prompt, graphs, follow-up, saved session, under a budget and
     without one, as near NumPy as plain bfloat16 is."""
-    FakeCupy(monkeypatch, **({"copies": "late", "compute": "late"} if late else {}))  # type: ignore[arg-type]
+    FakeCupy(monkeypatch, copies="late", compute="late")
     assert element_of(tiny(tmp_path, type="F16")) == "f16"
     file = beyond_float16(tmp_path)
     assert element_of(file) == "bf16"
     with pytest.raises(ComputeError, match="not finite"):
         Session(engine(file, CupyOps()), 512).prefill(ids(file, 40))
     plan = PrunePlan((Stage(0, 0.5),), block=16, query_window=8)
-    for cache in (BUDGET,) if late else (None, BUDGET):
+    for cache in (None, BUDGET):
         found: dict[str, np.ndarray] = {}
         for kind, ops in (
             ("true", NumpyOps(1)), ("naive", HalfOps(1, "bf16")), ("cuda", CupyOps(element="bf16")),

@@ -239,6 +239,16 @@ def test_copies_in_every_layout(monkeypatch: pytest.MonkeyPatch, late: bool) -> 
     assert np.array_equal(ops.to_host(turned), values.transpose(1, 0, 2))
 
 
+def test_results_are_read_behind_compute_whatever_stream_the_caller_is_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeCupy(monkeypatch, compute="late")
+    ops, elsewhere = CupyOps(), fake.module.cuda.Stream(non_blocking=True)
+    x = ops.upload(np.ones(4, np.float32))
+    with ops.computing():
+        x[...] = ops.upload(np.full(4, 2, np.float32))
+    with elsewhere:
+        assert np.array_equal(ops.to_host(x), np.full(4, 2))
+
+
 def test_a_failed_copy_leaves_out_what_comes_after_it(fake: FakeCupy) -> None:
     ops = CupyOps()
     x = ops.upload(np.ones(4, np.float16))
