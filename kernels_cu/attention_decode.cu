@@ -2,8 +2,8 @@
 //
 //   q [H, DH]; k, v with kv_stride from head to head, rows of DH. Of length[0] rows (device memory, so that a captured graph
 //   sees it grow) row i lies at row table[i / block] * block + i % block, or at row i where table is null. reach [Hkv] or
-//   null: as in prefill, the query being row length[0] - 1. start [1] or null: the first row that is read, then reach is null.
-//   H / Hkv is at most 16. T, DH and maybe CAPPED (cap: see attention.cuh) are macros.
+//   null: as in prefill, the query being row length[0] - 1. start [1] or null: with WINDOWED the first row that is
+//   read, then reach is null. H / Hkv is at most 16. T, DH, maybe WINDOWED and CAPPED (cap: see attention.cuh) are macros.
 //   attention_decode: grid (Hkv, splits), block 32 * WARPS, dynamic shared memory 128 * WARPS * DH bytes; WARPS is 4, of
 //   heads wider than 128 2
 //       -> partial [H, splits, DH + 2] float32: greatest score (times log2 e), sum of weights, weighted values
@@ -15,19 +15,24 @@
 #include "attention.cuh"
 
 constexpr int WARPS = DH > 128 ? 2 : 4, ROWS = 16;
+#ifdef WINDOWED
+constexpr int FIRST_ROWS = 0;
+#else
+constexpr int FIRST_ROWS = SINK;  // that are read whatever is left out
+#endif
 
 // 16 rows of keys and of values into a warp's tiles, of the rows that are read those from `first` on.
 struct Source {
     const T *k, *v;
     const int* table;
-    int block, reads, sink, skipped;  // rows left out after the sink
+    int block, reads, skipped;  // rows left out after the sink
 
     __device__ __forceinline__ void load(T* keys, T* values, int first) const {
         constexpr int CHUNKS = DH / 8;
         for (int i = threadIdx.x % 32; i < ROWS * CHUNKS; i += 32) {
             const int read = first + i / CHUNKS, chunk = i % CHUNKS;
             const bool valid = read < reads;
-            const int row = valid ? read + (read < sink ? 0 : skipped) : 0;
+            const int row = valid ? read + (read < FIRST_ROWS ? 0 : skipped) : 0;
             const long long at = (long long)(table ? table[row / block] * block + row % block : row) * DH + chunk * 8;
             cp_async16(chunk_of(keys, i / CHUNKS, chunk), k + at, valid);
             cp_async16(chunk_of(values, i / CHUNKS, chunk), v + at, valid);
@@ -43,10 +48,14 @@ attention_decode(const T* q, const T* k, const T* v, const int* table, const int
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int kv_head = blockIdx.x, group = heads / kv_heads, splits = gridDim.y;
 
-    const int first = start ? start[0] : first_row(reach, kv_head, length[0] - 1);
-    const int sink = start ? 0 : SINK, skipped = first ? first - sink : 0;
+#ifdef WINDOWED
+    const int first = start ? start[0] : 0;
+#else
+    const int first = first_row(reach, kv_head, length[0] - 1);
+#endif
+    const int skipped = first ? first - FIRST_ROWS : 0;
     const Source source = {k + (long long)kv_head * kv_stride, v + (long long)kv_head * kv_stride,
-                           table, block, length[0] - skipped, sink, skipped};
+                           table, block, length[0] - skipped, skipped};
     const int chunks = (source.reads + ROWS - 1) / ROWS, share = (chunks + splits - 1) / splits;
     const int last_chunk = min(chunks, int(blockIdx.y + 1) * share);
     T* const tiles = reinterpret_cast<T*>(shared) + warp * 4 * ROWS * DH;  // keys and values, two stages

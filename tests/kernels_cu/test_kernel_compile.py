@@ -65,6 +65,9 @@ def cases(architecture: str) -> list[Case]:
             warps = 2 if dh > 128 else 4
             decode = (32 * warps, 128 * warps * dh, 168 if dh <= 128 else 255, attends)
             result.append(("attention_decode.cu", defines, *decode))
+            if kind == "f16" and dh >= 128:
+                limited = {**defines, "WINDOWED": 1, **({"CAPPED": 1} if dh == 256 else {})}
+                result.append(("attention_decode.cu", limited, *decode))
             tile, stages = PREFILL_TILES[architecture] if dh <= 128 else (64, 1)
             shared = 2 * dh * (tile + 128 * stages)
             alone = dh == 256 and architecture != "sm_90"

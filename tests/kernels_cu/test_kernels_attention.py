@@ -211,7 +211,7 @@ def test_windows_caps_and_heads(
     assert_as_exact(full(out), naive, exact)
     splits, warps, last = 3, 2 if dh > 128 else 4, np.empty((1, heads, dh), q.dtype)
     partial = np.full((heads, splits, dh + 2), np.nan, np.float32)
-    defines = {"T": "f16", "DH": dh, **capped}
+    defines = {"T": "f16", "DH": dh, "WINDOWED": 1, **capped}
     args = [q[-1:], k, v, NULL, np.array([keys], np.int32), NULL, partial, heads, kv_heads, k[0].size, 1]
     args += [starts[-1:].copy() if window else NULL, cap]
     launch("attention_decode.cu", defines, "attention_decode", (kv_heads, splits), 32 * warps, args, 128 * warps * dh)

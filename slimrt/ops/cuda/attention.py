@@ -27,6 +27,11 @@ def _capped(cap: float) -> dict[str, int]:
     return {"CAPPED": 1} if cap else {}
 
 
+def _limited(first: object, cap: float) -> dict[str, int]:
+    """The macros of attention from ``first`` on and under a ``cap``; one that is capped takes windows too."""
+    return {"WINDOWED": 1, **_capped(cap)} if first is not None or cap else {}
+
+
 class Attending(Checked):
     """What ``CupyOps`` does with queries, keys and values."""
 
@@ -66,13 +71,12 @@ class Attending(Checked):
                 q, k, v, self._count(keys), out, self.splits(kv_heads, read), self._reach(reach), start, cap
             )
         kernel = prefill_kernel(self.device, width, wgmma=self._wgmma)
-        windows = {"WINDOWED": 1} if first is not None or cap else {}  # a capped kernel takes windows too: one less
         grid = (heads, (keys - 1) // kernel.rows - (keys - tokens) // kernel.rows + 1)
         self.kernels.launch(
             kernel.source, kernel.source, grid, kernel.threads,
             q, k, v, out, self._reach(reach), tokens, keys, heads, kv_heads,
             self.stride("attend", q), self.stride("attend", k), self._starts(first), float(cap),
-            shared=kernel.shared(width), T=self.half_type, DH=width, **kernel.macros(), **windows, **_capped(cap),
+            shared=kernel.shared(width), T=self.half_type, DH=width, **kernel.macros(), **_limited(first, cap),
         )  # fmt: skip
         return out
 
@@ -92,11 +96,11 @@ class Attending(Checked):
         self.kernels.launch(
             "attention_decode", "attention_decode", (k.shape[0], splits), 32 * warps,
             q, k, v, None, length, reach, partial, heads, k.shape[0], self.stride("attend", k), 1, start, float(cap),
-            shared=128 * warps * width, T=self.half_type, DH=width, **_capped(cap),
+            shared=128 * warps * width, T=self.half_type, DH=width, **_limited(start, cap),
         )  # fmt: skip
         self.kernels.launch(
             "attention_decode", "attention_combine", (heads,), width, partial, out, splits,
-            T=self.half_type, DH=width, **_capped(cap),
+            T=self.half_type, DH=width, **_limited(start, cap),
         )  # fmt: skip
         return out
 
