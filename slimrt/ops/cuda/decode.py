@@ -81,7 +81,8 @@ class CapturedDecode:
 
     def _turns(self) -> list[tuple[Array, Array]]:
         """cos and sin [1, half] of each of the model's tables, and last those of no rotation."""
-        turns, at, angles = [], 0, self._device[self._angles_at :].view(np.float32)
+        turns: list[tuple[Array, Array]] = []
+        at, angles = 0, self._device[self._angles_at :].view(np.float32)
         for half in self._halves:
             cos, sin = angles[at : at + 2 * half].reshape(2, 1, half)
             turns, at = [*turns, (cos, sin)], at + 2 * half
