@@ -142,7 +142,13 @@ def test_a_dense_run_beside_it_shows_what_is_missed(llm: slimrt.LLM, model: Path
     dense = slimrt.load(model, prune="off", threads=1)
     answer = dense.generate(ids, max_tokens=found.tokens, logprobs=0)
     assert answer.logprobs is not None and llm.detokenize(answer.tokens, special=True) == found.answer
-    rounding = float(64 * found.tokens * np.finfo(np.float32).eps)  # log-softmax in float32 there, in float64 here
+    # Logits are the same bits; log-softmax runs in float32 there, in float64 here.
+    rows = llm.continuation_logits([*ids, *answer.tokens], len(ids), decode=True)
+    shifted = rows - rows.max(axis=1, keepdims=True)
+    naive = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    exact = shifted.astype(np.float64)
+    exact -= np.log(np.exp(exact).sum(axis=1, keepdims=True))
+    rounding = 4 * found.tokens * float(np.abs(naive - exact).max())
     assert -sum(one.logprob for one in answer.logprobs) == pytest.approx(found.nats_dense, abs=rounding)
     after = llm.logprobs([*ids, *answer.tokens], len(ids), decode=True)
     assert -float(after.sum()) == pytest.approx(found.nats_plan, abs=rounding)
