@@ -88,7 +88,7 @@ class Chosen:
 def beyond_float16(path: Path) -> GGUFFile:
     """A model stored in bfloat16 whose keys have a bias beyond 65504, and its activations between gate and down too.
     The biased pair of a head is one that queries do not look at: rounding it costs nothing, infinity would be seen."""
-    file = tiny(path, arch="qwen2", type="BF16", n_layers=3)
+    file = tiny(path, arch="qwen2", type="BF16")
     for name, tensor in list(file.tensors.items()):
         data = np.array(tensor.data)
         if name.endswith(("ffn_up.weight", "ffn_down.weight")):  # times 2^20 and 2^-20: so much more in the exponent
@@ -393,7 +393,7 @@ def test_a_model_stored_in_bfloat16(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     with pytest.raises(ComputeError, match="not finite"):
         Session(engine(file, CupyOps()), 512).prefill(ids(file, 40))
     plan = PrunePlan((Stage(0, 0.5),), block=16, query_window=8)
-    for cache in (None, BUDGET):
+    for cache in (None, dataclasses.replace(BUDGET, budget=64)):
         found: dict[str, np.ndarray] = {}
         for kind, ops in (
             ("true", NumpyOps(1)), ("naive", HalfOps(1, "bf16")), ("cuda", CupyOps(element="bf16")),
@@ -407,10 +407,11 @@ def test_a_model_stored_in_bfloat16(monkeypatch: pytest.MonkeyPatch, tmp_path: P
                     session.extend([token])
                     logits.append(session.logits)
             found[kind] = np.array(logits)
+            assert cache is None or session.context.cache.transfers.bytes_to_device > 0  # type: ignore[attr-defined]
             write_session(tmp_path / "talk", session, file, SavedTalk([], None, None))
             restored = Session(one, 1024)
             read_session(tmp_path / "talk", restored, file)
-            for layer in range(3):
+            for layer in range(2):
                 for a, b in zip(session.context.cache.rows(layer), restored.context.cache.rows(layer), strict=True):
                     assert np.array_equal(ops.to_host(a), ops.to_host(b))
             if cache is None:
