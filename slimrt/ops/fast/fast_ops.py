@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from gguf.constants import GGMLQuantizationType
 
 from slimrt.ops.fast import attend_few, gemv
 from slimrt.ops.fast.decode import Decoder
 from slimrt.ops.fast.dots import FORMATS
+from slimrt.ops.fast.fast_weights import FastWeight, as_bfloat16
 from slimrt.ops.fast.features import Features, detect
 from slimrt.ops.fast.flash import KEY_BLOCK, flash_kernel, pack_kernel, tile_scratch
 from slimrt.ops.fast.layer_kernels import (
@@ -48,22 +47,6 @@ Array = np.ndarray
 _LOG2_E = 1.4426950408889634
 
 
-@dataclass(frozen=True)
-class FastWeight:
-    """A matrix [out, in], or several stacked along ``out``: packed, and (``panels``) perhaps unpacked as well."""
-
-    parts: tuple[TensorInfo, ...]
-    panels: Panels | None = None
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return sum(part.shape[0] for part in self.parts), self.parts[0].shape[-1]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(part.nbytes for part in self.parts)
-
-
 class FastOps(NumpyOps):
     """Compute and memory operations for a processor with ``features`` (None: those of this one)."""
 
@@ -86,7 +69,7 @@ class FastOps(NumpyOps):
 
     def weight(self, *parts: TensorInfo, half: int = 0) -> FastWeight:  # type: ignore[override]
         """A handle on ``parts``. Types without a dot product of their own are kept as bfloat16."""
-        return FastWeight(tuple(part if part.type in FORMATS else _as_bfloat16(part) for part in parts))
+        return FastWeight(tuple(part if part.type in FORMATS else as_bfloat16(part) for part in parts))
 
     def unpacked(self, weight: FastWeight) -> FastWeight:  # type: ignore[override]
         """``weight`` with panels, for many rows; the caller drops it after use."""
@@ -427,9 +410,3 @@ def _rows_together(x: Array) -> Array:
     """k or v with each head's rows one after the other, as every cache holds them; a copy of anything else."""
     row = x.shape[2] * x.itemsize
     return x if x.dtype == np.float16 and x.strides[1:] == (row, x.itemsize) else np.ascontiguousarray(x, np.float16)
-
-
-def _as_bfloat16(tensor: TensorInfo) -> TensorInfo:
-    bits = dequantize(tensor).view(np.uint32)
-    rounded = (bits + (((bits >> 16) & 1) + np.uint32(0x7FFF))) >> 16
-    return TensorInfo(tensor.name, tensor.shape, GGMLQuantizationType.BF16, rounded.astype(np.uint16))

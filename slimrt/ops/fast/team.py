@@ -26,9 +26,7 @@ from typing import Any
 import numpy as np
 
 from slimrt.errors import ComputeError
-from slimrt.ops.fast.kernels import Kernel, compile_kernel, inline
-from slimrt.ops.fast.vectors import (
-    argument,
+from slimrt.ops.fast.atomics import (
     atomic_add,
     atomic_load,
     atomic_store,
@@ -38,6 +36,8 @@ from slimrt.ops.fast.vectors import (
     cycles,
     pause,
 )
+from slimrt.ops.fast.kernels import Kernel, compile_kernel, inline
+from slimrt.ops.fast.vectors import argument
 from slimrt.ops.forks import after_fork
 
 __all__ = ["Program", "Team"]

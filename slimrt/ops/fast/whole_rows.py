@@ -9,8 +9,8 @@ from slimrt.ops.fast.kernels import inline
 from slimrt.ops.fast.lanes import stack
 from slimrt.ops.fast.vectors import (
     F32X16,
+    I16X16,
     I32X16,
-    Vector,
     convert,
     fma,
     load,
@@ -27,7 +27,6 @@ from slimrt.ops.fast.whole_products import BLOCK, SCALE_BYTES
 
 __all__ = ["LEFT_LENGTH", "RIGHT_LENGTH", "round_numbers", "whole_cast", "whole_norm"]
 
-I16X16 = Vector("i16", 16)
 # The products of two blocks, as vectors, must stay below 2**31; rounding makes one of 256 numbers at most 8 longer, and
 # the floats that find its length err by less than one. Weights' lengths leave no number above 32767, so that their
 # largest need not be looked for; that of the left is the rest.

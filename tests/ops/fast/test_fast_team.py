@@ -23,10 +23,11 @@ pytest.importorskip("numba")
 
 from slimrt.errors import ComputeError
 from slimrt.ops.fast import kernels
+from slimrt.ops.fast.atomics import atomic_add, cycles, pause
 from slimrt.ops.fast.features import NONE, Features, detect
 from slimrt.ops.fast.kernels import Kernel, compile_kernel
 from slimrt.ops.fast.team import Program, Team, address
-from slimrt.ops.fast.vectors import argument, argument_float, atomic_add, cycles, load_scalar, pause, store_scalar
+from slimrt.ops.fast.vectors import argument, argument_float, load_scalar, store_scalar
 from tests.interrupts import interrupted, moments, spread
 
 pytestmark = pytest.mark.skipif(not detect().avx2, reason="this processor has no fast path")
