@@ -23,6 +23,7 @@ from slimrt.explain.page import html_page, readable_score, readable_seconds
 from slimrt.explain.report import Explanation, explain
 from slimrt.explain.text import signs, summary
 from slimrt.prune.plan import PrunePlan, Stage, Window
+from tests.terminal_notes import without_backend_note
 from tests.tiny_gguf import write_tiny_llama
 from tests.tolerance import doubles
 
@@ -405,5 +406,6 @@ def test_what_cannot_work_is_one_line_and_leaves_the_page(model: Path, files: Pa
     options = change.get("options", ())
     result = run(model, files, **{**change, "options": (*options, "--force")})
     assert result.exit_code == 1 and result.stdout == ""
-    assert said in result.stderr and len(result.stderr.strip().splitlines()) == 1
+    told = without_backend_note(result.stderr)
+    assert said in told and len(told.strip().splitlines()) == 1
     assert (files / "page.html").read_text() == "old" and sorted(files.iterdir()) == before
