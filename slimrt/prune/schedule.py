@@ -160,5 +160,5 @@ def _cuts(rule: Schedule, stages: Sequence[Stage], tokens: int) -> tuple[Cut, ..
 
 def _raised(plan: PrunePlan, tokens: int, blocks: int) -> bool:
     """Whether ``min_keep`` leaves so much of a short prompt that its cuts are not worth it over a few questions."""
-    wanted = max((stage.keep for stage in plan.stages if isinstance(stage.keep, float)), default=0.0)
+    wanted = min((stage.keep for stage in plan.stages if isinstance(stage.keep, float)), default=0.0)
     return blocks * plan.block > max(_LASTING, wanted) * tokens + plan.block

@@ -186,6 +186,8 @@ def test_a_short_prompt_is_not_cut_where_further_questions_are_expected() -> Non
     assert not short.cuts and "900 of 1,700 tokens would stay" in short.why_dense
     assert schedule(dataclasses.replace(plan, questions=0), 1700, asked).cuts
     assert schedule(plan, 2200, asked).cuts
+    later = dataclasses.replace(plan, stages=(Stage(2, 0.5), Stage(3, 0.25)))  # what stays in the end is meant
+    assert not schedule(later, 1700, asked).cuts and schedule(later, 2200, asked).cuts
     most = dataclasses.replace(plan, stages=(Stage(2, 0.7),), min_keep=0)
     assert schedule(most, 1400, asked).cuts == schedule(dataclasses.replace(most, questions=0), 1400, asked).cuts != ()
 
