@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -100,5 +101,9 @@ def test_phi_states_a_window_of_0_for_none(files: dict[str, GGUFFile]) -> None:
 
 
 def test_what_the_gpu_lacks_is_said(files: dict[str, GGUFFile]) -> None:
-    assert "lacks layers with sliding windows, which gemma2 has" in str(cuda.unsupported(read_config(files["gemma2"])))
+    gemma = read_config(files["gemma2"])  # windows, soft caps, norms behind: its kernels have them
+    assert "heads are 16 wide" in str(cuda.unsupported(gemma))
+    assert cuda.unsupported(dataclasses.replace(gemma, head_dim=64)) is None
+    side_by_side = cuda.unsupported(dataclasses.replace(gemma, head_dim=64, parallel=True))
+    assert "lacks attention and feed-forward side by side, which gemma2 has" in str(side_by_side)
     assert "lacks mixtures of experts" in str(cuda.unsupported(read_config(files["qwen3moe"])))
