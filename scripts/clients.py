@@ -104,7 +104,7 @@ def main() -> None:
                         "--max-examples", str(options.max_examples), "--phases", "examples,coverage,fuzzing",
                         "--request-timeout", "60", "--no-color",
                     ]  # fmt: skip
-                    note("schemathesis", run("schemathesis", command, 1500, folder))  # it leaves what it learnt there
+                    note("schemathesis", run("schemathesis", command, 3600, folder))  # it leaves what it learnt there
                 if "crowd" in wanted:
                     command = [
                         sys.executable, "-m", "scripts.crowd", url, "--pid", str(server.pid),
