@@ -28,7 +28,7 @@ from slimrt.ops.fast.vectors import (
 )
 from slimrt.ops.fast.whole_rows import whole_cast, whole_norm
 
-__all__ = ["Elements", "activation_argument", "clamps", "elements"]
+__all__ = ["Elements", "activation_argument", "clamps", "elements", "mean_square"]
 
 _LIMIT, _SLOPE = 7.0, 1.702  # of gpt-oss's gate
 _GELU = 1.5957691216057308  # 2 sqrt(2 / pi)
@@ -101,8 +101,8 @@ def clamps(activation: str) -> tuple[Any, Any]:
 
 
 @inline
-def _norm_factor(x, n, eps):
-    """``1 / np.sqrt(np.mean(x * x) + eps)``."""
+def mean_square(x, n):
+    """``np.mean(x[:n] * x[:n])``, float32."""
     whole = n // 16 * 16
     squares = splat(F32X16, 0.0)
     for i in range(0, whole, 16):
@@ -112,7 +112,13 @@ def _norm_factor(x, n, eps):
     for i in range(whole, n):
         one = load_scalar(float32, x + 4 * i)
         total += one * one
-    return float32(1.0 / np.sqrt(float32(total / float32(n) + eps)))
+    return float32(total / float32(n))
+
+
+@inline
+def _norm_factor(x, n, eps):
+    """``1 / np.sqrt(np.mean(x * x) + eps)``."""
+    return float32(1.0 / np.sqrt(float32(mean_square(x, n) + eps)))
 
 
 @cache

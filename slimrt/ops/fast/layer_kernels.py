@@ -13,7 +13,7 @@ import numpy as np
 from numba import float32
 
 from slimrt.ops.fast.bfloat import store_half
-from slimrt.ops.fast.elements import elements
+from slimrt.ops.fast.elements import elements, mean_square
 from slimrt.ops.fast.features import Features
 from slimrt.ops.fast.kernels import Kernel, compile_kernel, inline
 from slimrt.ops.fast.lanes import spoil
@@ -25,13 +25,11 @@ from slimrt.ops.fast.vectors import (
     argument,
     argument_float,
     convert,
-    fma,
     load,
     load_scalar,
     splat,
     store,
     store_scalar,
-    sum_lanes,
 )
 from slimrt.ops.fast.whole_products import BLOCK
 from slimrt.ops.layer import HeadNorms
@@ -105,15 +103,7 @@ def norm_in_place(x, gain, n, eps, scale):
     whole = n // 16 * 16
     factor = float32(scale)
     if gain != 0:
-        squares = splat(F32X16, 0.0)
-        for i in range(0, whole, 16):
-            value = load(F32X16, x + 4 * i)
-            squares = fma(value, value, squares)
-        total = sum_lanes(squares)
-        for i in range(whole, n):
-            one = load_scalar(float32, x + 4 * i)
-            total += one * one
-        factor = float32(scale / np.sqrt(float32(total / float32(n) + eps)))
+        factor = float32(scale / np.sqrt(float32(mean_square(x, n) + eps)))
     for i in range(0, whole, 16):
         value = load(F32X16, x + 4 * i) * splat(F32X16, factor)
         if gain != 0:
