@@ -17,29 +17,23 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
-from numba import float32, types
-from numba.core import cgutils
-from numba.extending import intrinsic
+from numba import float32
 
 from slimrt.ops.fast.activations import quantize_row
+from slimrt.ops.fast.attend_words import TILE, capped_score, mix_key, score_key
 from slimrt.ops.fast.features import Features
 from slimrt.ops.fast.gemv import aligned_zeros
 from slimrt.ops.fast.kernels import Kernel, compile_kernel, inline
-from slimrt.ops.fast.lanes import exp, load_at, prefetch, store_at, sum_each
+from slimrt.ops.fast.lanes import exp, prefetch, sum_each
 from slimrt.ops.fast.team import Program, address
 from slimrt.ops.fast.vectors import (
-    F16X16,
     F32X16,
     argument,
-    broadcast,
-    emit,
     fma,
     load,
     load_scalar,
     max_lanes,
     maximum,
-    minimum,
     splat,
     store,
     store_scalar,
@@ -48,13 +42,11 @@ from slimrt.ops.fast.vectors import (
 from slimrt.prune.reach import RUN, SINK, Reach
 
 __all__ = [
-    "SEEN", "Grouping", "attend", "attend_kernel", "join_kernel", "most_spans", "partial_bytes", "score_key",
-    "spans_for",
+    "SEEN", "Grouping", "attend", "attend_kernel", "join_kernel", "most_spans", "partial_bytes", "spans_for",
 ]  # fmt: skip
 
 _TOGETHER = 4  # query heads that share a loaded key
 _AHEAD = 4096  # bytes that keys and values are prefetched ahead
-TILE = 64  # keys at a time: the sink's length, so that a window behind it begins a tile
 ITEMS = 32  # pieces of a layer's attention: some for each of eight threads
 _HEAD = 16  # floats before the weighted values of a partial result: the maximum, the sum
 _LOWEST = -1e30  # a maximum before there is one
@@ -111,105 +103,6 @@ def _first_row(reach, row):
     return 0
 
 
-def _widened(builder: ir.IRBuilder, where: ir.Value, at: int) -> ir.Value:
-    """16 float16 from ``at`` bytes behind an address, as float32."""
-    return builder.fpext(load_at(builder, where, at, F16X16), F32X16.llvm)
-
-
-@cache
-def score_key(head_dim: int, heads: int) -> Any:
-    """A function ``(key, q, sums)``: 16 partial sums of key [Dh] * q[h, Dh] to ``sums`` [h, 16 keys, 16] for each of
-    the heads."""
-
-    @intrinsic
-    def score(typingctx, key, q, sums):
-        def codegen(context, builder, signature, args):
-            # Two sums for each head, of every other piece: neither waits for the one just begun.
-            totals: dict[tuple[int, int], ir.Value] = {}
-            for piece in range(head_dim // 16):
-                value = _widened(builder, args[0], piece * 32)
-                for head in range(heads):
-                    query = load_at(builder, args[1], head * head_dim * 4 + piece * 64, F32X16)
-                    chain = head, piece % 2
-                    if chain in totals:
-                        totals[chain] = emit(builder, "llvm.fma.v16f32", value.type, [value, query, totals[chain]])
-                    else:
-                        totals[chain] = builder.fmul(value, query)
-            for head in range(heads):
-                total = totals[head, 0]
-                if (head, 1) in totals:
-                    total = builder.fadd(total, totals[head, 1])
-                store_at(builder, args[2], head * 16 * 64, total)
-            return context.get_dummy_value()
-
-        return types.void(types.int64, types.int64, types.int64), codegen
-
-    return score
-
-
-@cache
-def _mix_key(heads: int, pieces: int, step: int) -> tuple[Any, Any, Any]:
-    """``mixed [pieces, heads, 16]`` in registers: functions that load it (times a factor a head), add a key, store it.
-
-    A key adds value [pieces, 16] times a weight for each head; the distances between weights and between the results of
-    two heads are TILE * 4 and ``step`` bytes.
-    """
-    kind = types.UniTuple(F32X16, pieces * heads)
-
-    @intrinsic
-    def begin(typingctx, mixed, factors):
-        def codegen(context, builder, signature, args):
-            vectors = []
-            for piece in range(pieces):
-                for head in range(heads):
-                    factor = broadcast(builder, load_at(builder, args[1], head * 4, types.float32), 16)
-                    vectors.append(builder.fmul(load_at(builder, args[0], head * step + piece * 64, F32X16), factor))
-            return context.make_tuple(builder, kind, vectors)
-
-        return kind(types.int64, types.int64), codegen
-
-    @intrinsic
-    def add(typingctx, mixed, value, weights):
-        def codegen(context, builder, signature, args):
-            old = cgutils.unpack_tuple(builder, args[0])
-            weights = [load_at(builder, args[2], head * TILE * 4, types.float32) for head in range(heads)]
-            factors = [broadcast(builder, weight, 16) for weight in weights]
-            new = []
-            for piece in range(pieces):
-                part = _widened(builder, args[1], piece * 32)
-                for head in range(heads):
-                    operands = [part, factors[head], old[piece * heads + head]]
-                    new.append(emit(builder, "llvm.fma.v16f32", part.type, operands))
-            return context.make_tuple(builder, kind, new)
-
-        return kind(mixed, types.int64, types.int64), codegen
-
-    @intrinsic
-    def end(typingctx, mixed, to):
-        def codegen(context, builder, signature, args):
-            for number, vector in enumerate(cgutils.unpack_tuple(builder, args[0])):
-                store_at(builder, args[1], number % heads * step + number // heads * 64, vector)
-            return context.get_dummy_value()
-
-        return types.void(mixed, types.int64), codegen
-
-    return begin, add, end
-
-
-@cache
-def capped_score(cap: float) -> Any:
-    """The word ``cap * np.tanh(score / cap)`` for F32X16."""
-    inverse = 2.0 / cap if cap else 0.0
-
-    @inline
-    def squash(score):
-        # tanh(y) = 1 - 2 / (1 + exp(2 y)); beyond 30 it is 1, and exp stays finite.
-        twice = maximum(splat(F32X16, -60.0), minimum(splat(F32X16, 60.0), score * splat(F32X16, inverse)))
-        return (splat(F32X16, 1.0) - splat(F32X16, 2.0) / (splat(F32X16, 1.0) + exp(twice))) * splat(F32X16, cap)
-
-    return squash
-
-
 @cache
 def attend_kernel(features: Features, head_dim: int, group: int, cap: float = 0.0) -> Kernel:
     """Item: (KV head, span, query row), the row running fastest: rows follow each other at keys that are near.
@@ -231,7 +124,7 @@ def attend_kernel(features: Features, head_dim: int, group: int, cap: float = 0.
     wide = max(n for n in range(1, pieces + 1) if pieces % n == 0 and (n == 1 or n * heads <= sums_held))
     score = score_key(head_dim, heads)
     squash, capped = capped_score(cap), cap != 0
-    begin, add, end = _mix_key(heads, wide, partial)
+    begin, add, end = mix_key(heads, wide, partial)
 
     @inline
     def score_tile(q, keys, count, sums, scores):

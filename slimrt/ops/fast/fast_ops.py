@@ -7,18 +7,16 @@ float16, everything that an operation returns float32, except k and v.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from slimrt.ops.fast import attend_few, gemv
+from slimrt.ops.fast import attend_few, attend_many, gemv
 from slimrt.ops.fast.decode import Decoder
 from slimrt.ops.fast.dots import FORMATS
 from slimrt.ops.fast.fast_weights import FastWeight, as_bfloat16
 from slimrt.ops.fast.features import Features, detect
-from slimrt.ops.fast.flash import KEY_BLOCK, flash_kernel, pack_kernel, tile_scratch
 from slimrt.ops.fast.layer_kernels import (
     RESULT_PANELS,
     ROW_GAP,
@@ -35,7 +33,7 @@ from slimrt.ops.fast.team import Program, Team, address
 from slimrt.ops.layer import Activation, Experts, HeadNorms, Merge, by_expert
 from slimrt.ops.numpy.memory import Fence
 from slimrt.ops.numpy.numpy_ops import ROW_CHUNK, NumpyOps
-from slimrt.prune.reach import RUN, Reach, first_row
+from slimrt.prune.reach import Reach
 from slimrt.prune.scores import WEIGHT_SCORES
 from slimrt.weights.gguf import TensorInfo
 from slimrt.weights.quants import dequantize
@@ -110,7 +108,7 @@ class FastOps(NumpyOps):
         size = -(-blocks // slices) * self._shape.rows  # about as many rows in each: a short one is no quicker
         return size, -(-tokens // size)
 
-    def _thread_scratch(self, program: Program, nbytes: int) -> tuple[int, int]:
+    def thread_scratch(self, program: Program, nbytes: int) -> tuple[int, int]:
         """Address of scratch for all threads, and bytes from one to the next, for ``program``.
 
         Programs run one at a time, so one memory serves all of them; each holds what it was given, for another caller
@@ -161,7 +159,7 @@ class FastOps(NumpyOps):
         size, items = self._slices(tokens)
         wide = None if bias is None else panels.spread(bias, [part.shape[0] for part in weight.parts])
         program = Program()
-        scratch, stride = self._thread_scratch(
+        scratch, stride = self.thread_scratch(
             program, size * (_row_bytes(panels, panels.inner) + min(panels.count, RESULT_PANELS) * PANEL * 4)
         )
         program.add(
@@ -200,7 +198,7 @@ class FastOps(NumpyOps):
         wide = None if bias is None else panels.spread(bias, [part.shape[0] for part in weight.parts])
         program = Program()
         nbytes = size * (_row_bytes(panels, panels.inner) + panels.count * PANEL * 4)
-        scratch, stride = self._thread_scratch(program, nbytes)
+        scratch, stride = self.thread_scratch(program, nbytes)
         cos, sin = _plain(cos), _plain(sin)
         q_gain, k_gain, whole = head_norm_words(norms, width)
         program.add(
@@ -268,7 +266,7 @@ class FastOps(NumpyOps):
         wide = None if gate_up_bias is None else first.spread(gate_up_bias, [part.shape[0] for part in gate_up.parts])
         down_wide = None if down_bias is None else second.spread(down_bias, [d])
         program = Program()
-        scratch, stride = self._thread_scratch(
+        scratch, stride = self.thread_scratch(
             program,
             size
             * (
@@ -337,52 +335,12 @@ class FastOps(NumpyOps):
                 k, v = (x[:, max(0, int(first[0])) :] for x in (k, v))
             result = attend_few.attend(self, q, k, v, reach, cap, sinks)
         else:
-            result = self._attend_tiles(
-                _plain(q), _rows_together(k), _rows_together(v), reach or [0] * len(k), first, cap, precise, sinks
-            )
+            features = self.features.without("bf16") if precise else self.features
+            k, v = _rows_together(k), _rows_together(v)
+            result = attend_many.attend(self, features, _plain(q), k, v, reach or [0] * len(k), first, cap, sinks)
         if out is None:
             return result
         out[...] = result
-        return out
-
-    def _attend_tiles(  # type: ignore[override]
-        self, q: Array, k: Array, v: Array, reach: Sequence[int], first: np.ndarray | None = None, cap: float = 0.0,
-        precise: bool = False, sinks: Array | None = None,
-    ) -> Array:  # fmt: skip
-        tokens, heads, width = q.shape
-        kv_heads, keys, _ = k.shape
-        features = self.features.without("bf16") if precise else self.features
-        shape = shape_of(features)
-        offset, blocks, padded = keys - tokens, -(-keys // KEY_BLOCK), shape.padded(width)
-        out = np.empty(q.shape, np.float32)
-        element = shape.element_bytes
-        packed = np.empty(2 * kv_heads * blocks * KEY_BLOCK * padded * element + 64, np.uint8)
-        key_panels = -(-address(packed) // 64) * 64
-        value_panels = key_panels + kv_heads * blocks * KEY_BLOCK * padded * element
-        nbytes = tile_scratch(features, heads // kv_heads, width)
-        program = Program()
-        scratch, stride = self._thread_scratch(program, nbytes)
-        starts = [0, *range(RUN - offset % RUN, tokens, RUN)]
-        tiles = np.array(
-            [
-                (lo, min(lo + RUN - (offset + lo) % RUN, tokens) - lo, head, first_row(reach[head], offset + lo))
-                for lo in reversed(starts)  # the longest first
-                for head in range(kv_heads)
-            ],
-            np.int64,
-        )
-        program.add(
-            pack_kernel(features), kv_heads * blocks,
-            address(k), address(v), k.strides[0], v.strides[0], keys, blocks, width, padded, key_panels, value_panels,
-            scratch, stride,
-        )  # fmt: skip
-        lowest = None if first is None else np.maximum(first, 0).astype(np.int64)
-        program.add(
-            flash_kernel(features, first is not None, cap), len(tiles),
-            address(tiles), address(q), heads, kv_heads, width, padded, keys, tokens, key_panels, value_panels, blocks,
-            _LOG2_E / math.sqrt(width), address(out), scratch, stride, _at(lowest), _at(sinks),
-        )  # fmt: skip
-        self.team.run(program)
         return out
 
 

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from numba import float32
 
-from slimrt.ops.fast.attend_few import Grouping, score_key
+from slimrt.ops.fast.attend_few import Grouping
+from slimrt.ops.fast.attend_words import score_key
 from slimrt.ops.fast.features import Features
 from slimrt.ops.fast.gemv import aligned_zeros
 from slimrt.ops.fast.kernels import Kernel, compile_kernel
