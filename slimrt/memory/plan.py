@@ -10,6 +10,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from gguf.constants import GGMLQuantizationType
+
 from slimrt.config import CacheConfig, ModelConfig
 from slimrt.errors import SettingError
 from slimrt.ops import control_groups
@@ -26,11 +28,7 @@ _ADVISED = 0.95  # share of the free memory that an advised context takes
 # What a process takes besides the model: interpreter, libraries, compiled kernels; and for each token of the
 # vocabulary. Measured with Python 3.11 on Linux; a test holds the whole plan against what a process takes.
 _RUNTIME, _FAST_RUNTIME, _TOKEN = 125 << 20, 175 << 20, 1024
-# Types that compiled kernels multiply as they are packed (slimrt.ops.fast.dots, which needs Numba to be asked).
-_PRODUCTS = {
-    "F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "MXFP4", "Q4_K", "Q5_K", "Q6_K",
-}  # fmt: skip
-_FLOATS = {"F32", "F16", "BF16"}
+_FLOATS = {GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16}
 _FLOAT = 4  # bytes of the float32 that everything is computed in
 
 
@@ -159,9 +157,13 @@ def plan(
 
 def _packed_weights(file: GGUFFile, fast: bool) -> int:
     """Bytes of the tensors as they lie in the file, but for matrices that compiled kernels hold as bfloat16."""
+    if not fast:
+        return sum(tensor.nbytes for tensor in file.tensors.values())
+    from slimrt.ops.fast.dots import FORMATS
+
     total = 0
     for tensor in file.tensors.values():
-        widened = fast and len(tensor.shape) > 1 and tensor.type.name not in _PRODUCTS
+        widened = len(tensor.shape) > 1 and tensor.type not in FORMATS
         total += 2 * math.prod(tensor.shape) if widened else tensor.nbytes
     return total
 
@@ -249,12 +251,13 @@ def _block(c: ModelConfig) -> int:
 
 def _factor_bytes(file: GGUFFile) -> int:
     """Of a number in the panels that compiled kernels make of a layer's matrices, for the widest of these."""
+    from slimrt.ops.fast.dots import FORMATS
     from slimrt.ops.fast.features import detect
     from slimrt.ops.fast.products import packed_shape, shape_of
 
     matrices = [t for t in file.tensors.values() if t.name.startswith("blk.") and len(t.shape) > 1]
-    kinds = {t.type.name for t in matrices if not t.name.endswith("ffn_gate_inp.weight")}  # routers are small
-    packed = kinds <= _PRODUCTS - _FLOATS
+    kinds = {t.type for t in matrices if not t.name.endswith("ffn_gate_inp.weight")}  # routers are small
+    packed = kinds <= FORMATS - _FLOATS
     return (packed_shape if packed else shape_of)(detect()).element_bytes
 
 

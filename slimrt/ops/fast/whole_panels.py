@@ -14,7 +14,8 @@ from numba import float32, int64
 from slimrt.ops.fast.features import Features
 from slimrt.ops.fast.kernels import Kernel, compile_kernel
 from slimrt.ops.fast.lanes import square_root, stack, sum_each
-from slimrt.ops.fast.unpack import PANEL, TILE_COLUMNS, row_unpacker, turner
+from slimrt.ops.fast.unpack import PANEL, turner
+from slimrt.ops.fast.unpacked_rows import TILE_COLUMNS, row_unpacker
 from slimrt.ops.fast.vectors import (
     F32X16,
     argument,

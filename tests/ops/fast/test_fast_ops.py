@@ -21,9 +21,11 @@ from slimrt.weights.gguf import TensorInfo
 
 pytest.importorskip("numba")
 
+from slimrt.ops.fast.dots import FORMATS
 from slimrt.ops.fast.fast_ops import FastOps
 from slimrt.ops.fast.features import Features, detect
 from slimrt.ops.fast.products import packed_shape, shape_of
+from tests.fast_cases import packed_rows
 from tests.rounded_ops import int16
 
 pytestmark = pytest.mark.skipif(not detect().avx2, reason="this processor has no fast path")
@@ -316,7 +318,14 @@ def test_logits_of_many_rows(ops: FastOps) -> None:
     )
 
 
-@pytest.mark.parametrize("kind", ["Q2_K", "IQ4_NL", "F64"])
+@pytest.mark.parametrize("kind", FORMATS, ids=lambda kind: kind.name)
+def test_packed_matrices_are_held_as_they_lie_in_the_file(kind: GGMLQuantizationType) -> None:
+    tensor = packed_rows(kind, 2, 256)
+    (part,) = FastOps(1).weight(tensor).parts
+    assert part is tensor
+
+
+@pytest.mark.parametrize("kind", ["IQ3_S", "TQ1_0", "F64"])
 def test_types_without_a_dot_product_become_bfloat16(kind: str) -> None:
     import gguf
 

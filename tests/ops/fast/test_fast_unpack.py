@@ -1,7 +1,8 @@
-"""Packed rows to panels, against gguf's own dequantiser: bit for bit."""
+"""Packed rows to float32 and to panels, against gguf's own dequantiser and llama.cpp's: bit for bit."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -12,11 +13,19 @@ pytest.importorskip("numba")
 
 from slimrt.ops.fast.features import detect
 from slimrt.ops.fast.gemv import aligned_zeros
+from slimrt.ops.fast.kernels import compile_kernel
 from slimrt.ops.fast.team import Program, Team, address
 from slimrt.ops.fast.unpack import PANEL, unpack
+from slimrt.ops.fast.unpacked_rows import TILE_COLUMNS, row_unpacker
+from slimrt.ops.fast.vectors import argument
+from slimrt.weights.gguf import TensorInfo
+from slimrt.weights.quants import dequantize
 from tests.fast_cases import KINDS, packed_rows, unpacked, usable
 
 pytestmark = pytest.mark.skipif(not detect().avx2, reason="this processor has no fast path")
+
+Kind = GGMLQuantizationType
+GOLDEN = Path(__file__).parents[2] / "goldens/blocks/llama_cpp.npz"
 
 
 def to_bfloat(x: np.ndarray) -> np.ndarray:
@@ -25,7 +34,45 @@ def to_bfloat(x: np.ndarray) -> np.ndarray:
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
 
 
+def rows_unpacked(tensor: TensorInfo) -> np.ndarray:
+    """Each row of at most TILE_COLUMNS columns as float32 [rows, TILE_COLUMNS], by the words of the kernels."""
+    unpack_row = row_unpacker(tensor.type)
+
+    def unpack_one(item, thread, args):
+        unpack_row(argument(args, 0) + item * argument(args, 1), argument(args, 2), argument(args, 3) + item * 4 * 256)
+
+    rows, columns = tensor.shape
+    out = np.full((rows, TILE_COLUMNS), np.nan, np.float32)
+    program = Program()
+    kernel = compile_kernel(unpack_one, f"test-{tensor.type.name}")
+    program.add(kernel, rows, address(tensor.data), tensor.nbytes // rows, columns, address(out))
+    Team(1).run(program)
+    return out
+
+
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_rows(kind: GGMLQuantizationType) -> None:
+    """Every type, any bytes in its blocks; zeros behind the columns that there are."""
+    elements, _ = GGML_QUANT_SIZES[kind]
+    for columns in (1, 33, 256) if elements == 1 else sorted({elements, 256}):
+        tensor = packed_rows(kind, 40, columns)
+        expected = np.zeros((40, TILE_COLUMNS), np.float32)
+        expected[:, :columns] = unpacked(tensor)
+        assert np.array_equal(rows_unpacked(tensor).view(np.uint32), expected.view(np.uint32))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if GGML_QUANT_SIZES[kind][0] > 1], ids=lambda kind: kind.name)
+def test_bytes_of_llama_cpp(kind: GGMLQuantizationType) -> None:
+    """Blocks that it has written, and the numbers that it reads from them."""
+    golden = np.load(GOLDEN)
+    packed, floats = golden[f"{kind.name}/bytes"].reshape(2, -1), golden[f"{kind.name}/floats"].reshape(2, -1)
+    tensor = TensorInfo("w", floats.shape, kind, packed)
+    assert np.array_equal(rows_unpacked(tensor).view(np.uint32), floats.view(np.uint32))
+    assert np.array_equal(dequantize(tensor).view(np.uint32), floats.view(np.uint32))
+
+
+# A type's numbers go to every kind of panel in the same way: of each size of blocks one.
+@pytest.mark.parametrize("kind", [Kind.F16, Kind.Q4_1, Kind.Q4_K], ids=lambda kind: kind.name)
 @pytest.mark.parametrize(
     ("target", "mask", "threads", "past_caches"),
     [("bf16", (), 3, False), ("bf16", ("bf16",), 1, True), ("f32", ("avx512",), 2, False), ("f32", (), 1, True)],
