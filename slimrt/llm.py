@@ -22,9 +22,9 @@ from slimrt.embedding import Pooling, check_pooling, embedded, states_of
 from slimrt.engine import Engine
 from slimrt.library.store import Library, library_folder
 from slimrt.load_options import Adapters, Draft, LoadOptions, Plan
-from slimrt.models import build, read_config
+from slimrt.models import build
 from slimrt.models.adapters import Adapter, adapters_name
-from slimrt.opening import Opened, check_fits
+from slimrt.opening import Opened, open_draft
 from slimrt.paths import user_path
 from slimrt.prune.asked import Asked
 from slimrt.prune.plan import PrunePlan
@@ -102,15 +102,7 @@ class LLM:
         if isinstance(draft, LLM):
             check_vocabulary(self.tokenizer, draft.tokenizer, draft.config.name)
             return DraftModel(draft.engine, draft.ctx, draft.config.name)
-        from slimrt.hub.store import resolve
-
-        file = GGUFFile(resolve(draft))  # type: ignore[arg-type]
-        config = read_config(file)
-        check_vocabulary(self.tokenizer, Tokenizer.from_gguf(file), config.name)
-        ctx, ops = min(self.ctx, config.ctx_train), self.backend.ops
-        if ops.name != "cuda":
-            check_fits(config, file, ctx, threads=self.options.threads, fast=ops.name == "fast")
-        return DraftModel(Engine(build(config, file, ops), ops), ctx, config.name)
+        return open_draft(draft, self.tokenizer, self.ctx, self.backend, self.options.threads)
 
     def set_adapters(self, adapters: Adapters) -> None:
         """Apply these LoRA adapters (GGUF files, or (file, scale); times 1) in the place of those before; empty: none.

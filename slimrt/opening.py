@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from slimrt.config import CacheConfig, ModelConfig
+from slimrt.drafting.model import DraftModel, check_vocabulary
+from slimrt.engine import Engine
 from slimrt.errors import SettingError, SlimrtError
+from slimrt.hub.store import resolve
 from slimrt.load_options import LoadOptions
 from slimrt.memory import cuda as memory_cuda
 from slimrt.memory.cuda import CudaPlan
 from slimrt.memory.plan import DEFAULT_CTX, MemoryPlan, largest_context
 from slimrt.memory.plan import plan as plan_memory
-from slimrt.models import read_config, stretch_rope
+from slimrt.models import build, read_config, stretch_rope
 from slimrt.ops.backend import Backend, check_device, find_gpu, open_backend, open_cuda, uses_kernels
 from slimrt.ops.cuda.device import wants_gpu
+from slimrt.text.tokenizer import Tokenizer
 from slimrt.weights.gguf import GGUFFile
 
-__all__ = ["Opened", "check_fits", "context_of"]
+__all__ = ["Opened", "context_of", "open_draft"]
 
 
 def context_of(options: LoadOptions, config: ModelConfig) -> int:
@@ -97,11 +102,22 @@ class Opened:
         return None
 
 
-def check_fits(config: ModelConfig, file: GGUFFile, ctx: int, *, threads: int | None, fast: bool) -> None:
-    """Raise SettingError unless a second model has room beside the first, on the CPU."""
-    memory = plan_memory(config, file, ctx, threads=threads, fast=fast)
-    if not memory.fits():
-        raise SettingError(f"draft model {config.name}: {_does_not_fit(memory, 0)}")
+def open_draft(
+    model: str | Path, tokenizer: Tokenizer, ctx: int, backend: Backend, threads: int | None
+) -> DraftModel:  # fmt: skip
+    """A smaller model that guesses for one with this ``tokenizer`` and context, on the same backend.
+
+    Raises SettingError for another vocabulary, or where there is no room beside the first; as ``resolve`` does.
+    """
+    file = GGUFFile(resolve(model))
+    config = read_config(file)
+    check_vocabulary(tokenizer, Tokenizer.from_gguf(file), config.name)
+    ctx, ops = min(ctx, config.ctx_train), backend.ops
+    if ops.name != "cuda":
+        memory = plan_memory(config, file, ctx, threads=threads, fast=ops.name == "fast")
+        if not memory.fits():
+            raise SettingError(f"draft model {config.name}: {_does_not_fit(memory, 0)}")
+    return DraftModel(Engine(build(config, file, ops), ops), ctx, config.name)
 
 
 def _does_not_fit(plan: MemoryPlan, room: int) -> str:

@@ -45,7 +45,8 @@ class CalibrateSettings:
 
 def calibrate_model(settings: CalibrateSettings, load: LoadSettings, *, as_json: bool) -> None:
     """Run the search and store its presets; a table, or with ``as_json`` the whole file, goes to stdout."""
-    from slimrt.calibrate.search import Bounds, calibrate, calibration_context
+    from slimrt.calibrate.losses import Bounds
+    from slimrt.calibrate.search import calibrate, calibration_context
     from slimrt.models import read_config
     from slimrt.output import check_output, write_atomically
     from slimrt.prune.presets import preset_path

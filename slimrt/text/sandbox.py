@@ -3,16 +3,14 @@
 Jinja's own sandbox keeps a template away from Python's internals, but not from the machine's time and memory: two
 nested loops, ``'a' * 10**10`` or a string that is doubled forty times hang the program. Here every loop pass, call and
 produced value draws on a budget, operations that multiply (``*``, ``**``, ``%``, replace, join, format, indent) are
-priced before they run, and only those filters and string methods exist that chat templates use and whose cost is known.
-That gives the usual excesses a reason and ends them soon; the limits that hold in any case are those of the process
-that all of this runs in, see ``template_worker``.
+priced before they run (``template_budget``), and only those filters and string methods exist that chat templates use
+and whose cost is known. That gives the usual excesses a reason and ends them soon; the limits that hold in any case are
+those of the process that all of this runs in, see ``template_worker``.
 """
 
 from __future__ import annotations
 
 import json
-import re
-import time
 import types
 from collections.abc import Callable, Mapping
 from datetime import datetime
@@ -20,7 +18,7 @@ from string import Formatter
 from typing import Any, NoReturn
 
 import jinja2.ext
-from jinja2 import TemplateError, TemplateRuntimeError, nodes, pass_context
+from jinja2 import TemplateError, nodes, pass_context
 from jinja2.filters import FILTERS, do_indent, do_round
 from jinja2.parser import Parser
 from jinja2.runtime import Context
@@ -28,18 +26,19 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedFormatter
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
-__all__ = ["BUDGET", "Budget", "BudgetError", "ChatEnvironment", "RefusalError"]
+from slimrt.text.template_budget import (
+    BUDGET,
+    Budget,
+    BudgetError,
+    check_bits,
+    check_product,
+    check_width,
+    percent_format,
+)
 
-_STEP = 64  # what a loop pass or a call costs, in characters
-_UNITS = 1 << 25  # half a million steps, or 32M characters
-_PER_CHARACTER = 64  # so often may a template handle each character of the messages
-_SECONDS = 1.0  # a backstop for single operations that are slow for their size, such as sorting
-_MAX_NUMBER_BITS = 4096
-_MAX_FIELD = 3  # digits of a width or precision in a format string
+__all__ = ["ChatEnvironment", "RefusalError"]
 
 _SCOPES = ("_loop_vars", "_block_vars")  # what compiled templates add to every call; Context.call takes it away
-
-BUDGET = "budget:left"  # the render variable that holds the Budget; not an identifier, so no template can name it
 
 _FILTERS = (
     "abs capitalize count d default dictsort e escape first float groupby int items last length list lower map max min "
@@ -63,48 +62,8 @@ _METHODS: Mapping[type, frozenset[str]] = {
 }
 
 
-class BudgetError(TemplateRuntimeError):
-    """The template wants more time or memory than any chat needs."""
-
-
 class RefusalError(TemplateError):
     """The template called ``raise_exception``: the messages are not what it takes."""
-
-
-class Budget:
-    """What one rendering may still do: characters written or copied, loop passes and calls, processor time."""
-
-    def __init__(self, characters: int) -> None:
-        """``characters``: the size of what is rendered."""
-        self._left = _UNITS + _PER_CHARACTER * characters
-        self._end = time.thread_time() + _SECONDS
-
-    def spend(self, units: int) -> None:
-        if units < 0:  # a template that reached the weaver's own filters by way of map()
-            raise BudgetError("it gives itself a larger budget")
-        self._left -= units
-        if self._left < 0:
-            raise BudgetError("it loops or writes far more than these messages call for")
-
-    def step(self, units: int = 0) -> None:
-        self.spend(_STEP + units)
-        if time.thread_time() > self._end:
-            raise BudgetError(f"it took more than {_SECONDS:g} s")
-
-    def spend_value(self, value: Any) -> None:
-        """Spend the size of ``value``: characters and, through nested containers, items, shared ones each time."""
-        pending = [value]
-        while pending:
-            value = pending.pop()
-            if isinstance(value, (str, bytes)):
-                self.spend(len(value))
-            elif isinstance(value, (list, tuple, set, frozenset)):
-                self.spend(8 * len(value))
-                pending.extend(value)
-            elif isinstance(value, dict):
-                self.spend(16 * len(value))
-                pending.extend(value)
-                pending.extend(value.values())
 
 
 def _budget(context: Context) -> Budget:
@@ -164,27 +123,14 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         budget = _budget(context)
         if operator == "%" and isinstance(left, str):
-            return _percent_format(budget, left, right)
+            return percent_format(budget, left, right)
         if operator == "*":
-            _check_product(budget, left, right)
+            check_product(budget, left, right)
         elif operator == "**" and isinstance(left, int) and isinstance(right, int):
-            _check_bits(left.bit_length() * max(right, 1))
+            check_bits(left.bit_length() * max(right, 1))
         result = super().call_binop(context, operator, left, right)
         budget.spend_value(result)
         return result
-
-
-def _check_product(budget: Budget, left: Any, right: Any) -> None:
-    if isinstance(left, int) and isinstance(right, int):
-        _check_bits(left.bit_length() + right.bit_length())
-    for value, times in ((left, right), (right, left)):
-        if isinstance(value, (str, list, tuple)) and isinstance(times, int):
-            budget.spend(len(value) * max(times, 0))
-
-
-def _check_bits(bits: int) -> None:
-    if bits > _MAX_NUMBER_BITS:
-        raise BudgetError(f"it computes with a number of {bits} bits")
 
 
 class _Namespace(Namespace):
@@ -211,26 +157,10 @@ class _BoundedFormatter(SandboxedFormatter, Formatter):
         self._budget = budget
 
     def format_field(self, value: Any, format_spec: str) -> str:
-        _check_width(format_spec)
+        check_width(format_spec)
         text = super().format_field(value, format_spec)
         self._budget.spend(len(text))
         return text
-
-
-def _check_width(spec: str) -> None:
-    if re.search(rf"\*|\d{{{_MAX_FIELD + 1}}}", spec):
-        raise BudgetError(f"a format field has a width of more than {_MAX_FIELD} digits")
-
-
-def _percent_format(budget: Budget, text: str, values: Any) -> str:
-    for spec in re.findall(r"%(?:\([^)]*\))?([^a-zA-Z%]*)", text):
-        _check_width(spec)
-    longest = values if isinstance(values, tuple) else tuple(values.values()) if isinstance(values, dict) else (values,)
-    size = max((len(value) for value in longest if isinstance(value, str)), default=0)
-    budget.spend(len(text) + text.count("%") * size)
-    result = text % values
-    budget.spend(len(result))
-    return result
 
 
 def _raise_exception(message: str) -> NoReturn:
@@ -238,7 +168,7 @@ def _raise_exception(message: str) -> NoReturn:
 
 
 def _strftime_now(format: str) -> str:
-    _check_width(format)
+    check_width(format)
     return datetime.now().strftime(format)
 
 
@@ -291,7 +221,7 @@ def _indent(context: Context, s: Any, width: int | str = 4, first: bool = False,
 
 @pass_context
 def _format(context: Context, value: Any, *args: Any, **kwargs: Any) -> str:
-    return _percent_format(_budget(context), str(value), kwargs or args)
+    return percent_format(_budget(context), str(value), kwargs or args)
 
 
 @pass_context

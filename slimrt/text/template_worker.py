@@ -72,7 +72,8 @@ class _Renderer:
     def answer(self, source: str, variables: dict[str, Any] | None, characters: int) -> _Answer:
         import jinja2
 
-        from slimrt.text.sandbox import BUDGET, Budget, BudgetError, RefusalError
+        from slimrt.text.sandbox import RefusalError
+        from slimrt.text.template_budget import BUDGET, Budget, BudgetError
 
         try:
             template = self._template(source)

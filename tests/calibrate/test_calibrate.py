@@ -19,8 +19,10 @@ from slimrt.calibrate.candidates import candidates, first_layer, recomputed, sco
 from slimrt.calibrate.finding import Findings, observe
 from slimrt.calibrate.heads import head_losses, quiet, with_windows
 from slimrt.calibrate.journal import Journal
+from slimrt.calibrate.losses import Bounds, Measured, finalists, survivors
 from slimrt.calibrate.probe import probing
-from slimrt.calibrate.search import Bounds, Measured, _finalists, _rounds, _survivors, calibrate
+from slimrt.calibrate.rounds import cut_in_rounds
+from slimrt.calibrate.search import calibrate
 from slimrt.config import ModelConfig
 from slimrt.errors import ContextError, SettingError
 from slimrt.eval.run import judge, respond
@@ -212,20 +214,20 @@ def test_survivors_are_possible_and_lie_between_cheap_and_safe() -> None:
     plans = [PrunePlan((Stage(layer, 0.5),)) for layer in range(1, 8)]
     tried = [measured(plan, kl=0.08 / n, work=0.1 * n) for n, plan in enumerate(plans, 1)]  # dearer loses less
     tried.append(measured(PrunePlan((Stage(9, 0.5),)), kl=0.5, work=0.55))  # and this one is dear and loses much
-    assert _survivors(tried, Bounds(0.03, 0.02, 0.1), 3) == [plans[2], plans[4], plans[6]]  # .08/2 is too far off
-    assert _survivors(tried, Bounds(0.03, 0.02, 0.1), 9) == plans[2:]
-    assert _survivors(tried, Bounds(0.001, 0.0, 0.0), 4) == [plans[6]]
+    assert survivors(tried, Bounds(0.03, 0.02, 0.1), 3) == [plans[2], plans[4], plans[6]]  # .08/2 is too far off
+    assert survivors(tried, Bounds(0.03, 0.02, 0.1), 9) == plans[2:]
+    assert survivors(tried, Bounds(0.001, 0.0, 0.0), 4) == [plans[6]]
 
 
 def test_finalists_lie_around_the_cheapest_within_the_bounds() -> None:
     plans = [PrunePlan((Stage(layer, 0.5),)) for layer in range(1, 9)]
     tried = [measured(plan, kl=0.12 / n, recall=-0.02, work=0.1 * n) for n, plan in enumerate(plans, 1)]
     bounds = Bounds(0.03, 0.02, 0.1)  # plan 4 has .03 and could still be within, plan 5 has .024 and is
-    assert _finalists(tried, bounds, 4) == [plans[3:7], plans[7:]]
-    assert _finalists(tried, bounds, 2) == [plans[3:5], plans[5:7], plans[7:]]
-    assert _finalists(tried, bounds, 20) == [plans[3:]]
-    assert _finalists(tried, Bounds(0.0155, 0.02, 0.1), 2) == [plans[6:]]  # none is within yet
-    assert _finalists(tried, Bounds(0.001, 0.0, 0.0), 4) == [plans[7:]]
+    assert finalists(tried, bounds, 4) == [plans[3:7], plans[7:]]
+    assert finalists(tried, bounds, 2) == [plans[3:5], plans[5:7], plans[7:]]
+    assert finalists(tried, bounds, 20) == [plans[3:]]
+    assert finalists(tried, Bounds(0.0155, 0.02, 0.1), 2) == [plans[6:]]  # none is within yet
+    assert finalists(tried, Bounds(0.001, 0.0, 0.0), 4) == [plans[7:]]
 
 
 def test_windows_go_to_the_heads_that_lose_least_as_far_as_the_bound_allows(llm: LLM) -> None:
@@ -275,7 +277,7 @@ def test_a_preset_keeps_its_bounds_with_something_to_spare() -> None:
 
 def test_rounds_take_every_sample_once_and_both_tasks() -> None:
     for count in (8, 9, 40, 61):
-        cut = _rounds(list(range(count)))  # type: ignore[arg-type]
+        cut = cut_in_rounds(list(range(count)))  # type: ignore[arg-type]
         assert [sample for one in cut for sample in one] == list(range(count))
         assert all(len(one) >= 2 for one in cut)
 

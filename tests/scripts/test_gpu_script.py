@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from scripts import gpu, gpu_layout
+from scripts.results_gpu import NOTHING
 from scripts.results_table import (
     BEGIN,
     CPU_BEGIN,
@@ -26,7 +27,6 @@ from scripts.results_table import (
     END,
     GPU_BEGIN,
     GPU_END,
-    NOTHING,
     QUALITY_BEGIN,
     QUALITY_END,
     detailed,
