@@ -346,5 +346,8 @@ def stretch_rope(
         rope = replace(rope, scaling="yarn", factor=ctx / config.ctx_train, original_ctx=config.ctx_train)
     if rope.scaling == "longrope":
         rope = replace(rope, long=ctx > rope.original_ctx)
-    _check_rope(rope)
+    try:
+        _check_rope(rope)
+    except SettingError as error:
+        raise SettingError(f"{error}; at a context of {ctx:,} choose other RoPE settings, or another context") from None
     return replace(config, rope=rope)

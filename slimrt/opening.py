@@ -48,7 +48,7 @@ class Opened:
         if self.config.rope.scaling == "yarn" and config.rope.scaling == "none" and options.rope_scaling is None:
             self.notes.append(
                 f"context {self.ctx} exceeds the {config.ctx_train} that the model was trained on: RoPE is stretched "
-                f"{self.config.rope.factor:g}x by YaRN (rope_scaling='none' switches that off)"
+                f"{self.config.rope.factor:.3g}x by YaRN (rope_scaling='none', --rope-scaling none: not at all)"
             )
         self.memory: MemoryPlan | CudaPlan
         self.backend = self._gpu(file, options) or self._cpu(file, options)

@@ -21,11 +21,11 @@ __all__ = ["check_output", "human_bytes", "remove_leftovers", "whole_or_nothing"
 
 def human_bytes(count: float) -> str:
     """``98362432`` -> ``"93.8 MiB"``."""
-    for unit in ("B", "KiB", "MiB"):
+    for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
         count /= 1024
-    return f"{count:.1f} GiB"
+    return f"{count:.1f} TiB"
 
 
 def check_output(target: Path, *, sources: Iterable[Path] = (), force: bool = False) -> None:

@@ -19,6 +19,7 @@ __all__ = ["LARGEST", "document_text", "plain_text"]
 _WALL_SECONDS = 120  # the last resort, where the system limits no processor time or the machine is very busy
 _MEMORY = 1 << 30  # bytes that a reader may take beside the document
 MOST = 1 << 28  # bytes of text
+_READ = "name a text, PDF, Word or HTML file"
 LARGEST = 64 << 20  # bytes of a document that is not text; who reads one bounds it by this
 
 
@@ -38,11 +39,13 @@ def plain_text(raw: bytes, name: str) -> str:
     """``raw`` as UTF-8 without a byte-order mark. Raises SettingError that says what it is, or which byte is wrong."""
     kind = kind_of(raw, "")
     if kind is not None:
-        remedy = _by_hand(kind) if kind.command else "name a text file"
-        raise SettingError(f"{name}: is {kind.words}, and only text can be read; {remedy}")
+        remedy = _by_hand(kind) if kind.command else _READ
+        raise SettingError(f"{name}: is {kind.words}, which cannot be read; {remedy}")
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
+        if b"\0" in raw:  # no text has it, whatever its encoding
+            raise SettingError(f"{name}: is not text, and no kind of file that is known; {_READ}") from None
         byte = raw[error.start]
         raise SettingError(
             f"{name}: byte {error.start} (0x{byte:02x}) is not valid UTF-8; "

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from slimrt.llama_cpp.missing import refuse, refuse_modules
+
 __all__ = [
     "BaseLlamaCache",
     "Llama",
@@ -29,8 +31,6 @@ LLAMA_DEFAULT_SEED = 0xFFFFFFFF
 GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_Q4_0, GGML_TYPE_Q8_0 = 0, 1, 2, 8
 
 if TYPE_CHECKING:
-    from slimrt.llama_cpp.cache import BaseLlamaCache, LlamaCache, LlamaDiskCache, LlamaRAMCache
-    from slimrt.llama_cpp.grammar import LlamaGrammar
     from slimrt.llama_cpp.llama import (
         Llama,
         LlamaState,
@@ -39,18 +39,21 @@ if TYPE_CHECKING:
         MinTokensLogitsProcessor,
         StoppingCriteriaList,
     )
+    from slimrt.llama_cpp.llama_cache import BaseLlamaCache, LlamaCache, LlamaDiskCache, LlamaRAMCache
+    from slimrt.llama_cpp.llama_grammar import LlamaGrammar
     from slimrt.llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 else:
 
     def __getattr__(name: str) -> object:
-        # On first use: the package is entered for the names that are missing too, which need no NumPy.
+        # On first use: the package is entered for names that are missing too, which need no NumPy.
         from importlib import import_module
 
         if name in __all__:
-            homes = {"LlamaGrammar": "grammar", "LlamaPromptLookupDecoding": "llama_speculative"}
-            home = "cache" if name.endswith("Cache") else homes.get(name, "llama")
+            homes = {"LlamaGrammar": "llama_grammar", "LlamaPromptLookupDecoding": "llama_speculative"}
+            home = "llama_cache" if name.endswith("Cache") else homes.get(name, "llama")
             return getattr(import_module(f"slimrt.llama_cpp.{home}"), name)
-        from slimrt.llama_cpp.missing import refuse
-
         refuse(name)
         raise AttributeError(f"module 'slimrt.llama_cpp' has no attribute '{name}'")
+
+
+refuse_modules()

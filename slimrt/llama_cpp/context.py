@@ -14,8 +14,9 @@ import numpy as np
 from slimrt.errors import SettingError
 from slimrt.hub import store
 from slimrt.llama_cpp.embedding import check_pooling
-from slimrt.llama_cpp.grammar import grammar_of_llama
+from slimrt.llama_cpp.llama_grammar import grammar_of_llama
 from slimrt.llama_cpp.llama_speculative import draft_of
+from slimrt.llama_cpp.llama_tokenizer import LlamaTokens
 from slimrt.llama_cpp.options import (
     RANDOM_SEED,
     Processors,
@@ -29,7 +30,6 @@ from slimrt.llama_cpp.options import (
     sampling_config,
 )
 from slimrt.llama_cpp.state import AllLogits
-from slimrt.llama_cpp.tokens import LlamaTokens
 from slimrt.llm import LLM
 from slimrt.load_options import LoadOptions
 from slimrt.models import read_config

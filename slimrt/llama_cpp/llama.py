@@ -1,7 +1,7 @@
 """``slimrt.Llama``: programs written for ``llama_cpp.Llama`` (llama-cpp-python 0.3) run on slimrt.
 
 Method names, parameters, defaults and results are that class's. What differs on purpose: parameters that would change
-the answer and have no counterpart are refused (``llama_options`` lists them, and those accepted without effect);
+the answer and have no counterpart are refused (``options.py`` lists them, and those accepted without effect);
 ``logprobs`` needs no ``logits_all``; with ``echo``, log-probabilities stand beside their own tokens; nothing is
 printed.
 """
@@ -18,7 +18,8 @@ import numpy as np
 from slimrt.errors import ContextError, SettingError
 from slimrt.generation import Step, generate_tokens
 from slimrt.llama_cpp.embedding import embedded, embedding_response
-from slimrt.llama_cpp.grammar import grammar_of_llama
+from slimrt.llama_cpp.llama_grammar import grammar_of_llama
+from slimrt.llama_cpp.llama_tokenizer import LlamaTokenizer
 from slimrt.llama_cpp.missing import METHODS
 from slimrt.llama_cpp.openai_format import CompletionFormat, LogprobFormat, chat_chunks, chat_completion
 from slimrt.llama_cpp.options import (
@@ -37,7 +38,6 @@ from slimrt.llama_cpp.options import (
 from slimrt.llama_cpp.pretrained import fetched, matching_file
 from slimrt.llama_cpp.state import LlamaState
 from slimrt.llama_cpp.states import LlamaStates
-from slimrt.llama_cpp.tokens import LlamaTokenizer
 from slimrt.request import GenerationRequest
 from slimrt.results import FinishReason, TokenLogprob
 from slimrt.sampler import top_logprobs

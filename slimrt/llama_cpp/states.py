@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from slimrt.errors import ContextError, SettingError
-from slimrt.llama_cpp.cache import LlamaDiskCache
 from slimrt.llama_cpp.context import LlamaContext
+from slimrt.llama_cpp.llama_cache import LlamaDiskCache
 from slimrt.llama_cpp.state import LlamaState
 from slimrt.reuse import common_prefix
 from slimrt.session import Session

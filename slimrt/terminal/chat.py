@@ -36,14 +36,15 @@ _RETRY_TEMPERATURE = 0.8
 HELP = '''\
 /help            this text
 /load FILE       read a document; it goes before your next message
-/system TEXT     set the system prompt (/system shows it, /system off removes it)
+/system TEXT     set the system prompt (/system shows it, off removes it)
 /retry           take the last answer back and ask again
 /clear           forget the conversation and loaded documents
 /save FILE       write the conversation to FILE.json or FILE.md, or all that was read to FILE.slim
 /restore FILE    go on with the conversation in FILE.slim, without reading it again
 /stats           context, speed and memory
 /quit            leave (exit and Ctrl-D do too)
-Several lines: end a line with \\, or write """ before and after; {newline}Ctrl-C stops an answer.'''
+several lines    end a line with \\, or write """ before and after{newline}
+Ctrl-C           stops an answer'''
 
 
 class Chat:
@@ -193,7 +194,7 @@ class Chat:
     def _help(self, _: str) -> None:
         from slimrt.terminal.line_input import PromptToolkitInput
 
-        keys = "Alt-Enter starts a new line;\n" if isinstance(self._source, PromptToolkitInput) else "\n"
+        keys = "; Alt-Enter starts a new line" if isinstance(self._source, PromptToolkitInput) else ""
         self._screen.remark(HELP.format(newline=keys))
 
     def load(self, argument: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shutil
 import sys
 import textwrap
@@ -20,6 +21,8 @@ __all__ = ["GuardedGroup", "columns", "dim", "fail", "note", "one_line", "print_
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 PIPE_CLOSED = 141  # 128 + SIGPIPE
+_UNIT = re.compile(r"(?<=\d) (?=[KMG]iB\b|s\b|tokens\b)")
+_LISTED = re.compile(r"\S+(?: \S+)*? {2,}(?=\S)")  # the first column of a list
 
 
 class OneLineError(click.ClickException):
@@ -46,7 +49,7 @@ class GuardedGroup(click.Group):
             sys.exit(error.exit_code)
         except click.UsageError as error:
             command = error.ctx.command_path if error.ctx is not None else "slimrt"
-            print_error(f"{one_line(error).rstrip('.?')}; see {command} --help")
+            print_error(f"{_mistake(error)}; see {command} --help")
             sys.exit(error.exit_code)
         except click.ClickException as error:
             error.show()
@@ -58,6 +61,20 @@ class GuardedGroup(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         with _no_traceback(), _warnings_as_notes():
             return super().invoke(ctx)
+
+
+def _mistake(error: click.UsageError) -> str:
+    """A mistake in the command line in the words of all other errors."""
+    if isinstance(error, click.MissingParameter) and error.param is not None:
+        return f"{_name_of(error.param)} is missing"
+    if isinstance(error, click.BadParameter) and error.param is not None:
+        return f"{_name_of(error.param)}: {error.message.rstrip('.')}"
+    text = one_line(error).rstrip(".?").replace(". Did you mean ", "; perhaps ")
+    return text[:1].lower() + text[1:]
+
+
+def _name_of(param: click.Parameter) -> str:
+    return param.opts[0] if isinstance(param, click.Option) else param.make_metavar(click.Context(click.Command("")))
 
 
 def note(text: str) -> None:
@@ -79,14 +96,25 @@ def dim(text: str) -> str:
 
 
 def wrapped(text: str) -> str:
-    """``text`` broken between words where stderr is a terminal; in a pipe a line stays a line."""
+    """``text`` broken between words where stderr is a terminal; in a pipe a line stays a line.
+
+    A number stays with its unit, and what stands between two dots in a line of figures together. What a list explains
+    behind two or more blanks goes on below its own beginning.
+    """
     if not sys.stderr.isatty():
         return text
-    lines = [
-        textwrap.wrap(line, columns(), break_long_words=False, break_on_hyphens=False) or [""]
-        for line in text.split("\n")
-    ]
-    return "\n".join(part for parts in lines for part in parts)
+    return "\n".join(part for line in text.split("\n") for part in _broken(line, columns()))
+
+
+def _broken(line: str, width: int) -> list[str]:
+    figures = " · ".join(part.replace(" ", "\xa0") for part in line.split(" · ")) if " · " in line else line
+    joined = _UNIT.sub("\xa0", figures)
+    listed = _LISTED.match(line)
+    indent = " " * listed.end() if listed and listed.end() < width // 2 else ""
+    parts = textwrap.wrap(
+        joined, width, subsequent_indent=indent, drop_whitespace=True, break_long_words=False, break_on_hyphens=False
+    )
+    return [part.replace("\xa0", " ") for part in parts] or [""]
 
 
 def columns() -> int:

@@ -58,9 +58,10 @@ def announce_memory(load: LoadSettings, say: Callable[[str], None]) -> Callable[
         behind = f" and {human_bytes(needs.kv_host)} behind the budget" if needs.kv_host else ""
         room = "" if needs.available is None else f" of {human_bytes(needs.available)} free"
         say(
-            f"{printable(config.name)} · context {ctx:,} tokens · memory up to {human_bytes(needs.total)}{room}\n"
-            f"(weights {human_bytes(needs.weights)}, keys and values {human_bytes(needs.kv)}{behind}, "
-            f"hidden states {human_bytes(needs.boundary)}, scratch {human_bytes(needs.scratch)})"
+            f"{printable(config.name)} · context {ctx:,} tokens\n"
+            f"memory up to {human_bytes(needs.total)}{room}: weights {human_bytes(needs.weights)}, "
+            f"keys and values {human_bytes(needs.kv)}{behind}, hidden states {human_bytes(needs.boundary)}, "
+            f"scratch {human_bytes(needs.scratch)}, the program itself {human_bytes(needs.runtime)}"
         )
 
     return announce

@@ -24,6 +24,7 @@ __all__ = [
     "AnswerSettings",
     "LazyChoice",
     "LoadSettings",
+    "ManyChoices",
     "answer_options",
     "cache_option",
     "ctx_option",
@@ -108,6 +109,18 @@ class LazyChoice(click.ParamType):
         if value.lower() not in self._choices():
             self.fail(f"{value!r} is not one of {', '.join(self._choices())}", param, ctx)
         return str(value.lower())
+
+
+class ManyChoices(click.Option):
+    """An option of a ``LazyChoice`` with more names than stand beside it: its help lists them."""
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        record = super().get_help_record(ctx)
+        if record is None:
+            return None
+        choices = self.type.get_metavar(self, ctx) or ""
+        told = f"{record[1]}  {choices.strip('[]').replace('|', ', ')}"
+        return record[0].replace(choices, self.type.name.upper()), told
 
 
 class LogitBias(click.ParamType):
@@ -302,7 +315,12 @@ def _grammar_in(schema: Path | None, grammar: Path | None) -> Grammar | None:
     from slimrt.terminal.text_input import read_document
 
     texts = [None if path is None else read_document(path, MAX_BYTES) for path in (schema, grammar)]
-    return grammar_of(*texts)
+    try:
+        return grammar_of(*texts)
+    except SettingError as error:
+        if schema is not None and grammar is not None:
+            raise
+        raise SettingError(f"{schema or grammar}: {error}") from None
 
 
 def _decorated(command: Any, *decorators: Callable[[Any], Any]) -> Any:

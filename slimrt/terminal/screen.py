@@ -51,7 +51,7 @@ class Screen:
 
     def remark(self, text: str) -> None:
         """Numbers, hints and confirmations."""
-        click.echo(dim(wrapped(text) if self.interactive else text), err=True)
+        click.echo(dim(wrapped(text)), err=True)
 
     def error(self, text: str) -> None:
         """What went wrong, on one line."""

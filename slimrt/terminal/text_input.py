@@ -45,7 +45,8 @@ def read_document(path: Path, limit: int = _MOST_BYTES) -> str:
 def _read(file: BinaryIO, name: str, limit: int) -> str:
     raw = _bounded(file, name, limit)
     if not raw.strip():
-        raise SettingError(f"{name}: no text in it; name a file that has some")
+        remedy = "pipe some in, or give it as an argument" if file is sys.stdin.buffer else "name a file that has some"
+        raise SettingError(f"{name}: no text in it; {remedy}")
     return document_text(raw, name, most=limit)
 
 

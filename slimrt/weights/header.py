@@ -164,7 +164,7 @@ class Part:
             other = next((what for start, what in _OTHERS.items() if self.buffer[: len(start)] == start), None)
             raise self._error(
                 f"starts with {magic!r}{f', as {other} does' if other else ''}; a GGUF file starts with b'GGUF'; "
-                "convert the model with 'slimrt convert', or fetch it as GGUF"
+                "convert it with 'slimrt convert', or fetch it as GGUF"
             )
         self.at = 4
         self.version = self._u32("version")

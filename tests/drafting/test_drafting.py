@@ -23,6 +23,7 @@ from slimrt.ops.backend import fast_features
 from slimrt.prune.plan import PrunePlan, Stage
 from tests.families import CASES, write_checkpoint
 from tests.tiny_gguf import write_tiny_llama
+from tests.tolerance import doubles
 
 fast = pytest.mark.skipif(fast_features()[0] is None, reason="this processor has no fast path")
 

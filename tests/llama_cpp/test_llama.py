@@ -603,6 +603,34 @@ def test_missing_names_say_why(module: str) -> None:
         exec(f"from {module} import Nonsense")
 
 
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("import slimrt.llama_cpp.server", "slimrt serve"),
+        ("import slimrt.llama_cpp.server.app", "slimrt serve"),
+        ("from slimrt.llama_cpp.llama_chat_format import Llava15ChatHandler", "give chat_format"),
+        ("from slimrt.llama_cpp.llama_types import ChatCompletion", "plain dicts"),
+        ("import slimrt.llama_cpp.llama_cpp", "no C interface"),
+        ("from slimrt.llama_cpp import llama_decode", "no C interface"),
+        ("from slimrt.llama_cpp import Llava15ChatHandler", "text only"),
+        ("from slimrt.llama_cpp.llama_tokenizer import LlamaHFTokenizer", "come from the model file"),
+    ],
+)
+def test_missing_modules_say_why(line: str, reason: str) -> None:
+    with pytest.raises(ImportError, match=f"slimrt has none: .*{reason}"):
+        exec(line)
+
+
+def test_modules_have_llama_cpps_names() -> None:
+    for name, module in {
+        "LlamaDiskCache": "llama_cache", "LlamaGrammar": "llama_grammar", "LlamaTokenizer": "llama_tokenizer",
+        "LlamaPromptLookupDecoding": "llama_speculative", "Llama": "llama", "StoppingCriteriaList": "llama",
+    }.items():  # fmt: skip
+        exec(f"from slimrt.llama_cpp.{module} import {name}")
+    with pytest.raises(ModuleNotFoundError):
+        exec("import slimrt.llama_cpp.nonsense")
+
+
 def test_the_names_of_llama_cpp_are_there() -> None:
     import slimrt.llama_cpp as package
 

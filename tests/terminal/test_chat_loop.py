@@ -549,8 +549,8 @@ def test_text_without_blanks_is_not_held_back() -> None:
 
 
 def test_sizes_are_written_for_people() -> None:
-    assert [human_bytes(n) for n in (5, 2048, 98_362_432, 513 << 20, 24 << 30)] == [
-        "5 B", "2.0 KiB", "93.8 MiB", "513 MiB", "24.0 GiB"
+    assert [human_bytes(n) for n in (5, 2048, 98_362_432, 513 << 20, 24 << 30, 5 << 40)] == [
+        "5 B", "2.0 KiB", "93.8 MiB", "513 MiB", "24.0 GiB", "5.0 TiB"
     ]  # fmt: skip
 
 

@@ -99,7 +99,7 @@ def test_commands_that_read_a_closed_stdin(tiny: Path) -> None:
     for command in ("tokenize -m TINY", "generate -m TINY"):
         result = shell(f"slimrt {command} <&-", tiny)
         assert result.returncode == 1 and result.stderr == (
-            "error: standard input: no text in it; name a file that has some\n"
+            "error: standard input: no text in it; pipe some in, or give it as an argument\n"
         )
     assert shell("slimrt chat -m TINY <&-", tiny).returncode == 0
 
@@ -110,10 +110,12 @@ def test_commands_that_read_a_closed_stdin(tiny: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("nonsense",), "No such command 'nonsense'; see slimrt --help"),
-        (("chat", "--nonsense"), "No such option '--nonsense'"),
-        (("inspect", "--ctx", "64q"), "size '64q': must be a whole number above 0"),
-        (("quantize", "a.gguf"), "Missing argument 'TARGET'; see slimrt quantize --help"),
+        (("nonsense",), "no such command 'nonsense'; see slimrt --help"),
+        (("generat",), "error: no such command 'generat'; perhaps 'generate'; see slimrt --help"),
+        (("chat", "--nonsense"), "no such option '--nonsense'"),
+        (("explain",), "error: --file is missing; see slimrt explain --help"),
+        (("inspect", "--ctx", "64q"), "error: --ctx: size '64q': must be a whole number above 0"),
+        (("quantize", "a.gguf"), "error: TARGET is missing; see slimrt quantize --help"),
         (("bench", "ttft", "--repeats", "0"), "see slimrt bench ttft --help"),
     ],
 )
@@ -236,7 +238,7 @@ def test_tab_completes_commands_and_files(tmp_path: Path, monkeypatch: pytest.Mo
     ("begin", "kind"),
     [
         (b"PK\x03\x04\x14\0", "is a zip archive, as LibreOffice and other Office files are.*pandoc"),
-        (b"\x89PNG\r\n", "is a picture, and only text can be read; name a text file"),
+        (b"\x89PNG\r\n", "is a picture, which cannot be read; name a text, PDF, Word or HTML file"),
         (b"GGUF\3\0\0\0", "is a model"),
         ("text".encode("utf-16"), "is text in UTF-16.*iconv"),
         (b"caf\xe9", r"byte 3 \(0xe9\) is not valid UTF-8.*iconv"),

@@ -88,7 +88,7 @@ def chat(
     start_chat(file, system, answer, load, as_json=as_json, reads_on=not no_read_on)
 
 
-@click.command()
+@click.command(short_help="Answer every line of a file of requests.")
 @click.argument("source", type=user_path)
 @click.argument("target", type=user_path)
 @click.option("--template", metavar="TEXT", help="Lines are rows: the prompt, with {column} where a column goes.")
@@ -109,14 +109,15 @@ def batch(load: LoadSettings, answer: AnswerSettings, as_json: bool, **settings:
 
     \b
     slimrt batch requests.jsonl answers.jsonl
-    slimrt batch rows.jsonl answers.jsonl --file-column path --template "What does {author} recommend?"
+    slimrt batch rows.jsonl answers.jsonl --file-column path \\
+        --template "What does {author} recommend?"
     """
     from slimrt.terminal import batching
 
     batching.batch(batching.BatchSettings(**settings), load, answer, as_json=as_json)
 
 
-@click.command()
+@click.command(short_help="Write texts as vectors.")
 @click.argument("texts", nargs=-1, metavar="[TEXT]...")
 @file_option("Texts, one on each line; - is standard input.")
 @click.option("--output", "-o", type=user_path, metavar="FILE", help="Where vectors go: JSON lines, or .npy.  [stdout]")
@@ -142,7 +143,7 @@ def embed(load: LoadSettings, no_normalize: bool, **settings: Any) -> None:
     embedding.embed(embedding.EmbedSettings(normalize=not no_normalize, **settings), load)
 
 
-@click.command()
+@click.command(short_help="Answer over HTTP, as OpenAI's and Anthropic's servers do.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0: all.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0: a free one.")
 @click.option("--api-key", metavar="KEY", envvar="SLIMRT_API_KEY", help="What clients must send.  [nothing]")
@@ -167,7 +168,8 @@ def serve(load: LoadSettings, **settings: Any) -> None:
 
     \b
     slimrt serve --model model.gguf --ctx 32k
-    then: base_url="http://127.0.0.1:8080/v1" in a client, or open http://127.0.0.1:8080
+    then: base_url="http://127.0.0.1:8080/v1" in a client
+    or open http://127.0.0.1:8080 to chat
     """
     from slimrt.terminal import serving
 

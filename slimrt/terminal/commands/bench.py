@@ -141,7 +141,7 @@ def ttft(model: str | None, file: Path | None, library: bool, as_json: bool, **s
     how(model, benchmark.BenchSettings(text=file, **settings), as_json=as_json)
 
 
-@bench.command()
+@bench.command(short_help="What guesses at the next tokens bring.")
 @model_option
 @click.option("--draft", default="auto", show_default=True, metavar="auto|lookup|MODEL", help="Who guesses.")
 @click.option("--tokens", type=Size(), default=128, show_default=True, help="Tokens of each text.")
@@ -156,7 +156,7 @@ def draft(model: str | None, draft: str, tokens: int, repeats: int, threads: int
     benchmark.bench_draft(load, tokens, repeats, as_json=as_json)
 
 
-@bench.command()
+@bench.command(short_help="What a schema or a grammar costs a token.")
 @model_option
 @click.option("--tokens", type=Size(), default=400, show_default=True, help="Tokens of each grammar.")
 @threads_option
@@ -222,7 +222,8 @@ def shape(as_json: bool, **settings: Any) -> None:
     Needs no model file. On a GPU it also tells how much of the copying to and from host memory hides behind compute.
 
     \b
-    slimrt bench shape --shape llama-3.1-8b --type Q4_0 --length 32k --prune off --prune 8k/4k/2k --device cuda
+    slimrt bench shape --shape llama-3.1-8b --type Q4_0 --length 32k \\
+        --prune off --prune 8k/4k/2k --device cuda
     """
     from slimrt.terminal import benchmark
 

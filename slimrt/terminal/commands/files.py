@@ -8,6 +8,7 @@ import click
 
 from slimrt.terminal.options import (
     LazyChoice,
+    ManyChoices,
     ctx_option,
     force_option,
     json_option,
@@ -18,7 +19,7 @@ from slimrt.terminal.options import (
 output_type = LazyChoice("slimrt.convert", "OUTPUT_TYPES")
 
 
-@click.command()
+@click.command(short_help="Show what is in a model, and the memory that it takes.")
 @click.argument("file", required=False, metavar="[MODEL]")
 @model_option
 @ctx_option
@@ -52,7 +53,7 @@ def inspect(
     models.inspect(file or model, ctx, device, threads, metadata=metadata, tensors=tensors, as_json=as_json)
 
 
-@click.command()
+@click.command(short_help="Fetch a model, or list those worth fetching.")
 @click.argument("name", required=False, metavar="[MODEL]")
 @click.option("--list", "listing", is_flag=True, help="Show what is there and its size; fetch nothing.")
 @click.option("--force", is_flag=True, help="Fetch even what is there.")
@@ -61,16 +62,20 @@ def pull(name: str | None, listing: bool, force: bool, as_json: bool) -> None:
     """Fetch MODEL (hf:owner/repo/file.gguf or a catalogue name), or check what is there; print its path."""
     from slimrt.terminal import models
 
+    if listing and name is not None:
+        raise click.UsageError("--list shows all models; leave MODEL out")
     if listing:
         models.list_models(as_json=as_json)
     else:
         models.pull(name, force=force, as_json=as_json)
 
 
-@click.command()
+@click.command(short_help="Make a GGUF file of a Hugging Face or Meta checkpoint.")
 @click.argument("source", type=user_path)
 @click.argument("target", type=user_path)
-@click.option("--type", "kind", type=output_type, default="f16", show_default=True, help="Type of the matrices.")
+@click.option(
+    "--type", "kind", cls=ManyChoices, type=output_type, default="f16", show_default=True, help="Type of the matrices."
+)
 @click.option("--lora", is_flag=True, help="SOURCE is the folder of a LoRA adapter, as PEFT saves it.")
 @click.option(
     "--base", type=user_path, metavar="MODEL", help="What the adapter changes: its folder or a GGUF file of it."
@@ -88,10 +93,10 @@ def convert(
     models.convert(source, target, kind, lora=lora, base=base, force=force, as_json=as_json)
 
 
-@click.command()
+@click.command(short_help="Make a GGUF file with matrices of another type.")
 @click.argument("source", type=user_path)
 @click.argument("target", type=user_path)
-@click.option("--type", "kind", type=output_type, required=True, help="Type of the matrices.")
+@click.option("--type", "kind", cls=ManyChoices, type=output_type, required=True, help="Type of the matrices.")
 @click.option(
     "--imatrix-text",
     type=user_path,
@@ -107,7 +112,7 @@ def quantize(source: Path, target: Path, kind: str, imatrix_text: Path | None, f
     models.quantize(source, target, kind, imatrix_text=imatrix_text, force=force, as_json=as_json)
 
 
-@click.group()
+@click.group(short_help="Documents that were read and are kept on disk.")
 def cache() -> None:
     """The library of documents that were read: generate, chat and serve keep them, and do not read them again."""
 

@@ -91,7 +91,7 @@ def evaluate(
     with a seed of its own and -o, and shown together with --report.
 
     \b
-    slimrt eval --task text --length 4000 --prune fast --prune mine.json --png front.png
+    slimrt eval --task text --length 4000 --prune fast --prune mine.json
     """
     from slimrt.terminal import evaluation
 
@@ -99,7 +99,7 @@ def evaluate(
     evaluation.evaluate(evaluation.EvalSettings(**settings), load, as_json=as_json)
 
 
-@click.command()
+@click.command(short_help="Find a model's fastest prune plans within a stated loss.")
 @click.argument("model", required=False, metavar="[MODEL]")
 @click.option("--max-kl", type=click.FloatRange(0), default=0.05, show_default=True, help="Mean KL to dense, nats.")
 @click.option("--max-recall-drop", type=click.FloatRange(0), default=0.01, show_default=True, help="Of 1.")
@@ -154,7 +154,7 @@ def explain(
     stdout.
 
     \b
-    slimrt explain --file report.txt --question "What does it recommend?" --prune fast
+    slimrt explain --file report.txt --question "What does it recommend?"
     """
     from slimrt.terminal import explaining
 

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from slimrt.errors import SettingError, TokenizerError
+from slimrt.llama_cpp.missing import refuse
 from slimrt.text.tokenizer import Tokenizer
 
 __all__ = ["LlamaTokenizer", "LlamaTokens"]
+
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> object:
+        refuse(name)
+        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
 
 
 class LlamaTokenizer:
