@@ -12,7 +12,7 @@ from slimrt.errors import ModelFileError
 from slimrt.models.architecture import Architecture
 from slimrt.models.families import ARCHITECTURES
 
-__all__ = ["read_config"]
+__all__ = ["family_of", "read_config"]
 
 logger = logging.getLogger(__name__)
 
@@ -24,8 +24,8 @@ _ACTIVATIONS = {"silu": ("silu", "swish"), "gelu": ("gelu_pytorch_tanh", "gelu_t
 _WINDOW_DEFAULTS = {"MistralForCausalLM": 4096, "MixtralForCausalLM": None, "MinistralForCausalLM": 4096}
 
 
-def read_config(config: dict[str, Any], path: Path) -> Hyperparameters:
-    """The sizes of the checkpoint; raises ModelFileError for what is unknown, missing or contradictory."""
+def family_of(config: dict[str, Any], path: Path) -> tuple[str, Architecture]:
+    """The checkpoint's architecture by its own name, and as slimrt has it. Raises ModelFileError for another one."""
     names = config.get("architectures")
     name = names[0] if isinstance(names, list) and names else None
     family = _FAMILIES.get(name) if isinstance(name, str) else None
@@ -34,6 +34,12 @@ def read_config(config: dict[str, Any], path: Path) -> Hyperparameters:
             f"{path}: architecture {str(name)[:60]!r}; slimrt converts and runs {', '.join(_FAMILIES)}; choose "
             "a model with one of these"
         )
+    return name, family
+
+
+def read_config(config: dict[str, Any], path: Path) -> Hyperparameters:
+    """The sizes of the checkpoint; raises ModelFileError for what is unknown, missing or contradictory."""
+    name, family = family_of(config, path)
     packed = config.get("quantization_config")
     mxfp4 = family.turned_experts and isinstance(packed, dict) and packed.get("quant_method") == "mxfp4"
     if packed and not mxfp4:

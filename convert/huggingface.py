@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from slimrt.convert.checkpoint import StoredTensor, concatenate, read_json
-from slimrt.convert.config_json import read_config
+from slimrt.convert.config_json import family_of, read_config
 from slimrt.convert.hyperparameters import Hyperparameters
 from slimrt.convert.layouts import in_gguf_layout, split_joint
 from slimrt.convert.ranks import from_tiktoken, is_tiktoken
@@ -42,6 +42,7 @@ def open_huggingface(folder: Path) -> Source:
     """
     config_path = folder / "config.json"
     config = read_json(config_path)
+    family_of(config, config_path)  # before anybody fetches the weights of a model that slimrt cannot run
     tensors = read_safetensors_folder(folder)
     if isinstance(config.get("text_config"), dict):
         config, tensors = text_config(config), text_tensors(tensors, folder)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, Unpack, overload
@@ -102,7 +102,7 @@ class LLM:
         if isinstance(draft, LLM):
             check_vocabulary(self.tokenizer, draft.tokenizer, draft.config.name)
             return DraftModel(draft.engine, draft.ctx, draft.config.name)
-        return open_draft(draft, self.tokenizer, self.ctx, self.backend, self.options.threads)
+        return open_draft(draft, self.tokenizer, self.ctx, self.backend, self.options.threads)  # type: ignore[arg-type]
 
     def set_adapters(self, adapters: Adapters) -> None:
         """Apply these LoRA adapters (GGUF files, or (file, scale); times 1) in the place of those before; empty: none.
@@ -218,7 +218,7 @@ class LLM:
         SettingError for what is no text, ContextError for an empty text and one that exceeds the context.
         """
         check_pooling(pooling)
-        single = isinstance(texts, str) or all(is_whole(item) for item in texts)
+        single = isinstance(texts, str) or not isinstance(texts, Iterable) or all(is_whole(item) for item in texts)
         prompts = [self.token_ids(text) for text in ([texts] if single else texts)]  # type: ignore[arg-type]
         for ids in prompts:
             self._session.check(ids)

@@ -38,8 +38,8 @@ Draft = str | Path | Loaded | None
 class LoadOptions:
     """What ``slimrt.load`` takes beside the file, with its meanings there.
 
-    Raises SettingError for a context or threads that are no whole number of at least 1, and an unknown overflow; what
-    depends on the model and the machine is checked when it is loaded.
+    Raises SettingError for a context or threads that are no whole number of at least 1, an unknown overflow, and a
+    template that is no text; what depends on the model and the machine is checked when it is loaded.
     """
 
     ctx: int | None = None
@@ -63,6 +63,8 @@ class LoadOptions:
             if value is not None and not (is_whole(value) and value >= 1):
                 raise SettingError(f"{name} {value!r}: must be a whole number, at least 1")
         check_overflow(self.overflow)
+        if not isinstance(self.chat_template, (str, type(None))):
+            raise SettingError(f"chat_template {str(self.chat_template)[:40]!r}: must be a Jinja template or a name")
 
     @property
     def keeps_documents(self) -> bool:

@@ -58,6 +58,12 @@ def test_ids_of_any_kind(llm: slimrt.LLM, prompt: Any) -> None:
     assert llm.generate(prompt, max_tokens=4).tokens == llm.generate([1, 2, 3], max_tokens=4).tokens
 
 
+@pytest.mark.parametrize("texts", [7, None, b"hello", [2.5]])
+def test_what_is_no_text_to_embed(llm: slimrt.LLM, texts: Any) -> None:
+    with pytest.raises(SettingError, match="must be a text or a list of token ids"):
+        llm.embed(texts)
+
+
 @pytest.mark.parametrize("ids", [[1, -5, 2], [1, 10**6, 2]])
 def test_ids_to_judge_are_checked(llm: slimrt.LLM, ids: list[int]) -> None:
     for judge in (llm.logprobs, llm.continuation_logits):
@@ -113,6 +119,7 @@ def test_none_means_the_default(llm: slimrt.LLM) -> None:
         ({"prune": 3}, "prune 3: must be off, auto, fast, a plan's file or a PrunePlan"),
         ({"prune": "~/no-such-plan.json"}, "there is no such file"),
         ({"overflow": "wrap"}, "overflow 'wrap'"),
+        ({"chat_template": 3}, "chat_template '3': must be a Jinja template or a name"),
     ],
 )
 def test_loads_that_cannot_be(model: Path, options: dict[str, Any], said: str) -> None:

@@ -42,7 +42,9 @@ def print_model(
     _print(_pairs("Backend", [(about["backend"]["name"], about["backend"]["why"])]))
     if about["memory"]:
         rows = [(row["part"], human_bytes(row["nbytes"]), row["note"]) for row in about["memory"]["rows"]]
-        _print(_table(f"Memory at --ctx {about['memory']['ctx']:,}", ("", "size", ""), rows, right=(1,)))
+        ctx, trained = about["memory"]["ctx"], about["context_length"]
+        beyond = f", beyond the {trained:,} trained on" if trained and ctx > trained else ""
+        _print(_table(f"Memory at --ctx {ctx:,}{beyond}", ("", "size", ""), rows, right=(1,)))
     if metadata:
         _print(_pairs("Metadata", [(key, _short(value)) for key, value in keys.items()]))
     if tensors:

@@ -82,6 +82,10 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "text for a flag": (_config(tie_word_embeddings="no"), r"'tie_word_embeddings' is 'no'; it must be true or false"),
     "no architecture": (_config(architectures=...), r"architecture 'None'; slimrt converts and runs LlamaForCausalLM"),
     "unknown architecture": (_config(architectures=["GPT2LMHeadModel"]), r"architecture 'GPT2LMHeadModel'"),
+    "unknown architecture, weights not fetched yet": (
+        lambda folder: (_config(architectures=["MambaForCausalLM"])(folder), (folder / WEIGHTS).unlink()),
+        r"architecture 'MambaForCausalLM'",
+    ),
     "absurd layers": (_config(num_hidden_layers=2_000_000_000), r"2000000000 layers need at least"),
     "more layers than there are": (_config(num_hidden_layers=3), r"3 layers need at least 27 tensors"),
     "fewer layers than there are": (_config(num_hidden_layers=1), r"tensor 'model.layers.1.* does not belong"),

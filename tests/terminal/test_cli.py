@@ -351,7 +351,12 @@ def test_tokenize_there_and_back(tiny: Path) -> None:
 
 def test_inspect_shows_model_and_memory_plan(tiny: Path) -> None:
     text = run("inspect", tiny, "-c", "2k", "--tensors", "--metadata").stdout
-    parts = ["2 of width 64", "4 heads of 16, 2 for keys", "Memory at --ctx 2,048", "KV cache, 1k tokens"]
+    parts = [
+        "2 of width 64",
+        "4 heads of 16, 2 for keys",
+        "Memory at --ctx 2,048, beyond the 512 trained on",
+        "KV cache, 1k tokens",
+    ]
     for part in [*parts, "blk.1.ffn_down.weight", "64 x 96", "tokenizer.ggml.merges"]:
         assert part in text, part
     data = json.loads(run("inspect", tiny, "-c", "2k", "--json", "--tensors", "--metadata").stdout)

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import click
 import pytest
 from click.testing import CliRunner, Result
 
@@ -132,6 +133,26 @@ def test_a_terminal_breaks_messages_between_words(monkeypatch: pytest.MonkeyPatc
     lines = guard.wrapped(text).split("\n")
     assert " ".join(lines) == text and "/a/folder-with-a-long-name/and-a-file.txt:" in lines
     assert all(len(line) <= 39 or " " not in line for line in lines)
+    assert guard.wrapped("TTFT 0.16 s · 49.1 tokens/s · prompt 37 (35 reused) · memory 429 MiB").split("\n") == [
+        "TTFT 0.16 s · 49.1 tokens/s ·", "prompt 37 (35 reused) · memory 429 MiB"
+    ]  # fmt: skip
+    assert guard.wrapped("memory up to 597 MiB of 19.8 GiB, of it 598 MiB").split("\n") == [
+        "memory up to 597 MiB of 19.8 GiB, of it", "598 MiB"
+    ]  # fmt: skip
+    assert guard.wrapped("/load FILE  read a document; it goes before the next").split("\n") == [
+        "/load FILE  read a document; it goes", "            before the next"
+    ]  # fmt: skip
+
+
+def test_help_fits_a_terminal() -> None:
+    def check(command: click.Command, *words: str) -> None:
+        shown = CliRunner().invoke(cli, [*words, "--help"], terminal_width=80).stdout
+        lines = [line for line in shown.splitlines() if not line.startswith("Usage: ")]
+        assert [line for line in lines if len(line) > 80 or line.endswith("...")] == [], words
+        for name, part in getattr(command, "commands", {}).items():
+            check(part, *words, name)
+
+    check(cli)
 
 
 # -- advice ------------------------------------------------------------------------------------------------------------

@@ -192,7 +192,7 @@ def kernels(as_json: bool, **settings: Any) -> None:
 @bench.command()
 @device_option
 @shape_option
-@click.option("--type", "kind", default="Q4_0", show_default=True, help="Type of the matrices: F16, Q4_0, Q8_0, ...")
+@click.option("--type", "kind", default="Q4_0", show_default=True, help="Type of the matrices, such as F16 or Q8_0.")
 @click.option(
     "--length",
     "lengths",
