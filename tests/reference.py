@@ -47,30 +47,42 @@ def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 def logits(file: GGUFFile, config: ModelConfig, ids: list[int], dtype: type) -> np.ndarray:
     """Logits [T, V] of every token of ``ids``, all arithmetic in ``dtype``."""
+    return logits_of_each(file, config, [ids], dtype)[0]
+
+
+def logits_of_each(file: GGUFFile, config: ModelConfig, prompts: list[list[int]], dtype: type) -> list[np.ndarray]:
+    """:func:`logits` of each of ``prompts``, which do not see one another; a layer is unpacked once for all of them."""
 
     def get(name: str) -> np.ndarray:
         return dequantize(file.tensor(name)).astype(dtype)
 
-    def linear(x: np.ndarray, name: str) -> np.ndarray:
-        y = x @ get(f"{name}.weight").T
-        return y + get(f"{name}.bias") if f"{name}.bias" in file.tensors else y
+    def linear(xs: list[np.ndarray], name: str) -> list[np.ndarray]:
+        weight = get(f"{name}.weight").T
+        bias = get(f"{name}.bias") if f"{name}.bias" in file.tensors else None
+        return [x @ weight if bias is None else x @ weight + bias for x in xs]
 
-    def norm(x: np.ndarray, name: str) -> np.ndarray:
-        return x / np.sqrt((x * x).mean(axis=-1, keepdims=True) + dtype(config.norm_eps)) * get(f"{name}.weight")
+    def norm(xs: list[np.ndarray], name: str) -> list[np.ndarray]:
+        weight = get(f"{name}.weight")
+        return [x / np.sqrt((x * x).mean(axis=-1, keepdims=True) + dtype(config.norm_eps)) * weight for x in xs]
 
-    positions = np.arange(len(ids))
+    def attended(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
+        q, k, v = (x.reshape(len(x), -1, config.head_dim) for x in (q, k, v))
+        positions = np.arange(len(q))
+        a = attention(rotate(q, positions, config, divisors), rotate(k, positions, config, divisors), v)
+        return a.reshape(len(q), -1)
+
     divisors = dequantize(file.tensor("rope_freqs.weight")) if config.rope.scaling == "llama3" else None
-    x = get("token_embd.weight")[ids]
+    embeddings = get("token_embd.weight")
+    xs = [embeddings[ids] for ids in prompts]
     for number in range(config.n_layers):
         blk = f"blk.{number}"
-        h = norm(x, f"{blk}.attn_norm")
-        q = linear(h, f"{blk}.attn_q").reshape(len(ids), config.n_heads, config.head_dim)
-        k = linear(h, f"{blk}.attn_k").reshape(len(ids), config.n_kv_heads, config.head_dim)
-        v = linear(h, f"{blk}.attn_v").reshape(len(ids), config.n_kv_heads, config.head_dim)
-        a = attention(rotate(q, positions, config, divisors), rotate(k, positions, config, divisors), v)
-        x = x + linear(a.reshape(len(ids), -1), f"{blk}.attn_output")
-        h = norm(x, f"{blk}.ffn_norm")
-        gate = linear(h, f"{blk}.ffn_gate")
-        x = x + linear(gate / (1 + np.exp(-gate)) * linear(h, f"{blk}.ffn_up"), f"{blk}.ffn_down")
-    head = "output.weight" if "output.weight" in file.tensors else "token_embd.weight"
-    return norm(x, "output_norm") @ get(head).T
+        hs = norm(xs, f"{blk}.attn_norm")
+        heads = zip(*(linear(hs, f"{blk}.attn_{name}") for name in "qkv"), strict=True)
+        mixed = linear([attended(q, k, v) for q, k, v in heads], f"{blk}.attn_output")
+        xs = [x + a for x, a in zip(xs, mixed, strict=True)]
+        hs = norm(xs, f"{blk}.ffn_norm")
+        gates, ups = linear(hs, f"{blk}.ffn_gate"), linear(hs, f"{blk}.ffn_up")
+        gated = [gate / (1 + np.exp(-gate)) * up for gate, up in zip(gates, ups, strict=True)]
+        xs = [x + y for x, y in zip(xs, linear(gated, f"{blk}.ffn_down"), strict=True)]
+    head = get("output.weight" if "output.weight" in file.tensors else "token_embd.weight").T
+    return [x @ head for x in norm(xs, "output_norm")]

@@ -37,11 +37,11 @@ def test_tokens_are_llama_cpps(llm: slimrt.LLM, golden: dict[str, np.ndarray]) -
 
 
 def test_logits_against_float64_and_llama_cpp(llm: slimrt.LLM, golden: dict[str, np.ndarray]) -> None:
-    for number in range(len(golden["texts"])):
-        ids = golden[f"{number}.ids"].tolist()
-        truth = reference.logits(llm.file, llm.config, ids, np.float64)[-1]
-        naive = reference.logits(llm.file, llm.config, ids, np.float32)[-1]
-        unit = np.abs(naive - truth).max()
+    prompts = [golden[f"{number}.ids"].tolist() for number in range(len(golden["texts"]))]
+    exact, naive = (reference.logits_of_each(llm.file, llm.config, prompts, kind) for kind in (np.float64, np.float32))
+    for number, ids in enumerate(prompts):
+        truth = exact[number][-1]
+        unit = np.abs(naive[number][-1] - truth).max()
         ours = llm.logits(ids)
         assert np.abs(ours - truth).max() <= SLACK * unit
         # llama.cpp in float32 errs like any float32 computation; both errors together bound the distance.
@@ -55,7 +55,7 @@ def test_greedy_text_is_llama_cpps(llm: slimrt.LLM, golden: dict[str, np.ndarray
     for number in range(len(golden["texts"])):
         expected, gaps = golden[f"{number}.f32.tokens"], golden[f"{number}.f32.gaps"]
         assert gaps.min() > 1e-2  # no step is a matter of rounding, so the texts must be equal
-        count = 64 if number == 0 else 16
+        count = 32 if number == 0 else 8
         result = llm.generate(golden[f"{number}.ids"].tolist(), max_tokens=count, ignore_eos=True)
         assert result.tokens == expected.tolist()[:count]
         assert result.finish_reason == "length"
@@ -110,7 +110,7 @@ def test_packed_weights_give_the_same_logits(
 
 def test_logprobs_are_those_of_the_logits(llm: slimrt.LLM) -> None:
     ids = llm.tokenize("One two three four five six seven eight nine ten eleven twelve.")
-    start = 5
+    start = len(ids) - 6
     result = llm.logprobs(ids, start)
     assert result.shape == (len(ids) - start,)
     apart = logprobs_apart(llm, ids)  # prefill and decode sum in different orders

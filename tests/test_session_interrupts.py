@@ -16,7 +16,7 @@ from tests.interrupts import interrupted, moments, spread
 from tests.tiny_gguf import write_tiny_llama
 
 CUTS = PrunePlan(stages=(Stage(1, 0.5),), block=32, query_window=8)
-POINTS = 12
+POINTS = 8
 
 
 @pytest.fixture(scope="module")

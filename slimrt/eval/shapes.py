@@ -188,7 +188,7 @@ def _fitted(
 
 def _rows_of(source: Source, ids: Sequence[int], passages: Sequence[str]) -> tuple[int, ...]:
     """The rows of ``ids`` that hold the ``passages`` where they first occur; none if the prompt does not have one."""
-    ends = np.cumsum([len(source.tokenizer.decode_bytes([id], special=True)) for id in ids])
+    ends = np.cumsum([len(source.tokenizer.token_bytes(id, special=True)) for id in ids])
     whole = source.tokenizer.decode_bytes(ids, special=True)
     rows: list[int] = []
     for passage in passages:

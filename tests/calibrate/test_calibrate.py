@@ -44,14 +44,14 @@ BOUNDS = {"auto": Bounds(0.05, 0.01, 0.02), "fast": Bounds(0.2, 0.02, 0.08)}
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # Two heads: attention over prompts of 1,100 tokens is most of what these tests cost.
-    options = {"n_layers": 8, "n_heads": 2, "n_kv_heads": 2, "head_dim": 16}
+    options = {"n_layers": 6, "n_heads": 2, "n_kv_heads": 2, "head_dim": 16}
     return write_tiny_llama(tmp_path_factory.mktemp("calibrate") / "tiny.gguf", ctx=2048, **options)
 
 
 @pytest.fixture(scope="module")
 def llm(model: Path) -> LLM:
     # NumPy: what is compared below must not differ by the precision of decode.
-    return LLM(GGUFFile(model), LoadOptions(ctx=1280, prune="off", device="numpy"))
+    return LLM(GGUFFile(model), LoadOptions(ctx=1280, prune="off", device="numpy", threads=1))
 
 
 def drawn(llm: LLM, task: str = "continuation") -> Sample:
@@ -71,7 +71,7 @@ def found(layers: range, best: int, samples: int = 5) -> Findings:
     return Findings([one] * samples)
 
 
-@pytest.mark.parametrize("layers", [4, 8, 22, 30, 80])
+@pytest.mark.parametrize("layers", [4, 8, 30])
 def test_every_candidate_can_run_on_the_model(llm: LLM, layers: int) -> None:
     config = dataclasses.replace(llm.config, n_layers=layers)
     watched = scoring(config)
@@ -156,7 +156,7 @@ def test_a_probe_measures_what_a_fresh_prefill_gives(llm: LLM, task: str) -> Non
     limited = (Window(1, (128,) * heads), Window(4, (64,) * heads))
     plans = [
         PrunePlan((Stage(4, 0.5),), query_window=32),
-        PrunePlan((Stage(3, 0.5), Stage(5, 0.2)), local_blocks=2),
+        PrunePlan((Stage(3, 0.5), Stage(4, 0.2)), local_blocks=2),
         PrunePlan((Stage(4, 0.5),), windows=limited),
         PrunePlan((Stage(4, 0.25),), windows=limited[:1]),  # the same as before up to the boundary, layer 3
         PrunePlan(windows=limited),
@@ -300,8 +300,8 @@ def test_prompts_must_fit_and_be_long_enough_to_prune(llm: LLM, tmp_path: Path) 
 
 def few_plans(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fewer candidates and survivors than a calibration has: the same way, in less time."""
-    monkeypatch.setattr(candidates_module, "_BINS", 3)
-    monkeypatch.setattr(candidates_module, "_KINDS", 2)
+    monkeypatch.setattr(candidates_module, "_BINS", 2)
+    monkeypatch.setattr(candidates_module, "_KINDS", 1)
     monkeypatch.setattr(search_module, "_SURVIVORS", (2, 2))
 
 
@@ -317,7 +317,7 @@ def test_a_broken_off_calibration_goes_on_and_finds_the_same(
     class KilledError(Exception):
         pass
 
-    def kill(done: int, total: int, what: str, at: int = 40) -> None:
+    def kill(done: int, total: int, what: str, at: int = 24) -> None:
         if done == at:
             raise KilledError
 
@@ -332,7 +332,7 @@ def test_a_broken_off_calibration_goes_on_and_finds_the_same(
         soon = functools.partial(kill, at=3)
         calibrate(llm, BOUNDS, tmp_path / "two", length=LENGTH, samples=8, seed=2, progress=soon)
     resumed, journal = calibrate(llm, BOUNDS, tmp_path / "two", length=LENGTH, samples=8, seed=1)
-    assert journal.resumed == 40
+    assert journal.resumed == 24
     assert [one.plan for one in resumed.measured] == [one.plan for one in whole.measured]
     apart = logits_apart(llm, list(drawn(llm).prompt[:256]))  # resumed within a prompt: rounded otherwise
     for again, once in zip(resumed.measured, whole.measured, strict=True):

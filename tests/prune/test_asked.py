@@ -151,11 +151,11 @@ SHAPES = {
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_answer_goes_on(llm: slimrt.LLM, shape: str) -> None:
-    """One sentence among 1,700 tokens: all of it passes a cut to a quarter, which the published score loses."""
+    """One sentence among 1,200 tokens: all of it passes a cut to a quarter, which the published score loses."""
     before, behind = SHAPES[shape]
     text = "".join(pydoc_data.topics.topics[name] for name in ("typesseq", "specialnames"))
-    at = text.index(". ", 3000) + 2
-    text = text[:at] + FACT + " " + text[at:6500]
+    at = text.index(". ", 2000) + 2
+    text = text[:at] + FACT + " " + text[at:4500]
     ids = llm.chat_tokens([{"role": "user", "content": before + text + "\n\n" + behind}])
     place = next(i for i in range(len(ids), 0, -1) if llm.detokenize(ids[i:]).startswith(" Note that the frame"))
     rows = set(range(place, place + len(llm.tokenize(FACT))))
@@ -199,7 +199,7 @@ def test_a_conversation_is_not_cut_under_auto(default_model: Path) -> None:
     with llm.session() as talk:
         assert talk.plan == dataclasses.replace(auto, stages=(), late=0) and talk.plan.windows
         text = "".join(pydoc_data.topics.topics[name] for name in ("typesseq", "specialnames"))
-        first = talk.ask(text[:6000] + "\n\nWhat is a list?", max_tokens=2)
+        first = talk.ask(text[:4600] + "\n\nWhat is a list?", max_tokens=2)
         windowed = first.timings.windowed_tokens
         assert not first.timings.stages and windowed > 100
         second = talk.ask("And a tuple?", max_tokens=2)
@@ -213,7 +213,7 @@ def test_a_conversation_is_not_cut_under_auto(default_model: Path) -> None:
 def test_a_conversation_goes_on_from_a_file_and_after_decoding(llm: slimrt.LLM, tmp_path: Path) -> None:
     """What asks before the document is known again: from the file, and where it was decoded, by reading it again."""
     plan = PrunePlan((Stage(9, 0.6), Stage(20, 0.5)), block=16, score="asked")
-    words = llm.tokenize("Is this read? " + DOCUMENT * 40)[:900]
+    words = llm.tokenize("Is this read? " + DOCUMENT * 40)[:600]
     with llm.session(prune=plan) as talk:
         talk.prefill(words[:100], plan)
         for token in words[100:140]:

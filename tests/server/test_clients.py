@@ -53,10 +53,10 @@ def llm(model: Path) -> slimrt.LLM:
     return slimrt.load(model, device="numpy", prune="off", threads=1)
 
 
-def started(model: Path) -> tuple[subprocess.Popen[str], str]:
+def started(model: Path, *options: str) -> tuple[subprocess.Popen[str], str]:
     """A server and its address, which it says when it listens."""
     command = [sys.executable, "-m", "click_cli", "serve", "--model", str(model), "--device", "numpy", "--prune", "off",
-               "--threads", "1", "--port", "0"]  # fmt: skip
+               "--threads", "1", "--port", "0", *options]  # fmt: skip
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert server.stdout is not None
     line = server.stdout.readline()
@@ -203,7 +203,7 @@ def test_clients_that_leave_reset_or_talk_nonsense_disturb_nobody(server: tuple[
 
 
 def test_a_server_that_is_told_to_end_ends_in_mid_stream(model: Path) -> None:
-    process, url = started(model)
+    process, url = started(model, "--grace", "1")
     try:
         asked = {"messages": MESSAGES, "stream": True, "ignore_eos": True}
         request = urllib.request.Request(

@@ -82,9 +82,7 @@ def test_a_piped_document_and_a_question_are_both_read(tiny: Path, tmp_path: Pat
         assert data["usage"]["prompt_tokens"] == tokens(same)["prompt"], line
 
 
-@pytest.mark.parametrize(
-    "command", ["tokenize hello -m TINY", "tokenize a -m TINY --pieces", "generate a -m TINY -n 2"]
-)
+@pytest.mark.parametrize("command", ["tokenize a -m TINY --pieces", "generate a -m TINY -n 2"])
 def test_closed_streams_give_a_line_or_nothing(command: str, tiny: Path) -> None:
     whole = shell(f"slimrt {command}", tiny)
     assert whole.returncode == 0

@@ -22,11 +22,13 @@ MODELS = ("smollm2", "llama3", "mistral-v1", "mistral-v3")
 
 
 @pytest.fixture(scope="module")
-def tokenizers(default_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tokenizer]:
+def tokenizers(
+    default_model: Path, llama3_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Tokenizer]:
     folder = tmp_path_factory.mktemp("vocabularies")
-    metadata = {"llama3": llama3_metadata(), **{name: sentencepiece_metadata(name) for name in MODELS[2:]}}
-    paths = {name: write_vocabulary(folder / f"{name}.gguf", entries) for name, entries in metadata.items()}
-    return {name: Tokenizer.from_gguf(GGUFFile(path)) for name, path in [("smollm2", default_model), *paths.items()]}
+    paths = {"smollm2": default_model, "llama3": llama3_file}
+    paths |= {name: write_vocabulary(folder / f"{name}.gguf", sentencepiece_metadata(name)) for name in MODELS[2:]}
+    return {name: Tokenizer.from_gguf(GGUFFile(path)) for name, path in paths.items()}
 
 
 @pytest.fixture(scope="module", params=MODELS)

@@ -19,7 +19,6 @@ from slimrt.weights.gguf import GGUFFile
 from tests.vocabularies import (
     LLAMA3_PATTERN,
     LLAMA3_SPECIAL,
-    llama3_metadata,
     metadata_of,
     sentencepiece_metadata,
     tiktoken_ranks,
@@ -39,9 +38,8 @@ TEXTS = st.lists(st.one_of(CHARACTERS, RUNS, WORDS), max_size=30).map("".join)
 
 
 @pytest.fixture(scope="module")
-def llama3(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    path = tmp_path_factory.mktemp("llama3") / "llama3.gguf"
-    return Tokenizer.from_gguf(GGUFFile(write_vocabulary(path, llama3_metadata())))
+def llama3(llama3_file: Path) -> Tokenizer:
+    return Tokenizer.from_gguf(GGUFFile(llama3_file))
 
 
 @pytest.fixture(scope="module")
