@@ -1,7 +1,7 @@
 // How a part's result joins the residual stream where that is more than a sum: x += scale * (y normed with gain, or y).
 //
 //   x, y [T, D] float32, gain [D] float32 or null; x in place
-//   grid (T), block 256: one block a row. D is a multiple of 4.
+//   grid (T), block a multiple of 32, at most 256: one block a row. D is a multiple of 4.
 #include "reduce.cuh"
 
 extern "C" __global__ void __launch_bounds__(256)

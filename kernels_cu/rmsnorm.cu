@@ -1,7 +1,7 @@
 // out = x / sqrt(mean(x^2) + eps) * gain
 //
 //   x [T, D] float32 (the residual stream), gain [D] float32, out [T, D] of T
-//   grid (T), block 256: one block a row. D is a multiple of 4.
+//   grid (T), block a multiple of 32, at most 256: one block a row. D is a multiple of 4.
 //
 // The row is read twice, in vectors of 4; the second time it comes out of the cache.
 #include "reduce.cuh"

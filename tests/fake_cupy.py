@@ -614,8 +614,9 @@ class FakeCupy:
                 self.allocator = before
 
         def properties(_: int) -> dict[str, Any]:
+            # One multiprocessor: more would have hundreds of threads each to emulate.
             return {
-                "name": b"Emulated GPU", "major": capability[0], "minor": capability[1], "multiProcessorCount": 4,
+                "name": b"Emulated GPU", "major": capability[0], "minor": capability[1], "multiProcessorCount": 1,
                 "sharedMemPerBlockOptin": (227 if capability[0] == 9 else 99) << 10,
             }  # fmt: skip
 

@@ -27,6 +27,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock
+
+from slimrt.ops.cuda.modules import source_text
 
 __all__ = ["EmulationError", "Kernel", "Module", "compiled", "compiler", "emulated", "emulation_mode"]
 
@@ -34,8 +37,7 @@ ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "kernels_cu"
 HEADER = Path(__file__).with_name("emulation.h")
 RUNTIME = HEADER.with_name("runtime.cpp")
-# -O1: most sources run for milliseconds and are compiled for longer.
-FLAGS = ("-std=c++17", "-O1", "-g1", "-fPIC", "-w", "-fno-strict-aliasing")
+FLAGS = ("-std=c++17", "-fPIC", "-w", "-fno-strict-aliasing")
 CACHE = ROOT / "build" / "emulation"  # `make clean` empties it
 EXPORTED = re.compile(r'extern "C" __global__ void (?:__launch_bounds__\([^)]*\)\s+)?(\w+)\(')
 SHARED_LIMIT = 48 << 10  # shared memory that a kernel may have without asking
@@ -74,7 +76,7 @@ def compiler() -> str | None:
 
 def emulated(source: str, defines: Mapping[str, object] | None = None) -> Module:
     """The kernels of ``kernels_cu/source``, compiled with ``-DNAME=VALUE`` for each of ``defines``."""
-    return compiled(f'#line 1 "{SOURCES.name}/{source}"\n{(SOURCES / source).read_text()}', defines)
+    return compiled(source_text(source), defines)  # the text that the backend compiles: one library serves both
 
 
 def compiled(code: str, defines: Mapping[str, object] | None = None) -> Module:
@@ -86,35 +88,48 @@ def compiled(code: str, defines: Mapping[str, object] | None = None) -> Module:
 def _contracted() -> tuple[str, ...]:
     """NVRTC joins a product and a sum to one rounded operation (-fmad=true), as g++ does where the processor can."""
     flags = Path("/proc/cpuinfo").read_text().split()
-    return ("-mfma", "-ffp-contract=fast", "-fexpensive-optimizations") if "fma" in flags else ("-ffp-contract=off",)
+    halves = ["-mf16c"] if "f16c" in flags else []  # float16 is converted by the processor, to the same numbers
+    if "fma" in flags:
+        return ("-mfma", "-ffp-contract=fast", "-fexpensive-optimizations", *halves)
+    return ("-ffp-contract=off", *halves)
 
 
 @functools.cache
 def _compiled(code: str, defines: tuple[tuple[str, str], ...]) -> Module:
-    gxx = compiler()
-    if gxx is None:
-        raise EmulationError("emulation needs g++ on Linux; install it")
     names = EXPORTED.findall(code)
     # Those of the emulation itself are for its headers and runtime too.
-    flags = [*FLAGS, *_contracted(), *(f"-D{name}={value}" for name, value in defines if name.startswith("EMULATION_"))]
-    if os.environ.get("SLIMRT_EMULATION_ASAN"):  # the process must have been started with libasan preloaded
+    ours = [f"-D{name}={value}" for name, value in defines if name.startswith("EMULATION_")]
+    runtime = _runtime(*ours)
+    # -O1: most sources run for milliseconds and are compiled for longer.
+    flags = [*FLAGS, "-O1", *_contracted(), *ours]
+    if _asan():
         # -O0: g++ takes a third less, and the sums that it does not contract then are compared in the run without.
-        flags += ["-fsanitize=address,alignment", "-O0"]
+        flags += ["-g1", "-fsanitize=address,alignment", "-O0"]
     elif any(name == "EMULATION_ALIGNMENT" for name, _ in defines):  # a third of the compiler's time
         flags.append("-fsanitize=alignment")
-    if shutil.which("ld.gold"):  # a third of the time
-        flags.append("-fuse-ld=gold")
+    # Headers that include nothing, and no library but the runtime: of a small kernel g++ makes a library in a third of
+    # the time.
+    flags += ["-shared", "-nostdlib", "-Wl,-rpath,$ORIGIN"]
     macros = "".join(f"#define {name} {value}\n" for name, value in defines if not name.startswith("EMULATION_"))
     code = f"{macros}#line 1\n{code}\n" + "".join(f"EXPORT_KERNEL({name})\n" for name in names)
-    # Of the contents alone, not of where they lie: another checkout may use the same cache.
-    around = "\0".join([*flags, platform.machine(), *map(Path.read_text, _headers())])
-    library = CACHE / f"{_digest(code, around)}.so"
-    if not library.exists():
-        flags.append(f"-I{SOURCES}")
-        header, runtime = _precompiled(gxx, tuple(flags), around)
-        source = ["-include", str(header), "-x", "c++", "-", "-x", "none", str(runtime)]
-        _run_compiler([gxx, *flags, "-shared", "-Wl,--as-needed", *source], library, code)
+    key = _digest(code, *flags, *map(Path.read_text, _headers()))
+    sources = [f"-I{SOURCES}", "-include", str(HEADER), "-x", "c++", "-", "-x", "none", str(runtime)]
+    library = _made(f"{key}.so", [*flags, *sources], code)
     return Module(ctypes.CDLL(str(library)), names)
+
+
+@functools.cache
+def _runtime(*ours: str) -> Path:
+    """The emulation's own library, for all sources that are compiled with its macros ``ours``."""
+    ours = tuple(flag for flag in ours if "ALIGNMENT" not in flag)
+    flags = [*FLAGS, *_contracted(), *ours, *(["-g1", "-O1", "-fsanitize=address"] if _asan() else ["-O3"])]
+    name = f"runtime-{_digest(*flags, *map(Path.read_text, _headers()))}.so"
+    return _made(name, [*flags, "-shared", f"-Wl,-soname,{name}", str(RUNTIME)], "")
+
+
+def _asan() -> bool:
+    """Whether the process was started with libasan preloaded, for kernels to be compiled for it."""
+    return bool(os.environ.get("SLIMRT_EMULATION_ASAN"))
 
 
 @functools.cache
@@ -122,26 +137,24 @@ def _headers() -> list[Path]:
     return [*sorted(HEADER.parent.glob("*.h")), RUNTIME, *sorted(SOURCES.glob("*.cuh"))]
 
 
-@functools.cache
-def _precompiled(gxx: str, flags: tuple[str, ...], around: str) -> tuple[Path, Path]:
-    """The emulation's headers, read once for all sources, and the object of its runtime: with their text in front and
-    the runtime's code behind, a small kernel would take g++ three times as long."""
-    header = CACHE / f"{_digest(around)}.h"
-    runtime = header.with_suffix(".o")
-    if not header.with_suffix(".h.gch").exists() or not runtime.exists():
-        CACHE.mkdir(parents=True, exist_ok=True)
-        part = header.with_suffix(f".{os.getpid()}")
-        part.write_text(f'#include "{HEADER}"\n')
-        part.replace(header)
-        _run_compiler([gxx, *flags, "-x", "c++-header", str(header)], header.with_suffix(".h.gch"), "")
-        _run_compiler([gxx, *flags, "-include", str(header), "-c", str(RUNTIME)], runtime, "")
-    return header, runtime
+def _made(name: str, arguments: Sequence[str], code: str) -> Path:
+    """The library ``name`` of the cache, made by g++ unless another process has made it, or is making it. The name is
+    of contents alone, not of where they lie: another checkout may use the same cache."""
+    target = CACHE / name
+    if target.exists():
+        return target
+    gxx = compiler()
+    if gxx is None:
+        raise EmulationError("emulation needs g++ on Linux; install it")
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with FileLock(target.with_suffix(".lock")):
+        if not target.exists():
+            _run_compiler([gxx, *(["-fuse-ld=gold"] if shutil.which("ld.gold") else []), *arguments], target, code)
+    return target
 
 
 def _run_compiler(command: list[str], target: Path, code: str) -> None:
-    CACHE.mkdir(parents=True, exist_ok=True)
-    # Renamed when complete: tests run in several processes.
-    fresh = target.with_suffix(f".{os.getpid()}{target.suffix}")
+    fresh = target.with_suffix(f".{os.getpid()}{target.suffix}")  # renamed when complete
     plain = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}  # not into the compiler
     done = subprocess.run([*command, "-o", str(fresh)], input=code, capture_output=True, text=True, env=plain)
     if done.returncode:
@@ -150,7 +163,7 @@ def _run_compiler(command: list[str], target: Path, code: str) -> None:
 
 
 def _digest(*texts: str) -> str:
-    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:24]
+    return hashlib.sha256("\0".join([platform.machine(), *texts]).encode()).hexdigest()[:24]
 
 
 class Module:

@@ -17,7 +17,7 @@
 // overwrite yet is lost) or *deferred* (it writes NaN, and copies when the thread waits for the group: what is read too
 // early is NaN).
 //
-// What does not depend on the kernel is only declared here and compiled once, in runtime.cpp.
+// What does not depend on the kernel is only declared here and compiled once, in runtime.cpp and what it includes.
 #pragma once
 
 #include "machine.h"
@@ -51,19 +51,20 @@ inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return
 
 inline int min(int a, int b) { return a < b ? a : b; }
 inline int max(int a, int b) { return a > b ? a : b; }
-inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
-inline float __expf(float x) { return std::exp(x); }
-inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
+extern "C" float fmaxf(float, float), fminf(float, float), fabsf(float);
+inline float rsqrtf(float x) { return 1.0f / __builtin_sqrtf(x); }
+inline float __expf(float x) { return __builtin_expf(x); }
+inline float __fmaf_rn(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 inline float __fdividef(float a, float b) { return a / b; }
 inline float __uint_as_float(unsigned x) {
     float result;
-    std::memcpy(&result, &x, 4);
+    __builtin_memcpy(&result, &x, 4);
     return result;
 }
 inline float __int_as_float(int x) { return __uint_as_float(unsigned(x)); }
 inline unsigned __float_as_uint(float x) {
     unsigned result;
-    std::memcpy(&result, &x, 4);
+    __builtin_memcpy(&result, &x, 4);
     return result;
 }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
@@ -76,13 +77,13 @@ inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
 
 // -- built-in variables and functions -----------------------------------------------------------------------------------------
 
-#define threadIdx (emulation::machine.current->thread)
+#define threadIdx (emulation::machine.current->index)
 #define blockIdx (emulation::machine.block_index)
 #define blockDim (emulation::machine.block_size)
 #define gridDim (emulation::machine.grid_size)
 
-void __syncthreads() HIDDEN;
-void __syncwarp(unsigned = ~0u) HIDDEN;
+void __syncthreads();
+void __syncwarp(unsigned = ~0u);
 
 namespace emulation {
 template <typename V>
@@ -95,9 +96,9 @@ V shuffle(V value, int source) {
     Shuffle<V> mine{value, value, source};
     collective(
         [](void** lanes) {
-            for (int lane = 0; lane < machine.current->warp->lanes; lane++) {
+            for (int lane = 0; lane < machine.current->lanes; lane++) {
                 auto& to = *static_cast<Shuffle<V>*>(lanes[lane]);
-                if (to.source >= 0 && to.source < machine.current->warp->lanes)
+                if (to.source >= 0 && to.source < machine.current->lanes)
                     to.result = static_cast<Shuffle<V>*>(lanes[to.source])->value;
             }
         },
@@ -122,7 +123,7 @@ template <typename V>
 V __shfl_down_sync(unsigned, V value, int delta) {
     return emulation::shuffle(value, emulation::machine.current->lane + delta);
 }
-unsigned __ballot_sync(unsigned, int predicate) HIDDEN;
+unsigned __ballot_sync(unsigned, int predicate);
 inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
 
 #include "twins.h"

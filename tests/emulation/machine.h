@@ -1,154 +1,77 @@
-// The machine that runs a kernel: fibers for threads, warps and blocks of them, launches. See emulation.h.
+// What a kernel sees of the machine that runs it, and how it is launched. See emulation.h; the machine itself is in state.h.
+//
+// Nothing is included: the C++ library's headers would take g++ longer than most kernels do.
 #pragma once
 
-#include <cmath>
-#include <cstdint>
-#include <cstdlib>
-#include <cstring>
-#include <deque>
-#include <map>
-#include <utility>
-#include <vector>
-
-#if !defined(__x86_64__)
-#define EMULATION_UCONTEXT  // switches stacks with the system's help: slower
-#endif
-#if defined(EMULATION_UCONTEXT)
-#include <ucontext.h>
-#endif
-
-#define HIDDEN __attribute__((visibility("hidden")))
+using size_t = decltype(sizeof 0);
+using uintptr_t = __UINTPTR_TYPE__;
+using uint64_t = __UINT64_TYPE__;
 
 struct dim3 {
     unsigned x = 1, y = 1, z = 1;
 };
 
 extern "C" {
-extern char __start_kernel_shared[] __attribute__((weak)) HIDDEN;
-extern char __stop_kernel_shared[] __attribute__((weak)) HIDDEN;
+extern char __start_kernel_shared[] __attribute__((weak, visibility("hidden")));
+extern char __stop_kernel_shared[] __attribute__((weak, visibility("hidden")));
 }
 
 namespace emulation {
 
-#if !defined(EMULATION_UCONTEXT)
-struct Context {
-    void* stack_pointer = nullptr;
-};
-#else
-struct Context {
-    ucontext_t machine;
-};
-#endif
-
-constexpr size_t STACK = 256 << 10;  // of address space; only what is touched becomes memory
 constexpr int WARP = 32;
+
+struct Thread {
+    dim3 index;
+    int lane, lanes;  // its place in its warp, and how many the warp has
+};
+
+struct Running {
+    Thread* current = nullptr;
+    dim3 block_index, block_size, grid_size;
+    char* shared = nullptr;
+};
+extern Running machine;
 
 using Operation = void (*)(void** lanes);  // carries out a warp operation, given each lane's operands
 
-struct Copy {
-    void* shared;
-    const void* global;
-    bool valid;
-};
-
-enum class State { ready, at_warp, at_barrier, waiting, done };
-
-struct Warp;
-
-// A wgmma as one warp issued it, and accumulators that wait for one: see hopper.h.
-struct Product {
-    void (*multiply)(Warp&, const Product&);
-    float* accumulator;  // of lane 0
-    const unsigned* rows[WARP];
-    unsigned long long a, b;
-    bool add, columns;
-};
-struct Accumulator {
-    float* of[WARP];
-    std::vector<float> sums;  // [16, N]
-    int products = 0;         // that are not done
-};
-struct Products {
-    std::vector<Product> open;
-    std::deque<std::vector<Product>> groups;  // committed, not waited for
-    std::map<float*, Accumulator> accumulators;
-    bool fenced = false;
-};
-
-struct Warp {
-    int lanes = 0, arrived = 0, first = 0;
-    Operation operation = nullptr;
-    void* operands[WARP];
-    Products products;
-};
-
-struct Fiber {
-    Context context;
-    State state;
-    dim3 thread;
-    int lane;
-    Warp* warp;
-    std::vector<std::vector<Copy>> groups;  // committed, not waited for; the last one is open
-    std::vector<size_t> landed;             // chunks of shared memory that arrived and were not fenced
-    bool (*condition)(Fiber&) = nullptr;    // what a waiting fiber waits for
-    void* subject = nullptr;
-    unsigned value = 0;
-};
-
-struct NamedBarrier {
-    int threads = 0, arrived = 0;
-    unsigned generation = 0;
-};
+// All in runtime.cpp: a library of its own, which every compiled source is linked with.
+[[noreturn]] void fail(const char* message);
+void collective(Operation operation, void* operands);
 
 struct Body {
     void (*call)(void* kernel, void** args);
     void* kernel;
     void** args;
+    char *shared_start, *shared_stop;  // variables that the kernel declares in shared memory
 };
-
-struct Machine {
-    Context scheduler;
-    std::vector<Fiber> fibers;
-    std::vector<Warp> warps;
-    Fiber* current = nullptr;
-    char* stacks = nullptr;
-    size_t stacks_held = 0;
-    dim3 block_index, block_size, grid_size;
-    char* shared = nullptr;
-    size_t shared_bytes = 0;
-    std::vector<bool> unfenced;  // by 16 bytes of shared memory: written by cp.async, no fence for the other proxy since
-    NamedBarrier named[16];
-    bool deferred = false;
-    Body body{};
-    const char* error = nullptr;
-};
-extern Machine machine HIDDEN;  // one for each compiled source
-
-// All in runtime.cpp, which is compiled once and linked with every source.
-void yield() HIDDEN;
-// Until `condition` holds of the fiber's `subject` and `value`.
-void wait_until(bool (*condition)(Fiber&), void* subject, unsigned value) HIDDEN;
-[[noreturn]] void fail(const char* message) HIDDEN;
-void collective(Operation operation, void* operands) HIDDEN;
-const char* run_grid(dim3 grid, dim3 block, size_t shared_bytes, bool deferred, unsigned seed, Body body) HIDDEN;
+const char* run_grid(dim3 grid, dim3 block, size_t shared_bytes, bool deferred, unsigned seed, Body body);
 
 // -- launching: one exported function a kernel ------------------------------------------------------------------------------
 
+template <typename>
+constexpr bool is_pointer = false;
+template <typename OF>
+constexpr bool is_pointer<OF*> = true;
+
+template <size_t...>
+struct Indices {};
+
 template <typename... Args, size_t... I>
-void call(void (*kernel)(Args...), void** args, std::index_sequence<I...>) {
-    kernel(*static_cast<std::remove_const_t<Args>*>(args[I])...);
+void call(void (*kernel)(Args...), void** args, Indices<I...>) {
+    kernel(*static_cast<Args*>(args[I])...);
 }
 template <typename... Args>
 const char* launch(void (*kernel)(Args...), dim3 grid, dim3 block, size_t shared, bool deferred, unsigned seed, void** args) {
     auto enter = [](void* kernel, void** args) {
-        call(reinterpret_cast<void (*)(Args...)>(kernel), args, std::index_sequence_for<Args...>());
+        call(reinterpret_cast<void (*)(Args...)>(kernel), args, Indices<__integer_pack(sizeof...(Args))...>());
     };
-    return run_grid(grid, block, shared, deferred, seed, {enter, reinterpret_cast<void*>(kernel), args});
+    return run_grid(grid, block, shared, deferred, seed,
+                    {enter, reinterpret_cast<void*>(kernel), args, __start_kernel_shared, __stop_kernel_shared});
 }
 // The sizes of the arguments, negative for pointers, after their number.
 template <typename... Args>
 const int* signature(void (*)(Args...)) {
-    static const int sizes[] = {int(sizeof...(Args)), (std::is_pointer_v<Args> ? -1 : 1) * int(sizeof(Args))...};
+    static const int sizes[] = {int(sizeof...(Args)), (is_pointer<Args> ? -1 : 1) * int(sizeof(Args))...};
     return sizes;
 }
 

@@ -16,11 +16,18 @@ struct bf16 {
 };
 
 namespace emulation {
-extern const float* const halves HIDDEN;  // the values of all 65536
+extern const float* const halves;  // the values of all 65536
 }
 
 inline float to_float(float x) { return x; }
+#if defined(__F16C__)
+inline float to_float(f16 x) {
+    typedef short Halves __attribute__((vector_size(16)));
+    return __builtin_ia32_vcvtph2ps(Halves{short(x.bits)})[0];
+}
+#else
 inline float to_float(f16 x) { return emulation::halves[x.bits]; }
+#endif
 inline float to_float(bf16 x) { return __uint_as_float(unsigned(x.bits) << 16); }
 
 template <typename TO>
@@ -52,23 +59,23 @@ unsigned pack(float low, float high) {
     return from_float<TO>(low).bits | unsigned(from_float<TO>(high).bits) << 16;
 }
 
-unsigned sub_f16x2(unsigned a, unsigned b) HIDDEN;
-unsigned fma_f16x2(unsigned a, unsigned b, unsigned c) HIDDEN;
+unsigned sub_f16x2(unsigned a, unsigned b);
+unsigned fma_f16x2(unsigned a, unsigned b, unsigned c);
 
-inline float exp2_fast(float x) { return x < -126.0f ? 0.0f : std::exp2(x); }  // flushed, as it says
+inline float exp2_fast(float x) { return x < -126.0f ? 0.0f : __builtin_exp2f(x); }  // flushed, as it says
 
 inline float reciprocal_fast(float x) { return 1.0f / x; }
 
 template <typename HALF>  // f16, bf16
-HIDDEN void mma_m16n8k16(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1);
+void mma_m16n8k16(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1);
 
-void ldmatrix_x4(unsigned (&r)[4], const void* shared_row) HIDDEN;
-void ldmatrix_x4_trans(unsigned (&r)[4], const void* shared_row) HIDDEN;
+void ldmatrix_x4(unsigned (&r)[4], const void* shared_row);
+void ldmatrix_x4_trans(unsigned (&r)[4], const void* shared_row);
 
-void cp_async16(void* shared, const void* global, bool valid) HIDDEN;
-void cp_async_commit() HIDDEN;
+void cp_async16(void* shared, const void* global, bool valid);
+void cp_async_commit();
 namespace emulation {
-void wait_for_copies(int pending) HIDDEN;
+void wait_for_copies(int pending);
 }
 template <int PENDING>
 void cp_async_wait() {

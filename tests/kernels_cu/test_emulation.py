@@ -328,8 +328,13 @@ def test_address_sanitizer_names_the_line() -> None:
     assert found is not None and "+ i)" in (SOURCES / "rmsnorm.cu").read_text().splitlines()[int(found[1]) - 1]
 
 
+# What F16, Q4_0 and Q6_K stand for where not all are asked for: the same kernels around other blocks of bytes.
+ALIKE = ("Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "bf16")
+
+
 def test_kernels_under_address_sanitizer() -> None:
-    """No kernel reads or writes outside its arrays, or at an odd address, at any of the tests' ragged sizes."""
+    """No kernel reads or writes outside its arrays, or at an odd address, at any of the tests' ragged sizes. Those of
+    types that are ``ALIKE`` only where ``SLIMRT_ALL_KERNELS`` is set: most of the time is the compiler's."""
     tests = sorted(str(path.relative_to(ROOT)) for path in Path(__file__).parent.glob("test_kernels_*.py"))
     assert len(tests) > 4
     command = [
@@ -342,7 +347,7 @@ def test_kernels_under_address_sanitizer() -> None:
         "-p",
         "no:cacheprovider",
         "-k",
-        "eager-1",
+        "eager-1" if os.environ.get("SLIMRT_ALL_KERNELS") else f"eager-1 and not ({' or '.join(ALIKE)})",
         *tests,
     ]
     done = subprocess.run(command, cwd=ROOT, env=asan_environment(), capture_output=True, text=True)

@@ -48,6 +48,11 @@ def _as_llama(c: ModelConfig) -> bool:
     return plain and c.activation == "silu" and not scaled and not c.turns
 
 
+def _row_threads(width: int) -> int:
+    """Threads for a row of ``width`` numbers that is summed up: whole warps that have work, four numbers a thread."""
+    return min(256, 32 * -(-width // 128))
+
+
 def row_chunk(total: int) -> int:
     """How many rows pass the row-wise part of a layer together on a GPU of ``total`` bytes."""
     return _LARGE_CHUNK if total >= _PLENTIFUL else ROW_CHUNK
@@ -236,7 +241,8 @@ class CupyOps(FewRows, Attending, InPlaceLayer):
         """x float32 [T, D] / sqrt(mean(x^2) + eps) * gain -> 16 bits [T, D]."""
         self.check("rmsnorm", x, np.float32, (None, len(gain)))
         out = self.empty(x.shape)
-        self.kernels.launch("rmsnorm", "rmsnorm", (len(x),), 256, x, gain, out, x.shape[1], eps, T=self.half_type)
+        block = _row_threads(x.shape[1])
+        self.kernels.launch("rmsnorm", "rmsnorm", (len(x),), block, x, gain, out, x.shape[1], eps, T=self.half_type)
         return out
 
     def rope(self, x: Array, cos: Array, sin: Array) -> Array:
@@ -276,11 +282,19 @@ class CupyOps(FewRows, Attending, InPlaceLayer):
     def _norm_heads(self, x: Array, width: int, gain: Array | None, eps: float, scale: float) -> None:
         tokens, heads, dh = x.shape
         stride = self.stride("norm_heads", x)
-        # As many threads as rmsnorm has at work on so many numbers, so that sums are in its order.
-        block = min(256, 32 * -(-width // 128))
         grid = (tokens, heads * dh // width)
         self.kernels.launch(
-            "norm_heads", "norm_heads", grid, block, x, gain, float(eps), float(scale), width, stride, T=self.half_type
+            "norm_heads",
+            "norm_heads",
+            grid,
+            _row_threads(width),
+            x,
+            gain,
+            float(eps),
+            float(scale),
+            width,
+            stride,
+            T=self.half_type,
         )
 
     def merge_into(self, x: Array, y: Array, merge: Merge) -> None:
@@ -288,8 +302,9 @@ class CupyOps(FewRows, Attending, InPlaceLayer):
         self.check("merge", x, np.float32, y.shape)
         self.check("merge", y, np.float32, (None, None))
         self.kernels.launch(
-            "merge", "merge", (len(x),), 256, x, y, merge.gain, x.shape[1], float(merge.eps), float(merge.scale)
-        )
+            "merge", "merge", (len(x),), _row_threads(x.shape[1]),
+            x, y, merge.gain, x.shape[1], float(merge.eps), float(merge.scale),
+        )  # fmt: skip
 
     def shifted(self, x: Array, bias: Array) -> Array:
         """x 16 bits [T, n] + bias float32 [n], in place."""
