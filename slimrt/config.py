@@ -146,8 +146,8 @@ class CacheConfig:
     of ``group`` blocks are compared, found by the groups' mean keys: a choice costs about the same however long the
     context is. What a block was wanted for by the queries before counts as well, times ``decay`` for each token since
     then (0: not at all). A layer chooses anew for every ``choose_every``-th token and when a block is full; layers take
-    turns. One choice serves ``select_every`` layers; blocks move only if less than ``overlap`` of it is resident,
-    and up to ``lookahead`` layers before the one that computes.
+    turns, and blocks move only if less than ``overlap`` of a choice is resident. A prompt that continues an earlier one
+    finds old rows brought up to ``lookahead`` layers before the one that computes.
     """
 
     ctx: int
@@ -157,7 +157,6 @@ class CacheConfig:
     sink_blocks: int = 1
     local_blocks: int = 4
     score: str = "token_max"
-    select_every: int = 1
     group: int = 8
     shortlist: int = 4
     decay: float = 0.85
@@ -166,7 +165,7 @@ class CacheConfig:
     lookahead: int = 1
 
     def __post_init__(self) -> None:
-        for name, low in (("block", 1), ("unit", 1), ("local_blocks", 0), ("sink_blocks", 0), ("select_every", 1)):
+        for name, low in (("block", 1), ("unit", 1), ("local_blocks", 0), ("sink_blocks", 0)):
             _check(getattr(self, name), name, low, math.inf)
         for name in ("group", "shortlist", "choose_every"):
             _check(getattr(self, name), name, 1, math.inf)

@@ -53,7 +53,9 @@ class Timings:
     was none). ``stages``: tokens kept after each cut of the plan, ``windowed_tokens``: how many first tokens of the
     prompt its windows held for, ``dense_note``: why the prompt ran dense although there is a plan, empty if it did not,
     ``doubts``: in words, what was in doubt about a prompt, so that more of it was kept or it was cut later.
-    ``kv_bytes_*``: bytes of keys and values at the end. ``reused_tokens``: prompt tokens whose work an earlier call had
+    ``kv_bytes_device`` and ``kv_bytes_host``: bytes of keys and values at the end. Under a budget, while the text was
+    written: ``kv_bytes_fetched`` from host memory, of which ``kv_bytes_in_time`` were there when compute came for them;
+    for the others it waited ``kv_waits`` times. ``reused_tokens``: prompt tokens whose work an earlier call had
     done, ``reuse_note`` says why. ``drafted_tokens``: guessed while the text was written (``draft``), of which
     ``accepted_tokens`` were right.
     """
@@ -63,6 +65,9 @@ class Timings:
     stages: tuple[int, ...] = ()
     kv_bytes_device: int = 0
     kv_bytes_host: int = 0
+    kv_bytes_fetched: int = 0
+    kv_bytes_in_time: int = 0
+    kv_waits: int = 0
     reused_tokens: int = 0
     reuse_note: str = ""
     windowed_tokens: int = 0

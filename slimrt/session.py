@@ -17,6 +17,7 @@ from slimrt.context import Context, Kept, Progress, Trace
 from slimrt.engine import Engine
 from slimrt.errors import ContextError, SettingError, TokenizerError
 from slimrt.ops.forks import after_fork
+from slimrt.ops.protocol import Fetched
 from slimrt.prune.asked import Asked
 from slimrt.prune.plan import PrunePlan
 from slimrt.prune.schedule import Schedule
@@ -422,6 +423,11 @@ class Session:
     def kv_bytes(self) -> int:
         """Bytes of keys and values held, resident or in host memory."""
         return self.kv_bytes_device + self.kv_bytes_host
+
+    @property
+    def fetched(self) -> Fetched:
+        """What decode asked the host for under a budget, since the conversation's cache was made."""
+        return self.context.cache.fetched
 
     @property
     def kv_bytes_device(self) -> int:

@@ -44,6 +44,7 @@ class _Writing:
         self.session, self.tokenizer, self.ids, self.request = session, tokenizer, ids, request
         self.plan, self.progress, self.on_end = plan, progress, on_end
         self.reading: Reading | None = None
+        self.fetched = session.fetched  # before the text
         self.revision = 0  # of the session, after the prompt
         self.begun = self.first = self.last = 0.0
         self.tokens: list[int] = []
@@ -62,6 +63,7 @@ class _Writing:
             with self.session.lock:
                 reading = self.session.prefill(self.ids, self.plan, progress=self.progress)
                 self.revision, self.reading = self.session.revision, reading
+                self.fetched = self.session.fetched
 
     def run(self) -> Generator[str, None, None]:
         """The pieces of text."""
@@ -117,6 +119,7 @@ class _Writing:
         """The text so far, whole once the iteration has ended."""
         reading = self.reading or Reading(0, "")
         written, decoding = len(self.tokens), self.last - self.first
+        fetched = self.session.fetched.since(self.fetched)
         return Completion(
             text="".join(self.pieces),
             tokens=list(self.tokens),
@@ -128,6 +131,9 @@ class _Writing:
                 stages=reading.stages,
                 kv_bytes_device=self.session.kv_bytes_device,
                 kv_bytes_host=self.session.kv_bytes_host,
+                kv_bytes_fetched=fetched.nbytes,
+                kv_bytes_in_time=fetched.in_time,
+                kv_waits=fetched.waits,
                 reused_tokens=reading.reused,
                 reuse_note="; ".join(part for part in (self.note, reading.note, self._shift_note) if part),
                 windowed_tokens=reading.windowed,

@@ -37,7 +37,8 @@ class Measurement:
     ``kept``: tokens kept after each cut of the prune plan. ``first_token``: what was drawn, to compare contenders.
     ``further_s``: seconds to the first token of the answer to each further question on the same context. ``kv_bytes``:
     keys and values where the model computes, and in host memory under a budget, after the answer (None where the
-    program does not tell).
+    program does not tell). ``fetched``: bytes that decode asked the host for, those of them that came in time, and how
+    often it waited (None without a budget).
     """
 
     ttft_s: float
@@ -47,6 +48,7 @@ class Measurement:
     kept: tuple[int, ...] = ()
     further_s: tuple[float, ...] = ()
     kv_bytes: tuple[int, int] | None = None
+    fetched: tuple[int, int, int] | None = None
 
 
 class Contender(Protocol):
@@ -83,9 +85,12 @@ class Slimrt:
             conversation += answer.tokens
             asked.append(answer.timings.ttft_s)
         kv_bytes = times.kv_bytes_device, times.kv_bytes_host
+        fetched = times.kv_bytes_fetched, times.kv_bytes_in_time, times.kv_waits
+        budget = self._llm.kv_budget is not None
         return Measurement(
-            times.ttft_s, times.decode_tok_s, _peak(), done.tokens[0], times.stages, tuple(asked), kv_bytes
-        )
+            times.ttft_s, times.decode_tok_s, _peak(), done.tokens[0], times.stages, tuple(asked), kv_bytes,
+            fetched if budget else None,
+        )  # fmt: skip
 
     def about(self) -> dict[str, Any]:
         import numpy as np

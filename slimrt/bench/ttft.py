@@ -185,6 +185,23 @@ class BenchResult:
             length = row.length
         return table
 
+    def _fetched_lines(self) -> list[str]:
+        """Of each run under a budget, how much decode fetched and how much of it came in time."""
+        lines = []
+        for row in self.rows:
+            runs = [run.fetched for run in row.runs if run.fetched is not None]
+            if not runs:
+                continue
+            nbytes, in_time, waits = (sum(values) for values in zip(*runs, strict=True))
+            share = f"{in_time / nbytes:.0%} of it in time; it waited {waits / len(runs):.0f} times" if nbytes else ""
+            lines.append(
+                f"{row.length} tokens, {row.contender}: decode fetched {nbytes / len(runs) / 2**20:.1f} MiB a run"
+                + (f", {share}" if share else "")
+            )
+        if lines and self.environment["backend"]["name"] == "fast":
+            lines.append("on a CPU the thread that computes copies what it fetches itself: none of it is in time")
+        return lines
+
     def _peak_lines(self) -> list[str]:
         """Of each dense run of slimrt, the share of what the machine can do."""
         shares = [(row.length, share) for row in self.rows if (share := self.of_peak(row)) is not None]
@@ -204,6 +221,7 @@ class BenchResult:
         lines = [
             f"medians of {self.settings['repeats']} runs, programs in turn; x: times as fast as {self.reference}",
             *self._peak_lines(),
+            *self._fetched_lines(),
             *([f"again: the first token of a further answer, after a question of {asked} tokens"] if asked else []),
             *([f"all: the first token of {several} further answers as well"] if asked and several > 1 else []),
             f"{env['cpu']}, {env['cores']} cores, {' '.join(env['cpu_features'])}; load average before {env['load']}",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from slimrt.config import ModelConfig
-from slimrt.ops.protocol import Array, Ops
+from slimrt.ops.protocol import Array, Fetched, Ops
 
 __all__ = ["KVCache", "Positions"]
 
@@ -48,6 +48,7 @@ class KVCache:
     """
 
     intact = True
+    fetched = Fetched()
 
     def __init__(self, config: ModelConfig, ops: Ops) -> None:
         self._shape = (config.n_kv_heads, config.head_dim)
@@ -66,9 +67,6 @@ class KVCache:
         store[1, :, held : held + len(positions)] = v.transpose(1, 0, 2)
         self._positions[layer].append(positions)
         return self._views(layer)
-
-    def begin(self, tokens: int) -> None:
-        """Nothing to do: nothing is chosen."""
 
     def room(self, layer: int, rows: int) -> Array:
         """The layer's memory [2, Hkv, capacity, Dh], with room for ``rows`` more; it moves when it has to grow."""

@@ -51,11 +51,10 @@ class LayerRows:
         self.row_bytes = self.host.block_bytes // config.block
         none = (model.n_kv_heads, 0, model.head_dim)
         self.means, self._group_means = ops.empty(none, ops.kv_type), ops.empty(none, ops.kv_type)
-        self.selects = False  # whether this layer chooses for its group, and so needs means
         self._slot_positions = np.empty(self.capacity, np.int64)
         self._wishes: np.ndarray  # what the last choice was made by
         self._wished_at: int  # how many rows there were then
-        self._fetches: list[Fence] = []
+        self._fetches: list[tuple[Fence, int]] = []  # with the bytes that are on their way
         self._spills: list[Fence] = []
         self._states: dict[int, _State] = {}  # by rows, of the last rows of decode
         self.reset()
@@ -78,7 +77,7 @@ class LayerRows:
     def settle(self) -> None:
         """Compute waits for all copies of this layer; the first exception is raised when all have ended."""
         try:
-            wait_all(self._ops, self._transfers, self._fetches + self._spills)
+            wait_all(self._ops, self._transfers, [fence for fence, _ in self._fetches] + self._spills)
         except Exception:  # they have ended, one of them badly
             self._fetches, self._spills = [], []
             raise
@@ -144,10 +143,15 @@ class LayerRows:
             if number not in where:
                 fetched.append((slot, self.host.views[number]))
         if fetched:
-            self._transfers.bytes_to_device += len(fetched) * self.host.block_bytes
-            self._fetches.append(self._ops.fetch_blocks(self._slots_memory(), fetched, self._ops.mark()))
+            self._fetch(fetched)
         self.slots = slots
         self.choice = choice
+
+    def _fetch(self, blocks: list[tuple[int, Array]]) -> None:
+        """Start bringing host ``blocks``, (slot, block) each, once compute has left the slots."""
+        nbytes = len(blocks) * self.host.block_bytes
+        self._transfers.bytes_to_device += nbytes
+        self._fetches.append((self._ops.fetch_blocks(self._slots_memory(), blocks, self._ops.mark()), nbytes))
 
     def _place(self, number: int, slot: int, view: Array | None) -> None:
         """Block ``number`` is to be in ``slot``; ``view``: where it lies on the device, None: on the host."""
@@ -176,7 +180,9 @@ class LayerRows:
         assert self.choice is not None
         if self._fetches:
             fetches, self._fetches = self._fetches, []
-            wait_all(self._ops, self._transfers, fetches)
+            for fence, nbytes in fetches:
+                self._transfers.note_fetched(self._ops, fence, nbytes)
+            wait_all(self._ops, self._transfers, [fence for fence, _ in fetches])
         block, resident = self._config.block, self._slots_memory()
         slot = len(self.slots) - 1  # the tail's
         row = slot * block + len(self) - self.choice.tail * block
@@ -190,8 +196,6 @@ class LayerRows:
 
     def learn_means(self, keys: Array, first: int, last: int) -> None:
         """Unit means of complete blocks ``first`` to ``last``; keys [Hkv, rows from ``first`` on, Dh]."""
-        if not self.selects:
-            return
         c = self._config
         units = c.block // c.unit
         rows = keys[:, : (last - first) * c.block]
@@ -331,8 +335,7 @@ class LayerRows:
                 self._place(number, slot, None)
             if missing:
                 fetched = [(slot, self.host.views[number]) for slot, number in missing]
-                self._transfers.bytes_to_device += len(fetched) * self.host.block_bytes
-                self._fetches.append(self._ops.fetch_blocks(self._slots_memory(), fetched, self._ops.mark()))
+                self._fetch(fetched)
                 self.settle()
         self.spilled, self.choice, self.slots, self.on_host, self._wishes, self._wished_at = state
         self._states = {held: one for held, one in self._states.items() if held < rows}
@@ -381,7 +384,7 @@ class LayerRows:
             return len(self) * self.row_bytes
         block = self._config.block
         held = sum(min(block, len(self) - number * block) for number in self.slots.tolist() if number >= 0)
-        means = self.on_host * (block // self._config.unit) + self.on_host // self._config.group if self.selects else 0
+        means = self.on_host * (block // self._config.unit) + self.on_host // self._config.group
         mean_bytes = self.means.shape[0] * self.means.shape[2] * self.means.dtype.itemsize
         return held * self.row_bytes + means * mean_bytes
 

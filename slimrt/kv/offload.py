@@ -3,8 +3,8 @@
 Prefill computes a layer in a staging slot of the ring, leaves the chosen blocks resident, and copies the complete ones
 to host memory behind the next layers; a prompt that continues an earlier one finds the layer's old rows brought into a
 slot while the layers before it computed. Decode chooses blocks by the query against the mean keys of units, as Quest
-(arXiv 2406.10774) and InfLLM (arXiv 2402.04617) do. A layer that chooses for itself waits for what it fetches; where
-layers share a choice (``select_every``, as in OmniKV, ICLR 2025), it comes up to ``lookahead`` layers ahead.
+(arXiv 2406.10774) and InfLLM (arXiv 2402.04617) do, each layer for itself, and waits for what it fetches: what would
+come a token later would no longer be what this one wants (docs/experiments.md). ``fetched`` tells how much that was.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import numpy as np
 from slimrt.config import CacheConfig, ModelConfig
 from slimrt.errors import ComputeError
 from slimrt.kv.choice import Choice, choose
-from slimrt.kv.layer_rows import MOST_TOGETHER, LayerRows
+from slimrt.kv.layer_rows import LayerRows
 from slimrt.kv.ring import Pairs, Ring, Transfers
-from slimrt.ops.protocol import Array, Ops
+from slimrt.ops.protocol import Array, Fetched, Ops
 
 __all__ = ["OffloadedKVCache"]
 
@@ -58,9 +58,6 @@ class OffloadedKVCache:
         self._model, self._ops, self._config = model, ops, config
         self.transfers = Transfers()
         self._layers = [LayerRows(ops, config, model, self.transfers) for _ in range(model.n_layers)]
-        self._first = list(range(model.n_layers))  # the layer that chooses for each layer
-        self._choices: dict[int, dict[int, Choice]] = {}  # by choosing layer, then by how many rows it had
-        self._several = False  # whether a pass of decode reads several tokens
         self._ring: Ring | None = None  # while a pass over many tokens runs
         self._open: _Open | None = None
         self._failure: BaseException | None = None
@@ -68,6 +65,10 @@ class OffloadedKVCache:
     @property
     def intact(self) -> bool:
         return self._failure is None
+
+    @property
+    def fetched(self) -> Fetched:
+        return self.transfers.fetched
 
     # -- a pass -------------------------------------------------------------------------------------------------------
 
@@ -84,18 +85,12 @@ class OffloadedKVCache:
             ) from self._failure
         with _NotingFailure(self):
             rows = self._layers[layer]
-            if not len(rows):
-                self._join_group(layer, positions)
             rows.note_state(len(positions) == 1 and not exact)
             if not rows.spilled and len(rows) + len(positions) <= rows.capacity:
                 return rows.append(k, v, positions)
             if exact or len(positions) > 1:
                 return self._update_whole(layer, k, v, positions, q)
             return self._update_one(layer, k, v, positions, q)
-
-    def begin(self, tokens: int) -> None:
-        """A layer chooses for each of several tokens before the next layer does for any."""
-        self._several = tokens > 1
 
     def room(self, layer: int, rows: int) -> None:
         """None: what a query reads is chosen here."""
@@ -118,68 +113,36 @@ class OffloadedKVCache:
             if layer == self._model.n_layers - 1:
                 self._end_pass()
 
-    def _join_group(self, layer: int, positions: np.ndarray) -> None:
-        """A layer that gets its first rows shares the choice of the layer before it if that holds the same rows.
-
-        So a group never reaches across a cut of the prompt, behind which layers hold other rows. Whatever happens to
-        the rows later happens to all layers of a group alike.
-        """
-        first = self._first[layer - 1] if layer else 0
-        shared = (
-            0 < layer < first + self._config.select_every
-            and len(self._layers[layer - 1]) == len(positions)
-            and np.array_equal(self._layers[layer - 1].positions.array, positions)
-        )
-        self._first[layer] = first if shared else layer
-        self._layers[layer].selects = not shared
-        if not shared:
-            self._choices.pop(layer, None)
-
     # -- decode -------------------------------------------------------------------------------------------------------
 
     def _update_one(
         self, layer: int, k: Array, v: Array, positions: np.ndarray, q: Array | None
     ) -> tuple[Array, Array, np.ndarray]:
-        rows, first = self._layers[layer], self._first[layer]
+        rows = self._layers[layer]
         choice = self._decode_choice(layer, q)
-        ahead = 0 if self._several else self._config.lookahead  # else those ahead would miss what comes between
-        for number in range(layer, min(layer + ahead + 1, len(self._layers))):
-            other = self._layers[number]
-            # After a pass that broke off a layer may be spilled and its neighbour not, though both hold the same rows.
-            spilled = other.spilled or len(rows) == rows.capacity
-            if self._first[number] == first and spilled and other.choice is not choice:
-                other.move_to(choice)
+        if rows.choice is not choice:
+            rows.move_to(choice)
         return rows.append_one(k, v, positions)
 
     def _decode_choice(self, layer: int, q: Array | None) -> Choice:
-        """What the layer reads when one row more has come: all if it fits, else what its group chooses.
+        """What the layer reads when one row more has come: all if it fits, else what it chooses.
 
-        The group's present choice serves until the group's turn comes, and then as long as enough of what is wanted
-        now is in it.
+        The present choice serves until the layer's turn comes, and then as long as enough of what is wanted now is in
+        it.
         """
-        rows, first = self._layers[layer], self._first[layer]
+        rows = self._layers[layer]
         tail, present = len(rows) // self._config.block, rows.choice
         if present is not None and present.tail != tail:
             present = None
         if tail < self._config.slots:
             return present or choose(None, tail, self._config)
-        if layer == first:
-            if not rows.spilled:
-                rows.begin_spilling()
-            if present is None or (len(rows) + layer) % self._config.choose_every == 0:
-                choice = self._choose(rows, tail, q)
-                if present is None or choice.overlap(present) < self._config.overlap:
-                    self.transfers.swaps += 1
-                    present = choice
-                else:
-                    self.transfers.hits += 1
-            self._note_choice(first, len(rows), present)
-        return self._choices[first][len(rows)]
-
-    def _note_choice(self, first: int, rows: int, choice: Choice) -> None:
-        """``choice`` is what the group of layer ``first`` reads behind ``rows`` rows."""
-        recent = {held: one for held, one in self._choices.get(first, {}).items() if rows - MOST_TOGETHER < held < rows}
-        self._choices[first] = {**recent, rows: choice}
+        if not rows.spilled:
+            rows.begin_spilling()
+        if present is None or (len(rows) + layer) % self._config.choose_every == 0:
+            choice = self._choose(rows, tail, q)
+            if present is None or choice.overlap(present) < self._config.overlap:
+                return choice
+        return present
 
     def _choose(self, rows: LayerRows, tail: int, q: Array | None) -> Choice:
         """The blocks that the query q [1, H, Dh] wants, when block ``tail`` holds the newest row."""
@@ -228,13 +191,10 @@ class OffloadedKVCache:
         """Fill the resident slots of the layer that ``slot`` holds with what the query q wants."""
         opened = self._open
         assert opened is not None
-        rows, first = self._layers[opened.layer], self._first[opened.layer]
+        rows = self._layers[opened.layer]
         if not opened.settled and len(rows) > rows.capacity:
-            if opened.layer == first:
-                rows.forget_wishes()  # so that what follows a prompt does not depend on how it was read
-                self._note_choice(first, len(rows), self._choose(rows, (len(rows) - 1) // self._config.block, q))
-            chosen = self._choices.get(first, {}).get(len(rows))
-            opened.choice = chosen or self._choose(rows, (len(rows) - 1) // self._config.block, None)
+            rows.forget_wishes()  # so that what follows a prompt does not depend on how it was read
+            opened.choice = self._choose(rows, (len(rows) - 1) // self._config.block, q)
         opened.settled = True  # before the slots change: an interrupt leaves what mends them
         rows.settle_from(slot, opened.choice)
 

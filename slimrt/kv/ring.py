@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from slimrt.ops.protocol import Array, Ops, Pairs
+from slimrt.ops.protocol import Array, Fetched, Ops, Pairs
 
 __all__ = ["Ring", "Transfers"]
 
@@ -17,27 +16,23 @@ Fence = Any  # the backend's fence
 
 @dataclass
 class Transfers:
-    """What moved between host and device, and what compute waited for.
-
-    ``hits`` and ``swaps``: choices of blocks that the resident set served, or that moved blocks. ``waits``: how often
-    compute came before a copy had ended, ``seconds_waited``: how long the calling thread stood still for it.
-    """
+    """What moved between host and device. ``waits``: how often compute came before a copy had ended. ``fetched``: what
+    decode asked for."""
 
     bytes_to_device: int = 0
     bytes_to_host: int = 0
-    hits: int = 0
-    swaps: int = 0
     waits: int = 0
-    seconds_waited: float = 0.0
+    fetched: Fetched = field(default_factory=Fetched)
 
     def wait(self, ops: Ops, fence: Fence) -> None:
         """``ops.wait``, counted."""
         self.waits += not fence.done()
-        begun = time.perf_counter()
-        try:
-            ops.wait(fence)
-        finally:
-            self.seconds_waited += time.perf_counter() - begun
+        ops.wait(fence)
+
+    def note_fetched(self, ops: Ops, fence: Fence, nbytes: int) -> None:
+        """Compute comes for blocks that decode asked for, before it waits for them."""
+        in_time = ops.fetches_behind and fence.done()
+        self.fetched += Fetched(nbytes, nbytes if in_time else 0, 0 if in_time else 1)
 
 
 class Ring:

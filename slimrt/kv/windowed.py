@@ -11,7 +11,7 @@ from slimrt.config import CacheConfig, ModelConfig
 from slimrt.kv.cache import KVCache
 from slimrt.kv.offload import OffloadedKVCache
 from slimrt.kv.ring import Transfers
-from slimrt.ops.protocol import Array, Ops
+from slimrt.ops.protocol import Array, Fetched, Ops
 
 __all__ = ["WindowedKVCache"]
 
@@ -39,14 +39,15 @@ class WindowedKVCache:
         """What moved."""
         return self._budgeted.transfers
 
+    @property
+    def fetched(self) -> Fetched:
+        return self._budgeted.fetched
+
     def update(
         self, layer: int, k: Array, v: Array, positions: np.ndarray, q: Array | None, *, exact: bool = False
     ) -> tuple[Array, Array, np.ndarray]:
         cache, number = self._places[layer]
         return cache.update(number, k, v, positions, q, exact=exact)
-
-    def begin(self, tokens: int) -> None:
-        self._budgeted.begin(tokens)
 
     def room(self, layer: int, rows: int) -> Array | None:
         cache, number = self._places[layer]

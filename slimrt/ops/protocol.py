@@ -50,6 +50,10 @@ class MemoryOps(Protocol):
     def copy(self, pairs: Pairs, after: Any = ...) -> Any:
         """Queue copies (destination, source) to start ``after`` a fence; returns theirs at once."""
 
+    @property
+    def fetches_behind(self) -> bool:
+        """Whether ``fetch_blocks`` returns before its blocks are there, so that compute may go on meanwhile."""
+
     def fetch_blocks(self, layer: Array, blocks: Sequence[tuple[int, Array]], after: Any) -> Any:
         """Queue host blocks, (slot, [2, Hkv, block, Dh]) each, into rows slot * block and on of layer
         [2, Hkv, capacity, Dh]; returns their fence."""
@@ -206,6 +210,25 @@ class StreamingOps(Ops, Protocol):
         """A handle on packed rows that lie where the backend computes: (type, bytes, width) of each part."""
 
 
+@dataclass(frozen=True)
+class Fetched:
+    """Keys and values that decode asked the host for: bytes, those of them that were there when compute came for them,
+    and how often it had to wait for the others."""
+
+    nbytes: int = 0
+    in_time: int = 0
+    waits: int = 0
+
+    def __add__(self, other: Fetched) -> Fetched:
+        return Fetched(self.nbytes + other.nbytes, self.in_time + other.in_time, self.waits + other.waits)
+
+    def since(self, earlier: Fetched) -> Fetched:
+        """What came after ``earlier``; all of it, where the cache was made anew meanwhile."""
+        if self.nbytes < earlier.nbytes:
+            return self
+        return Fetched(self.nbytes - earlier.nbytes, self.in_time - earlier.in_time, self.waits - earlier.waits)
+
+
 class Cache(Protocol):
     """Per layer: keys and values [Hkv, N, Dh] (the backend's ``kv_type``) and positions [N], rows in the order of their
     positions.
@@ -213,6 +236,10 @@ class Cache(Protocol):
     Layers may hold different rows (pruning), so each has its own length and positions are data, never offsets. A pass
     goes through the layers in order and calls ``update`` and then ``attended`` once for each; a pass that was broken
     off, wherever that was (Ctrl-C), is followed by ``truncate`` to where it began, as often as it takes.
+
+    A ``Decoder`` that reads several tokens in a pass calls in each layer ``update`` for one after the other, and then
+    ``attended``. Each gets what it would get by itself, and the cache, truncated to some of them, is as if the others
+    had never come, also in what it chooses and in which order it gives rows.
     """
 
     @property
@@ -228,11 +255,6 @@ class Cache(Protocol):
         query q [T, H, Dh] hardly wants, and order the rest as it likes (one query sees all of it). The arrays are
         valid until ``attended``. q is None where rows come from elsewhere than a pass.
         """
-
-    def begin(self, tokens: int) -> None:
-        """A step of a ``Decoder`` begins that reads so many tokens: in each layer one ``update`` for each of them, and
-        then ``attended``. Each gets what it would get by itself, and the cache, truncated to some of them, is as if the
-        others had never come, also in what it chooses and in which order it gives rows."""
 
     def room(self, layer: int, rows: int) -> Array | None:
         """The layer's memory [2, Hkv, capacity, Dh] with room for ``rows`` more behind its last, for a backend that
@@ -262,6 +284,10 @@ class Cache(Protocol):
 
         They may lie on the device or on the host: the backend's ``to_host`` takes both.
         """
+
+    @property
+    def fetched(self) -> Fetched:
+        """What decode asked the host for since the cache was made."""
 
     def layer_nbytes(self, layer: int) -> tuple[int, int]:
         """Of ``nbytes_device`` and ``nbytes_host`` the share of one layer."""

@@ -91,6 +91,9 @@ def stats_line(completion: Completion) -> str:
         parts.append("dense")
     guessed = f" ({timings.accepted_tokens:,} guessed)" if timings.accepted_tokens else ""
     parts.append(f"answer {usage.completion_tokens:,}{guessed}")
+    if timings.kv_bytes_fetched:
+        share = timings.kv_bytes_in_time / timings.kv_bytes_fetched
+        parts.append(f"KV fetched {human_bytes(timings.kv_bytes_fetched)} ({share:.0%} in time)")
     memory = resident_bytes()
     if memory is not None:
         parts.append(f"memory {human_bytes(memory)}")

@@ -24,15 +24,14 @@ from slimrt.kv.offload import OffloadedKVCache
 from slimrt.kv.ring import Transfers
 from slimrt.models import build, read_config
 from slimrt.ops.numpy.numpy_ops import NumpyOps
+from slimrt.ops.protocol import Fetched
 from slimrt.session import Session
 from slimrt.weights.gguf import GGUFFile
 from tests.deferred_ops import DeferredOps, ForgetfulOps, TooEarly
 from tests.kv_schedule import HEADS, KV_HEADS, LAYERS, WIDTH, Schedule, sizes
 from tests.tiny_gguf import write_tiny_llama
 
-SMALL = CacheConfig(
-    1 << 20, 16, block=4, unit=2, sink_blocks=1, local_blocks=1, select_every=2, lookahead=2, decay=0, choose_every=1
-)
+SMALL = CacheConfig(1 << 20, 16, block=4, unit=2, sink_blocks=1, local_blocks=1, lookahead=2, decay=0, choose_every=1)
 CUTS = ((1, 0.5), (3, 0.5))
 
 
@@ -61,7 +60,6 @@ def configs(draw: st.DrawFn) -> CacheConfig:
         unit=unit,
         sink_blocks=sink,
         local_blocks=local,
-        select_every=draw(st.integers(1, 4)),
         overlap=draw(st.sampled_from([0.0, 0.5, 0.9, 1.0])),
         decay=draw(st.sampled_from([0.0, 0.85, 1.0])),
         choose_every=draw(st.integers(1, 3)),
@@ -204,33 +202,14 @@ def test_decode_reads_the_blocks_that_the_query_wants() -> None:
     run.ops.close()
 
 
-def test_layers_share_a_choice_but_not_across_a_cut() -> None:
-    class Counting(DeferredOps):
-        chosen = 0
+class Counting(DeferredOps):
+    """Counts choices: in a context this short one score each."""
 
-        def score_blocks(self, *args):  # type: ignore[no-untyped-def]
-            self.chosen += 1
-            return super().score_blocks(*args)
+    chosen = 0
 
-    for every, cuts, expected in (
-        (1, (), LAYERS),
-        (4, (), 2),
-        (LAYERS, (), 1),
-        (LAYERS, ((2, 0.5),), 2),
-        (2, ((2, 0.5),), 4),  # layers 0-1, 2, 3-4, 5
-    ):
-        ops = Counting()
-        config = CacheConfig(
-            1 << 20, 16, block=4, unit=2, local_blocks=1, select_every=every, shortlist=100, choose_every=1
-        )
-        run = Schedule(ops, config)
-        run.read(100, cuts=cuts)
-        ops.chosen = 0
-        run.read(1)
-        assert ops.chosen == expected
-        first = run.cache._layers[0]
-        assert first.selects
-        assert [layer.selects for layer in run.cache._layers].count(True) == expected
+    def score_blocks(self, *args):  # type: ignore[no-untyped-def]
+        self.chosen += 1
+        return super().score_blocks(*args)
 
 
 def test_a_long_context_is_searched_in_groups() -> None:
@@ -245,7 +224,6 @@ def test_a_long_context_is_searched_in_groups() -> None:
 
     def layer(ops: NumpyOps, config: CacheConfig, keys: np.ndarray, steps: list[int]) -> LayerRows:
         rows = LayerRows(ops, config, sizes(), Transfers())
-        rows.selects = True
         for first, last in itertools.pairwise(steps):  # in blocks, as they become complete
             rows.learn_means(keys[:, first * config.block : last * config.block], first, last)
         return rows
@@ -278,21 +256,50 @@ def test_a_long_context_is_searched_in_groups() -> None:
 
 
 def test_blocks_move_only_under_the_threshold() -> None:
-    def moved(overlap: float) -> tuple[int, int]:
+    def moved(overlap: float) -> int:
         config = CacheConfig(1 << 20, 32, block=4, unit=2, local_blocks=1, overlap=overlap, choose_every=1)
-        run = Schedule(DeferredOps(), config)
+        run = Schedule(Counting(), config)
         run.read(101)
-        before = run.cache.transfers.bytes_to_device
+        before, run.ops.chosen = run.cache.transfers.bytes_to_device, 0
         run.read(1)  # within the last block
-        transfers = run.cache.transfers
-        assert transfers.hits + transfers.swaps == LAYERS
-        return transfers.hits, transfers.bytes_to_device - before
+        assert run.ops.chosen == LAYERS
+        return run.cache.transfers.bytes_to_device - before
 
-    hits, nbytes = moved(0.0)
-    assert (hits, nbytes) == (LAYERS, 0)
-    hits, nbytes = moved(1.0)
-    assert hits < LAYERS  # random queries want other blocks
-    assert 0 < nbytes < LAYERS * 8 * 2 * 4 * KV_HEADS * WIDTH * 4  # of 8 slots, some stay
+    assert moved(0.0) == 0
+    # Random queries want other blocks; of 8 slots, some stay.
+    assert 0 < moved(1.0) < LAYERS * 8 * 2 * 4 * KV_HEADS * WIDTH * 4
+
+
+def test_what_decode_fetched_is_told() -> None:
+    """Bytes, those that were there when compute came for them, and how often it waited: late copies, and a thread that
+    copies at once."""
+    config = CacheConfig(1 << 20, 32, block=4, unit=2, local_blocks=1, overlap=1.0, choose_every=1)
+    block = 2 * 4 * KV_HEADS * WIDTH * 4
+
+    class AtOnce(NumpyOps):
+        def fetch_blocks(self, *args):  # type: ignore[no-untyped-def]
+            fence = super().fetch_blocks(*args)
+            fence.result()
+            return fence
+
+    class Itself(AtOnce):
+        fetches_behind = False
+
+    told = []
+    for ops in (DeferredOps(), AtOnce(1), Itself(1)):
+        run = Schedule(ops, config)
+        run.read(101)
+        assert run.cache.fetched == Fetched()  # a prompt's blocks come by other ways
+        before = run.cache.transfers.bytes_to_device
+        run.read(1)
+        assert run.cache.fetched.nbytes == run.cache.transfers.bytes_to_device - before
+        assert run.cache.fetched.nbytes % block == 0
+        told.append(run.cache.fetched)
+        ops.close()
+    late, early, itself = told
+    assert late.nbytes > 0 == late.in_time and 0 < late.waits <= LAYERS
+    assert early == Fetched(late.nbytes, late.nbytes, 0) and itself == late
+    assert (late + early).since(late) == early and Fetched().since(late) == Fetched()
 
 
 def test_what_was_wanted_counts_less_with_each_token() -> None:
@@ -305,7 +312,6 @@ def test_what_was_wanted_counts_less_with_each_token() -> None:
         rows = LayerRows(
             ops, CacheConfig(1 << 20, 16, block=4, unit=2, local_blocks=1, decay=decay), sizes(), Transfers()
         )
-        rows.selects = True
         rows.learn_means(keys, 0, 20)
         ends = (80, 81, 83)  # the last comes two rows later
         for q, end in zip(queries, ends, strict=True):
@@ -322,14 +328,14 @@ def test_what_was_wanted_counts_less_with_each_token() -> None:
 
 def test_layers_take_turns_to_choose() -> None:
     """Each layer chooses for every third token, and for the first of a new block, whose tail is another."""
-    run = Schedule(DeferredOps(), CacheConfig(1 << 20, 32, block=4, unit=2, local_blocks=1, choose_every=3))
+    run = Schedule(Counting(), CacheConfig(1 << 20, 32, block=4, unit=2, local_blocks=1, choose_every=3))
     run.read(101)
     turns = []
     rows = range(101, 113)
     for _ in rows:
-        before = run.cache.transfers.hits + run.cache.transfers.swaps
+        run.ops.chosen = 0
         run.read(1)
-        turns.append(run.cache.transfers.hits + run.cache.transfers.swaps - before)
+        turns.append(run.ops.chosen)
     assert turns == [LAYERS if row % 4 == 0 else LAYERS // 3 for row in rows]
 
 
@@ -415,7 +421,7 @@ def test_the_engine_waits_for_every_copy(tiny: Path, ids: list[int], plan: Prune
     """The engine on the backend that is as late as it may be computes what it computes with a copying thread."""
     file = GGUFFile(tiny)
     config = read_config(file)
-    cache = CacheConfig(1024, 128, select_every=2, lookahead=2)
+    cache = CacheConfig(1024, 128, lookahead=2)
     results = []
     for ops in (NumpyOps(1), DeferredOps()):
         session = Session(Engine(build(config, file, ops), ops, cache), 1024)

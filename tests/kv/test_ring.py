@@ -193,7 +193,6 @@ def test_a_full_ring_holds_both_queues_back(ops: NumpyOps) -> None:
     ring.close()
     assert host[1].tolist() == [2] * 4
     assert transfers.waits >= 1
-    assert transfers.seconds_waited > 0.05
 
 
 def test_compute_waits_for_a_slot_that_is_being_spilled(ops: NumpyOps) -> None:

@@ -125,6 +125,8 @@ class Attending(Checked):
             T=self.half_type,
         )
 
+    fetches_behind = True
+
     def fetch_blocks(self, layer: Array, blocks: Sequence[tuple[int, np.ndarray]], after: Fence) -> Fence:
         """Bring host ``blocks``, (slot, [2, Hkv, block, Dh] page-locked) each, into rows slot * block and on of
         ``layer`` [2, Hkv, capacity, Dh]: one launch on the copy stream reads them all from the host's memory."""

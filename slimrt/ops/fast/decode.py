@@ -366,8 +366,6 @@ class Decoder:
         q = self._joint[:count, : c.n_heads * c.head_dim].reshape(count, c.n_heads, c.head_dim)
         k, v = self._row.transpose(0, 2, 1, 3)  # [most, Hkv, Dh] each
         caches = [part.cache for part in parts for _ in part.tokens]
-        for part in parts:
-            part.cache.begin(len(part.tokens))
         for number, layer in enumerate(self._layers):
             layer.write_to(slice(0, count), self._row)
             layer.places[:count, 3] = np.arange(count)

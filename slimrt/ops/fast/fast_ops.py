@@ -83,6 +83,8 @@ class FastOps(NumpyOps):
 
     # -- memory -----------------------------------------------------------------------------------------------------
 
+    fetches_behind = False
+
     def fetch_blocks(self, layer: Array, blocks: Sequence[tuple[int, Array]], after: Fence) -> Fence:
         """See ``NumpyMemory``. The caller copies them: a token's few blocks are there before another thread begins."""
         self.wait(after)

@@ -49,6 +49,7 @@ class NumpyMemory:
     """
 
     kv_type: type = np.float32
+    fetches_behind = True
 
     def __init__(self) -> None:
         self._copies = Tasks(1)  # no thread before the first copy

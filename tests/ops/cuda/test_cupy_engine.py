@@ -261,8 +261,7 @@ def test_a_copy_without_its_event_is_found(monkeypatch: pytest.MonkeyPatch, tmp_
     """The stand-in must show what it is for: waits that are left out, either way, change the answers."""
     file = tiny(tmp_path, type="Q8_0")
     FakeCupy(monkeypatch)
-    cache = dataclasses.replace(BUDGET, select_every=2)  # a layer that chooses waits for its scores, which hides much
-    right, _ = budget_run(CupyOps(), file, cache)
+    right, _ = budget_run(CupyOps(), file, BUDGET)
     for copies, compute, breaks in (("late", "early", "wait"), ("early", "late", "mark")):
         FakeCupy(monkeypatch, copies=copies, compute=compute)
         ops = CupyOps()
@@ -272,7 +271,7 @@ def test_a_copy_without_its_event_is_found(monkeypatch: pytest.MonkeyPatch, tmp_
             passed = ops.mark()
             monkeypatch.setattr(ops, "mark", lambda passed=passed: passed)
         try:
-            wrong, _ = budget_run(ops, file, cache)
+            wrong, _ = budget_run(ops, file, BUDGET)
         except ComputeError:  # NaN in the logits
             continue
         assert not np.array_equal(wrong, right)
