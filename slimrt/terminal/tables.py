@@ -79,12 +79,17 @@ def print_pieces(rows: Iterable[tuple[int, str]]) -> None:
 
 
 def print_wide(table: Table | Text) -> None:
-    """A table made elsewhere; in a pipe its rows are not folded."""
+    """A table made elsewhere, its caption as wide as the terminal; in a pipe nothing is folded."""
     console = Console()
     if not console.is_terminal:
         console.width = _PIPE_WIDTH
+    caption = table.caption if isinstance(table, Table) else None
+    if isinstance(table, Table):
+        table.caption = None
     with console.capture() as text:
         console.print(table)
+        if caption is not None:
+            console.print(caption, style="table.caption", highlight=False)
     click.echo("\n".join(line.rstrip() for line in text.get().splitlines()))
 
 

@@ -145,6 +145,9 @@ def test_a_further_question_and_a_budget(model: Path, plan: str) -> None:
     console.print(found.table())
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert "again s" in shown and "KV MiB" in shown and f"{host / 2**20:.1f}" in shown
+    nbytes, in_time, waits = found.rows[0].runs[0].fetched or (0, 0, 0)
+    assert nbytes > in_time >= 0 < waits
+    assert f"decode fetched {nbytes / 2**20:.1f} MiB a run, {in_time / nbytes:.0%} of it in time; it waited" in shown
 
 
 def test_medians_and_ratios() -> None:
