@@ -146,10 +146,7 @@ def bench_kernels(settings: KernelSettings, *, as_json: bool) -> None:
             settings.threads,
             progress,
         )
-    if as_json:
-        click.echo(result.to_json())
-    else:
-        print_wide(result.table())
+    _tell(result, None, as_json=as_json)
 
 
 @dataclass(frozen=True)
@@ -184,10 +181,7 @@ def bench_shape(settings: ShapeSettings, *, as_json: bool) -> None:
             settings.threads,
             progress,
         )
-    if as_json:
-        click.echo(result.to_json())
-    else:
-        print_wide(result.table())
+    _tell(result, None, as_json=as_json)
 
 
 def bench_serve(

@@ -33,10 +33,13 @@ __all__ = [
     "force_option",
     "json_option",
     "kv_budget_option",
+    "lengths_option",
     "load_options",
     "model_option",
     "repeats_option",
+    "seed_option",
     "shape_option",
+    "text_option",
     "threads_option",
     "user_path",
 ]
@@ -183,6 +186,28 @@ shape_option = click.option(
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout and nothing else there.")
 force_option = click.option("--force", is_flag=True, help="Replace files that are there already.")
 user_path = UserPath()
+seed_option = click.option(
+    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Same seed, same prompts."
+)
+text_option = click.option(
+    "--text",
+    type=user_path,
+    metavar="FILE",
+    help="Running text, UTF-8, or pypi:networkx, pypi:sqlalchemy.  [Python's documentation]",
+)
+
+
+def lengths_option(*default: int) -> Decorator[Any]:
+    """``--length`` of prompts that are measured, as often as one likes."""
+    return click.option(
+        "--length",
+        "lengths",
+        type=Size(),
+        multiple=True,
+        default=default,
+        show_default=True,
+        help="Tokens of a prompt; repeatable.",
+    )
 
 
 def repeats_option(default: int) -> Decorator[Any]:

@@ -13,7 +13,7 @@ import tiktoken
 from slimrt.errors import ModelFileError
 from slimrt.text.merges import MergesList, rank_order
 from slimrt.text.pre import PRE_TOKENIZERS, PreTokenizer
-from slimrt.text.vocab import BYTE, CONTROL, UNKNOWN, UNUSED, USER_DEFINED, Vocabulary
+from slimrt.text.vocab import CONTROL, UNKNOWN, Vocabulary
 
 __all__ = ["BYTE_ALPHABET", "ByteLevelBPE", "ListMerger", "parse_merges", "pre_tokenizer"]
 
@@ -96,13 +96,9 @@ class ByteLevelBPE:
 
     def token_bytes(self, id: int) -> bytes:
         """The bytes that token ``id`` stands for."""
-        text, kind = self._vocab.tokens[id], self._vocab.types[id]
-        if kind in (CONTROL, UNKNOWN, USER_DEFINED):
-            return text.encode()
-        if kind == BYTE:
-            return self._vocab.byte_values[id]
-        if kind == UNUSED:
-            return b""
+        text, plain = self._vocab.tokens[id], self._vocab.plain_bytes(id)
+        if plain is not None:
+            return plain
         try:
             return bytes(map(_FROM_ALPHABET.__getitem__, map(ord, text)))
         except KeyError:  # not written in the byte alphabet: the entry is plain text

@@ -7,7 +7,7 @@ lacks is written as its UTF-8 bytes, by the entries <0x00> to <0xFF>.
 from __future__ import annotations
 
 from slimrt.text.bpe import ListMerger, parse_merges, pre_tokenizer
-from slimrt.text.vocab import BYTE, CONTROL, UNKNOWN, UNUSED, USER_DEFINED, Vocabulary
+from slimrt.text.vocab import Vocabulary
 
 __all__ = ["RawBPE"]
 
@@ -51,9 +51,5 @@ class RawBPE:
 
     def token_bytes(self, id: int) -> bytes:
         """The bytes that token ``id`` stands for."""
-        text, kind = self._vocab.tokens[id], self._vocab.types[id]
-        if kind in (CONTROL, UNKNOWN, USER_DEFINED):
-            return text.encode()
-        if kind == BYTE:
-            return self._vocab.byte_values[id]
-        return b"" if kind == UNUSED else text.replace(_SPACE, " ").encode()
+        plain = self._vocab.plain_bytes(id)
+        return self._vocab.tokens[id].replace(_SPACE, " ").encode() if plain is None else plain

@@ -16,7 +16,7 @@ import numpy as np
 import sentencepiece
 
 from slimrt.errors import ModelFileError, TokenizerError
-from slimrt.text.vocab import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, Vocabulary
+from slimrt.text.vocab import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, Vocabulary
 
 __all__ = ["SentencePieceBPE"]
 
@@ -70,14 +70,8 @@ class SentencePieceBPE:
 
     def token_bytes(self, id: int) -> bytes:
         """The bytes that token ``id`` stands for."""
-        text, kind = self._vocab.tokens[id], self._vocab.types[id]
-        if kind in (CONTROL, UNKNOWN, USER_DEFINED):
-            return text.encode()
-        if kind == BYTE:
-            return self._vocab.byte_values[id]
-        if kind == UNUSED:
-            return b""
-        return text.replace(_SPACE, " ").encode()
+        plain = self._vocab.plain_bytes(id)
+        return self._vocab.tokens[id].replace(_SPACE, " ").encode() if plain is None else plain
 
 
 def _model_proto(vocab: Vocabulary, scores: list[float], byte_fallback: bool) -> Iterator[bytes]:

@@ -160,6 +160,16 @@ class Vocabulary:
             )
         return id
 
+    def plain_bytes(self, id: int) -> bytes | None:
+        """The bytes that token ``id`` stands for by its kind alone; None for those whose text is written in the way of
+        their tokenizer."""
+        kind = self.types[id]
+        if kind in (CONTROL, UNKNOWN, USER_DEFINED):
+            return self.tokens[id].encode()
+        if kind == BYTE:
+            return self.byte_values[id]
+        return b"" if kind == UNUSED else None
+
     def _byte_value(self, id: int) -> bytes:
         match = _BYTE_TEXT.fullmatch(self.tokens[id])
         if match is None:

@@ -16,6 +16,7 @@ from slimrt.terminal.options import (
     force_option,
     json_option,
     kv_budget_option,
+    lengths_option,
     load_options,
     model_option,
     repeats_option,
@@ -77,15 +78,7 @@ def serve_clients(
 
 @bench.command()
 @model_option
-@click.option(
-    "--length",
-    "lengths",
-    type=Size(),
-    multiple=True,
-    default=(512, 2048, 4096, 8000),
-    show_default=True,
-    help="Tokens of a prompt; repeatable.",
-)
+@lengths_option(512, 2048, 4096, 8000)
 @click.option(
     "--prune",
     "plans",
@@ -193,15 +186,7 @@ def kernels(as_json: bool, **settings: Any) -> None:
 @device_option
 @shape_option
 @click.option("--type", "kind", default="Q4_0", show_default=True, help="Type of the matrices, such as F16 or Q8_0.")
-@click.option(
-    "--length",
-    "lengths",
-    type=Size(),
-    multiple=True,
-    default=(2048, 4096),
-    show_default=True,
-    help="Tokens of a prompt; repeatable.",
-)
+@lengths_option(2048, 4096)
 @click.option(
     "--prune",
     "plans",

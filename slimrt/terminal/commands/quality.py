@@ -14,8 +14,11 @@ from slimrt.terminal.options import (
     device_option,
     force_option,
     json_option,
+    lengths_option,
     load_options,
     model_option,
+    seed_option,
+    text_option,
     threads_option,
     user_path,
 )
@@ -42,23 +45,10 @@ from slimrt.terminal.options import (
     metavar="NAME",
     help="A task, or the group text, shapes, ruler or all; repeatable.",
 )
-@click.option(
-    "--length",
-    "lengths",
-    type=Size(),
-    multiple=True,
-    default=(2000,),
-    show_default=True,
-    help="Tokens of a prompt; repeatable.",
-)
+@lengths_option(2000)
 @click.option("--samples", type=click.IntRange(1), default=10, show_default=True, help="Prompts a task and length.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Same seed, same prompts.")
-@click.option(
-    "--text",
-    type=user_path,
-    metavar="FILE",
-    help="Running text, UTF-8, or pypi:networkx, pypi:sqlalchemy.  [Python's documentation]",
-)
+@seed_option
+@text_option
 @click.option(
     "--ttft-repeats",
     type=click.IntRange(0),
@@ -107,13 +97,8 @@ def evaluate(
 @click.option("--max-answer-loss", type=click.FloatRange(0), default=0.3, show_default=True, help="Nats an answer.")
 @click.option("--length", type=Size(), default=3000, show_default=True, help="Tokens of a prompt.")
 @click.option("--samples", type=click.IntRange(8), default=48, show_default=True, help="Prompts in all.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Same seed, same prompts.")
-@click.option(
-    "--text",
-    type=user_path,
-    metavar="FILE",
-    help="Running text, UTF-8, or pypi:networkx, pypi:sqlalchemy.  [Python's documentation]",
-)
+@seed_option
+@text_option
 @click.option("--output", "-o", type=user_path, metavar="FILE.slim.json", help="Where presets go.  [beside the model]")
 @force_option
 @threads_option
