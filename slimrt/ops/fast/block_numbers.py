@@ -11,14 +11,8 @@ from slimrt.ops.fast.lanes import constant, joiner, picker, table
 from slimrt.ops.fast.vectors import F32X8, F32X16, I32X8, I32X16, U8X16, Vector, convert, load, reinterpret, splat
 
 __all__ = [
-    "E2M1",
-    "IQ4",
-    "half",
-    "iq4_xs_scales",
-    "q2_k_scales_and_minima",
-    "q3_k_scales",
-    "q6_k_scales",
-    "scales_and_minima",
+    "E2M1", "IQ4", "half", "iq4_xs_scales", "q2_k_numbers", "q3_k_numbers", "q6_k_numbers", "scales_and_minima",
+    "times",
 ]  # fmt: skip
 
 F16X1, F16X2 = Vector("f16", 1), Vector("f16", 2)
@@ -61,18 +55,21 @@ def scales_and_minima(w):
     return _d_and_dmin(d) * convert(F32X16, convert(I32X16, bytes_))
 
 
-# -- sub-blocks of 16: F32X16 each -----------------------------------------------------------------------------------
+# -- sub-blocks of 16: d (F32X16), whole scales (I8X16) and what a weight of 0 in its codes is less (F32X16) -----------
 
 
 @inline
-def q2_k_scales_and_minima(w):
-    """d * scale and dmin * minimum of a block of Q2_K: bytes 0-15 are scales (low nibbles) and minima."""
+def times(d, scales):
+    """d * scale of each sub-block: F32X16."""
+    return d * convert(F32X16, convert(I32X16, scales))
+
+
+@inline
+def q2_k_numbers(w):
+    """Of a block of Q2_K: bytes 0-15 are scales (low nibbles) and minima."""
     packed = load(U8X16, w)
     scales, minima = packed & splat(U8X16, 15), packed >> splat(U8X16, 4)
-    return (
-        half(w + 80) * convert(F32X16, convert(I32X16, scales)),
-        half(w + 82) * convert(F32X16, convert(I32X16, minima)),
-    )
+    return half(w + 80), reinterpret(I8X16, scales), times(half(w + 82), minima)
 
 
 _low_bytes, _high_bytes = picker(*range(2, 10), *range(2, 10)), picker(*list(range(10, 14)) * 4)
@@ -80,20 +77,21 @@ _low_shifts, _high_shifts = constant(U32X4, 0, 0, 4, 4), constant(U32X4, 0, 2, 4
 
 
 @inline
-def q3_k_scales(w):
-    """d * scale of a block of Q3_K: bytes 96-103 are the low nibbles of scales 0-7 (low) and 8-15, byte 104 + i has two
-    bits each of scales i, i + 4, i + 8, i + 12. Scales are 32 less than their 6 bits."""
+def q3_k_numbers(w):
+    """Of a block of Q3_K: bytes 96-103 are the low nibbles of scales 0-7 (low) and 8-15, byte 104 + i has two bits each
+    of scales i, i + 4, i + 8, i + 12. Scales are 32 less than their 6 bits."""
     packed = load(U8X16, w + 94)  # to the end of the block
     low = (reinterpret(U32X4, _low_bytes(packed)) >> _low_shifts()) & splat(U32X4, 0x0F0F0F0F)
     high = (reinterpret(U32X4, _high_bytes(packed)) >> _high_shifts()) & splat(U32X4, 0x03030303)
-    scales = reinterpret(U8X16, low | (high << splat(U32X4, 4)))
-    return half(w + 108) * convert(F32X16, convert(I32X16, scales) - splat(I32X16, 32))
+    d, scales = half(w + 108), reinterpret(I8X16, low | (high << splat(U32X4, 4))) - splat(I8X16, 32)
+    return d, scales, times(d, scales)
 
 
 @inline
-def q6_k_scales(w):
-    """d * scale of a block of Q6_K."""
-    return half(w + 208) * convert(F32X16, convert(I32X16, load(I8X16, w + 192)))
+def q6_k_numbers(w):
+    """Of a block of Q6_K."""
+    d, scales = half(w + 208), load(I8X16, w + 192)
+    return d, scales, times(d, scales)
 
 
 # -- IQ4_XS ----------------------------------------------------------------------------------------------------------

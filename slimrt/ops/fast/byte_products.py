@@ -16,7 +16,7 @@ from numba.extending import intrinsic
 from slimrt.ops.fast.features import Features
 from slimrt.ops.fast.vectors import I32X16, emit
 
-__all__ = ["byte_products", "ints", "pair_products", "signed_products"]
+__all__ = ["byte_products", "counts_bytes", "ints", "pair_products", "scaled_products", "signed_products"]
 
 
 @cache
@@ -26,7 +26,7 @@ def byte_products(features: Features) -> Callable[[Any, Any, Any], Any]:
     @intrinsic
     def products(typingctx, sums, a, b):
         def codegen(context, builder, signature, args):
-            if _counts_bytes(features):
+            if counts_bytes(features):
                 return _dpbusd(builder, features, *args)
             return builder.add(args[0], _maddubs(builder, features, *args[1:]))
 
@@ -43,7 +43,7 @@ def pair_products(features: Features) -> Callable[[Any, Any, Any, Any], Any]:
     @intrinsic
     def products(typingctx, a, b, c, d):
         def codegen(context, builder, signature, args):
-            if _counts_bytes(features):
+            if counts_bytes(features):
                 first = _dpbusd(builder, features, ir.Constant(ints(32, 16), None), *args[:2])
                 return _dpbusd(builder, features, first, *args[2:])
             return _maddubs(builder, features, *args)
@@ -61,7 +61,7 @@ def signed_products(features: Features) -> tuple[Callable[[Any], Any], Callable[
     @intrinsic
     def size(typingctx, a):
         def codegen(context, builder, signature, args):
-            if _counts_bytes(features):  # a + 128 as unsigned is a with its top bit turned over
+            if counts_bytes(features):  # a + 128 as unsigned is a with its top bit turned over
                 return builder.xor(args[0], _top())
             negative = builder.icmp_signed("<", args[0], ir.Constant(args[0].type, None))
             return builder.select(negative, builder.neg(args[0]), args[0])
@@ -72,7 +72,7 @@ def signed_products(features: Features) -> tuple[Callable[[Any], Any], Callable[
     def products(typingctx, size, a, b):
         def codegen(context, builder, signature, args):
             size, first, second = args
-            if _counts_bytes(features):  # (a + 128) * b - 128 * b
+            if counts_bytes(features):  # (a + 128) * b - 128 * b
                 zero = ir.Constant(ints(32, 16), None)
                 both = _dpbusd(builder, features, zero, size, second)
                 return builder.sub(both, _dpbusd(builder, features, zero, _top(), second))
@@ -82,6 +82,23 @@ def signed_products(features: Features) -> tuple[Callable[[Any], Any], Callable[
         return I32X16(size, a, b), codegen
 
     return size, products
+
+
+@cache
+def scaled_products(features: Features) -> Callable[[Any, Any, Any], Any] | None:
+    """``(a U8X64, b I8X64, scales I16X32) -> ((a.astype(i4) * b).reshape(32, 2).sum(axis=1) * scales).reshape(16,
+    2).sum(axis=1)``; a at most 127. The scales come for nothing where products take two steps; None elsewhere."""
+    if counts_bytes(features):
+        return None
+
+    @intrinsic
+    def products(typingctx, a, b, scales):
+        def codegen(context, builder, signature, args):
+            return _maddubs(builder, features, *args[:2], scales=args[2])
+
+        return I32X16(a, b, scales), codegen
+
+    return products
 
 
 def _top() -> ir.Constant:
@@ -102,7 +119,7 @@ def ints(bits: int, lanes: int) -> ir.VectorType:
     return ir.VectorType(ir.IntType(bits), lanes)
 
 
-def _counts_bytes(features: Features) -> bool:
+def counts_bytes(features: Features) -> bool:
     """Whether there is vpdpbusd for the widest vectors at hand."""
     return features.vnni if features.avx512 else features.avxvnni
 
@@ -117,18 +134,18 @@ def _dpbusd(builder: ir.IRBuilder, features: Features, sums: ir.Value, a: ir.Val
     return _whole(builder, parts)
 
 
-def _maddubs(builder: ir.IRBuilder, features: Features, *factors: ir.Value) -> ir.Value:
+def _maddubs(builder: ir.IRBuilder, features: Features, *factors: ir.Value, scales: ir.Value | None = None) -> ir.Value:
     """The same in two steps, of one or more pairs a, b: vpmaddubsw sums two products in 16 bits (which must hold the
-    sums of all pairs), vpmaddwd two of these."""
+    sums of all pairs), vpmaddwd two of these, times scales [32]."""
+    if scales is None:
+        scales = ir.Constant(ints(16, 32), [1] * 32)
     if features.avx512:
         pairs = _pairs(builder, "llvm.x86.avx512.pmaddubs.w.512", factors)
-        ones = ir.Constant(ints(16, 32), [1] * 32)
-        return emit(builder, "llvm.x86.avx512.pmaddw.d.512", ints(32, 16), [pairs, ones])
-    ones = ir.Constant(ints(16, 16), [1] * 16)
+        return emit(builder, "llvm.x86.avx512.pmaddw.d.512", ints(32, 16), [pairs, scales])
     parts = []
-    for side in zip(*(_half(builder, factor) for factor in factors), strict=True):
+    for *side, scale in zip(*(_half(builder, factor) for factor in (*factors, scales)), strict=True):
         pairs = _pairs(builder, "llvm.x86.avx2.pmadd.ub.sw", side)
-        parts.append(emit(builder, "llvm.x86.avx2.pmadd.wd", ints(32, 8), [pairs, ones]))
+        parts.append(emit(builder, "llvm.x86.avx2.pmadd.wd", ints(32, 8), [pairs, scale]))
     return _whole(builder, parts)
 
 

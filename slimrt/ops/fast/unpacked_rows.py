@@ -18,10 +18,11 @@ from slimrt.ops.fast.block_numbers import (
     IQ4,
     half,
     iq4_xs_scales,
-    q2_k_scales_and_minima,
-    q3_k_scales,
-    q6_k_scales,
+    q2_k_numbers,
+    q3_k_numbers,
+    q6_k_numbers,
     scales_and_minima,
+    times,
 )
 from slimrt.ops.fast.kernels import inline
 from slimrt.ops.fast.lanes import bits_times, picker, stack
@@ -195,7 +196,8 @@ def _q5_k(w, to):
 @_unpacks(Kind.Q6_K)
 def _q6_k(w, to):
     numbers = _scales()
-    store(numbers, q6_k_scales(w))
+    d, scales, _ = q6_k_numbers(w)
+    store(numbers, times(d, scales))
     for piece in range(16):  # of 16 elements: 8 to a half, of which 4 in low nibbles, then 4 in high ones
         side, within = piece // 8, piece % 8
         codes = load(U8X16, w + side * 64 + within % 4 * 16) >> splat(U8X16, within // 4 * 4)
@@ -214,8 +216,8 @@ def _two_bits(w, piece):
 @_unpacks(Kind.Q2_K)
 def _q2_k(w, to):
     numbers, minima = _scales(), _minima()
-    scale, minimum = q2_k_scales_and_minima(w)
-    store(numbers, scale)
+    d, scales, minimum = q2_k_numbers(w)
+    store(numbers, times(d, scales))
     store(minima, minimum)
     for piece in range(16):
         d = splat(F32X16, load_scalar(float32, numbers + piece * 4))
@@ -226,7 +228,8 @@ def _q2_k(w, to):
 @_unpacks(Kind.Q3_K)
 def _q3_k(w, to):
     numbers = _scales()
-    store(numbers, q3_k_scales(w))
+    d, scales, _ = q3_k_numbers(w)
+    store(numbers, times(d, scales))
     for piece in range(16):  # bit i of byte j of the first 32 belongs to element j of each 32
         tops = (load(U8X16, w + piece % 2 * 16) >> splat(U8X16, piece // 2)) & splat(U8X16, 1)
         values = _two_bits(w + 32, piece) | (tops << splat(U8X16, 2))

@@ -61,7 +61,7 @@ def test_products(kind: GGMLQuantizationType, mask: tuple[str, ...]) -> None:
     elements, _ = GGML_QUANT_SIZES[kind]
     columns = (1, 63, 64, 200, 577) if elements == 1 else tuple(elements * n for n in (1, 3, 4, 18))
     for rows, width, tokens, threads in zip(
-        (1, 7, 130, 33, 64), columns, (1, 1, 15, 3, 2), (1, 2, 3, 5, 1), strict=False
+        (9, 7, 130, 33, 64), columns, (1, 1, 15, 3, 2), (1, 2, 3, 5, 1), strict=False
     ):
         if kind not in TOGETHER:
             tokens = 1
