@@ -14,6 +14,7 @@ Kind = GGMLQuantizationType
 KINDS = (
     Kind.F32, Kind.F16, Kind.BF16, Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1, Kind.Q8_0,
     Kind.MXFP4, Kind.IQ4_NL, Kind.Q2_K, Kind.Q3_K, Kind.Q4_K, Kind.Q5_K, Kind.Q6_K, Kind.IQ4_XS, Kind.TQ2_0,
+    Kind.IQ2_XXS, Kind.IQ2_XS, Kind.IQ2_S, Kind.IQ3_XXS, Kind.IQ3_S,
 )  # fmt: skip
 MASKS = ((), ("vnni", "bf16"), ("avx512",), ("avx512", "avxvnni"))
 
@@ -21,7 +22,8 @@ MASKS = ((), ("vnni", "bf16"), ("avx512",), ("avx512", "avxvnni"))
 _HALVES = {
     Kind.Q4_0: (0,), Kind.Q4_1: (0, 2), Kind.Q5_0: (0,), Kind.Q5_1: (0, 2), Kind.Q8_0: (0,), Kind.Q4_K: (0, 2),
     Kind.Q5_K: (0, 2), Kind.Q6_K: (208,), Kind.IQ4_NL: (0,), Kind.Q2_K: (80, 82), Kind.Q3_K: (108,),
-    Kind.IQ4_XS: (0,), Kind.TQ2_0: (64,),
+    Kind.IQ4_XS: (0,), Kind.TQ2_0: (64,), Kind.IQ2_XXS: (0,), Kind.IQ2_XS: (0,), Kind.IQ2_S: (0,), Kind.IQ3_XXS: (0,),
+    Kind.IQ3_S: (0,),
 }  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from slimrt.bench.shaped import about
 from slimrt.bench.synthetic import SHAPES, random_tensor
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["KernelResult", "KernelRow", "run"]
 
 TYPES = ("F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
+FAST_TYPES = ("Q2_K", "Q3_K", "IQ4_XS", "IQ3_S")  # besides, on compiled kernels: a GPU unpacks them
 _WINDOW, _BLOCK, _UNIT = 16, 64, 8  # of a prune plan's defaults
 
 Progress = Callable[[int, int, str], None]
@@ -190,7 +192,11 @@ def _cases(ops: Any, c: ModelConfig, tokens: int, threads: int | None) -> Iterat
     packs = ops.name != "numpy"
     packing = ops if packs else NumpyOps(threads, packed=True)
     q, kv, D, F = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim, c.d_model, c.d_ff
-    types = [kind for kind in TYPES if not kind.endswith("K") or D % 256 == 0]
+    types = [
+        kind
+        for kind in (*TYPES, *(FAST_TYPES if ops.name == "fast" else ()))
+        if D % GGML_QUANT_SIZES[GGMLQuantizationType[kind]][0] == 0
+    ]
 
     def normal(*shape: int, dtype: Any = None) -> Any:
         row = rng.standard_normal(min(1 << 20, int(np.prod(shape)))).astype(np.float32)

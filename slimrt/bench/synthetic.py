@@ -55,8 +55,15 @@ _SCALES = {
     "Q4_K": (0, 2),
     "Q5_K": (0, 2),
     "Q6_K": (208,),
+    "Q2_K": (80, 82),
+    "Q3_K": (108,),
+    "IQ4_XS": (0,),
+    "IQ3_S": (0,),
 }
-_LARGEST = {"Q4_0": 8, "Q4_1": 15, "Q5_0": 16, "Q5_1": 31, "Q8_0": 128, "Q4_K": 945, "Q5_K": 1953, "Q6_K": 4096}
+_LARGEST = {
+    "Q4_0": 8, "Q4_1": 15, "Q5_0": 16, "Q5_1": 31, "Q8_0": 128, "Q4_K": 945, "Q5_K": 1953, "Q6_K": 4096,
+    "Q2_K": 45, "Q3_K": 128, "IQ4_XS": 4064, "IQ3_S": 465,
+}  # fmt: skip
 
 
 def random_tensor(name: str, kind: str, shape: tuple[int, int], rng: np.random.Generator) -> TensorInfo:

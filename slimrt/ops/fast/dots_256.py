@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from gguf.constants import GGMLQuantizationType
@@ -21,6 +22,7 @@ from slimrt.ops.fast.block_numbers import (
 from slimrt.ops.fast.byte_products import byte_products, scaled_products, signed_products
 from slimrt.ops.fast.features import Features
 from slimrt.ops.fast.formats import Words, dot_product
+from slimrt.ops.fast.grid_points import GRID_SCALES, GRIDS, grid_part
 from slimrt.ops.fast.kernels import inline
 from slimrt.ops.fast.lanes import constant, joiner, picker
 from slimrt.ops.fast.vectors import (
@@ -313,3 +315,41 @@ def _q6_k(features: Features) -> Words:
         return side(w, w + 128) + side(w + 64, w + 160)
 
     return _sixteenths_256(features, parts_of, q6_k_numbers)
+
+
+# -- points of grids -------------------------------------------------------------------------------------------------
+
+
+def _grid_points(kind: GGMLQuantizationType) -> Callable[[Features], Words]:
+    def words(features: Features) -> Words:
+        size, products = signed_products(features)
+        part0, part1, part2, part3 = (grid_part(kind, part) for part in range(4))
+        sixteenth0, sixteenth1, sixteenth2, sixteenth3 = _sixteenths
+        scales = GRID_SCALES[kind]
+
+        @inline
+        def unpack(w):
+            parts = part0(w), part1(w), part2(w), part3(w)
+            return parts, (size(parts[0]), size(parts[1]), size(parts[2]), size(parts[3])), scales(w)
+
+        @inline
+        def share(size, numbers, x):
+            return convert(F32X16, products(size, numbers, load(I8X64, x)))
+
+        @inline
+        def multiply(sums, minima, unpacked, floats, record):
+            parts, sizes, scale = unpacked
+            scale = scale * _pairwise(_of_both(record, SCALES))
+            x, last = record + NATURAL, record + RECORD_BYTES + NATURAL
+            sums = fma(sixteenth0(scale), share(sizes[0], parts[0], x), sums)
+            sums = fma(sixteenth1(scale), share(sizes[1], parts[1], x + 64), sums)
+            sums = fma(sixteenth2(scale), share(sizes[2], parts[2], last), sums)
+            return fma(sixteenth3(scale), share(sizes[3], parts[3], last + 64), sums), minima
+
+        return unpack, multiply
+
+    return words
+
+
+for _kind in GRIDS:
+    dot_product(_kind, 256)(_grid_points(_kind))

@@ -24,6 +24,7 @@ from slimrt.ops.fast.block_numbers import (
     scales_and_minima,
     times,
 )
+from slimrt.ops.fast.grid_points import GRID_SCALES, GRIDS, grid_part
 from slimrt.ops.fast.kernels import inline
 from slimrt.ops.fast.lanes import bits_times, picker, stack
 from slimrt.ops.fast.vectors import (
@@ -53,7 +54,7 @@ U8X1 = Vector("u8", 1)
 U32X1, U16X2 = Vector("u32", 1), Vector("u16", 2)
 
 _first, _second, _all = picker(0), picker(1), picker(*[0] * 16)
-_scales, _minima = stack(64), stack(64)
+_scales, _minima, _codes = stack(64), stack(64), stack(256)
 
 _UNPACKERS: dict[GGMLQuantizationType, Any] = {}
 
@@ -241,6 +242,27 @@ def _tq2_0(w, to):
     d = half(w + 64)
     for piece in range(16):
         store(to + piece * 64, d * _centred(_two_bits(w, piece), 1))
+
+
+def _unpacks_grid(kind: GGMLQuantizationType) -> None:
+    part0, part1, part2, part3 = (grid_part(kind, part) for part in range(4))
+    scales = GRID_SCALES[kind]
+
+    @_unpacks(kind)
+    def unpack_grid(w, to):
+        numbers, codes = _scales(), _codes()
+        store(numbers, scales(w))
+        store(codes, part0(w))
+        store(codes + 64, part1(w))
+        store(codes + 128, part2(w))
+        store(codes + 192, part3(w))
+        for piece in range(16):
+            d = splat(F32X16, load_scalar(float32, numbers + piece * 4))
+            store(to + piece * 64, d * _whole(load(I8X16, codes + piece * 16)))
+
+
+for _kind in GRIDS:
+    _unpacks_grid(_kind)
 
 
 # The floats have blocks of one element. They are read 16 at a time, and one by one at the end of a row.

@@ -18,7 +18,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 COUNT = 512
 KINDS = (
     "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "MXFP4", "IQ4_NL",
-    "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "TQ2_0",
+    "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "TQ2_0", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S",
 )  # fmt: skip
 
 
@@ -32,7 +32,9 @@ def main(library: str) -> None:
         elements, size = GGML_QUANT_SIZES[kind]
         weights = np.random.default_rng(number).normal(0, 0.03, COUNT).astype(np.float32)
         packed, floats = np.zeros(COUNT // elements * size, np.uint8), np.zeros(COUNT, np.float32)
-        written = ggml.ggml_quantize_chunk(kind, weights.ctypes.data, packed.ctypes.data, 0, 1, COUNT, None)
+        counts = np.ones(COUNT, np.float32)  # how much each column weighs: some types ask for it
+        matrix = counts.ctypes.data if name.startswith("IQ") else None
+        written = ggml.ggml_quantize_chunk(kind, weights.ctypes.data, packed.ctypes.data, 0, 1, COUNT, matrix)
         assert written == packed.nbytes
         read = getattr(ggml, f"dequantize_row_{name.lower().replace('_k', '_K')}")
         read.restype, read.argtypes = None, [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]

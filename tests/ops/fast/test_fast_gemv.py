@@ -52,7 +52,7 @@ def test_every_type_has_a_dot_product() -> None:
 
 
 # Types whose products are tried with several vectors at once: one for each ``multiply`` that there is.
-TOGETHER = {Kind.F16, Kind.Q4_1, Kind.Q8_0, Kind.IQ4_NL, Kind.Q4_K, Kind.Q6_K, Kind.IQ4_XS}
+TOGETHER = {Kind.F16, Kind.Q4_1, Kind.Q8_0, Kind.IQ4_NL, Kind.Q4_K, Kind.Q6_K, Kind.IQ4_XS, Kind.IQ3_S}
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -13,7 +14,7 @@ pytest.importorskip("numba")
 
 from slimrt.ops.fast.features import detect
 from slimrt.ops.fast.gemv import aligned_zeros
-from slimrt.ops.fast.kernels import compile_kernel
+from slimrt.ops.fast.kernels import Kernel, compile_kernel
 from slimrt.ops.fast.team import Program, Team, address
 from slimrt.ops.fast.unpack import PANEL, unpack
 from slimrt.ops.fast.unpacked_rows import TILE_COLUMNS, row_unpacker
@@ -34,17 +35,24 @@ def to_bfloat(x: np.ndarray) -> np.ndarray:
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
 
 
-def rows_unpacked(tensor: TensorInfo) -> np.ndarray:
-    """Each row of at most TILE_COLUMNS columns as float32 [rows, TILE_COLUMNS], by the words of the kernels."""
-    unpack_row = row_unpacker(tensor.type)
+@cache
+def row_kernel(kind: GGMLQuantizationType) -> Kernel:
+    """``row_unpacker`` alone. Item: a row. Args: 0 packed rows, 1 bytes a row, 2 columns, 3 out."""
+    unpack_row = row_unpacker(kind)
 
     def unpack_one(item, thread, args):
-        unpack_row(argument(args, 0) + item * argument(args, 1), argument(args, 2), argument(args, 3) + item * 4 * 256)
+        to = argument(args, 3) + item * TILE_COLUMNS * 4
+        unpack_row(argument(args, 0) + item * argument(args, 1), argument(args, 2), to)
 
+    return compile_kernel(unpack_one, f"test-{kind.name}")
+
+
+def rows_unpacked(tensor: TensorInfo) -> np.ndarray:
+    """Each row of at most TILE_COLUMNS columns as float32 [rows, TILE_COLUMNS], by the words of the kernels."""
     rows, columns = tensor.shape
     out = np.full((rows, TILE_COLUMNS), np.nan, np.float32)
     program = Program()
-    kernel = compile_kernel(unpack_one, f"test-{tensor.type.name}")
+    kernel = row_kernel(tensor.type)
     program.add(kernel, rows, address(tensor.data), tensor.nbytes // rows, columns, address(out))
     Team(1).run(program)
     return out
