@@ -85,7 +85,7 @@ def signed_products(features: Features) -> tuple[Callable[[Any], Any], Callable[
 
 
 @cache
-def scaled_products(features: Features) -> Callable[[Any, Any, Any], Any] | None:
+def scaled_products(features: Features) -> Any:
     """``(a U8X64, b I8X64, scales I16X32) -> ((a.astype(i4) * b).reshape(32, 2).sum(axis=1) * scales).reshape(16,
     2).sum(axis=1)``; a at most 127. The scales come for nothing where products take two steps; None elsewhere."""
     if counts_bytes(features):

@@ -38,24 +38,23 @@ from slimrt.ops.fast.vectors import (
 __all__ = ["GRIDS", "GRID_SCALES", "grid_part"]
 
 Kind = GGMLQuantizationType
-Builder = ir.IRBuilder
 U8X4, U8X8, U32X8 = Vector("u8", 4), Vector("u8", 8), Vector("u32", 8)
 _WORD = ir.IntType(64)
 
 
-def _read(builder: Builder, w: ir.Value, at: int, bits: int = 8) -> ir.Value:
+def _read(builder: ir.IRBuilder, w: ir.Value, at: int, bits: int = 8) -> ir.Value:
     """An unsigned number of so many bits ``at`` bytes behind an address, as 64 bits."""
     value = builder.load(pointer(builder, builder.add(w, _WORD(at)), ir.IntType(bits)), align=1)
     return value if bits == 64 else builder.zext(value, _WORD)
 
 
-def _bits(builder: Builder, value: ir.Value, left: int, mask: int) -> ir.Value:
+def _bits(builder: ir.IRBuilder, value: ir.Value, left: int, mask: int) -> ir.Value:
     """``(value << left) & mask``, to the right where ``left`` is negative."""
     moved = builder.shl(value, _WORD(left)) if left >= 0 else builder.lshr(value, _WORD(-left))
     return builder.and_(moved, _WORD(mask))
 
 
-def _seven_bit_signs(builder: Builder, fields: list[ir.Value]) -> ir.Value:
+def _seven_bit_signs(builder: ir.IRBuilder, fields: list[ir.Value]) -> ir.Value:
     """Eight fields of 7 bits as bytes, whose top bits make the number of set ones even."""
     x = _WORD(0)
     for number, field in enumerate(fields):
@@ -67,16 +66,16 @@ def _seven_bit_signs(builder: Builder, fields: list[ir.Value]) -> ir.Value:
     return builder.or_(x, builder.shl(_bits(builder, parity, 0, 0x0101010101010101), _WORD(7)))
 
 
-def _four_fields(builder: Builder, word: ir.Value) -> list[ir.Value]:
+def _four_fields(builder: ir.IRBuilder, word: ir.Value) -> list[ir.Value]:
     return [_bits(builder, word, -7 * i, 127) for i in range(4)]
 
 
 # Of 64 elements of a block: numbers of its grid points, and the bits that say which elements are turned.
 Found = tuple[list[ir.Value], ir.Value]
-Codes = Callable[[Builder, ir.Value, int], Found]
+Codes = Callable[[ir.IRBuilder, ir.Value, int], Found]
 
 
-def _with_tops(builder: Builder, w: ir.Value, low: int, high: int, count: int) -> list[ir.Value]:
+def _with_tops(builder: ir.IRBuilder, w: ir.Value, low: int, high: int, count: int) -> list[ir.Value]:
     """``count`` bytes at ``low`` and, above each, as many of the 16 bits at ``high`` as it has."""
     kind = ints(32, count)
     where = pointer(builder, builder.add(w, _WORD(low)), ints(8, count))
@@ -88,28 +87,28 @@ def _with_tops(builder: Builder, w: ir.Value, low: int, high: int, count: int) -
     return [builder.zext(builder.extract_element(both, ir.IntType(32)(lane)), _WORD) for lane in range(count)]
 
 
-def _iq2_xxs(b: Builder, w: ir.Value, part: int) -> Found:
+def _iq2_xxs(b: ir.IRBuilder, w: ir.Value, part: int) -> Found:
     at = 2 + 16 * part
     signs = [field for first in (4, 12) for field in _four_fields(b, _read(b, w, at + first, 32))]
     return [_read(b, w, at + first + i) for first in (0, 8) for i in range(4)], _seven_bit_signs(b, signs)
 
 
-def _iq2_xs(b: Builder, w: ir.Value, part: int) -> Found:
+def _iq2_xs(b: ir.IRBuilder, w: ir.Value, part: int) -> Found:
     words = [_read(b, w, 2 + 16 * part + 2 * i, 16) for i in range(8)]
     return [_bits(b, word, 0, 511) for word in words], _seven_bit_signs(b, [_bits(b, word, -9, 127) for word in words])
 
 
-def _iq2_s(b: Builder, w: ir.Value, part: int) -> Found:
+def _iq2_s(b: ir.IRBuilder, w: ir.Value, part: int) -> Found:
     return _with_tops(b, w, 2 + 8 * part, 66 + 2 * part, 8), _read(b, w, 34 + 8 * part, 64)
 
 
-def _iq3_xxs(b: Builder, w: ir.Value, part: int) -> Found:
+def _iq3_xxs(b: ir.IRBuilder, w: ir.Value, part: int) -> Found:
     at = 66 + 8 * part
     signs = [field for first in (0, 4) for field in _four_fields(b, _read(b, w, at + first, 32))]
     return [_read(b, w, 2 + 16 * part + i) for i in range(16)], _seven_bit_signs(b, signs)
 
 
-def _iq3_s(b: Builder, w: ir.Value, part: int) -> Found:
+def _iq3_s(b: ir.IRBuilder, w: ir.Value, part: int) -> Found:
     return _with_tops(b, w, 2 + 16 * part, 66 + 2 * part, 16), _read(b, w, 74 + 8 * part, 64)
 
 
