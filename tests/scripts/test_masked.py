@@ -44,7 +44,7 @@ def test_each_set_leaves_out_more_than_the_one_before(
 def test_llama_cpp_is_agreed_with_on_numpy_alone() -> None:
     """The masked run itself; instructions that this processor lacks cannot be tried here, the least set always can."""
     pytest.importorskip("numba")
-    tests = ("-p", "no:cacheprovider", "tests/llama_cpp/test_llama.py", "-k", "logprobs_agree")
+    tests = ("-p", "no:cacheprovider", "tests/llama_cpp/test_beside_llama_cpp.py", "-k", "logprobs_agree")
     done = subprocess.run(
         [sys.executable, "scripts/masked.py", "--only", "NumPy", *tests], cwd=ROOT, capture_output=True, text=True
     )

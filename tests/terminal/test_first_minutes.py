@@ -33,7 +33,7 @@ from slimrt.terminal.options import AnswerSettings
 from slimrt.terminal.screen import Screen
 from slimrt.terminal.text_input import read_document
 from slimrt.weights.gguf import GGUFFile
-from tests.terminal_notes import without_backend_note
+from tests.terminal_notes import Lines, talk, without_backend_note
 from tests.tiny_gguf import write_tiny_llama
 
 
@@ -173,7 +173,7 @@ def test_cut_says_which_limit(tiny: Path, llm: slimrt.LLM) -> None:
 def test_a_context_beyond_the_trained_one_is_advised_as_such(tiny: Path) -> None:
     full = slimrt.load(tiny, ctx=1024, prune="off", device="numpy")
     assert "--ctx 2k, beyond the 1,024 that the model was trained on" in str(_cut(full, 7, None))
-    chat = Chat(full, AnswerSettings(SamplingConfig(), 4, ()), _Lines(), Screen(), None)
+    chat = Chat(full, AnswerSettings(SamplingConfig(), 4, ()), Lines(), Screen(), None)
     with pytest.raises(ValueError, match=r"--ctx \d+k, beyond the 1,024 that the model was trained on"):
         chat._ask("hello " * 600)
 
@@ -188,25 +188,6 @@ def test_an_advised_context_fits_a_moment_later(tiny: Path) -> None:
 
 
 # -- files by name -----------------------------------------------------------------------------------------------------
-
-
-class _Lines:
-    def __init__(self, *lines: str) -> None:
-        self._lines = list(lines)
-
-    def read(self, prompt: str) -> str:
-        if not self._lines:
-            raise EOFError
-        return self._lines.pop(0)
-
-    def close(self) -> None:
-        pass
-
-
-def talk(llm: slimrt.LLM, *lines: str, temperature: float = 0.0) -> Chat:
-    chat = Chat(llm, AnswerSettings(SamplingConfig(temperature=temperature), 4, ()), _Lines(*lines), Screen(), None)
-    chat.run()
-    return chat
 
 
 @pytest.mark.parametrize(
