@@ -120,11 +120,6 @@ class Llama:
         self.layers, self._rows = adapted_layers(cast(list[Layer], self._plain), adapters), AdaptedOps(self.ops)
         self.adapters = adapters_name(adapters)
 
-    @property
-    def rope_table(self) -> RopeTable:
-        """That of the layers without one of their own."""
-        return self.rope_tables[0]
-
     def embed(self, ids: Array) -> Array:
         """ids [T] -> hidden states [T, D]."""
         x = self.ops.embed(self.embedding, ids)

@@ -103,20 +103,6 @@ class Sampler:
             self.mirostat.drawn(float(probs[drawn]))
         return int(ids[drawn])
 
-    def distribution(self, logits: np.ndarray, context: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        """The tokens that may be drawn and their probabilities: ids [N] int64, probs [N] float64 with sum 1."""
-        scores = self._scores(logits, context)
-        if self.config.greedy:
-            return np.array([scores.argmax()]), np.ones(1)
-        ids, probs = self._candidates(scores)
-        chance = 0.0 if self.mirostat else self.config.xtc_probability
-        if chance > 0:
-            left, shares = self._candidates(scores, exclude=True)
-            probs = probs * (1 - chance)
-            place = {int(id): at for at, id in enumerate(ids)}
-            probs[[place[int(id)] for id in left]] += chance * shares
-        return ids, probs
-
     def _scores(self, logits: np.ndarray, context: Sequence[int]) -> np.ndarray:
         """Logits after bias, processors and penalties, checked; a copy wherever something changes."""
         config, scores = self.config, logits

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from slimrt.config import SamplingConfig
 from slimrt.errors import ComputeError, SettingError
 from slimrt.sampler import Sampler, apply_penalties, log_softmax, top_logprobs
+from tests.drawn import distribution
 from tests.tolerance import EPS32, SLACK
 
 GOLDEN = json.loads((Path(__file__).parent / "goldens/sampler/llama_cpp.json").read_text())
@@ -36,7 +37,7 @@ def softmax32(x: np.ndarray) -> np.ndarray:
 def test_same_tokens_and_probabilities_as_llama_cpp(logits: list[float], context: list[int], result: dict) -> None:
     config = SamplingConfig(**result["setting"])
     scores = np.array(logits, np.float32)
-    ids, probs = Sampler(config, len(scores)).distribution(scores, context)
+    ids, probs = distribution(Sampler(config, len(scores)), scores, context)
     expected = {int(id): p for id, p in result["kept"].items()}
     assert set(ids.tolist()) == set(expected)
     penalised = apply_penalties(scores, context, config)[ids]
@@ -106,7 +107,7 @@ CONFIGS = st.builds(
 @given(st.integers(0, 2**32), CONFIGS, st.lists(st.integers(0, 9), max_size=12))
 def test_same_distribution_as_the_slow_reference(seed: int, config: SamplingConfig, context: list[int]) -> None:
     scores = np.random.default_rng(seed).standard_normal(10).astype(np.float32) * 3
-    ids, probs = Sampler(config, 10).distribution(scores, context)
+    ids, probs = distribution(Sampler(config, 10), scores, context)
     expected = reference([float(x) for x in scores], context, config)
     # Bias, penalties and temperature round a logit to float32 four times; two of them make a ratio of probabilities.
     largest = np.abs(scores).max() * 2 + 4  # doubled by a penalty of .5 at most; bias, presence and frequency
@@ -126,7 +127,7 @@ def test_same_distribution_as_the_slow_reference(seed: int, config: SamplingConf
 )
 def test_large_vocabulary_takes_the_same_tokens(spread: float, config: SamplingConfig) -> None:
     scores = (np.random.default_rng(3).standard_normal(5000) * spread).astype(np.float32)
-    ids, probs = Sampler(config, 5000).distribution(scores, [])
+    ids, probs = distribution(Sampler(config, 5000), scores, [])
     expected = reference([float(x) for x in scores], [], config)
     assert set(ids.tolist()) == set(expected)
     assert abs(probs.sum() - 1) <= len(probs) * EPS32
@@ -170,9 +171,9 @@ def test_ties_go_to_the_lowest_id() -> None:
         SamplingConfig(temperature=1, top_p=2.5 / 600),
         SamplingConfig(temperature=1, top_k=500, top_p=2.5 / 500),
     ):
-        assert Sampler(config, 600).distribution(flat, [])[0].tolist() == [0, 1, 2]
+        assert distribution(Sampler(config, 600), flat, [])[0].tolist() == [0, 1, 2]
     wide = np.zeros(3000, np.float32)
-    assert Sampler(SamplingConfig(temperature=1, top_p=0.001), 3000).distribution(wide, [])[0].tolist() == [0, 1, 2]
+    assert distribution(Sampler(SamplingConfig(temperature=1, top_p=0.001), 3000), wide, [])[0].tolist() == [0, 1, 2]
     likely = pytest.approx(-math.log(600), rel=SLACK * EPS32, abs=0)
     assert top_logprobs(flat, 5, 3).top == tuple((id, likely) for id in (0, 1, 2))
 
@@ -226,7 +227,7 @@ def test_banned_tokens_are_never_drawn() -> None:
         SamplingConfig(temperature=math.inf),
         SamplingConfig(temperature=1, top_k=3),
     ):
-        ids, probs = Sampler(config, 4).distribution(scores, [])
+        ids, probs = distribution(Sampler(config, 4), scores, [])
         assert set(ids.tolist()) <= {1, 3}
         assert abs(probs.sum() - 1) <= len(probs) * EPS32
     assert Sampler(SamplingConfig(temperature=1e-30), 4)(scores, []) == 1
@@ -287,7 +288,7 @@ def test_top_n_sigma_and_xtc_keep_what_llama_cpp_keeps(
     probs: list[float], settings: dict[str, float], expected: list[float]
 ) -> None:
     sampler = Sampler(SamplingConfig(temperature=1.0, **settings), len(probs))  # type: ignore[arg-type]
-    ids, shares = sampler.distribution(np.log(np.array(probs, np.float32)), [])
+    ids, shares = distribution(sampler, np.log(np.array(probs, np.float32)), [])
     found = np.zeros(len(probs))
     found[ids] = shares
     assert np.abs(found - np.array(expected) / sum(expected)).max() < 1e-5  # llama.cpp's, whose numbers have six digits
@@ -297,7 +298,7 @@ def test_xtc_excludes_as_often_as_it_is_told() -> None:
     config = SamplingConfig(temperature=1.0, xtc_probability=0.3, xtc_threshold=0.25, seed=0)
     logits = np.log(np.array([0.4, 0.3, 0.2, 0.1], np.float32))
     sampler = Sampler(config, 4)
-    ids, shares = sampler.distribution(logits, [])
+    ids, shares = distribution(sampler, logits, [])
     drawn = np.bincount([sampler(logits, []) for _ in range(8000)], minlength=4) / 8000
     expected = np.zeros(4)
     expected[ids] = shares

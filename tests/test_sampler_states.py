@@ -17,6 +17,7 @@ from slimrt.sampler import Sampler
 from slimrt.sampling.dry import dry_breakers, penalise_repetition
 from slimrt.text.tokenizer import Tokenizer
 from slimrt.weights.gguf import GGUFFile
+from tests.drawn import distribution
 from tests.tolerance import EPS32
 
 GOLDEN = json.loads((Path(__file__).parent / "goldens/sampler/stateful.json").read_text())
@@ -48,7 +49,7 @@ def naive32(scores: np.ndarray, s: dict[str, Any]) -> np.ndarray:
 @pytest.mark.parametrize(("row", "result"), FILTERS)
 def test_same_tokens_and_probabilities_as_llama_cpp(row: np.ndarray, result: dict[str, Any]) -> None:
     setting = result["setting"]
-    ids, probs = Sampler(SamplingConfig(**setting), len(row)).distribution(row, [])
+    ids, probs = distribution(Sampler(SamplingConfig(**setting), len(row)), row, [])
     held = probs >= 2.0**-149  # llama.cpp's are float32
     ids, probs = ids[held], probs[held]
     assert set(ids.tolist()) == {int(id) for id in result["kept"]}
@@ -62,7 +63,7 @@ def test_mirostat_follows_llama_cpp_token_by_token(case: dict[str, Any]) -> None
     sampler = Sampler(SamplingConfig(**case["setting"]), len(ROWS[0]))
     assert sampler.mirostat is not None
     for at, step in enumerate(case["steps"]):
-        ids, probs = sampler.distribution(ROWS[at % 3], [])
+        ids, probs = distribution(sampler, ROWS[at % 3], [])
         assert len(ids) == step["kept"]
         drawn = float(probs[ids.tolist().index(step["drawn"])])
         logits = ROWS[at % 3][ids]
@@ -78,7 +79,7 @@ def test_mirostat_draws_and_learns() -> None:
     sampler = Sampler(config, len(ROWS[0]))
     surprises = []
     for at in range(600):
-        ids, probs = sampler.distribution(ROWS[at % 3], [])
+        ids, probs = distribution(sampler, ROWS[at % 3], [])
         surprises.append(-math.log2(probs[ids.tolist().index(sampler(ROWS[at % 3], []))]))
     assert sampler.mirostat is not None and sampler.mirostat.mu != 4.0
     some = surprises[100:]
@@ -88,7 +89,7 @@ def test_mirostat_draws_and_learns() -> None:
 def test_mirostat_of_flat_logits_and_of_one_token() -> None:
     for version in (1, 2):
         config = SamplingConfig(temperature=1.0, mirostat=version, seed=0)
-        assert len(Sampler(config, 64).distribution(np.zeros(64, np.float32), [])[0]) == 64
+        assert len(distribution(Sampler(config, 64), np.zeros(64, np.float32), [])[0]) == 64
         alone = np.full(64, -np.inf, np.float32)
         alone[7] = 1.0
         assert Sampler(config, 64)(alone, []) == 7
