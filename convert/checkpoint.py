@@ -90,7 +90,7 @@ class StoredTensor:
             ) from None
         if raw.size != last_row_only:
             raise ModelFileError(
-                f"{self.path}: ends inside tensor '{self.name}'; the file changed meanwhile; fetch it anew"
+                f"{self.path}: ends inside tensor '{self.name}'; the file changed meanwhile; fetch it again"
             )
         if self.row_stride != width:
             raw = np.lib.stride_tricks.as_strided(
@@ -140,7 +140,7 @@ def check_regular(path: Path) -> int:
     OSError."""
     found = path.stat()
     if not stat.S_ISREG(found.st_mode):
-        raise ModelFileError(f"{path}: not a regular file; a checkpoint is made of plain files; fetch it anew")
+        raise ModelFileError(f"{path}: not a regular file; a checkpoint is made of plain files; fetch it again")
     return found.st_size
 
 
@@ -158,7 +158,7 @@ def read_bounded(path: Path, limit: int) -> bytes:
     except OSError as error:
         raise ModelFileError(f"{path}: cannot be read ({error.strerror}); check the file and its permissions") from None
     if len(raw) > limit:
-        raise ModelFileError(f"{path}: {size} bytes; such a file has at most {limit}; fetch it anew")
+        raise ModelFileError(f"{path}: {size} bytes; such a file has at most {limit}; fetch it again")
     return raw
 
 
@@ -166,7 +166,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; raises ModelFileError if it is missing, unreadable or anything but an object."""
     data = parse_json(read_bounded(path, _MAX_JSON_BYTES.get(path.name, _MAX_SMALL_JSON_BYTES)), str(path))
     if not isinstance(data, dict):
-        raise ModelFileError(f"{path}: holds a JSON {type(data).__name__}; an object is expected; fetch it anew")
+        raise ModelFileError(f"{path}: holds a JSON {type(data).__name__}; an object is expected; fetch it again")
     return data
 
 
@@ -178,9 +178,9 @@ def parse_json(raw: bytes, name: str, **how: Any) -> Any:
     containers = raw.count(b"[") + raw.count(b"{")
     if containers > _MAX_CONTAINERS:
         raise ModelFileError(
-            f"{name}: {containers} arrays and objects; a checkpoint has at most {_MAX_CONTAINERS}; fetch it anew"
+            f"{name}: {containers} arrays and objects; a checkpoint has at most {_MAX_CONTAINERS}; fetch it again"
         )
     try:
         return json.loads(raw.decode(), **how)
     except (ValueError, RecursionError) as error:
-        raise ModelFileError(f"{name}: not valid JSON ({str(error)[:100]}); fetch it anew") from None
+        raise ModelFileError(f"{name}: not valid JSON ({str(error)[:100]}); fetch it again") from None

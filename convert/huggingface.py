@@ -95,7 +95,7 @@ def _stack_experts(tensors: dict[str, StoredTensor], n_layers: int, folder: Path
     for key, experts in found.items():
         if set(experts) != set(range(len(experts))):
             missing = min(set(range(len(experts))) - set(experts))
-            raise ModelFileError(f"{folder}: {key} lacks expert {missing}; a shard is incomplete; fetch it anew")
+            raise ModelFileError(f"{folder}: {key} lacks expert {missing}; a shard is incomplete; fetch it again")
     return {key: [experts[number] for number in sorted(experts)] for key, experts in found.items()}
 
 
@@ -141,7 +141,7 @@ def _added_tokens(folder: Path) -> dict[int, tuple[str, bool]]:
         for key, entry in decoder.items() if isinstance(decoder, dict) else ():
             if not (key.isdecimal() and isinstance(entry, dict) and isinstance(entry.get("content"), str)):
                 raise ModelFileError(
-                    f"{path}: added_tokens_decoder entry {key[:20]!r} is malformed; fetch the file anew"
+                    f"{path}: added_tokens_decoder entry {key[:20]!r} is malformed; fetch the file again"
                 )
             added[int(key)] = (entry["content"], bool(entry.get("special")))
     return added

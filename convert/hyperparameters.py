@@ -92,11 +92,11 @@ class Hyperparameters:
         """Raises ModelFileError where the sizes contradict each other."""
         if self.n_heads % self.n_kv_heads:
             raise ModelFileError(
-                f"{path}: {self.n_heads} query heads do not divide into {self.n_kv_heads} KV heads; fetch the file anew"
+                f"{path}: {self.n_heads} query heads do not divide into {self.n_kv_heads} KV heads; fetch it again"
             )
         if (self.rope_dims or self.head_dim) % 2:
             raise ModelFileError(
-                f"{path}: head width {self.rope_dims or self.head_dim} is odd; RoPE turns pairs; fetch the file anew"
+                f"{path}: head width {self.rope_dims or self.head_dim} is odd; RoPE turns pairs; fetch the file again"
             )
         kind = self.rope_scaling.kind if self.rope_scaling else ""
         if kind == "llama3" and self.arch not in _LLAMA3:
@@ -227,7 +227,7 @@ def number(
     value = data.get(key)
     if value is None:
         if default is None:
-            raise ModelFileError(f"{path}: '{key}' is missing; the architecture requires it; fetch the file anew")
+            raise ModelFileError(f"{path}: '{key}' is missing; the architecture requires it; fetch the file again")
         return default
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
         raise ModelFileError(

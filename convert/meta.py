@@ -63,7 +63,7 @@ def _collect(shards: Sequence[dict[str, StoredTensor]], folder: Path) -> dict[st
         if odd := sorted(first.keys() ^ shard.keys()):
             raise ModelFileError(
                 f"{folder}: tensor '{odd[0][:80]}' is not in every shard; shards hold slices of the same tensors; "
-                "fetch them anew"
+                "fetch them again"
             )
     return {name: [shard[name] for shard in shards] for name in first}
 
@@ -91,7 +91,7 @@ def _read_params(folder: Path, parts: dict[str, list[StoredTensor]]) -> Hyperpar
     d_model, n_heads, n_layers = (whole(params, key, path) for key in ("dim", "n_heads", "n_layers"))
     check_layers(n_layers, len(parts), path)
     if d_model % n_heads:
-        raise ModelFileError(f"{path}: width {d_model} does not divide into {n_heads} heads; fetch the file anew")
+        raise ModelFileError(f"{path}: width {d_model} does not divide into {n_heads} heads; fetch the file again")
     if "layers.0.feed_forward.w1.weight" not in parts or "tok_embeddings.weight" not in parts:
         raise ModelFileError(
             f"{folder}: no feed_forward.w1 or tok_embeddings; a dense LLaMA 1 to 3 has both; other models cannot "

@@ -165,7 +165,7 @@ def _tensors(
             )
         pairs.setdefault(match["base"] + ".weight", {})[match["side"]] = tensor
     if not pairs:
-        raise ModelFileError(f"{folder}: the adapter has no tensors; save it anew")
+        raise ModelFileError(f"{folder}: the adapter has no tensors; save it again")
     result = []
     for gguf, name in gguf_names(list(pairs), sizes.arch, sizes.n_layers, folder).items():
         part, halves = gguf.split(".")[-2], pairs[name]
@@ -177,7 +177,7 @@ def _tensors(
             )
         if len(halves) != 2:
             raise ModelFileError(
-                f"{folder}: '{name[:80]}' has lora_{next(iter(halves))} only; both halves are needed; fetch it anew"
+                f"{folder}: '{name[:80]}' has lora_{next(iter(halves))} only; both halves are needed; fetch it again"
             )
         a, b = halves["A"], halves["B"]
         if a.shape[0] != rank:

@@ -64,7 +64,7 @@ def read_pth(path: Path) -> dict[str, StoredTensor]:
                 raise ModelFileError(
                     f"{path}: not a zip archive; torch.save writes one since PyTorch 1.6; the file is truncated or "
                     "older; "
-                    "load it with PyTorch and save it anew"
+                    "load it with PyTorch and save it again"
                 )
             with zipfile.ZipFile(file) as archive:
                 state = _StateUnpickler(path, archive, file).load_state()
@@ -80,7 +80,7 @@ def read_pth(path: Path) -> dict[str, StoredTensor]:
         struct.error,
     ) as error:
         raise ModelFileError(
-            f"{path}: not a readable zip archive ({error}); the file is truncated or corrupt; fetch it anew"
+            f"{path}: not a readable zip archive ({error}); the file is truncated or corrupt; fetch it again"
         ) from None
     except OSError as error:
         raise ModelFileError(f"{path}: cannot be read ({error.strerror}); check the file and its permissions") from None
@@ -133,7 +133,7 @@ class _StateUnpickler(pickle._Unpickler):
         byteorder = f"{self._folder}byteorder"
         if byteorder in archive.namelist() and archive.open(byteorder).read(6) != b"little":
             raise ModelFileError(
-                f"{path}: saved on a big-endian machine; little-endian files can be read; save it anew on another"
+                f"{path}: saved on a big-endian machine; little-endian files can be read; save it again on another"
             )
         self._pickled = archive.read(entry)
         super().__init__(io.BytesIO(self._pickled))
@@ -149,7 +149,7 @@ class _StateUnpickler(pickle._Unpickler):
             raise
         except Exception as error:  # corrupt pickles fail in any way that Python's operations can
             raise ModelFileError(
-                f"{self._path}: data.pkl is corrupt ({str(error)[:100]}); fetch the file anew"
+                f"{self._path}: data.pkl is corrupt ({str(error)[:100]}); fetch the file again"
             ) from None
 
     def _push_sequence(self, items: list[Any]) -> None:
@@ -198,13 +198,13 @@ class _StateUnpickler(pickle._Unpickler):
         entry = self._archive.getinfo(f"{self._folder}data/{key}")
         if entry.compress_type != zipfile.ZIP_STORED:
             raise ModelFileError(
-                f"{self._path}: storage {key} is compressed; torch.save stores plain bytes; save the file anew"
+                f"{self._path}: storage {key} is compressed; torch.save stores plain bytes; save the file again"
             )
         itemsize = FLOAT_TYPES[kind.name].itemsize if kind.name in FLOAT_TYPES else 1
         if type(count) is not int or count < 0 or count * itemsize > entry.file_size:
             raise ModelFileError(
                 f"{self._path}: storage {key} should hold {count} values and has {entry.file_size} bytes; "
-                "the file is truncated or corrupt; fetch it anew"
+                "the file is truncated or corrupt; fetch it again"
             )
         return _Storage(kind.name, self._data_offset(entry), count)
 
@@ -215,7 +215,7 @@ class _StateUnpickler(pickle._Unpickler):
         offset = entry.header_offset + _LOCAL_HEADER.size + name_length + extra_length
         if signature != b"PK\x03\x04" or offset + entry.file_size > self._file.seek(0, 2):
             raise ModelFileError(
-                f"{self._path}: entry {entry.filename[:60]} lies outside the file; it is truncated; fetch it anew"
+                f"{self._path}: entry {entry.filename[:60]} lies outside the file; it is truncated; fetch it again"
             )
         return offset
 
@@ -263,7 +263,7 @@ def _stored(path: Path, name: str, tensor: Any) -> StoredTensor:
     if tensor.first + (shape[0] - 1) * strides[0] + width > tensor.storage.count:
         raise ModelFileError(
             f"{label} of shape {shape} exceeds its storage of {tensor.storage.count} values; the file is corrupt; "
-            "fetch it anew"
+            "fetch it again"
         )
     offset = tensor.storage.offset + tensor.first * FLOAT_TYPES[kind].itemsize
     return StoredTensor(path, name, kind, shape, offset, strides[0])

@@ -50,11 +50,11 @@ def from_tiktoken(path: Path, size: int) -> Vocabulary:
         raise
     except (binascii.Error, ValueError):
         raise TokenizerError(
-            f"{path}: line {len(ranks) + 1} is not a base64 token and a rank; fetch the file anew"
+            f"{path}: line {len(ranks) + 1} is not a base64 token and a rank; fetch the file again"
         ) from None
     if sorted(ranks.values()) != list(range(len(ranks))) or not all(bytes([byte]) in ranks for byte in range(256)):
         raise TokenizerError(
-            f"{path}: ranks must be 0 to n-1 and cover all single bytes; the file is corrupt; fetch it anew"
+            f"{path}: ranks must be 0 to n-1 and cover all single bytes; the file is corrupt; fetch it again"
         )
     if len(ranks) > size:
         raise TokenizerError(

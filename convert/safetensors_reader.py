@@ -46,13 +46,13 @@ def read_safetensors_folder(folder: Path) -> dict[str, StoredTensor]:
         for name, tensor in read_safetensors(shard).items():
             if name in tensors:
                 raise ModelFileError(
-                    f"{shard}: tensor '{name}' is in {tensors[name].path.name} too; names are unique; fetch both anew"
+                    f"{shard}: tensor '{name}' is in {tensors[name].path.name} too; names are unique; fetch both again"
                 )
             tensors[name] = tensor
     for name, shard_name in promised.items():
         if name not in tensors or tensors[name].path.name != shard_name:
             raise ModelFileError(
-                f"{index_path}: tensor '{name[:80]}' should be in {shard_name} and is not; fetch both files anew"
+                f"{index_path}: tensor '{name[:80]}' should be in {shard_name} and is not; fetch both files again"
             )
     return tensors
 
@@ -61,12 +61,12 @@ def _weight_map(index_path: Path) -> dict[str, str]:
     weight_map = read_json(index_path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ModelFileError(
-            f"{index_path}: 'weight_map' is missing or empty; it names the shard of every tensor; fetch it anew"
+            f"{index_path}: 'weight_map' is missing or empty; it names the shard of every tensor; fetch it again"
         )
     for shard in weight_map.values():
         if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
             raise ModelFileError(
-                f"{index_path}: shard {str(shard)[:80]!r} must be the plain name of a .safetensors file; fetch it anew"
+                f"{index_path}: shard {str(shard)[:80]!r} must be the plain name of a .safetensors file; fetch it again"
             )
     return weight_map
 
@@ -97,14 +97,14 @@ def read_safetensors(path: Path) -> dict[str, StoredTensor]:
             if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
                 raise ModelFileError(
                     f"{path}: {size} bytes, and the header should have {length}; the file is truncated or not "
-                    "safetensors; fetch it anew"
+                    "safetensors; fetch it again"
                 )
             raw = file.read(length)
     except OSError as error:
         raise ModelFileError(f"{path}: cannot be read ({error.strerror}); check the file and its permissions") from None
     header = parse_json(raw, f"{path}: the header", object_pairs_hook=_unique_keys)
     if not isinstance(header, dict):
-        raise ModelFileError(f"{path}: the header is not a JSON object; the file is corrupt; fetch it anew")
+        raise ModelFileError(f"{path}: the header is not a JSON object; the file is corrupt; fetch it again")
     header.pop("__metadata__", None)
     return {name: _tensor(path, name, entry, 8 + length, size) for name, entry in header.items()}
 
@@ -120,7 +120,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _tensor(path: Path, name: str, entry: Any, start: int, size: int) -> StoredTensor:
     label = f"{path}: tensor '{name[:80]}'"
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
-        raise ModelFileError(f"{label} lacks dtype, shape or data_offsets; the file is corrupt; fetch it anew")
+        raise ModelFileError(f"{label} lacks dtype, shape or data_offsets; the file is corrupt; fetch it again")
     kind, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     known = STORED_TYPES if name.endswith(_PACKED) else FLOAT_TYPES
     if not isinstance(kind, str) or kind not in known:
@@ -136,14 +136,14 @@ def _tensor(path: Path, name: str, entry: Any, start: int, size: int) -> StoredT
         or min(shape) < 1
     ):
         raise ModelFileError(
-            f"{label} has shape {str(shape)[:60]} at {str(offsets)[:60]}; the file is corrupt; fetch it anew"
+            f"{label} has shape {str(shape)[:60]} at {str(offsets)[:60]}; the file is corrupt; fetch it again"
         )
     begin, end = offsets
     if end - begin != math.prod(shape) * STORED_TYPES[kind].itemsize or start + end > size:
         raise ModelFileError(
             f"{label} ({kind} {tuple(shape)}) claims bytes {begin} to {end} of {size - start}; they must hold it "
             "exactly; "
-            "the file is truncated or corrupt; fetch it anew"
+            "the file is truncated or corrupt; fetch it again"
         )
     return StoredTensor(path, name, kind, tuple(shape), start + begin, math.prod(shape[1:]))
 

@@ -47,7 +47,7 @@ def read_model(raw: bytes, path: Path) -> SentencePieceModel:
                 normalizer = value
         rules = dict(_fields(normalizer))
     except (IndexError, ValueError):
-        raise TokenizerError(f"{path}: not a whole SentencePiece model; fetch the file anew") from None
+        raise TokenizerError(f"{path}: not a whole SentencePiece model; fetch the file again") from None
     kind = trainer.get(3, _UNIGRAM)
     if kind != _BPE:
         raise TokenizerError(

@@ -86,7 +86,7 @@ def check_complete(shapes: Mapping[str, tuple[int, ...]], sizes: Hyperparameters
         if shape != expected[name]:
             raise ModelFileError(
                 f"{folder}: {name} has shape {shape}; the configuration says {expected[name]}; weights and "
-                "configuration differ; fetch both anew"
+                "configuration differ; fetch both again"
             )
     missing = [name for name in expected if name not in shapes and sizes.required(name)]
     if missing:

@@ -104,7 +104,7 @@ def _chat_template(folder: Path, tokenizer_config: dict[str, Any]) -> str | list
     if not (template is None or isinstance(template, str) or named):
         raise ModelFileError(
             f"{path}: chat_template is a {type(template).__name__}; "
-            "a text or a list of named texts is expected; fetch the file anew"
+            "a text or a list of named texts is expected; fetch the file again"
         )
     if isinstance(template, list):
         templates = {entry["name"]: entry["template"] for entry in template}
@@ -120,7 +120,7 @@ def _template_file(path: Path) -> str:
     try:
         return read_bounded(path, _MAX_TEMPLATE_BYTES).decode()
     except UnicodeDecodeError as error:
-        raise ModelFileError(f"{path}: cannot be read as text ({error}); fetch the file anew") from None
+        raise ModelFileError(f"{path}: cannot be read as text ({error}); fetch the file again") from None
 
 
 def _writable(templates: dict[str, str], folder: Path) -> str | list[dict[str, str]] | None:

@@ -40,7 +40,7 @@ def from_tekken(path: Path) -> Vocabulary:
     ):
         raise TokenizerError(
             f"{path}: default_vocab_size less default_num_special_tokens must be 256 to the length of 'vocab'; the "
-            "file is corrupt; fetch it anew"
+            "file is corrupt; fetch it again"
         )
     ranks: dict[bytes, int] = {}
     try:
@@ -51,11 +51,11 @@ def from_tekken(path: Path) -> Vocabulary:
     except (binascii.Error, ValueError, TypeError, KeyError):
         raise TokenizerError(
             f"{path}: entry {len(ranks)} of 'vocab' must have its place as 'rank' and base64 as 'token_bytes'; the "
-            "file is corrupt; fetch it anew"
+            "file is corrupt; fetch it again"
         ) from None
     if len(ranks) < size - n_special or not all(bytes([byte]) in ranks for byte in range(256)):
         raise TokenizerError(
-            f"{path}: tokens must be distinct and cover all single bytes; the file is corrupt; fetch it anew"
+            f"{path}: tokens must be distinct and cover all single bytes; the file is corrupt; fetch it again"
         )
     pattern = {"type": "Split", "behavior": "Isolated", "pattern": {"Regex": config.get("pattern")}}
     # Whole words are looked up first here, and in merging by rank that makes no difference.
@@ -83,12 +83,12 @@ def _special_texts(listed: Any, count: int, path: Path) -> list[str]:
         rank, text = (entry.get("rank"), entry.get("token_str")) if isinstance(entry, dict) else (None, None)
         if type(rank) is not int or not isinstance(text, str) or not rank >= 0:
             raise TokenizerError(
-                f"{path}: 'special_tokens' must be a list of objects with rank and token_str; fetch the file anew"
+                f"{path}: 'special_tokens' must be a list of objects with rank and token_str; fetch the file again"
             )
         if rank < count:
             texts[rank] = text
     if len(set(texts)) < count:
-        raise TokenizerError(f"{path}: two special tokens have the same text; the file is corrupt; fetch it anew")
+        raise TokenizerError(f"{path}: two special tokens have the same text; the file is corrupt; fetch it again")
     return texts
 
 

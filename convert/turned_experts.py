@@ -78,7 +78,7 @@ def _check(tensor: StoredTensor | None, name: str, shape: tuple[int, ...], folde
     if tensor.shape != shape:
         raise ModelFileError(
             f"{folder}: {name} has shape {tensor.shape}; the configuration says {shape}; weights and configuration "
-            "differ; fetch both anew"
+            "differ; fetch both again"
         )
     if (tensor.kind == "U8") != name.endswith(("_blocks", "_scales")):
         raise ModelFileError(
@@ -135,7 +135,7 @@ def _packed(blocks: StoredTensor, scales: StoredTensor, first: int, step: int) -
         if (exponents == 255).any():
             raise ModelFileError(
                 f"{_origin(scales)}: holds the scale 255, which is NaN; a model needs finite weights; the file is "
-                "corrupt; fetch it anew"
+                "corrupt; fetch it again"
             )
         elements = np.stack([codes & 15, codes >> 4], axis=-1).reshape(*codes.shape[:2], _BLOCK)
         bytes_ = elements[..., : _BLOCK // 2] | elements[..., _BLOCK // 2 :] << 4

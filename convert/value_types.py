@@ -52,7 +52,7 @@ def _skip(buffer: mmap.mmap, at: int, kind: GGUFValueType, count: int, label: st
         return at
     if kind == GGUFValueType.ARRAY:
         raise ModelFileError(
-            f"{label} is an array of arrays; one level can be copied; remove the key or convert the model anew"
+            f"{label} is an array of arrays; one level can be copied; remove the key or convert the model again"
         )
     return at + count * _SIZES[kind]
 

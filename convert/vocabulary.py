@@ -157,14 +157,14 @@ def from_tokenizer_json(path: Path) -> Vocabulary:
         isinstance(token, dict) and isinstance(token.get("content"), str) and "id" in token for token in added
     ):
         raise TokenizerError(
-            f"{path}: 'added_tokens' must be a list of objects with id and content; fetch the file anew"
+            f"{path}: 'added_tokens' must be a list of objects with id and content; fetch the file again"
         )
     ids = dict(model["vocab"]) | {token["content"]: token["id"] for token in added}
     numbers_valid = all(type(number) is int and number >= 0 for number in ids.values())
     by_id = {number: text for text, number in ids.items()} if numbers_valid else {}
     if not ids or len(by_id) != len(ids):
         raise TokenizerError(
-            f"{path}: token ids must be distinct whole numbers from 0; the file is corrupt; fetch it anew"
+            f"{path}: token ids must be distinct whole numbers from 0; the file is corrupt; fetch it again"
         )
     size = max(by_id, default=-1) + 1
     if size > 2 * len(by_id) + 65536:
@@ -177,7 +177,7 @@ def from_tokenizer_json(path: Path) -> Vocabulary:
         if not {left, right, left + right} <= known:
             raise TokenizerError(
                 f"{path}: merge {f'{left} {right}'[:60]!r} is of tokens that the vocabulary lacks; the file is "
-                "corrupt; fetch it anew"
+                "corrupt; fetch it again"
             )
     tokens = [by_id.get(i, f"[PAD{i}]") for i in range(size)]
     types = [TokenType.NORMAL if i in by_id else TokenType.UNUSED for i in range(size)]
@@ -246,7 +246,7 @@ def _read_merges(merges: Any, path: Path) -> list[tuple[str, str]]:
             or not all(isinstance(part, str) and part and " " not in part for part in pair)
         ):
             raise TokenizerError(
-                f"{path}: merge {str(merge)[:60]!r} is not a pair of tokens; the file is corrupt; fetch it anew"
+                f"{path}: merge {str(merge)[:60]!r} is not a pair of tokens; the file is corrupt; fetch it again"
             )
         pairs.append((pair[0], pair[1]))
     return pairs
@@ -279,13 +279,13 @@ def space_prefix(data: dict[str, Any], path: Path) -> tuple[bool, str | None]:
             if step.get("replacement", "▁") != "▁" or scheme not in ("always", "first", "never"):
                 raise TokenizerError(
                     f"{path}: Metaspace with {str(step.get('replacement'))[:20]!r} and the scheme "
-                    f"{str(scheme)[:20]!r}; a low line (always, first or never) is known; fetch the file anew"
+                    f"{str(scheme)[:20]!r}; a low line (always, first or never) is known; fetch the file again"
                 )
             return scheme != "never", f"metaspace {scheme}"
     if not any(step.get("type") == "Replace" and step.get("content") == "▁" for step in steps):
         raise TokenizerError(
             f"{path}: neither Metaspace nor Replace turns spaces into ▁; SentencePiece vocabularies need it; fetch "
-            "the file anew"
+            "the file again"
         )
     return any(step.get("type") == "Prepend" for step in steps), None
 
@@ -309,7 +309,7 @@ def from_sentencepiece(path: Path, added: Mapping[int, tuple[str, bool]] | None 
     try:
         processor.LoadFromSerializedProto(raw)
     except RuntimeError as error:
-        raise TokenizerError(f"{path}: not a SentencePiece model ({str(error)[:80]}); fetch the file anew") from None
+        raise TokenizerError(f"{path}: not a SentencePiece model ({str(error)[:80]}); fetch the file again") from None
     model = read_model(raw, path)
     count = processor.vocab_size()
     size = max([count, *(number + 1 for number in added or () if number < count + 65536)])

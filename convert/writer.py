@@ -69,7 +69,7 @@ def encoded(
             row = start + int(np.argmin(np.isfinite(values).reshape(stop - start, -1).all(axis=1)))
             raise ModelFileError(
                 f"{source}: row {row} holds NaN or infinite weights; a model needs finite ones; the file is "
-                "corrupt; fetch it anew"
+                "corrupt; fetch it again"
             )
         if narrow and max(-low, high) > _F16_MAX:
             raise ModelFileError(

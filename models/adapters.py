@@ -99,7 +99,7 @@ def read_adapter(path: str | Path, config: ModelConfig, limit: int | None = None
             )
         halves.setdefault(match["base"], {})[match["side"]] = tensor
     if not halves:
-        raise ModelFileError(f"{file.path}: the adapter has no tensors; fetch it anew")
+        raise ModelFileError(f"{file.path}: the adapter has no tensors; fetch it again")
     found = [(*_place(file, base, sides, config), sides) for base, sides in halves.items()]
     size = sum(4 * math.prod(half.shape) for half in file.tensors.values())
     if limit is not None and size > limit:
@@ -147,7 +147,7 @@ def _alpha(file: GGUFFile, config: ModelConfig) -> float:
         )
     alpha = file.get("adapter.lora.alpha", float, 0.0)
     if not math.isfinite(alpha):
-        raise ModelFileError(f"{file.path}: adapter.lora.alpha is {alpha}; it must be finite; convert the adapter anew")
+        raise ModelFileError(f"{file.path}: adapter.lora.alpha is {alpha}; it must be finite; convert it again")
     return alpha
 
 
@@ -172,12 +172,12 @@ def _place(file: GGUFFile, base: str, sides: dict[str, TensorInfo], c: ModelConf
             f"{where} is no projection of a {c.arch} model of {c.n_layers} layers; use the adapter's own model"
         )
     if len(sides) != 2:
-        raise ModelFileError(f"{where} has lora_{next(iter(sides))} only; both halves are needed; fetch the file anew")
+        raise ModelFileError(f"{where} has lora_{next(iter(sides))} only; both halves are needed; fetch the file again")
     a, b = sides["a"].shape, sides["b"].shape
     if len(a) != 2 or len(b) != 2 or a[0] != b[1] or a[0] < 1:
         raise ModelFileError(
             f"{where}: lora_a {a} and lora_b {b}; they must be [rank, in] and [out, rank] of one rank, at least 1; "
-            "convert the adapter anew"
+            "convert the adapter again"
         )
     fitting = [place for place in places if place.shape == (b[0], a[1])]
     if not fitting:
@@ -195,7 +195,7 @@ def _values(file: GGUFFile, tensor: TensorInfo) -> np.ndarray:
         return dequantize(tensor)
     except ComputeError:
         raise ModelFileError(
-            f"{file.path}: tensor '{tensor.name}' holds NaN or infinite values; fetch the file anew"
+            f"{file.path}: tensor '{tensor.name}' holds NaN or infinite values; fetch the file again"
         ) from None
 
 

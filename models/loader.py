@@ -55,7 +55,7 @@ class Loader:
         if tensor.shape != shape:
             raise ModelFileError(
                 f"{self.file.path}: tensor '{name}' has shape {tensor.shape}, the metadata calls for {shape}; "
-                "the file is inconsistent; convert the model anew"
+                "the file is inconsistent; convert the model again"
             )
         check_readable(tensor)  # here, before the time that loading takes
         return tensor

@@ -84,7 +84,7 @@ def read_config(file: GGUFFile) -> ModelConfig:
     if f"blk.{layers - 1}.attn_output.weight" not in file.tensors:  # before anything has an entry for each layer
         raise ModelFileError(
             f"{file.path}: {name}.block_count is {layers}, and there is no tensor blk.{layers - 1}.attn_output.weight; "
-            "the file is incomplete or corrupt; fetch or convert it anew"
+            "the file is incomplete or corrupt; fetch or convert it again"
         )
     experts = _read_experts(file, arch)
     vocab = file.tensor("token_embd.weight").shape[0]

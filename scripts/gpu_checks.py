@@ -495,7 +495,7 @@ def default_model() -> Path | None:
         return None
     data = b"".join(part.read_bytes() for part in parts)
     if hashlib.sha256(data).hexdigest() != entry.sha256:
-        raise SystemExit(f"the parts in {PARTS} do not make the default model; cut it anew: {SPLIT}")
+        raise SystemExit(f"the parts in {PARTS} do not make the default model; cut it again: {SPLIT}")
     joined.write_bytes(data)
     return joined
 

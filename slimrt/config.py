@@ -145,7 +145,7 @@ class CacheConfig:
     wants most by ``score``. In a context of more than ``shortlist`` times the budget only the units of the best groups
     of ``group`` blocks are compared, found by the groups' mean keys: a choice costs about the same however long the
     context is. What a block was wanted for by the queries before counts as well, times ``decay`` for each token since
-    then (0: not at all). A layer chooses anew for every ``choose_every``-th token and when a block is full; layers take
+    then (0: not at all). A layer chooses for every ``choose_every``-th token and when a block is full; layers take
     turns, and blocks move only if less than ``overlap`` of a choice is resident. A prompt that continues an earlier one
     finds old rows brought up to ``lookahead`` layers before the one that computes.
     """

@@ -195,7 +195,7 @@ class Conversation(Session):
         return self._copied_into(other)
 
     def close(self) -> None:
-        """End an open answer and give the memory back; the messages stay, and asking again reads them anew."""
+        """End an open answer and give the memory back; the messages stay, and asking again reads them again."""
         self._end_answer()
         self.release()
 

@@ -298,7 +298,7 @@ def _finite(logits: np.ndarray) -> np.ndarray:
     """``logits`` themselves; raises ComputeError if one is NaN or infinite."""
     if not np.isfinite(logits).all():
         raise ComputeError(
-            "the model's logits are not finite: its weights hold NaN or infinity (fetch or convert it anew), or its "
+            "the model's logits are not finite: its weights hold NaN or infinity (fetch or convert it again), or its "
             "keys are too large for float16 (use device 'numpy')"
         )
     return logits

@@ -59,7 +59,7 @@ def generate_tokens(
 
     A token joins the session when the next one is asked for, so an abandoned generator leaves no half-done work; tokens
     that were guessed and drawn are in it before, and leave it where the generator ends before them.
-    ``plan`` prunes what is read anew when the context shifts. ``revision``: the session's after the prompt (None: its
+    ``plan`` prunes what is read again when the context shifts. ``revision``: the session's after the prompt (None: its
     present one). ``count`` counts guesses; ``begun`` is given what draws, to ask it what it will read next. Raises
     SettingError if the session is moved on by another call meanwhile, for a grammar as
     ``slimrt.structured.guide.start`` does, and where guessing was asked for and cannot be.

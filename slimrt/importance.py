@@ -104,5 +104,7 @@ def measure_importance(file: GGUFFile, text: str, progress: Callable[[int, int],
     columns = {name: (squares / ops.rows_seen[name]).astype(np.float32) for name, squares in ops.squares.items()}
     for name, values in columns.items():
         if not np.isfinite(values).all():
-            raise ComputeError(f"{file.path}: what '{name}' takes in is not finite; the file is damaged; fetch it anew")
+            raise ComputeError(
+                f"{file.path}: what '{name}' is given is not finite; the file is damaged; fetch it again"
+            )
     return Importance(columns, len(starts_kept))

@@ -259,7 +259,7 @@ class LLM:
         load). ``special``: control tokens in a text prompt count as such.
         ``progress`` is called with (layers done, layers) during prefill.
         ``overflow`` "shift": when the context fills up while the text is written, its first ``n_keep`` tokens (4) stay,
-        the older half of the others is dropped, and what is left is read anew; the timings say so.
+        the older half of the others is dropped, and what is left is read again; the timings say so.
         """
         request = self.request(options)
         return self.begin(self.token_ids(prompt, special), request, prune=prune, session=session, progress=progress)

@@ -22,7 +22,7 @@ class GenerationRequest:
     """How far to generate and how. ``max_tokens`` None: until the model stops or the context is full.
 
     With ``overflow`` "shift" a full context does not end the text: the first ``n_keep`` tokens stay, of the others the
-    older half is dropped, and what is left is read anew at its new positions. A prompt that does not fit is refused
+    older half is dropped, and what is left is read again at its new positions. A prompt that does not fit is refused
     either way. ``n_keep`` None: the system message of a chat, else 4.
 
     ``grammar``: what the answer must match. Tokens that it forces are read several at a time, unless

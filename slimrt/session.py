@@ -76,8 +76,8 @@ class Session:
         """Make the conversation equal ``ids``, computing only what its longest common prefix with them does not cover.
 
         With a ``plan`` that cuts at this length, the dense layers run for the new tokens only, and the pruned stages
-        anew for all, over the blocks that the new last tokens choose: the result is that of a fresh prefill. Where just
-        this prompt was read last, what they chose then is there and nothing runs again. A document that was read whole
+        for all, over the blocks that the new last tokens choose: the result is that of a fresh prefill. Where just this
+        prompt was read last, what they chose then is there and nothing runs again. A document that was read whole
         before (``complete``) is not cut: the result is that of a fresh prefill under the plan without its cuts.
 
         Raises ContextError if ``ids`` is empty or exceeds the context, TokenizerError for ids outside the vocabulary;
@@ -386,7 +386,7 @@ class Session:
             self._choice = None
         self._cut = None if self._cut is None else self._cut.up_to(length)
         if undo.cut and length:
-            # The stages behind the cut hold rows of two prompts. A prompt with cuts computes them anew in any case.
+            # The stages behind the cut hold rows of two prompts. A prompt with cuts computes them again in any case.
             boundary = self._held.boundary_layer
             assert boundary is not None
             self.context.cache.clear(boundary + 1)

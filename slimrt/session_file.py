@@ -287,7 +287,7 @@ class _Reader:
         return self._array("<f4", (c.vocab_size,), "the logits") if header["logits"] else None
 
     def _broken(self, what: str) -> DamagedFileError:
-        return DamagedFileError(f"{self._path}: {what}; the file is damaged; restore it from a copy or begin anew")
+        return DamagedFileError(f"{self._path}: {what}; the file is damaged; restore it from a copy or begin again")
 
     def _header(self) -> dict[str, Any]:
         prefix = self._stream.read(_PREFIX.size)
@@ -300,7 +300,7 @@ class _Reader:
         _, version, length = _PREFIX.unpack(prefix)
         if version != VERSION:
             raise SessionFileError(
-                f"{self._path}: version {version}; this program reads version {VERSION}; save the session with it anew"
+                f"{self._path}: version {version}; this program reads version {VERSION}; save the session with it again"
             )
         if length > min(_MAX_HEADER, self._size - _PREFIX.size - _DIGEST):
             raise self._broken(f"claims a header of {length} bytes in a file of {self._size}")

@@ -233,7 +233,7 @@ def test_who_asks_again_and_again_gets_the_document_read_whole(llm: slimrt.LLM) 
 
 
 def test_a_document_that_grows_beyond_the_first_cut_is_not_cut_for_a_question(llm: slimrt.LLM) -> None:
-    """It was short enough to be read whole; a few more tokens are no reason to read the layers behind a cut anew."""
+    """It was short enough to be read whole; a few more tokens are no reason to read the layers behind a cut again."""
     plan = dataclasses.replace(PLAN, questions=2, min_keep=130)
     document = np.random.default_rng(4).integers(3, 200, 300).tolist()
     s = llm.session()

@@ -237,7 +237,7 @@ def open_contender(name: str, setup: Setup) -> Contender:
 
 
 def _reset_peak() -> None:
-    """Let the peak of resident memory begin anew, where the system can (Linux 4.0)."""
+    """Let the peak of resident memory begin again, where the system can (Linux 4.0)."""
     if os.access("/proc/self/clear_refs", os.W_OK):
         Path("/proc/self/clear_refs").write_text("5")
 

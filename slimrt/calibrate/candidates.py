@@ -31,7 +31,7 @@ _KEPT_BEHIND = 0.5  # what a cut keeps by which layers are judged that know a qu
 # it; of SmolLM2's presets one has .85 and .7, the other .75 and .5 (docs/experiments.md).
 _SURE, _MOST = 0.8, 0.6
 _LEAST_SAVED = 0.9  # of the dense run's arithmetic: plans that do more are not worth a loss
-# A further question computes what lies behind the first cut anew: a plan whose later layers do more than this share of
+# A further question computes what lies behind the first cut again: a plan whose later layers do more than this share of
 # its work would be quick once, and slow ever after.
 RECOMPUTED = 0.5
 # Candidates are spread over what they cost, and in each range over first layers and numbers of cuts.

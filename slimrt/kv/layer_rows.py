@@ -282,7 +282,7 @@ class LayerRows:
             slot[:, :, tail * block : len(self)] = self._views[self._slot_of(tail)][:, :, :begun]
 
     def settle_from(self, slot: Array, choice: Choice | None) -> None:
-        """Fill the resident slots anew from ``slot``, which holds all rows; ``choice`` None: they fit."""
+        """Fill the resident slots again from ``slot``, which holds all rows; ``choice`` None: they fit."""
         block, resident = self._config.block, self._slots_memory()
         self.choice, self.spilled = choice, choice is not None
         if choice is None:

@@ -81,7 +81,7 @@ class OffloadedKVCache:
         """
         if self._failure is not None:
             raise ComputeError(
-                f"keys and values were lost when a copy failed ({self._failure!r}); start the conversation anew"
+                f"keys and values were lost when a copy failed ({self._failure!r}); start the conversation again"
             ) from self._failure
         with _NotingFailure(self):
             rows = self._layers[layer]

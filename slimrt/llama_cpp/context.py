@@ -103,7 +103,7 @@ class LlamaContext(LlamaTokens):
     ) -> None:
         """Load ``model_path``: a file, or "hf:owner/repo/file.gguf", or a name that ``slimrt pull`` knows.
 
-        ``n_ctx`` 0 is the trained context. ``n_threads`` None uses all cores. ``seed`` -1 (or the default) draws anew
+        ``n_ctx`` 0 is the trained context. ``n_threads`` None uses all cores. ``seed`` -1 (or the default) draws again
         for each call. ``chat_format``: llama_cpp's name of a format, a Jinja template, or None for the file's.
         ``vocab_only`` loads the tokenizer alone. ``n_gpu_layers`` 0 computes on the CPU, any other number on a GPU
         where one works and the model fits. ``pooling_type``: what ``embed`` makes of a text's tokens: 0 (and -1) a

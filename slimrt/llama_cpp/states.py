@@ -96,7 +96,7 @@ class LlamaStates(LlamaContext):
         return self.cache.used_by(self) if isinstance(self.cache, LlamaDiskCache) else contextlib.nullcontext()
 
     def __getstate__(self) -> dict[str, Any]:
-        """How the model was loaded; an unpickled copy loads it anew, with an empty context."""
+        """How the model was loaded; an unpickled copy loads it again, with an empty context."""
         return self._arguments
 
     def __setstate__(self, state: dict[str, Any]) -> None:

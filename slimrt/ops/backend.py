@@ -84,7 +84,7 @@ def fast_features() -> tuple[Any, str]:
         features = detect()
     except Exception as error:  # whatever an installation that does not fit together makes of an import
         line = (str(error).splitlines() or [""])[0]
-        return None, f"NumPy: Numba cannot be loaded ({type(error).__name__}: {line}); install it anew"
+        return None, f"NumPy: Numba cannot be loaded ({type(error).__name__}: {line}); install it again"
     if not features.avx2:
         return None, "NumPy: this processor, or what NUMBA_CPU_FEATURES leaves of it, lacks AVX2, FMA or F16C"
     return features, f"kernels compiled by Numba for {features.words}"

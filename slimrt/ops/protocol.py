@@ -223,7 +223,7 @@ class Fetched:
         return Fetched(self.nbytes + other.nbytes, self.in_time + other.in_time, self.waits + other.waits)
 
     def since(self, earlier: Fetched) -> Fetched:
-        """What came after ``earlier``; all of it, where the cache was made anew meanwhile."""
+        """What came after ``earlier``; all of it, where the cache was made again meanwhile."""
         if self.nbytes < earlier.nbytes:
             return self
         return Fetched(self.nbytes - earlier.nbytes, self.in_time - earlier.in_time, self.waits - earlier.waits)

@@ -47,7 +47,7 @@ class Schedule:
     hidden states are kept for another question; that of the first stage also while a prompt is too short for a cut, as
     it may grow. ``why_dense``: in words, why a plan that could cut or limit something leaves this prompt whole.
     ``asked``: which tokens choose under the score of that name; None under the published ones. ``whole``: the layers
-    behind the boundary read everything anew, so that further prompts on the same document need no cuts; at the layers
+    behind the boundary read everything again, so that further prompts on the same document need no cuts; at the layers
     in ``moves`` the boundary moves on meanwhile, so that a reading which ends early leaves what it did. ``passed``: the
     layers up to the boundary read the document whole before, and cuts before it are left out.
     """

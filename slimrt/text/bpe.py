@@ -111,7 +111,7 @@ def pre_tokenizer(vocab: Vocabulary) -> PreTokenizer:
         # What llama.cpp does, with a warning as loud: early files lack the key.
         warnings.warn(
             f"{vocab.path}: metadata key 'tokenizer.ggml.pre' is missing; the pre-tokenizer 'default' is used, "
-            "which may split text unlike the model's own; convert the model anew",
+            "which may split text unlike the model's own; convert the model again",
             stacklevel=2,
         )
         return PRE_TOKENIZERS["default"]
@@ -146,7 +146,7 @@ def parse_merges(vocab: Vocabulary, byte_ids: list[int]) -> MergesList:
         )
         raise ModelFileError(
             f"{vocab.path}: tokenizer.ggml.merges entry {no} is {merges[no][:80]!r}; an entry is two vocabulary "
-            "entries with a space between, and joined they are one too; the file is corrupt; convert the model anew"
+            "entries with a space between, and joined they are one too; the file is corrupt; convert the model again"
         ) from None
     return MergesList(left, right, result, vocab.tokens, np.array([id for id in byte_ids if id != _NO_TOKEN], np.int64))
 

@@ -41,7 +41,7 @@ class SentencePieceBPE:
             fault = "missing" if scores is None else "NaN in places"
             raise ModelFileError(
                 f"{vocab.path}: metadata key 'tokenizer.ggml.scores' is {fault}; a SentencePiece vocabulary has a "
-                "score for every entry; convert the model anew"
+                "score for every entry; convert the model again"
             )
         self._has_nul = any("\0" in text for text in vocab.tokens)
         self._byte_fallback = len(set(vocab.byte_values.values())) == 256
@@ -52,7 +52,7 @@ class SentencePieceBPE:
         except (RuntimeError, OSError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise ModelFileError(
-                f"{vocab.path}: the vocabulary makes no SentencePiece model ({reason[:200]}); convert the model anew"
+                f"{vocab.path}: the vocabulary makes no SentencePiece model ({reason[:200]}); convert the model again"
             ) from None
 
     def encode(self, text: str) -> list[int]:

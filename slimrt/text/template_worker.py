@@ -1,7 +1,7 @@
 """The process in which chat templates are compiled and run; ``template_process`` starts it and talks to it.
 
 A template is a program that comes with a model file, from anybody. Its budget (see the sandbox) ends the usual excesses
-with a reason; whatever gets past the budget meets the limits of this process: memory and processor time, set anew for
+with a reason; whatever gets past the budget meets the limits of this process: memory and processor time, set again for
 each rendering by the operating system where it can.
 
 A request is its length (8 bytes, little-endian) and a marshalled (source, variables, characters): variables None only

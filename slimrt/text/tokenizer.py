@@ -91,7 +91,7 @@ class Tokenizer:
             if wanted and id is None:
                 raise ModelFileError(
                     f"{vocab.path}: tokenizer.ggml.add_{name}_token is set and tokenizer.ggml.{name}_token_id is "
-                    "missing; the one needs the other; convert the model anew"
+                    "missing; the one needs the other; convert the model again"
                 )
 
     @classmethod
@@ -266,7 +266,7 @@ def _one_of(vocab: Vocabulary, key: str, known: tuple[str, ...]) -> str | None:
     value = vocab.text(key)
     if value is not None and value not in known:
         raise ModelFileError(
-            f"{vocab.path}: {key} is {value[:40]!r}; known are {', '.join(known)}; convert the model anew"
+            f"{vocab.path}: {key} is {value[:40]!r}; known are {', '.join(known)}; convert the model again"
         )
     return value
 

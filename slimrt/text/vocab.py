@@ -69,7 +69,7 @@ class Vocabulary:
         self.tokens = self.text_list("tokenizer.ggml.tokens")
         if not self.tokens:
             raise ModelFileError(
-                f"{self.path}: tokenizer.ggml.tokens is empty; a vocabulary has entries; convert the model anew"
+                f"{self.path}: tokenizer.ggml.tokens is empty; a vocabulary has entries; convert the model again"
             )
         if "" in self.tokens:
             self.tokens = [text or f"[EMPTY_{id}]" for id, text in enumerate(self.tokens)]
@@ -78,7 +78,7 @@ class Vocabulary:
             id, text = next((id, text) for id, text in enumerate(self.tokens) if self.ids[text] != id)
             raise ModelFileError(
                 f"{self.path}: vocabulary entry {text[:80]!r} occurs twice, as {id} and {self.ids[text]}; "
-                "entries are unique; convert the model anew"
+                "entries are unique; convert the model again"
             )
         types = self.numbers("tokenizer.ggml.token_type", kinds="iu")
         self.types: list[int] = [NORMAL] * len(self.tokens) if types is None else types.tolist()
@@ -105,7 +105,7 @@ class Vocabulary:
         if not isinstance(value, list) or not isinstance(value[0] if value else "", str):  # arrays are of one type
             raise ModelFileError(
                 f"{self.path}: metadata key '{key}' is {'missing' if value is None else 'not an array of strings'}; "
-                "this tokenizer requires it; convert the model anew"
+                "this tokenizer requires it; convert the model again"
             )
         return value
 
@@ -120,7 +120,7 @@ class Vocabulary:
         if not isinstance(value, np.ndarray) or value.dtype.kind not in kinds or len(value) < len(self.tokens):
             raise ModelFileError(
                 f"{self.path}: metadata key '{key}' must be an array of {len(self.tokens)} numbers, one per vocabulary "
-                "entry; the file is corrupt; convert the model anew"
+                "entry; the file is corrupt; convert the model again"
             )
         return value[: len(self.tokens)]
 
@@ -130,12 +130,12 @@ class Vocabulary:
         if value is None:
             return None
         if not isinstance(value, np.ndarray) or value.dtype.kind not in "iu" or not len(value):
-            raise ModelFileError(f"{self.path}: metadata key '{key}' must be an array of ids; convert the model anew")
+            raise ModelFileError(f"{self.path}: metadata key '{key}' must be an array of ids; convert the model again")
         wrong = value[(value < 0) | (value >= len(self.tokens))]
         if len(wrong):
             raise ModelFileError(
                 f"{self.path}: metadata key '{key}' names token {wrong[0]}; the vocabulary has ids 0 to "
-                f"{len(self.tokens) - 1}; convert the model anew"
+                f"{len(self.tokens) - 1}; convert the model again"
             )
         return value.tolist()
 
@@ -156,7 +156,7 @@ class Vocabulary:
         if not 0 <= id < len(self.tokens):
             raise ModelFileError(
                 f"{self.path}: {key} is {id}; the vocabulary has ids 0 to {len(self.tokens) - 1}; "
-                "convert the model anew"
+                "convert the model again"
             )
         return id
 
@@ -175,7 +175,7 @@ class Vocabulary:
         if match is None:
             raise ModelFileError(
                 f"{self.path}: vocabulary entry {id}, {self.tokens[id][:80]!r}, is of type byte; such entries read "
-                "<0x00> to <0xFF>; convert the model anew"
+                "<0x00> to <0xFF>; convert the model again"
             )
         return bytes.fromhex(match[1])
 

@@ -44,13 +44,13 @@ class GGUFFile:
             if not isinstance(claim, int) or claim != number:
                 raise ModelFileError(
                     f"{other}: split.no is {shown(claim)}, the name says {number} (from 0); "
-                    "give the parts their own names again, or fetch the model anew"
+                    "give the parts their own names again, or fetch the model again"
                 )
             for name, tensor in part.tensors.items():
                 if name in self.tensors:
                     raise ModelFileError(
                         f"{other}: tensor {shown(name)} is in an earlier part too; "
-                        "parts must not overlap; split the model anew"
+                        "parts must not overlap; split the model again"
                     )
                 self.tensors[name] = tensor
         expected = self.metadata.get("split.tensors.count")
@@ -94,14 +94,14 @@ class GGUFFile:
             if default is not None:
                 return default
             raise ModelFileError(
-                f"{self.path}: metadata key '{key}' is missing; the format requires it; convert the model anew"
+                f"{self.path}: metadata key '{key}' is missing; the format requires it; convert the model again"
             )
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
             raise ModelFileError(
                 f"{self.path}: metadata key '{key}' is {_kind_name(value)}, it must be {kind.__name__}; "
-                "convert the model anew"
+                "convert the model again"
             )
         return value
 
@@ -111,7 +111,7 @@ class GGUFFile:
             return self.tensors[name]
         except KeyError:
             raise ModelFileError(
-                f"{self.path}: tensor '{name}' is missing; the architecture requires it; convert the model anew"
+                f"{self.path}: tensor '{name}' is missing; the architecture requires it; convert the model again"
             ) from None
 
 

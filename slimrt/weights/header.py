@@ -121,7 +121,7 @@ class Part:
         if count > self.size - self.at:
             raise self._error(
                 f"{what} needs {count} bytes at offset {self.at}, {self.size - self.at} are left; "
-                "the file is truncated or corrupt; fetch or convert it anew"
+                "the file is truncated or corrupt; fetch or convert it again"
             )
 
     def _u32(self, what: str) -> int:
@@ -175,7 +175,7 @@ class Part:
                 else "it is newer than this program, older or corrupt"
             )
             raise self._error(
-                f"GGUF version {self.version}; little-endian versions 2 and 3 are readable; {hint}; convert it anew"
+                f"GGUF version {self.version}; little-endian versions 2 and 3 are readable; {hint}; convert it again"
             )
         tensor_count = self._u64("tensor count")
         key_count = self._u64("metadata count")
@@ -188,12 +188,12 @@ class Part:
             key = self._text("a metadata key", _MAX_NAME)
             label = f"metadata key {shown(key)}"
             if key in self.metadata:
-                raise self._error(f"{label} occurs twice; keys are unique; convert the model anew")
+                raise self._error(f"{label} occurs twice; keys are unique; convert the model again")
             self.metadata[key] = self._value(self._u32(f"the type of {label}"), label)
         alignment = self.metadata.get("general.alignment", 32)
         if not isinstance(alignment, int) or alignment < 8 or alignment % 8 or alignment > 1 << 20:
             raise self._error(
-                f"general.alignment is {shown(alignment)}; it must be a multiple of 8; convert the model anew"
+                f"general.alignment is {shown(alignment)}; it must be a multiple of 8; convert the model again"
             )
         self._read_tensors(tensor_count, alignment)
 
@@ -251,7 +251,7 @@ class Part:
                 at = end
         except struct.error:
             raise self._error(
-                f"{what} runs past the end of the file; it is truncated or corrupt; fetch or convert it anew"
+                f"{what} runs past the end of the file; it is truncated or corrupt; fetch or convert it again"
             ) from None
         except UnicodeDecodeError:
             raise self._error(
@@ -265,7 +265,7 @@ class Part:
         for _ in range(count):
             name, shape, number, offset = self._tensor_entry()
             if name in entries:
-                raise self._error(f"tensor {shown(name)} occurs twice; names are unique; convert the model anew")
+                raise self._error(f"tensor {shown(name)} occurs twice; names are unique; convert the model again")
             try:
                 kind = GGMLQuantizationType(number)
             except ValueError:
@@ -317,7 +317,7 @@ class Part:
         if offset % alignment or start + offset + nbytes > self.size:
             raise self._error(
                 f"{label} ({kind.name} {shape}) needs {nbytes} bytes at offset {start + offset} of {self.size}; "
-                f"tensors are aligned to {alignment} and lie inside the file; it is truncated or corrupt; fetch it anew"
+                f"tensors are aligned to {alignment}, inside the file; it is truncated or corrupt; fetch it again"
             )
         dtype, view = {
             GGMLQuantizationType.F32: ("<f4", shape),

@@ -76,7 +76,7 @@ def dequantize(tensor: TensorInfo, rows: slice | None = None, *, out: Array | No
         if not np.isfinite(chunk).all():
             raise ComputeError(
                 f"tensor '{tensor.name}' ({tensor.type.name}) holds NaN or infinity; weights must be finite; "
-                "the file is corrupt; fetch or convert it anew"
+                "the file is corrupt; fetch or convert it again"
             )
     return out
 

@@ -201,7 +201,7 @@ def test_a_refused_global_is_named_as_such(tmp_path: Path) -> None:
 def test_bad_archives(tmp_path: Path) -> None:
     path = tmp_path / "a.pth"
     path.write_bytes(b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.")  # how files before PyTorch 1.6 begin
-    with pytest.raises(ModelFileError, match=r"not a zip archive; .* load it with PyTorch and save it anew"):
+    with pytest.raises(ModelFileError, match=r"not a zip archive; .* load it with PyTorch and save it again"):
         read_pth(path)
     _archive(path, {"a/data/0": b""})
     with pytest.raises(ModelFileError, match=r"0 entries called data.pkl"):

@@ -153,7 +153,7 @@ def test_a_failed_copy_surfaces_and_can_be_recovered_from() -> None:
         with pytest.raises((ValueError, ComputeError), match=r"could not broadcast|lost when a copy failed"):
             long_schedule(run)
         assert not run.cache.intact
-        with pytest.raises(ComputeError, match="start the conversation anew"):
+        with pytest.raises(ComputeError, match="start the conversation again"):
             run.read(1)
         run.truncate(0)
         assert run.cache.intact

@@ -189,7 +189,7 @@ def test_a_full_ring_holds_both_queues_back(ops: NumpyOps) -> None:
     gate.set_result(None)
     thread.join(10)
     assert not thread.is_alive()
-    assert host[0].tolist() == [1] * 4  # spilled before the slot was filled anew
+    assert host[0].tolist() == [1] * 4  # spilled before the slot was filled again
     ring.close()
     assert host[1].tolist() == [2] * 4
     assert transfers.waits >= 1

@@ -301,7 +301,7 @@ def test_a_damaged_entry_is_dropped_and_the_prompt_read(
         found = llm.generate(DOCUMENT, session=llm.session(), **ASKED)
         assert found.tokens == wanted.tokens and found.timings.reused_tokens == 0
         assert any("damaged" in record.message for record in caplog.records), len(case)
-        assert files(tmp_path / "read") == [path] and path.read_bytes() == whole  # written anew
+        assert files(tmp_path / "read") == [path] and path.read_bytes() == whole  # written again
 
 
 def test_the_longest_unused_go_first_and_a_longer_one_takes_the_place_of_its_beginning(

@@ -34,7 +34,7 @@ def text_of(completion: Any) -> str:
 
 
 def reads(llama: slimrt.Llama, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many tokens each prompt that is read from now on has anew."""
+    """How many tokens each prompt that is read from now on has again."""
     counts: list[int] = []
     prefill = type(llama._session).prefill
 
@@ -91,7 +91,7 @@ def test_files_that_are_damaged_or_of_others(path: Path, tmp_path: Path) -> None
     data[-5] ^= 1
     entry.write_bytes(data)
     llama.reset()
-    assert text_of(llama(FIRST, **GREEDY)) == wanted  # read anew, and kept anew
+    assert text_of(llama(FIRST, **GREEDY)) == wanted  # read again, and kept again
     entry.write_bytes(b"nonsense")
     llama.reset()
     assert text_of(llama(FIRST, **GREEDY)) == wanted

@@ -117,7 +117,7 @@ def test_pruning(name: str, files: dict[str, Path]) -> None:
         one.prefill(ids[:60], plan)
         one.extend(ids[60:61])
     np.testing.assert_array_equal(dense.logits, kept.logits)
-    kept.prefill(ids, keeps_all)  # computes the stages behind the cut anew, in products of other sizes
+    kept.prefill(ids, keeps_all)  # computes the stages behind the cut again, in products of other sizes
     dense.prefill(ids)
     # Sums in another order: what that does to a prompt that is read in parts, and without a plan, is the unit.
     whole = session(files[name], NumpyOps(1), 128)

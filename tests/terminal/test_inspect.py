@@ -120,7 +120,7 @@ def cut_in_metadata(path: Path) -> Path:
         (part_of_three, "part 2 of 3; a model is opened by its first part", "llama", 0),
         (first_of_two, "1 of 2 parts are missing (first: m-00002-of-00002.gguf)", "llama", 20),
         (unknown_type, "tensor 't' has type number 99, which the installed gguf package does not know", "llama", 1),
-        (cut_short, "it is truncated or corrupt; fetch it anew", "llama", 20),
+        (cut_short, "it is truncated or corrupt; fetch it again", "llama", 20),
         (cut_in_metadata, "are left; the file is truncated or corrupt", "llama", 0),
     ],
 )

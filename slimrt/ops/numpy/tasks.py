@@ -85,7 +85,7 @@ class Task:
             if self._served.lost:
                 return ComputeError(
                     "this process was forked while another thread computed, and that thread's work is not finished "
-                    "here; read the prompt anew"
+                    "here; read the prompt again"
                 )
             if self._end.acquire(timeout=_LOOK_S):
                 self._end.release()

@@ -332,7 +332,7 @@ def test_a_lost_gpu_says_so_and_the_cpu_goes_on(monkeypatch: pytest.MonkeyPatch,
     session.prefill(ids(file, 30))
     fake.lost = "cudaErrorIllegalAddress: an illegal memory access was encountered"
     with pytest.raises(
-        DeviceError, match=r"CUDA failed .*cudaErrorIllegalAddress.* start it anew, or use device='cpu'"
+        DeviceError, match=r"CUDA failed .*cudaErrorIllegalAddress.* start it again, or use device='cpu'"
     ):
         session.extend([3])
     other = Session(engine(file, NumpyOps(1)), 512)
