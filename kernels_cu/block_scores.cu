@@ -9,6 +9,7 @@
 //
 //   q [W, H, DH] with q_stride from query to query; keys [Hkv, N, DH] with keys_stride from head to head; `per_block` keys
 //   make a block. causal: query w sees keys up to N - W + w. cap: with the macro CAPPED, see attention.cuh. Scores carry log2(e), so that 2^x serves for exp.
+//   counted [1] or null: N in device memory, for a captured graph, in the place of the argument, which is then no less.
 //   score_stats    grid (ceil(B / max(1, 64 / per_block)), Hkv), block 128 -> stats [H * W, B] of (m, l)
 //   score_norms    grid (H * W), block 128                                -> norms [H * W] of (M, L)
 //   score_softmax  grid (ceil(B / 128)), block 128                        -> scores [B]
@@ -56,8 +57,9 @@ __device__ __forceinline__ void multiply(float* products, const T* tile, const T
 
 extern "C" __global__ void __launch_bounds__(128)
 score_stats(const T* q, const T* keys, float2* stats, int window, int count, int heads, int kv_heads, int q_stride,
-            int keys_stride, int per_block, int causal, float cap) {
+            int keys_stride, int per_block, int causal, float cap, const int* counted) {
     DYNAMIC_SHARED(T, tile);
+    if (counted) count = counted[0];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     float* const products = reinterpret_cast<float*>(tile + KEYS * DH) + warp * ROWS * PITCH;
     const int kv_head = blockIdx.y, group = heads / kv_heads, rows = window * group;
@@ -94,8 +96,9 @@ score_stats(const T* q, const T* keys, float2* stats, int window, int count, int
 }
 
 extern "C" __global__ void __launch_bounds__(128)
-score_norms(const float2* stats, float2* norms, int blocks) {
+score_norms(const float2* stats, float2* norms, int blocks, int per_block, const int* counted) {
     __shared__ float scratch[2][4];
+    if (counted) blocks = (counted[0] + per_block - 1) / per_block;
     stats += (long long)blockIdx.x * blocks;
     float highest = -FLOAT_INFINITY, sum = 0.0f;
     for (int b = threadIdx.x; b < blocks; b += blockDim.x) highest = fmaxf(highest, stats[b].x);
@@ -106,7 +109,9 @@ score_norms(const float2* stats, float2* norms, int blocks) {
 }
 
 extern "C" __global__ void __launch_bounds__(128)
-score_softmax(const float2* stats, const float2* norms, float* scores, int window, int heads, int blocks, int mass) {
+score_softmax(const float2* stats, const float2* norms, float* scores, int window, int heads, int blocks, int mass,
+              int per_block, const int* counted) {
+    if (counted) blocks = (counted[0] + per_block - 1) / per_block;
     const int b = blockIdx.x * blockDim.x + threadIdx.x;
     if (b >= blocks) return;
     float best = 0.0f;

@@ -72,6 +72,7 @@ STEPS: dict[str, Step] = {
     "ttft_q4": Step(MEASURES, "ttft_q4", "tokens", 150),
     "ring": Step(MEASURES, "ring", "tokens", 90),
     "decode": Step(MEASURES, "decode", "tokens", 120),
+    "budget": Step("scripts.gpu_budget", "budget", "tokens", 120),
 }
 GROUPS = tuple(dict.fromkeys(step.group for step in STEPS.values()))
 

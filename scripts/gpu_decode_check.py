@@ -303,7 +303,7 @@ class Bench:
         decoder: Any = engine._decoder
         stores = decoder._stores
         angles = decoder._device[decoder._angles_at :].view(np.float32).reshape(2, -1)
-        start, length = decoder._device[1:2], decoder._device[1 + c.n_layers : 2 + c.n_layers]
+        start, length = decoder._word(0, 0), decoder._word(0, 1)
 
         def linears() -> None:
             x = ops.begin(model.embedding, decoder._host, decoder._device)

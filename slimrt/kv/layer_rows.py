@@ -11,6 +11,7 @@ from slimrt.config import CacheConfig, ModelConfig
 from slimrt.kv.cache import Positions
 from slimrt.kv.choice import Choice
 from slimrt.kv.host_blocks import HostBlocks
+from slimrt.kv.lending import LendableRows
 from slimrt.kv.ring import Transfers, wait_all
 from slimrt.ops.protocol import Array, Ops
 
@@ -32,7 +33,7 @@ class _State(NamedTuple):
     wished_at: int
 
 
-class LayerRows:
+class LayerRows(LendableRows):
     """The rows of one layer.
 
     While they fit into the slots, row i lies at row i of ``resident`` and nothing else is used. After that

@@ -9,6 +9,7 @@ come a token later would no longer be what this one wants (docs/experiments.md).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ from slimrt.errors import ComputeError
 from slimrt.kv.choice import Choice, choose
 from slimrt.kv.layer_rows import LayerRows
 from slimrt.kv.ring import Pairs, Ring, Transfers
-from slimrt.ops.protocol import Array, Fetched, Ops
+from slimrt.ops.protocol import Array, Borrower, Fetched, Lent, Ops
 
 __all__ = ["OffloadedKVCache"]
 
@@ -61,6 +62,7 @@ class OffloadedKVCache:
         self._ring: Ring | None = None  # while a pass over many tokens runs
         self._open: _Open | None = None
         self._failure: BaseException | None = None
+        self._borrower: Borrower | None = None
 
     @property
     def intact(self) -> bool:
@@ -68,6 +70,7 @@ class OffloadedKVCache:
 
     @property
     def fetched(self) -> Fetched:
+        self._take_back()
         return self.transfers.fetched
 
     # -- a pass -------------------------------------------------------------------------------------------------------
@@ -84,6 +87,7 @@ class OffloadedKVCache:
                 f"keys and values were lost when a copy failed ({self._failure!r}); start the conversation again"
             ) from self._failure
         with _NotingFailure(self):
+            self._take_back()
             rows = self._layers[layer]
             rows.note_state(len(positions) == 1 and not exact)
             if not rows.spilled and len(rows) + len(positions) <= rows.capacity:
@@ -96,8 +100,10 @@ class OffloadedKVCache:
         """None: what a query reads is chosen here."""
 
     def appended(self, layer: int, positions: np.ndarray) -> None:
-        """Never: there is no ``room``."""
-        raise AssertionError("rows come by update only")
+        """By who has the rows on loan: there is no ``room``."""
+        assert self._borrower is not None, "rows come by update only"
+        with _NotingFailure(self):
+            self._layers[layer].appended(positions)
 
     def attended(self, layer: int) -> None:
         """Choose what of the layer stays resident, now that its attention is queued (a choice waits for compute); start
@@ -149,6 +155,33 @@ class OffloadedKVCache:
         if tail < self._config.slots or q is None:
             return choose(None, tail, self._config)
         return choose(rows.wanted(q, tail), tail, self._config)
+
+    # -- on loan: see slimrt.ops.protocol.Lender ----------------------------------------------------------------------
+
+    def lend(self, scores: Sequence[str]) -> Lent | None:
+        self._take_back()
+        if self._failure is not None or self._ring is not None or self._config.score not in scores:
+            return None
+        layers = [layer for rows in self._layers if (layer := rows.lent()) is not None]
+        return Lent(self._config, layers) if len(layers) == len(self._layers) else None
+
+    def lent_to(self, borrower: Borrower) -> None:
+        self._borrower = borrower
+
+    def lends_to(self, borrower: Borrower) -> bool:
+        return self._borrower is borrower and self._failure is None
+
+    def settled(self) -> None:
+        with _NotingFailure(self):
+            for rows in self._layers:
+                rows.settle()
+
+    def _take_back(self) -> None:
+        """Before anybody looks at what the slots hold."""
+        if self._borrower is not None:
+            borrower, self._borrower = self._borrower, None
+            for rows, now in zip(self._layers, borrower.give_back(), strict=True):
+                rows.take_back(now)
 
     # -- prefill ------------------------------------------------------------------------------------------------------
 
@@ -229,6 +262,7 @@ class OffloadedKVCache:
     def truncate(self, length: int) -> None:
         """Forget every row whose position is ``length`` or more; a failed copy surfaces in the next ``update``."""
         self._settle()
+        self._take_back()
         for rows in self._layers:
             if length:
                 rows.truncate(length)
@@ -259,6 +293,7 @@ class OffloadedKVCache:
     def clear(self, first_layer: int) -> None:
         """Forget every row of the layers from ``first_layer`` on, also what is on its way for them."""
         with _NotingFailure(self):
+            self._take_back()
             if self._ring is not None:
                 self._ring.discard(first_layer)
             for rows in self._layers[first_layer:]:
@@ -278,17 +313,20 @@ class OffloadedKVCache:
     def rows(self, layer: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """All rows of a layer, gathered in host memory. Not while a pass runs."""
         with _NotingFailure(self):
+            self._take_back()
             self._layers[layer].settle()
             self._ops.finish()
             return self._layers[layer].rows()
 
     def layer_nbytes(self, layer: int) -> tuple[int, int]:
         """Bytes of one layer where the model computes (the ring, which all share, aside) and in host memory."""
+        self._take_back()
         return self._layers[layer].nbytes_device, self._layers[layer].nbytes_host
 
     @property
     def nbytes_device(self) -> int:
         """Bytes of resident rows, of unit means, and of the staging slots while a prompt is read."""
+        self._take_back()
         ring = self._ring.nbytes if self._ring is not None else 0
         return sum(rows.nbytes_device for rows in self._layers) + ring
 
@@ -314,5 +352,6 @@ class OffloadedKVCache:
     def close(self) -> None:
         """Wait for all copies and let go of the memory."""
         self._settle()
+        self._borrower = None
         for rows in self._layers:
             rows.close()

@@ -10,14 +10,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from slimrt.config import CacheConfig
 from slimrt.prune.reach import Reach
 from slimrt.weights.gguf import TensorInfo
 
-__all__ = ["Array", "Cache", "Decoder", "Fence", "Ops", "Pairs", "StreamingOps", "Weight"]
+__all__ = [
+    "Array", "Borrower", "Cache", "Decoder", "Fence", "Lender", "Lent", "LentLayer", "Ops", "Pairs", "Part",
+    "StreamingOps", "TakenBack", "Weight",
+]  # fmt: skip
 
 Array = Any  # the backend's array
 Weight = Any  # the backend's handle on matrices [out, in]; nobody else looks into it
@@ -302,6 +306,63 @@ class Cache(Protocol):
 
     def close(self) -> None:
         """Wait for what is under way and let go of the memory; the cache cannot be used any more."""
+
+
+@dataclass(frozen=True)
+class LentLayer:
+    """A layer's resident rows: ``store`` [2, Hkv, slots * block, Dh], the block in each of the ``slots`` (the last has
+    the newest row), what blocks were wanted for (``wishes``, when the layer had ``wished_at`` rows), where the host
+    keeps complete blocks (``homes``, which grows), and their unit means [Hkv, U, Dh], which move when they grow."""
+
+    store: Array
+    slots: np.ndarray
+    wishes: np.ndarray
+    wished_at: int
+    homes: Sequence[np.ndarray]
+    means: Callable[[], Array]
+
+
+@dataclass(frozen=True)
+class Lent:
+    """What a cache lends of each layer, and the settings by which blocks are chosen."""
+
+    config: CacheConfig
+    layers: Sequence[LentLayer]
+
+
+class TakenBack(NamedTuple):
+    """Of a layer what ``LentLayer`` has, as it is now; how often blocks were brought, and how many."""
+
+    slots: np.ndarray
+    wishes: np.ndarray
+    wished_at: int
+    swaps: int
+    blocks: int
+
+
+class Borrower(Protocol):
+    """Who chooses in the place of a cache."""
+
+    def give_back(self) -> Sequence[TakenBack]:
+        """By layer, when all that was asked has been done."""
+
+
+class Lender(Cache, Protocol):
+    """A cache under a budget that lets a backend's decoder choose the blocks, and bring them, where it computes. Rows
+    are then written into the last slot, and told by ``appended``."""
+
+    def lend(self, scores: Sequence[str]) -> Lent | None:
+        """The resident rows; None while they are not as a decoder needs them: rows that all fit, a score that is none
+        of ``scores``."""
+
+    def lent_to(self, borrower: Borrower) -> None:
+        """It has them from here on, until anybody else asks for rows: then it is asked to give back."""
+
+    def lends_to(self, borrower: Borrower) -> bool:
+        """Whether it still has them."""
+
+    def settled(self) -> None:
+        """What is computed from here on runs after the copies of blocks to the host."""
 
 
 @dataclass(frozen=True)

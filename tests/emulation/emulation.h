@@ -124,6 +124,11 @@ V __shfl_down_sync(unsigned, V value, int delta) {
     return emulation::shuffle(value, emulation::machine.current->lane + delta);
 }
 unsigned __ballot_sync(unsigned, int predicate);
+inline int atomicAdd(int* to, int value) {  // threads give way to each other at barriers and warp operations only
+    const int before = *to;
+    *to += value;
+    return before;
+}
 inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
 
 #include "twins.h"

@@ -50,6 +50,7 @@ def cases(architecture: str) -> list[Case]:
     result: list[Case] = []
     result.append(("compact.cu", {}, 128, 0, 64, ()))
     result.append(("merge.cu", {}, 256, 0, 40, ()))
+    result.append(("choose.cu", {}, 256, 4 * 256 + 8192, 64, ()))
     for kind in SIXTEEN:
         for source in ("rmsnorm.cu", "rope.cu", "swiglu.cu", "kv_append.cu", "unit_means.cu", "kv_blocks.cu",
                        "elements.cu", "norm_heads.cu"):  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.kernel_cases import half, launch, mode, needs_compiler, noise
+from tests.kernel_cases import NULL, half, launch, mode, needs_compiler, noise
 
 __all__ = ["mode"]
 pytestmark = needs_compiler
@@ -32,7 +32,8 @@ def test_kv_append(tokens: int, start: int) -> None:
     assert np.array_equal(layer, expected)
 
 
-def test_blocks_and_slots() -> None:
+@pytest.mark.parametrize("counted", [None, 2])
+def test_blocks_and_slots(counted: int | None) -> None:
     """Scattered blocks of two slabs into scattered slots."""
     kv_heads, block, dh, slots = 2, 16, 72, 7
     slabs = [half(noise((4, 2, kv_heads, block, dh), seed)) for seed in (1, 2)]
@@ -41,8 +42,9 @@ def test_blocks_and_slots() -> None:
     layer = half(noise((2, kv_heads, slots * block, dh), 3))
     expected = layer.copy()
     places = np.array([5, 0, 2], np.int32)
-    for place, source in zip(places, blocks, strict=True):
+    for place, source in list(zip(places, blocks, strict=True))[: counted or 3]:
         expected[:, :, place * block : (place + 1) * block] = source
     grid, sizes = (3, 2 * kv_heads), [block, dh, slots * block]
-    launch("kv_blocks.cu", {"T": "f16"}, "blocks_to_layer", grid, 128, [addresses, places, layer, *sizes])
+    count = NULL if counted is None else np.array([counted], np.int32)
+    launch("kv_blocks.cu", {"T": "f16"}, "blocks_to_layer", grid, 128, [addresses, places, layer, *sizes, count])
     assert np.array_equal(layer, expected)

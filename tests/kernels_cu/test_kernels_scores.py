@@ -7,7 +7,7 @@ import pytest
 
 from slimrt.prune import scores as block_scores
 from slimrt.prune.scores import BLOCK_SCORES, unit_means
-from tests.kernel_cases import Array, assert_as_exact, full, half, launch, mode, needs_compiler, noise, rounded
+from tests.kernel_cases import NULL, Array, assert_as_exact, full, half, launch, mode, needs_compiler, noise, rounded
 
 __all__ = ["mode"]
 pytestmark = needs_compiler
@@ -58,14 +58,19 @@ def kernel_scores(name: str, q: Array, k: Array, keys: int, block: int, unit: in
         args = [sums, scores, count, blocks, kv_heads, per_block, 1 / (heads * window)]
         launch("block_scores.cu", defines, "score_mean", row_grid, 128, args)
         return scores
+    # As a captured graph has it: the arguments and the grid leave room, the number is in memory.
+    room, counted = (2 * per_block, np.array([count], np.int32)) if window < 5 else (0, NULL)
+    products[1] += room
     stats = np.full((heads * window, blocks, 2), np.nan, np.float32)
     norms = np.full((heads * window, 2), np.nan, np.float32)
-    grid = (-(-blocks // max(1, 64 // per_block)), kv_heads)
+    grid = (-(-(blocks + 2) // max(1, 64 // per_block)), kv_heads)
     causal = int(name.startswith("token"))
-    args = [q, source, stats, *products, per_block, causal, 0.0]
+    args = [q, source, stats, *products, per_block, causal, 0.0, counted]
     launch("block_scores.cu", defines, "score_stats", grid, 128, args, shared)
-    launch("block_scores.cu", defines, "score_norms", (heads * window,), 128, [stats, norms, blocks])
-    args = [stats, norms, scores, window, heads, blocks, int(name != "token_max")]
+    blocks += room // per_block
+    args = [stats, norms, blocks, per_block, counted]
+    launch("block_scores.cu", defines, "score_norms", (heads * window,), 128, args)
+    args = [stats, norms, scores, window, heads, blocks, int(name != "token_max"), per_block, counted]
     launch("block_scores.cu", defines, "score_softmax", row_grid, 128, args)
     return scores
 

@@ -103,13 +103,14 @@ def test_a_rehearsal_on_a_machine_that_has_never_seen_the_project(tmp_path: Path
     found = {name: step["results"] for name, step in results["steps"].items()}
     assert found["ptx"]["passed"] > 5 and found["kernels"]["passed"] > 5
     assert found["device"]["h2d_gb_s"] > 0
-    for step in ("attention", "sizes", "engine", "shapes", "memory"):
+    for step in ("attention", "sizes", "engine", "shapes", "memory", "budget"):
         assert found[step]["checks"] and all(row["ok"] for row in found[step]["checks"])
     assert 0 < found["model"]["error"] <= found["model"]["allowed"]
     lengths = [(row["length"], row["plan"]) for row in found["ttft"]["rows"]]
     assert lengths == [(96, "off"), (96, "tiny"), (160, "off"), (160, "tiny")]
     assert all(row["decode_tok_s"] > 0 and row["floor_s"] > 0 for row in found["decode"]["rows"])
     assert all(row["bytes_moved"] > 0 for row in found["ring"]["rows"])
+    assert [row["graphs"] for row in found["budget"]["rows"]] == [False, True]
     table = updated(f"before\n{BEGIN}\nold\n{END}\nafter", results)
     assert table is not None and table.startswith("before\n") and table.endswith("\nafter") and "old" not in table
     assert "| 160 |" in table and "Q4_0 dense" in table and "Emulated GPU" in table

@@ -138,7 +138,7 @@ class Attending(Checked):
             slots = self._cupy.asarray(np.array([slot for slot, _ in blocks], np.int32))
             self.kernels.launch(
                 "kv_blocks", "blocks_to_layer", (len(blocks), 2 * kv_heads), 128,
-                addresses, slots, layer, rows, width, layer.shape[2], T=self.half_type,
+                addresses, slots, layer, rows, width, layer.shape[2], None, T=self.half_type,
             )  # fmt: skip
 
         return self._queued(gather, [(layer, block) for _, block in blocks], after)
@@ -169,11 +169,48 @@ class Attending(Checked):
         norms = self.empty((heads * window, 2), np.float32)
         grid = (-(-blocks // max(1, 64 // per_block)), kv_heads)
         launch("block_scores", "score_stats", grid, 128, q, k, stats, window, rows, heads, kv_heads, *strides,
-               per_block, causal, 0.0, shared=shared, T=self.half_type, DH=width)  # fmt: skip
-        launch("block_scores", "score_norms", (heads * window,), 128, stats, norms, blocks, T=self.half_type, DH=width)
+               per_block, causal, 0.0, None, shared=shared, T=self.half_type, DH=width)  # fmt: skip
+        launch("block_scores", "score_norms", (heads * window,), 128, stats, norms, blocks, per_block, None,
+               T=self.half_type, DH=width)  # fmt: skip
         launch("block_scores", "score_softmax", (-(-blocks // 128),), 128, stats, norms, scores, window, heads, blocks,
-               int(kind != "token_max"), T=self.half_type, DH=width)  # fmt: skip
+               int(kind != "token_max"), per_block, None, T=self.half_type, DH=width)  # fmt: skip
         return self.to_host(scores)
+
+    def score_captured(self, kind: str, q: Array, means: Array, units: int, counted: Array, scores: Array) -> None:
+        """``scores`` [B]: how much the query q [1, H, Dh] wants each block of ``units`` of means [Hkv, U, Dh], of which
+        the first ``counted`` (int32 [1]) are there; by ``kind``, but for mean_qk."""
+        _, heads, width = q.shape
+        kv_heads, room, _ = means.shape
+        blocks, launch = room // units, self.kernels.launch
+        stats, norms = self.empty((heads, blocks, 2), np.float32), self.empty((heads, 2), np.float32)
+        grid = (-(-blocks // max(1, 64 // units)), kv_heads)
+        launch("block_scores", "score_stats", grid, 128, q, means, stats, 1, room, heads, kv_heads,
+               self.stride("score", q), self.stride("score", means), units, int(kind != "unit_softmax"), 0.0, counted,
+               shared=128 * width + 16640, T=self.half_type, DH=width)  # fmt: skip
+        launch("block_scores", "score_norms", (heads,), 128, stats, norms, blocks, units, counted,
+               T=self.half_type, DH=width)  # fmt: skip
+        launch("block_scores", "score_softmax", (-(-blocks // 128),), 128, stats, norms, scores, 1, heads, blocks,
+               int(kind != "token_max"), units, counted, T=self.half_type, DH=width)  # fmt: skip
+
+    def choose_blocks(
+        self, step: Array, scores: Array, wishes: Array, slots: Array, homes: np.ndarray, source: Array, target: Array,
+        moved: Array, sink: int, local: int,
+    ) -> None:  # fmt: skip
+        """Choose by ``scores`` which blocks lie in ``slots`` [count + 1]; ``source`` and ``target`` [count] have the
+        first moved[0] that are missing: see choose.cu. ``homes``: page-locked addresses [blocks]."""
+        count = len(slots) - 1
+        self.kernels.launch(
+            "choose", "choose_blocks", (1,), 256, step, scores, wishes, slots, np.uintp(homes.ctypes.data),
+            source, target, moved, count, sink, local, shared=4 * count + len(homes),
+        )  # fmt: skip
+
+    def bring_blocks(self, layer: Array, source: Array, target: Array, count: Array, block: int) -> None:
+        """The first ``count`` (int32 [1]) blocks at the host's addresses ``source`` into the slots ``target``."""
+        _, kv_heads, capacity, width = layer.shape
+        self.kernels.launch(
+            "kv_blocks", "blocks_to_layer", (len(source), 2 * kv_heads), 128,
+            source, target, layer, block, width, capacity, count, T=self.half_type,
+        )  # fmt: skip
 
     def block_mass(
         self, q: Array, k: Array, block: int, causal: bool, cap: float = 0.0, sinks: Array | None = None
@@ -191,8 +228,8 @@ class Attending(Checked):
         launch = self.kernels.launch
         launch("block_scores", "score_stats", grid, 128, q, k, stats, window, rows, heads, kv_heads,
                self.stride("block_mass", q), self.stride("block_mass", k), block, int(causal), float(cap),
-               shared=128 * width + 16640, T=self.half_type, DH=width, **_capped(cap))  # fmt: skip
-        launch("block_scores", "score_norms", (heads * window,), 128, stats, norms, blocks,
+               None, shared=128 * width + 16640, T=self.half_type, DH=width, **_capped(cap))  # fmt: skip
+        launch("block_scores", "score_norms", (heads * window,), 128, stats, norms, blocks, block, None,
                T=self.half_type, DH=width, **_capped(cap))  # fmt: skip
         # By block the greatest score m and the sum l of 2^(score - m); by row the same over all blocks.
         found, norm = self.to_host(stats), self.to_host(norms)[:, None]

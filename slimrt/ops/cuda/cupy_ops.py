@@ -17,6 +17,7 @@ import numpy as np
 
 from slimrt.config import ModelConfig
 from slimrt.ops.cuda.attention import MAX_GROUP, Attending
+from slimrt.ops.cuda.budget_decode import BudgetedDecode
 from slimrt.ops.cuda.checked import HEAD_WIDTHS
 from slimrt.ops.cuda.decode import CapturedDecode
 from slimrt.ops.cuda.device import CudaDevice, load_cupy, probe
@@ -84,15 +85,19 @@ class CupyOps(FewRows, Attending, InPlaceLayer):
     unpack_rows = FEW_ROWS  # from so many rows on a layer is unpacked once, into scratch
     keeps_unpacked = False  # whether it then stays so, for the next prompt (slimrt.memory.cuda plans for it)
 
-    def __init__(self, device: CudaDevice | None = None, *, element: ElementName = "f16", wgmma: bool = True) -> None:
+    def __init__(
+        self, device: CudaDevice | None = None, *, element: ElementName = "f16", wgmma: bool = True,
+        budget_graphs: bool = False,
+    ) -> None:  # fmt: skip
         """``element``: of activations, keys and values. ``wgmma``: prompts attend by attention_wgmma where the device
-        has its instructions; False: by mma.sync."""
+        has its instructions; False: by mma.sync. ``budget_graphs``: decode under a KV budget is a captured graph that
+        chooses its blocks on the device; False, until a card has shown it right and faster: layer by layer."""
         self.device = device or probe()
         self.whole_rows = row_chunk(self.device.total)  # up to so many rows pass a layer in one piece
         super().__init__(load_cupy(), ELEMENTS[element])
         self._lock = threading.RLock()
         self.kernels = Kernels(self._cupy)
-        self._wgmma = wgmma
+        self._wgmma, self.budget_graphs = wgmma, budget_graphs
         self._counts = self.upload(np.arange(1 << 12, dtype=np.int32))  # a pointer into it is a number in memory
         self._recording: Any = None  # the stream on which graphs are captured
         self._reaches: dict[tuple[int, ...], Array] = {}
@@ -167,12 +172,14 @@ class CupyOps(FewRows, Attending, InPlaceLayer):
 
     def decoder(self, model: Any, *, budget: bool = False) -> CapturedDecode | None:
         """Decode by captured graphs; None where the kernels of a single token do not take the model's heads (many to a
-        group), for streamed weights, which move, and under a budget: what the cache chooses is not known when a graph
-        begins."""
+        group), for streamed weights, which move, and under a budget unless ``budget_graphs``."""
         c: ModelConfig = model.config
-        if budget or model.streamed or c.n_heads // c.n_kv_heads > MAX_GROUP:
+        if model.streamed or c.n_heads // c.n_kv_heads > MAX_GROUP:
             return None
-        return CapturedDecode(model, self, fused=_as_llama(c) and c.rope.dims == c.head_dim)
+        if budget and (not self.budget_graphs or c.windows):
+            return None
+        kind = BudgetedDecode if budget else CapturedDecode
+        return kind(model, self, fused=_as_llama(c) and c.rope.dims == c.head_dim)
 
     # -- compute ----------------------------------------------------------------------------------------------------
 

@@ -24,15 +24,16 @@ _ROOM = 256  # tokens for which a captured graph serves before the cache has to 
 class CapturedDecode:
     """See ``slimrt.ops.protocol.Decoder``. It holds the graph of one cache. Callers in other threads wait."""
 
+    _words = 3  # of each layer, that the host writes for a token: rows before it, rows with it, the first that it sees
+
     def __init__(self, model: Any, ops: Any, *, fused: bool) -> None:
         """``model``: a Llama on ``ops``, a CupyOps. ``fused``: its layers are LLaMA's, for which there are kernels that
         norm, multiply and turn in one; others pass a layer as a prompt's rows do, one launch after the other."""
         self._model, self._ops, self._fused = model, ops, fused
         c = model.config
         self._halves = [len(table.frequencies) for table in model.rope_tables]
-        # Token, rows of each layer before it, rows with it, the first of them that it sees; cos, sin, as aligned as
-        # kernels want vectors.
-        self._angles_at = -(-(1 + 3 * c.n_layers) // 4) * 4
+        # The token, the words of each layer; cos, sin, as aligned as kernels want vectors.
+        self._angles_at = -(-(1 + self._words * c.n_layers) // 4) * 4
         size = self._angles_at + 2 * sum(self._halves)
         self._device = ops.empty((size,), np.int32)
         self._host = ops.pinned((size,), np.int32)
@@ -75,9 +76,19 @@ class CapturedDecode:
         c = self._model.config
         held = np.array([cache.length(layer) for layer in range(c.n_layers)])
         first = [_first_seen(cache, layer, position, c.window(layer)) for layer in range(c.n_layers)]
+        self._write_words(token, position, np.stack([held, held + 1, first], axis=1))
+
+    def _write_words(self, token: int, position: int, words: np.ndarray) -> None:
+        """``words`` [layers, _words]."""
         waves = [wave[0] for table in self._model.rope_tables for wave in table(np.array([position]))]
-        self._host[: 1 + 3 * len(held)] = np.concatenate([[token], held, held + 1, first])
+        self._host[0] = token
+        self._host[1 : 1 + words.size] = words.reshape(-1)
         self._host[self._angles_at :].view(np.float32)[:] = np.concatenate(waves)
+
+    def _word(self, layer: int, number: int, count: int = 1) -> Array:
+        """Words of a layer from ``number`` on, int32 [count], on the device."""
+        at = 1 + self._words * layer + number
+        return self._device[at : at + count]
 
     def _turns(self) -> list[tuple[Array, Array]]:
         """cos and sin [1, half] of each of the model's tables, and last those of no rotation."""
@@ -97,19 +108,16 @@ class CapturedDecode:
         if c.embedding_scale != 1:
             x = x * np.float32(c.embedding_scale)
         for number, (layer, store) in enumerate(zip(model.layers, stores, strict=True)):
-            start, length, first = (self._device[1 + part * c.n_layers + number :][:1] for part in range(3))
             angles = turns[layer.turns]
             if self._fused:
+                start = self._word(number, 0)
                 q = ops.normed_heads(
                     x, layer.attn_norm, eps, layer.qkv, layer.qkv_bias, *angles, start, store, c.n_heads
                 )
             else:
-                heads = c.n_heads, c.n_kv_heads, c.head_dim
-                q, k, v = ops.qkv(x, layer.attn_norm, eps, layer.qkv, layer.qkv_bias, *angles, heads, layer.head_norms)
-                ops.append(store, k, v, start)
-            splits = ops.splits(c.n_kv_heads, store.shape[2])
-            how = {"start": first if c.window(number) else None, "cap": c.attention_cap}
-            mixed = ops.attend_one(q, store[0], store[1], length, ops.empty(q.shape), splits, **how)
+                q, k, v = self._qkv(layer, x, angles)
+                ops.append(store, k, v, self._word(number, 0))
+            mixed = self._mixed(number, q, store)
             if self._fused:
                 x = ops.add_linear(x, mixed.reshape(1, -1), layer.out, layer.out_bias)
                 states.append(x)
@@ -118,12 +126,30 @@ class CapturedDecode:
             else:
                 x = ops.project(x, mixed, layer.out, layer.out_bias, layer.attn_merge)
                 states.append(ops.copied(x))  # x is overwritten
-                x = ops.feed_forward(
-                    x, layer.ffn_norm, eps, layer.gate_up, layer.gate_up_bias, layer.down, layer.down_bias,
-                    c.activation, layer.ffn_merge,
-                )  # fmt: skip
+                x = self._fed(layer, x)
         ops.normed_head(x, model.norm, eps, model.head, self._logits)
         return states
+
+    def _qkv(self, layer: Any, x: Array, angles: tuple[Array, Array]) -> tuple[Array, Array, Array]:
+        c = self._model.config
+        heads = c.n_heads, c.n_kv_heads, c.head_dim
+        return self._ops.qkv(
+            x, layer.attn_norm, c.norm_eps, layer.qkv, layer.qkv_bias, *angles, heads, layer.head_norms
+        )
+
+    def _fed(self, layer: Any, x: Array) -> Array:
+        c = self._model.config
+        return self._ops.feed_forward(
+            x, layer.ffn_norm, c.norm_eps, layer.gate_up, layer.gate_up_bias, layer.down, layer.down_bias,
+            c.activation, layer.ffn_merge,
+        )  # fmt: skip
+
+    def _mixed(self, number: int, q: Array, store: Array) -> Array:
+        """The attention [1, H, Dh] of the query ``q`` over the rows of layer ``number`` in ``store``."""
+        c, ops = self._model.config, self._ops
+        how = {"start": self._word(number, 2) if c.window(number) else None, "cap": c.attention_cap}
+        splits = ops.splits(c.n_kv_heads, store.shape[2])
+        return ops.attend_one(q, store[0], store[1], self._word(number, 1), ops.empty(q.shape), splits, **how)
 
 
 def _first_seen(cache: Cache, layer: int, position: int, window: int) -> int:

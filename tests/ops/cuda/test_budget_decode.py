@@ -1,0 +1,110 @@
+"""Decode under a KV budget by captured graphs: the blocks, and bit for bit the answers, of decode layer by layer."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from slimrt.config import CacheConfig
+from slimrt.engine import Engine
+from slimrt.errors import ComputeError
+from slimrt.kv.offload import OffloadedKVCache
+from slimrt.models import build, read_config
+from slimrt.ops.cuda.cupy_ops import CupyOps
+from slimrt.ops.numpy.numpy_ops import NumpyOps
+from slimrt.session import Session
+from slimrt.weights.gguf import GGUFFile
+from tests import emulation
+from tests.fake_cupy import FakeCupy
+from tests.half_ops import HalfOps
+from tests.ops.cuda.test_cupy_engine import SLACK, ids, tiny
+
+pytestmark = pytest.mark.skipif(emulation.compiler() is None, reason="running CUDA sources on the CPU needs g++")
+
+BUDGET = CacheConfig(512, 128, block=16, unit=8, local_blocks=2, overlap=0.75)
+
+
+def talk(file: GGUFFile, ops: Any, cache: CacheConfig) -> tuple[np.ndarray, Session]:
+    """A prompt within the budget that grows beyond it, a follow-up, and one that departs from it; decode past blocks
+    that are full. Now and then somebody looks at the cache."""
+    session = Session(Engine(build(read_config(file), file, ops), ops, cache), cache.ctx)
+    first, found = ids(file, 120), []
+    for prompt, count in ((first, 26), (first + ids(file, 60, 2), 15), (first[:100] + ids(file, 90, 3), 4)):
+        session.prefill(prompt)
+        for number, token in enumerate(ids(file, count, 5)):
+            session.extend([token])
+            found.append(session.logits)
+            if number == 12:
+                assert session.kv_bytes_device > 0
+    return np.array(found), session
+
+
+def test_graphs_choose_what_layers_choose(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    file, found, sessions = tiny(tmp_path, type="Q8_0"), [], []
+    monkeypatch.setattr("slimrt.ops.cuda.cupy_ops._as_llama", lambda c: False)  # the same kernels, so the same bits
+    lend = OffloadedKVCache.lend
+    for graphs, how in ((False, {}), (True, {}), (True, {"copies": "late", "compute": "late"})):
+        fake = FakeCupy(monkeypatch, **how)  # type: ignore[arg-type]
+        monkeypatch.setattr(OffloadedKVCache, "lend", lend if graphs else lambda self, scores: None)
+        logits, session = talk(file, CupyOps(budget_graphs=True), BUDGET)
+        found.append(logits)
+        sessions.append(session)
+        assert bool(fake.graphs) == graphs
+    assert np.array_equal(found[0], found[1]) and np.array_equal(found[1], found[2])
+    plain, graph = (session.context.cache for session in sessions[:2])
+    for layer in range(2):
+        for one, two in zip(plain.rows(layer), graph.rows(layer), strict=True):
+            assert np.array_equal(one, two)
+        assert np.array_equal(plain._layers[layer].slots, graph._layers[layer].slots)  # type: ignore[attr-defined]
+    one, two = (cache.transfers for cache in (plain, graph))  # type: ignore[attr-defined]
+    assert one.bytes_to_host == two.bytes_to_host and one.fetched.nbytes > 0
+    # In a graph a block that became full, three of each layer, comes back from the host as well.
+    assert two.fetched.nbytes - one.fetched.nbytes == 2 * 3 * (2 * 2 * 16 * 64 * 2)
+
+
+def test_two_conversations_in_turns(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What one has lent stays its own while the other decodes."""
+    file, found = tiny(tmp_path, type="Q8_0"), []
+    for together in (False, True):
+        FakeCupy(monkeypatch)
+        ops = CupyOps(budget_graphs=True)
+        engine = Engine(build(read_config(file), file, ops), ops, BUDGET)
+        sessions = [Session(engine, BUDGET.ctx) for _ in range(2)]
+        for number, session in enumerate(sessions):
+            session.prefill(ids(file, 170, number))
+        logits: list[list[Any]] = [[], []]
+        turns = [0, 1, 0, 0, 1, 1] if together else [0, 0, 0, 1, 1, 1]
+        for which in turns:
+            sessions[which].extend([7 + len(logits[which])])
+            logits[which].append(sessions[which].logits)
+        found.append(np.array(logits))
+    assert np.array_equal(*found)
+
+
+def test_a_block_that_is_read_before_its_copy_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    file = tiny(tmp_path, type="Q8_0")
+    FakeCupy(monkeypatch)
+    right, _ = talk(file, CupyOps(budget_graphs=True), BUDGET)
+    FakeCupy(monkeypatch, copies="late")
+    monkeypatch.setattr(OffloadedKVCache, "settled", lambda self: None)
+    try:
+        wrong, _ = talk(file, CupyOps(budget_graphs=True), BUDGET)
+    except ComputeError:  # NaN in the logits
+        return
+    assert not np.array_equal(wrong, right)
+
+
+@pytest.mark.parametrize("change", [{"score": "unit_softmax", "decay": 0.0}, {"overlap": 1.0, "choose_every": 1}])
+def test_fused_kernels_under_other_settings(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    fake, file, cache = FakeCupy(monkeypatch), tiny(tmp_path, type="Q8_0"), dataclasses.replace(BUDGET, **change)
+    found, session = talk(file, CupyOps(budget_graphs=True), cache)
+    truth, half = (talk(file, ops, cache)[0] for ops in (NumpyOps(1), HalfOps()))
+    assert np.abs(found - truth).max() <= SLACK * np.abs(half - truth).max()
+    assert fake.graphs and "gemv_heads" in fake.launches and "choose_blocks" in fake.launches
+    assert session.context.cache.transfers.bytes_to_device > 0  # type: ignore[attr-defined]
