@@ -18,6 +18,7 @@ from slimrt.config import ModelConfig
 from slimrt.errors import SettingError
 from slimrt.ops.backend import open_backend
 from slimrt.ops.numpy.numpy_ops import NumpyOps
+from slimrt.ops.protocol import Ops
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -184,7 +185,7 @@ def _row(case: Case, seconds: float, peaks: Peaks) -> KernelRow:
     )
 
 
-def _cases(ops: Any, c: ModelConfig, tokens: int, threads: int | None) -> Iterator[Case]:
+def _cases(ops: Ops, c: ModelConfig, tokens: int, threads: int | None) -> Iterator[Case]:
     """Every operation of a layer, at the sizes of ``c`` and with ``tokens`` rows."""
     rng = np.random.default_rng(0)
     item, kv_item = ops.empty((1,)).dtype.itemsize, np.dtype(ops.kv_type).itemsize

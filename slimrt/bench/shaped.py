@@ -23,6 +23,7 @@ from slimrt.engine import Engine
 from slimrt.errors import SettingError
 from slimrt.models.llama import Llama
 from slimrt.ops.backend import open_backend
+from slimrt.ops.protocol import Ops
 from slimrt.prune.plan import PrunePlan, Stage, check_plan
 from slimrt.session import Session
 
@@ -140,13 +141,13 @@ class CopyMeter:
         return self._ops.total(self._copies), self._ops.total(self._waits)
 
 
-def open_model(ops: Any, shape: str, kind: str) -> Llama:
+def open_model(ops: Ops, shape: str, kind: str) -> Llama:
     """A model of ``shape`` whose matrices have the type ``kind``, on ``ops``."""
     config = SHAPES[shape]
     return Llama(config, SyntheticModel(config, kind), ops)  # type: ignore[arg-type]
 
 
-def open_engine(ops: Any, shape: str, kind: str, cache: CacheConfig | None = None) -> Engine:
+def open_engine(ops: Ops, shape: str, kind: str, cache: CacheConfig | None = None) -> Engine:
     """An engine for ``open_model``'s model."""
     return Engine(open_model(ops, shape, kind), ops, cache)
 

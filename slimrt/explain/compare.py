@@ -17,6 +17,7 @@ from slimrt.context import Progress
 from slimrt.eval.metrics import kl, nll
 from slimrt.explain.trace import CutTrace, PrefillTrace
 from slimrt.llm import LLM
+from slimrt.ops.protocol import Ops
 from slimrt.session import Session
 
 __all__ = ["ANSWER", "Comparison", "compare"]
@@ -52,7 +53,7 @@ class Comparison:
 class _Watcher(PrefillTrace):
     """Sums the attention of a few last rows by block, layer by layer."""
 
-    def __init__(self, ops: Any, block: int, blocks: int) -> None:
+    def __init__(self, ops: Ops, block: int, blocks: int) -> None:
         super().__init__()
         self.by_layer: dict[int, np.ndarray] = {}
         self._ops, self._block, self._blocks = ops, block, blocks
