@@ -10,7 +10,7 @@ from slimrt.output import human_bytes
 from slimrt.results import Completion
 from slimrt.streaming import CompletionStream
 from slimrt.terminal.options import AnswerSettings
-from slimrt.terminal.progress import progress_bar
+from slimrt.terminal.progress import noting_compilation, progress_bar
 from slimrt.terminal.screen import Screen
 
 __all__ = ["Answer", "cut_note", "kept_note", "larger_context", "stream_answer"]
@@ -24,10 +24,11 @@ class Begin(Protocol):
 
 @dataclass(frozen=True)
 class Answer:
-    """A finished answer, or what there was of it when the user stopped it."""
+    """A finished answer, or what there was of it when the user stopped it. ``compiled``: kernels were, meanwhile."""
 
     completion: Completion
     stopped: bool = False
+    compiled: bool = False
 
 
 def stream_answer(begin: Begin, tokens: int, settings: AnswerSettings, screen: Screen) -> Answer:
@@ -36,19 +37,20 @@ def stream_answer(begin: Begin, tokens: int, settings: AnswerSettings, screen: S
     ``begin`` takes the options of ``LLM.stream`` and returns the stream. Ctrl-C while the prompt is read raises
     KeyboardInterrupt; while the answer is written it ends the answer.
     """
-    with progress_bar(f"reading {tokens:,} tokens") as progress:
-        stream = begin(progress=progress, **settings.keywords())
-        stream.read_prompt()
     stopped = False
-    try:
-        for piece in stream:
-            screen.answer(piece)
-    except KeyboardInterrupt:
-        stream.close()
-        stopped = True
+    with noting_compilation() as compiled:
+        with progress_bar(f"reading {tokens:,} tokens") as progress:
+            stream = begin(progress=progress, **settings.keywords())
+            stream.read_prompt()
+        try:
+            for piece in stream:
+                screen.answer(piece)
+        except KeyboardInterrupt:
+            stream.close()
+            stopped = True
     completion = stream.completion
     screen.end_answer(completion.text)
-    return Answer(completion, stopped)
+    return Answer(completion, stopped, bool(compiled))
 
 
 def kept_note(llm: LLM) -> str | None:

@@ -153,7 +153,7 @@ class Chat:
             self._documents.clear()
         self.answers.append(completion)
         cut = "stopped" if answer.stopped else cut_note(self._llm, completion, settings)
-        self._screen.remark(stats_line(completion) + (f" · {cut}" if cut else ""))
+        self._screen.remark(stats_line(completion, compiled=answer.compiled) + (f" · {cut}" if cut else ""))
         if self._llm.overflow == "shift" and "full" in completion.timings.reuse_note:
             self._screen.remark(completion.timings.reuse_note)
         if self._screen.interactive:

@@ -56,6 +56,6 @@ def generate(
     if kept := kept_note(llm):
         screen.remark(kept)
     cut = cut_note(llm, completion, answer)
-    screen.remark(stats_line(completion) + (f" · {cut}" if cut else ""))
+    screen.remark(stats_line(completion, compiled=result.compiled) + (f" · {cut}" if cut else ""))
     if reads_on and read_on(llm, llm.current):
         screen.remark("the rest of the document is read in the background, so that further questions cost little")

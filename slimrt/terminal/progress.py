@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import click
 
-__all__ = ["COMPILER", "progress_bar"]
+__all__ = ["COMPILER", "noting_compilation", "progress_bar"]
 
 COMPILER = "slimrt.ops.fast.kernels"  # the logger that tells of kernels being compiled
 _PATIENCE_S = 0.4  # work that is over sooner shows no bar
@@ -47,6 +47,23 @@ def progress_bar(label: str, *, unit: str = "", wanted: bool = True) -> Iterator
         logger.setLevel(level)
         _shown.remove(bar)
         bar.stop()
+
+
+@contextmanager
+def noting_compilation() -> Iterator[list[str]]:
+    """The names of the kernels that are compiled while the block runs, for what it takes says little then."""
+    names: list[str] = []
+    handler = logging.Handler(logging.DEBUG)
+    handler.emit = lambda record: names.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger(COMPILER)
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG)
+    try:
+        yield names
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 _shown: list[_Bar] = []

@@ -77,8 +77,8 @@ def quiet_keyboard() -> Iterator[None]:
         termios.tcsetattr(number, termios.TCSANOW, before)
 
 
-def stats_line(completion: Completion) -> str:
-    """What an answer cost: time to first token, speed, tokens, memory."""
+def stats_line(completion: Completion, *, compiled: bool = False) -> str:
+    """What an answer cost: time to first token, speed, tokens, memory; whether kernels were compiled in that time."""
     usage, timings = completion.usage, completion.timings
     parts = [f"TTFT {timings.ttft_s:.2f} s"]
     if timings.decode_tok_s:
@@ -97,4 +97,6 @@ def stats_line(completion: Completion) -> str:
     memory = resident_bytes()
     if memory is not None:
         parts.append(f"memory {human_bytes(memory)}")
+    if compiled:
+        parts.append("kernels were compiled meanwhile, once")
     return " · ".join(parts)
