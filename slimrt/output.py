@@ -16,7 +16,7 @@ from slimrt.errors import OutputError
 if sys.platform != "win32":  # there an open file cannot be removed in any case
     import fcntl
 
-__all__ = ["check_output", "human_bytes", "remove_leftovers", "whole_or_nothing", "write_atomically"]
+__all__ = ["check_output", "counted", "human_bytes", "remove_leftovers", "whole_or_nothing", "write_atomically"]
 
 
 def human_bytes(count: float) -> str:
@@ -26,6 +26,11 @@ def human_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
         count /= 1024
     return f"{count:.1f} TiB"
+
+
+def counted(count: int, thing: str) -> str:
+    """``1 thread``, ``2 threads``."""
+    return f"{count:,} {thing}{'' if count == 1 else 's'}"
 
 
 def check_output(target: Path, *, sources: Iterable[Path] = (), force: bool = False) -> None:

@@ -19,6 +19,7 @@ from slimrt.errors import SettingError
 from slimrt.ops.backend import open_backend
 from slimrt.ops.numpy.numpy_ops import NumpyOps
 from slimrt.ops.protocol import Ops
+from slimrt.output import counted
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -113,7 +114,7 @@ class KernelResult:
         measured = (
             f"{peaks.flops / 1e12:.3g} TFLOP/s (a large product), {peaks.bandwidth / 1e9:.3g} GB/s (a large copy)"
         )
-        lines = [f"medians of {self.settings['repeats']} runs; measured here: {measured}"]
+        lines = [f"medians of {counted(self.settings['repeats'], 'run')}; measured here: {measured}"]
         if peaks.theoretical_flops is not None and peaks.theoretical_bandwidth is not None:
             promised = f"{peaks.theoretical_flops / 1e12:.0f} TFLOP/s and {peaks.theoretical_bandwidth / 1e9:.0f} GB/s"
             lines.append(f"peak and roofline: {promised}, from the data sheet; the cache is flushed before each run")

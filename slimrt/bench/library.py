@@ -25,6 +25,7 @@ from slimrt.errors import ComputeError, SettingError
 from slimrt.eval.text import corpus_from_text, load_corpus
 from slimrt.hub.store import cache_dir
 from slimrt.library.store import LEAST, Library
+from slimrt.output import counted
 from slimrt.prune.presets import PRESETS
 from slimrt.text.tokenizer import Tokenizer
 from slimrt.weights.gguf import GGUFFile
@@ -79,7 +80,7 @@ class LibraryReport:
 
     def table(self) -> Table:
         """For the terminal: medians, in brackets the range, and the share of the cold one."""
-        title = f"first token of {self.length:,} tokens, {self.model}, {self.threads} threads; new processes"
+        title = f"first token of {self.length:,} tokens, {self.model}, {counted(self.threads, 'thread')}; new processes"
         table = Table(title=Text(title), title_justify="left", title_style="bold", box=None, pad_edge=False)
         headings = ("", "cold s", "same question", "another at once", "soon", "after s", "later", "after s", "MiB")
         for heading in headings:

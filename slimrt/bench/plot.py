@@ -7,7 +7,7 @@ from pathlib import Path
 
 from slimrt.bench.ttft import BenchResult
 from slimrt.eval.plot import check_plotting
-from slimrt.output import write_atomically
+from slimrt.output import counted, write_atomically
 
 __all__ = ["save_png"]
 
@@ -39,8 +39,9 @@ def save_png(result: BenchResult, path: str | Path) -> None:
         )
     axis.set(xlabel="prompt, tokens", ylabel="time to first token, s", xlim=(0, None), ylim=(0, None))
     axis.set_title(
-        f"{Path(result.settings['model']).name}, {result.settings['threads']} threads\n{result.environment['cpu']}, "
-        f"medians of {result.settings['repeats']} runs, bars from quickest to slowest",
+        f"{Path(result.settings['model']).name}, {counted(result.settings['threads'], 'thread')}\n"
+        f"{result.environment['cpu']}, "
+        f"medians of {counted(result.settings['repeats'], 'run')}, bars from quickest to slowest",
         fontsize=10,
         parse_math=False,  # a dollar sign in a file's name is a dollar sign
     )

@@ -28,6 +28,7 @@ from slimrt.bench.serving import Crowd, Standstill, gaps_meanwhile
 from slimrt.bench.ttft import environment
 from slimrt.errors import ComputeError, SettingError
 from slimrt.eval.text import load_corpus
+from slimrt.output import counted
 from slimrt.text.tokenizer import Tokenizer
 from slimrt.weights.gguf import GGUFFile
 
@@ -82,7 +83,7 @@ class Versus:
     def tables(self) -> list[Table]:
         """For the terminal: medians, and in brackets the range."""
         s = self.setting
-        title = f"{s.model.name}, {s.threads} threads, prompts of {s.prompt} tokens, answers of {s.tokens}"
+        title = f"{s.model.name}, {counted(s.threads, 'thread')}, prompts of {s.prompt} tokens, answers of {s.tokens}"
         many = _table(title, "clients", "", "tokens/s, all", "first token s", "between tokens ms")
         for clients in s.clients:
             for name, crowds in self.crowds.items():

@@ -24,6 +24,7 @@ from slimrt.errors import SettingError
 from slimrt.models.llama import Llama
 from slimrt.ops.backend import open_backend
 from slimrt.ops.protocol import Ops
+from slimrt.output import counted
 from slimrt.prune.plan import PrunePlan, Stage, check_plan
 from slimrt.session import Session
 
@@ -91,7 +92,8 @@ class ShapedResult:
 
         s, env = self.settings, self.environment
         caption = (
-            f"medians of {s['repeats']} runs; {env['device']}; slimrt {env['slimrt']}\n{env['date']}, {env['system']}"
+            f"medians of {counted(s['repeats'], 'run')}; {env['device']}; slimrt {env['slimrt']}\n"
+            f"{env['date']}, {env['system']}"
         )
         title = f"{s['shape']}, {s['type']}, random weights"
         table = Table(
@@ -252,7 +254,7 @@ def about(ops: Any) -> dict[str, Any]:
     import slimrt
 
     where = environment()
-    device = str(ops.device) if ops.name == "cuda" else f"{where['cpu']}, {ops.threads} threads"
+    device = str(ops.device) if ops.name == "cuda" else f"{where['cpu']}, {counted(ops.threads, 'thread')}"
     return where | {"slimrt": slimrt.__version__, "numpy": np.__version__, "device": device}
 
 

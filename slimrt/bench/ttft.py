@@ -20,6 +20,7 @@ from slimrt.errors import SettingError
 from slimrt.eval.text import corpus_from_text, load_corpus
 from slimrt.models import read_config
 from slimrt.ops.numpy.workers import available_cores
+from slimrt.output import counted
 from slimrt.text.tokenizer import Tokenizer
 from slimrt.weights.gguf import GGUFFile
 
@@ -148,7 +149,9 @@ class BenchResult:
         from rich.table import Table
         from rich.text import Text
 
-        title = f"Time to first token, {Path(self.settings['model']).name}, {self.settings['threads']} threads"
+        title = (
+            f"Time to first token, {Path(self.settings['model']).name}, {counted(self.settings['threads'], 'thread')}"
+        )
         # Text, not markup: names and versions come from outside.
         table = Table(
             title=Text(title), title_justify="left", caption=Text(self._caption()), caption_justify="left", box=None,
@@ -219,7 +222,8 @@ class BenchResult:
         versions = [f"{name} {env[name]}" for name in programs if name in env]
         asked, several = self.settings["follow_up"], self.settings["questions"]
         lines = [
-            f"medians of {self.settings['repeats']} runs, programs in turn; x: times as fast as {self.reference}",
+            f"medians of {counted(self.settings['repeats'], 'run')}, programs in turn; x: times as fast as "
+            f"{self.reference}",
             *self._peak_lines(),
             *self._fetched_lines(),
             *([f"again: the first token of a further answer, after a question of {asked} tokens"] if asked else []),

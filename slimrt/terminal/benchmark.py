@@ -13,7 +13,7 @@ import click
 from rich.table import Table
 
 from slimrt.errors import SettingError
-from slimrt.output import check_output, write_atomically
+from slimrt.output import check_output, counted, write_atomically
 from slimrt.terminal.loading import find_model, load_model
 from slimrt.terminal.options import LoadSettings
 from slimrt.terminal.progress import progress_bar
@@ -265,7 +265,9 @@ def bench_draft(load: LoadSettings, tokens: int, repeats: int, *, as_json: bool)
             f"{row.factor:.2f}", f"{row.plain_cpu_ms:.1f}", f"{row.drafted_cpu_ms:.1f}", f"{row.cpu_factor:.2f}",
             f"{row.accepted} of {row.drafted}",
         )  # fmt: skip
-    table.caption = f"{llm.config.name}, {tokens} tokens, medians of {repeats} runs in turns; {llm.backend.why}"
+    table.caption = (
+        f"{llm.config.name}, {tokens} tokens, medians of {counted(repeats, 'run')} in turns; {llm.backend.why}"
+    )
     print_wide(table)
     costs = Table("tokens of a pass", *(f"{count}" for count in passes))
     costs.add_row("ms", *(f"{seconds * 1e3:.1f}" for seconds in passes.values()))
