@@ -16,9 +16,16 @@ from slimrt.structured import guide as guides
 from slimrt.text.channels import Channels
 from slimrt.text.tokenizer import Tokenizer
 
-__all__ = ["BEGINS", "Step", "generate_tokens"]
+__all__ = ["Step", "first_words", "generate_tokens"]
 
-BEGINS = 64  # tokens of a prompt by which people know it
+_BEGINS = 64  # tokens of a prompt by which people know it
+
+
+def first_words(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    """The words by which people know a prompt: its first ones, behind what a chat template sets before a message."""
+    head = [int(token) for token in ids[: 2 * _BEGINS]]
+    message = max((at + 1 for at, token in enumerate(head[:_BEGINS]) if not tokenizer.is_text(token)), default=0)
+    return tokenizer.decode(head[message : message + _BEGINS])
 
 
 @dataclass(frozen=True)

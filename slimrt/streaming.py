@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequen
 from slimrt.context import Progress
 from slimrt.drafting.drawing import Guesses, check_draft
 from slimrt.errors import SettingError
-from slimrt.generation import BEGINS, generate_tokens
+from slimrt.generation import first_words, generate_tokens
 from slimrt.prune.plan import PrunePlan
 from slimrt.request import GenerationRequest
 from slimrt.results import Completion, FinishReason, Timings, TokenLogprob, Usage
@@ -109,7 +109,7 @@ class _Writing:
             )
         if self.reading is not None and written:
             # After the answer: what was read of its prompt is kept for others.
-            self.session.keep(len(self.ids), self.tokenizer.decode(self.ids[:BEGINS]))
+            self.session.keep(len(self.ids), first_words(self.tokenizer, self.ids))
         on_end, self.on_end = self.on_end, None
         if on_end is not None and written:
             on_end("".join(self.pieces))

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from slimrt.context import Progress
 from slimrt.drafting.drawing import Drawing, Guesses
 from slimrt.errors import SlimrtError
-from slimrt.generation import BEGINS, Step, generate_tokens
+from slimrt.generation import Step, first_words, generate_tokens
 from slimrt.library.store import LEAST
 from slimrt.llm import LLM
 from slimrt.request import GenerationRequest
@@ -133,7 +133,7 @@ def answers(
         for step in generate_tokens(session, llm.tokenizer, one, plan, count=guesses, begun=draws):
             yield Piece(index, step)
     yield Ended()
-    session.keep(len(ids), llm.tokenizer.decode(list(ids[:BEGINS])))
+    session.keep(len(ids), first_words(llm.tokenizer, ids))
 
 
 @dataclass(eq=False)
@@ -256,7 +256,7 @@ class Scheduler:
                 self._free.append(session)
         if count:
             log.info("a document of %d tokens was read whole, while nobody asked", count)
-            session.keep(count, self._llm.tokenizer.decode(list(session.tokens[:BEGINS])))
+            session.keep(count, first_words(self._llm.tokenizer, session.tokens))
 
     def _start_next(self, longest: int | None = None) -> bool:
         """Begin the next job, if there is one, of at most ``longest`` tokens, and a session for it."""

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
+from slimrt.generation import first_words
 from slimrt.llm import LLM
 from slimrt.memory.plan import available_memory
 from slimrt.session import Session
-from slimrt.streaming import BEGINS
 
 if sys.platform != "win32":
     import fcntl
@@ -53,7 +53,7 @@ def read_on(llm: LLM, session: Session) -> bool:
         _alone()
         with _lock(library.folder / ".completing") as notes:
             try:
-                begins = llm.tokenizer.decode(list(session.tokens[:BEGINS]))
+                begins = first_words(llm.tokenizer, session.tokens)
                 if count := session.complete(begins=begins):
                     session.keep(count, begins)
             except Exception:

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from slimrt.library.store import Library, library_folder
-from slimrt.output import human_bytes
+from slimrt.output import counted, human_bytes
 from slimrt.terminal.guard import note
 from slimrt.terminal.screen import printable
 from slimrt.terminal.tables import print_wide
@@ -51,7 +51,8 @@ def list_library(*, as_json: bool) -> None:
                 Text(printable(book.header.begins)[:40]),
             )  # fmt: skip
         print_wide(table)
-    note(f"{len(books):,} documents, {human_bytes(total)} of at most {human_bytes(library.limit)} in {library.folder}")
+    held = f"{human_bytes(total)} of at most {human_bytes(library.limit)}"
+    note(f"{counted(len(books), 'document')}, {held} in {library.folder}")
 
 
 def clear_library(*, as_json: bool) -> None:

@@ -7,10 +7,10 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from slimrt.generation import first_words
 from slimrt.library.store import LEAST
 from slimrt.llm import LLM
 from slimrt.session import Session
-from slimrt.streaming import BEGINS
 
 __all__ = ["ReadingOn"]
 
@@ -64,7 +64,7 @@ class ReadingOn:
 
     def _read(self) -> None:
         try:
-            begins = self._llm.tokenizer.decode(list(self._session.tokens[:BEGINS]))
+            begins = first_words(self._llm.tokenizer, self._session.tokens)
             if count := self._session.complete(lambda done, total: self._turn()):
                 self._session.keep(count, begins)
         except _Sent:

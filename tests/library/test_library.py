@@ -425,4 +425,7 @@ def test_the_commands(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert told["entries"][0]["begins"].startswith("the world hello")
     assert "the world hello" in run("cache", "list")
     assert json.loads(run("cache", "clear", "--json"))["bytes"] == told["bytes"]
+    run(*asked, "--chat")  # the words of the message, not those of the template before it
+    assert json.loads(run("cache", "list", "--json"))["entries"][0]["begins"].startswith("user the world hello")
+    run("cache", "clear")
     assert json.loads(run("cache", "list", "--json"))["entries"] == []
