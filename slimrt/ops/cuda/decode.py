@@ -3,7 +3,7 @@
 What changes from token to token is a few words: the token, each layer's length, the angles. The host writes them to
 page-locked memory, the graph's first kernel brings them to the device, and its last leaves the logits in page-locked
 memory. Everything else is fixed when the graph is captured: kernels, addresses, grids. A cache that grows moves, so
-room is made ahead, and the graph is captured anew when that is used up.
+room is made ahead, and the graph is captured again when that is used up.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ def load_cupy() -> Any:
     except ModuleNotFoundError as error:
         if error.name != "cupy":
             raise DeviceError(
-                f"CuPy cannot be imported: {error.name} is missing; install it anew with "
+                f"CuPy cannot be imported: {error.name} is missing; install it again with "
                 f"pip install 'slimrt[cuda12]' or 'slimrt[cuda13]', {_REMEDY}"
             ) from error
         raise DeviceError(
@@ -132,7 +132,7 @@ def say_why(error: BaseException) -> str:
         )
     return (
         f"CUDA failed ({type(error).__name__}: {text}); what was being computed is lost, and after a failed launch "
-        f"or copy so is the GPU for this process: start it anew, {_REMEDY}"
+        f"or copy so is the GPU for this process: start it again, {_REMEDY}"
     )
 
 

@@ -158,7 +158,7 @@ class Decoder:
             self._mixed.strides[0], rounded, address(self._seen[number]),
             self._vector(self._model.sinks[number], c.n_heads) if c.sinks else 0,
         )  # fmt: skip
-        # Where feed-forward and attention read one norm, that is made anew: its buffer has the same numbers.
+        # Where feed-forward and attention read one norm, that is made again: its buffer has the same numbers.
         deltas = deltas_of(layer.out)
         self._joined(self._mixed, out, deltas, middle, layer.out_bias, hidden, layer.attn_merge)
         if layer.experts is not None:

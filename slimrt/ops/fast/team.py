@@ -232,7 +232,7 @@ class Team:
     """``threads`` threads that run programs, the caller's among them.
 
     Programs of one team run one at a time. Ctrl-C takes effect between two programs: a kernel is never broken off.
-    After a fork the child's team begins anew, without the helpers that only the parent has.
+    After a fork the child's team begins again, without the helpers that only the parent has.
     """
 
     def __init__(self, threads: int) -> None:
