@@ -56,7 +56,7 @@ def reading(keys: int, row: int, reach: int) -> np.ndarray:
 @pytest.mark.parametrize("mask", MASKS[::2], ids="-".join)
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "width"), [(9, 3, 64), (4, 4, 80), (14, 2, 64), (6, 2, 96), (16, 2, 128), (2, 1, 16)]
+    ("heads", "kv_heads", "width"), [(9, 3, 64), (4, 4, 80), (14, 2, 32), (6, 2, 96), (16, 2, 128), (2, 1, 16)]
 )
 def test_attention(heads: int, kv_heads: int, width: int, threads: int, mask: tuple[str, ...]) -> None:
     ops = SimpleNamespace(features=usable(mask), threads=threads, team=Team(threads))
@@ -124,12 +124,13 @@ def near(ours: np.ndarray, layers: np.ndarray, truth: np.ndarray) -> bool:
 QWEN = {"arch": "qwen2", "d_model": 224, "n_heads": 7, "n_kv_heads": 1, "d_ff": 288}
 
 
+# Widths and groups of heads that other tests compile as well.
 @pytest.mark.parametrize(
     ("kind", "threads", "mask", "shape"),
     [
-        ("F32", 1, (), {"d_model": 96, "n_heads": 6, "n_kv_heads": 2, "d_ff": 112, "head_dim": 16}),
-        ("F16", 3, (), {"arch": "qwen2", "d_model": 128, "n_heads": 4, "n_kv_heads": 4, "d_ff": 200}),
-        ("Q4_1", 1, (), {"d_model": 96, "n_heads": 3, "n_kv_heads": 1, "d_ff": 160, "tied": False}),
+        ("F32", 1, (), {"d_model": 96, "n_heads": 4, "n_kv_heads": 2, "d_ff": 112, "head_dim": 16}),
+        ("F16", 3, (), {"arch": "qwen2", "d_model": 320, "n_heads": 4, "n_kv_heads": 4, "d_ff": 200}),
+        ("Q4_1", 1, (), {"d_model": 192, "n_heads": 3, "n_kv_heads": 1, "d_ff": 160, "tied": False}),
         ("Q6_K", 3, (), {"d_model": 256, "n_heads": 4, "n_kv_heads": 2, "d_ff": 512, "rope_freqs": True}),
         *(("Q8_0", 2, mask, QWEN) for mask in MASKS),
     ],
@@ -162,16 +163,16 @@ def test_tokens(tmp_path: Path, kind: str, threads: int, mask: tuple[str, ...], 
 
 def test_parts_of_several_types(tmp_path: Path) -> None:
     """Llama.cpp's mixtures: values and down projections in a better type than the rest."""
-    path = write_tiny_llama(tmp_path / "tiny.gguf", d_model=96, n_heads=6, n_kv_heads=2, d_ff=160)
+    path = write_tiny_llama(tmp_path / "tiny.gguf", d_model=96, n_heads=6, n_kv_heads=3, d_ff=160)
 
     def mixed(engine: Engine) -> Engine:
         def part(tensor: TensorInfo, kind: GGMLQuantizationType) -> TensorInfo:
             return TensorInfo(tensor.name, tensor.shape, kind, gguf.quantize(unpacked(tensor), kind))
 
-        kinds = (GGMLQuantizationType.Q4_0, GGMLQuantizationType.F16, GGMLQuantizationType.Q8_0)
+        kinds = (GGMLQuantizationType.Q4_1, GGMLQuantizationType.F16, GGMLQuantizationType.Q8_0)
         for number, layer in enumerate(engine.model.layers):
             qkv = FastWeight(tuple(map(part, layer.qkv.parts, kinds)))
-            down = FastWeight((part(layer.down.parts[0], GGMLQuantizationType.Q5_1),))
+            down = FastWeight((part(layer.down.parts[0], GGMLQuantizationType.Q8_0),))
             engine.model.layers[number] = replace(layer, qkv=qkv, down=down)
         return engine
 
