@@ -20,15 +20,18 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -89,8 +92,6 @@ def run_step(name: str, out: Path | None, *, dry: bool, quick: bool) -> None:
         from tests.fake_cupy import FakeCupy
 
         FakeCupy(pytest.MonkeyPatch())
-    from importlib import import_module
-
     from scripts.gpu_sizes import DRY, FULL, QUICK
 
     found: dict[str, Any] = {}
@@ -116,12 +117,51 @@ def _plain(value: Any) -> Any:
 # -- all of them ------------------------------------------------------------------------------------------------------
 
 
+class Forked:
+    """A step of a dry run: a fork of this process, which imports once for all of them. A card's steps are processes
+    from scratch, for one that has touched a card cannot be forked."""
+
+    def __init__(self, work: Callable[[], None], log: BinaryIO) -> None:
+        self._status: int | None = None
+        self._pid = os.fork()
+        if self._pid:
+            return
+        status = 1
+        try:
+            os.dup2(log.fileno(), 1)
+            os.dup2(log.fileno(), 2)
+            work()
+            status = 0
+        except BaseException:  # SystemExit too: a step that fails says why with it
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+
+    def poll(self) -> int | None:
+        """The exit status, or None while it runs; as ``subprocess.Popen`` has it."""
+        if self._status is None:
+            pid, status = os.waitpid(self._pid, os.WNOHANG)
+            self._status = os.waitstatus_to_exitcode(status) if pid else None
+        return self._status
+
+    def wait(self) -> int:
+        if self._status is None:
+            self._status = os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
+        return self._status
+
+    def kill(self) -> None:
+        if self.poll() is None:
+            os.kill(self._pid, signal.SIGKILL)
+
+
 @dataclass
 class Running:
     """A step under way."""
 
     name: str
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | Forked
     found: Path
     log: Path
     limit: float
@@ -203,11 +243,24 @@ def _may_start(name: str, running: Sequence[Running], *, dry: bool) -> bool:
 
 def _start(name: str, folder: Path, *, dry: bool, quick: bool) -> Running:
     found, log = folder / f"{name}.json", folder / f"{name}.log"
+    if dry:
+        _import_all()
+        os.chdir(ROOT)
+        with log.open("wb") as stream:
+            process = Forked(lambda: run_step(name, found, dry=True, quick=quick), stream)
+        return Running(name, process, found, log, DRY_SECONDS)
     command = [sys.executable, __file__, "--step", name, "--out", str(found)]
-    command += ["--dry"] * dry + ["--quick"] * quick
+    command += ["--quick"] * quick
     with log.open("wb") as stream:
-        process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream)
-    return Running(name, process, found, log, DRY_SECONDS if dry else STEPS[name].seconds)
+        program = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream)
+    return Running(name, program, found, log, STEPS[name].seconds)
+
+
+def _import_all() -> None:
+    """What the steps import, for those that are forked."""
+    gpu_layout.install()
+    for module in ("pytest", "tests.fake_cupy", *(step.module for step in STEPS.values())):
+        import_module(module)
 
 
 def _look(step: Running, report: Report) -> str | None:
