@@ -19,7 +19,7 @@ from slimrt.prune.reach import Reach
 from slimrt.weights.gguf import TensorInfo
 
 __all__ = [
-    "Array", "Borrower", "Cache", "Decoder", "Fence", "Lender", "Lent", "LentLayer", "Ops", "Pairs", "Part",
+    "Array", "Borrower", "Cache", "Decoder", "Fence", "Fetched", "Lender", "Lent", "LentLayer", "Ops", "Pairs", "Part",
     "StreamingOps", "TakenBack", "Weight",
 ]  # fmt: skip
 

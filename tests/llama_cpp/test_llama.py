@@ -16,6 +16,7 @@ from slimrt.errors import SettingError
 from slimrt.llama_cpp import LlamaGrammar
 from slimrt.llama_cpp.llama import LogitsProcessorList, StoppingCriteriaList
 from tests.tiny_gguf import write_tiny_llama
+from tests.tolerance import logprobs_apart
 
 TALK = [{"role": "user", "content": "hello"}]
 
@@ -139,7 +140,9 @@ def test_echo_and_logprobs(scored: slimrt.Llama) -> None:
     scored.eval(ids)
     table = scored.logits_to_logprobs(scored._scores)
     expected = [table[at, ids[at + 1]] for at in range(len(ids) - 1)]
-    assert part["token_logprobs"][1 : len(ids)] == pytest.approx(expected, abs=1e-4)
+    assert part["token_logprobs"][1 : len(ids)] == pytest.approx(
+        expected, rel=0, abs=logprobs_apart(scored._model, ids)
+    )
     assert all(part["tokens"][at] in part["top_logprobs"][at] for at in range(1, len(ids) + 3))
 
 
