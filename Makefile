@@ -79,6 +79,7 @@ format: .venv/installed-dev
 	@$(BIN)/ruff format $(OURS)
 
 # Editable: a change of a source needs no new installation, a change of pyproject.toml causes one.
+# --no-compile: bytecode of what is used is made when it is used; that of all packages takes as long as fetching them.
 # PYTHONWARNINGS: setuptools warns, at length, of any editable installation of folders under other names.
 .venv/installed: pyproject.toml
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { \
@@ -88,19 +89,19 @@ format: .venv/installed-dev
 	@echo "== installing slimrt and its dependencies into .venv (a minute or two)"
 	@$(PIP) install -q --upgrade 'pip>=25.1'
 	@rm -f .venv/failed
-	@{ PYTHONWARNINGS=ignore $(PIP) install --progress-bar off -e '.[all]' || touch .venv/failed; } | sed -n $(TOLD)
+	@{ PYTHONWARNINGS=ignore $(PIP) install --no-compile --progress-bar off -e '.[all]' || touch .venv/failed; } | sed -n $(TOLD)
 	@test ! -e .venv/failed
 	@touch $@
 
 # --group needs pip 25.1.
 .venv/installed-dev: .venv/installed
 	@echo "== installing the development tools"
-	@$(PIP) install -q --group dev
+	@$(PIP) install -q --no-compile --group dev
 	@touch $@
 
 .venv/installed-docs: .venv/installed-dev
 	@echo "== installing what makes the documentation and packages"
-	@$(PIP) install -q --group docs --group dist
+	@$(PIP) install -q --no-compile --group docs --group dist
 	@touch $@
 
 clean:

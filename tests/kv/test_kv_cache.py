@@ -148,7 +148,7 @@ def test_copies_come_after_what_compute_does() -> None:
 def test_a_failed_copy_surfaces_and_can_be_recovered_from() -> None:
     ops = DeferredOps()
     long_schedule(Schedule(ops, SMALL))
-    for number in range(0, ops.copies, ops.copies // 9):
+    for number in range(0, ops.copies, ops.copies // 6):
         run = Schedule(DeferredOps(fail_at=number), SMALL)
         with pytest.raises((ValueError, ComputeError), match=r"could not broadcast|lost when a copy failed"):
             long_schedule(run)

@@ -64,7 +64,6 @@ def test_the_default_model_agrees_with_numpy(default_model: Path) -> None:
     """Prefill multiplies bfloat16 where the processor can, decode rounds activations to int8."""
     llm = slimrt.load(default_model, ctx=1024, prune="off", device="cpu")
     ids = llm.tokenize("".join(topic for _, topic in sorted(pydoc_data.topics.topics.items())))[:304]
-    assert agrees(llm, default_model, ids[:8], 2)
     assert agrees(llm, default_model, ids, 300)
 
 

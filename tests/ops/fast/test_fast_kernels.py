@@ -60,7 +60,7 @@ def test_namesakes_from_the_cache(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[3])}
-    for numbers in ("1", "2 1", "3 1 2", "1 2 3"):  # each compiles one anew, under the same count, and finds the others
+    for numbers in ("1", "2 1", "3 1 2"):  # each compiles one anew, under the same count, and finds the others
         command = [sys.executable, str(program), *numbers.split()]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
