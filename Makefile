@@ -23,7 +23,9 @@ chat: .venv/installed
 	@$(BIN)/slimrt pull
 	@$(BIN)/slimrt chat $(ARGS)
 
-test: lint types unit
+# mypy, which uses one core, goes along with the first tests.
+test: lint
+	@$(MAKE) --no-print-directory -j2 types unit
 	@echo "== all checks passed"
 
 lint: .venv/installed-dev

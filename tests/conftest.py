@@ -17,9 +17,9 @@ from slimrt.hub import store
 from tests import cost
 
 # No deadline: the machines are shared, and a slow example is not a wrong one. CI draws the same examples every time, so
-# that a red run is about the change at hand; runs by hand search further.
+# that a red run is about the change at hand, and fewer of them; runs by hand search further.
 settings.register_profile("dev", deadline=None, max_examples=100, suppress_health_check=[HealthCheck.too_slow])
-settings.register_profile("ci", settings.get_profile("dev"), derandomize=True, database=None)
+settings.register_profile("ci", settings.get_profile("dev"), max_examples=50, derandomize=True, database=None)
 settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
 # A shell starts what runs in the background deaf to Ctrl-C, and children inherit that: those that tests interrupt would
