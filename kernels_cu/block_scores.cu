@@ -59,13 +59,12 @@ extern "C" __global__ void __launch_bounds__(128)
 score_stats(const T* q, const T* keys, float2* stats, int window, int count, int heads, int kv_heads, int q_stride,
             int keys_stride, int per_block, int causal, float cap, const int* counted) {
     DYNAMIC_SHARED(T, tile);
-    if (counted) count = counted[0];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     float* const products = reinterpret_cast<float*>(tile + KEYS * DH) + warp * ROWS * PITCH;
     const int kv_head = blockIdx.y, group = heads / kv_heads, rows = window * group;
-    const int blocks = (count + per_block - 1) / per_block, together = max(1, KEYS / per_block);
+    const int together = max(1, KEYS / per_block);
     const int first_block = blockIdx.x * together, first_key = first_block * per_block;
-    const int last_key = min(count, first_key + together * per_block);
+    const int last_key = min(counted ? counted[0] : count, first_key + together * per_block);
     q += kv_head * group * DH;
     for (int key = first_key; key < last_key; key += KEYS) {
         load_tile<KEYS, 128>(tile, keys + (long long)kv_head * keys_stride, DH, key, last_key);
@@ -74,12 +73,14 @@ score_stats(const T* q, const T* keys, float2* stats, int window, int count, int
         __syncthreads();
         for (int first = ROWS * warp; first < rows; first += 4 * ROWS) {
             multiply(products, tile, q, first, rows, group, q_stride, cap);
+            // Read again: no register has to hold them during the product.
+            const int all = counted ? counted[0] : count, blocks = (all + per_block - 1) / per_block;
             // A lane takes whole pairs of a row and a block. Blocks of more keys than a tile are alone: they grow in place.
             for (int pair = lane; pair < ROWS * together; pair += 32) {
                 const int r = first + pair % ROWS, b = first_block + pair / ROWS;
                 if (r >= rows || b >= blocks) continue;
                 const int query = r / group;
-                const int last = min(min(last_key, (b + 1) * per_block), causal ? count - window + query + 1 : count);
+                const int last = min(min(last_key, (b + 1) * per_block), causal ? all - window + query + 1 : all);
                 const float* row = products + pair % ROWS * PITCH - key;
                 float2* stat = stats + ((long long)(kv_head * group + r % group) * window + query) * blocks + b;
                 const int from = max(key, b * per_block), to = min(key + KEYS, last);
