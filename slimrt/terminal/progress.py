@@ -35,16 +35,10 @@ def progress_bar(label: str, *, unit: str = "", wanted: bool = True) -> Iterator
         return
     bar = _Bar(label, unit)
     _shown.append(bar)
-    compiling = _Compiling(bar)
-    logger = logging.getLogger(COMPILER)
-    level = logger.level
-    logger.addHandler(compiling)
-    logger.setLevel(logging.DEBUG)
     try:
-        yield bar
+        with _hearing_the_compiler(_Compiling(bar)):
+            yield bar
     finally:
-        logger.removeHandler(compiling)
-        logger.setLevel(level)
         _shown.remove(bar)
         bar.stop()
 
@@ -55,12 +49,19 @@ def noting_compilation() -> Iterator[list[str]]:
     names: list[str] = []
     handler = logging.Handler(logging.DEBUG)
     handler.emit = lambda record: names.append(record.getMessage())  # type: ignore[method-assign]
+    with _hearing_the_compiler(handler):
+        yield names
+
+
+@contextmanager
+def _hearing_the_compiler(handler: logging.Handler) -> Iterator[None]:
+    """Let ``handler`` have what the compiler of kernels tells, all of it."""
     logger = logging.getLogger(COMPILER)
     level = logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.DEBUG)
     try:
-        yield names
+        yield
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)

@@ -6,7 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slimrt.config import CacheConfig
@@ -57,6 +57,7 @@ def configs(draw: st.DrawFn) -> CacheConfig:
     )
 
 
+@settings(max_examples=300)
 @given(config=configs(), schedule=st.lists(steps(), min_size=1, max_size=12), seed=st.integers(0, 99))
 def test_any_schedule_against_a_dictionary(config: CacheConfig, schedule: list[tuple], seed: int) -> None:
     run = Schedule(DeferredOps(), config, seed)
@@ -148,7 +149,7 @@ def test_copies_come_after_what_compute_does() -> None:
 def test_a_failed_copy_surfaces_and_can_be_recovered_from() -> None:
     ops = DeferredOps()
     long_schedule(Schedule(ops, SMALL))
-    for number in range(0, ops.copies, ops.copies // 6):
+    for number in range(0, ops.copies, 37):
         run = Schedule(DeferredOps(fail_at=number), SMALL)
         with pytest.raises((ValueError, ComputeError), match=r"could not broadcast|lost when a copy failed"):
             long_schedule(run)

@@ -166,32 +166,28 @@ def _iq4_xs(w, to):
         store(to + part * 128 + 64, d * _signed(IQ4(_high(codes))))
 
 
-@_unpacks(Kind.Q4_K)
-def _q4_k(w, to):
-    numbers = _scales()
-    store(numbers, scales_and_minima(w))
-    for pair in range(4):
-        for side in range(2):
-            d = splat(F32X16, load_scalar(float32, numbers + pair * 8 + side * 4))
-            m = splat(F32X16, load_scalar(float32, numbers + 32 + pair * 8 + side * 4))
-            for part in range(2):
-                codes = load(U8X16, w + 16 + pair * 32 + part * 16) >> splat(U8X16, side * 4)
-                store(to + pair * 256 + side * 128 + part * 64, d * _whole(_low(codes)) - m)
+def _nibbles_256(*, high_bits: int | None, nibbles: int) -> Any:
+    """Of Q4_K and Q5_K: sub-blocks of 32, byte i of each 32 holds elements i and, in its upper half, i + 32."""
+
+    def unpack(w, to):
+        numbers = _scales()
+        store(numbers, scales_and_minima(w))
+        for pair in range(4):
+            for side in range(2):
+                d = splat(F32X16, load_scalar(float32, numbers + pair * 8 + side * 4))
+                m = splat(F32X16, load_scalar(float32, numbers + 32 + pair * 8 + side * 4))
+                for part in range(2):
+                    values = _low(load(U8X16, w + nibbles + pair * 32 + part * 16) >> splat(U8X16, side * 4))
+                    if high_bits is not None:  # bit i of byte j belongs to element j of sub-block i
+                        tops = load(U8X16, w + high_bits + part * 16) >> splat(U8X16, pair * 2 + side)
+                        values = values | ((tops & splat(U8X16, 1)) << splat(U8X16, 4))
+                    store(to + pair * 256 + side * 128 + part * 64, d * _whole(values) - m)
+
+    return unpack
 
 
-@_unpacks(Kind.Q5_K)
-def _q5_k(w, to):
-    numbers = _scales()
-    store(numbers, scales_and_minima(w))
-    for pair in range(4):
-        for side in range(2):
-            d = splat(F32X16, load_scalar(float32, numbers + pair * 8 + side * 4))
-            m = splat(F32X16, load_scalar(float32, numbers + 32 + pair * 8 + side * 4))
-            for part in range(2):
-                codes = load(U8X16, w + 48 + pair * 32 + part * 16) >> splat(U8X16, side * 4)
-                tops = load(U8X16, w + 16 + part * 16) >> splat(U8X16, pair * 2 + side)
-                values = _low(codes) | ((tops & splat(U8X16, 1)) << splat(U8X16, 4))
-                store(to + pair * 256 + side * 128 + part * 64, d * _whole(values) - m)
+_unpacks(Kind.Q4_K)(_nibbles_256(high_bits=None, nibbles=16))
+_unpacks(Kind.Q5_K)(_nibbles_256(high_bits=16, nibbles=48))
 
 
 @_unpacks(Kind.Q6_K)
