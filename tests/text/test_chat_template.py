@@ -239,6 +239,8 @@ ESCAPES = {
     "indent of carriage returns": "{{ ('\r'*100000)|indent('x'*30000,blank=true) }}",
     "one list many times": "{{ ('%(a)s'*3000) % {'a': range(100000)|list} }}",
     "reverse search": "{{ ('a'*8000000).rfind('ab'+'a'*4000000) }}",
+    "quadratic pattern": "{{ ('%(' * 120000) % 1 }}",
+    "long division": "{{ (('f'*1600000)|int(0,16)) // (('f'*800000)|int(0,16)) }}",
     "search in each": "{{ ([n]*100000)|selectattr('x','in','a'*10000001)|list }}",
 }  # fmt: skip
 ESCAPES["search in each"] = "{% set n=namespace(x='a'*10000000) %}" + ESCAPES["search in each"]
