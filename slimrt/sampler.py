@@ -3,8 +3,7 @@
 logit bias -> processors -> penalties -> DRY -> top-n-sigma -> top-k -> typical -> top-p -> min-p -> XTC -> temperature
 (fixed or dynamic) -> draw. Mirostat takes the place of what stands between DRY and the draw, but for the temperature.
 
-The meaning of every filter is that of llama.cpp's ``src/llama-sampler.cpp``. Sums run in float64, so a token at the
-very edge of a probability mass may fall on the other side than with llama.cpp's float32 sums.
+The meaning is that of llama.cpp's ``src/llama-sampler.cpp``; ``slimrt.sampling`` has the steps.
 """
 
 from __future__ import annotations
@@ -18,7 +17,9 @@ import numpy as np
 from slimrt.config import SamplingConfig
 from slimrt.errors import ComputeError, SettingError
 from slimrt.results import TokenLogprob
+from slimrt.sampling import filters
 from slimrt.sampling.dry import Breakers, penalise_repetition
+from slimrt.sampling.filters import Candidates, largest
 from slimrt.sampling.mirostat import Mirostat
 
 __all__ = ["Bound", "LogitsProcessor", "Sampler", "apply_penalties", "log_softmax", "top_logprobs"]
@@ -35,9 +36,6 @@ class Bound(Protocol):
 
     def allowed(self) -> np.ndarray:
         """bool [V]: the tokens that may come next."""
-
-
-_FIRST_GUESS = 256  # top-p nearly always ends within so many tokens; sorting them is 50 times cheaper than sorting V
 
 
 class Sampler:
@@ -95,13 +93,11 @@ class Sampler:
         if self.config.greedy:
             return int(scores.argmax())
         chance = 0.0 if self.mirostat else self.config.xtc_probability
-        ids, probs = self._candidates(scores, exclude=chance > 0 and self._rng.random() < chance)
-        cumulated = probs.cumsum()
-        drawn = int(np.searchsorted(cumulated, self._rng.random() * cumulated[-1], side="right"))
-        drawn = min(drawn, len(ids) - 1)
+        tokens, shares = self._candidates(scores, exclude=chance > 0 and self._rng.random() < chance)
+        place, probability = filters.draw(shares, self._rng.random())
         if self.mirostat is not None:
-            self.mirostat.drawn(float(probs[drawn]))
-        return int(ids[drawn])
+            self.mirostat.drawn(probability)
+        return tokens.id(place)
 
     def _scores(self, logits: np.ndarray, context: Sequence[int]) -> np.ndarray:
         """Logits after bias, processors and penalties, checked; a copy wherever something changes."""
@@ -130,48 +126,38 @@ class Sampler:
                 )
         return scores
 
-    def _candidates(self, scores: np.ndarray, *, exclude: bool = False) -> tuple[np.ndarray, np.ndarray]:
-        config = self.config
+    def _candidates(self, scores: np.ndarray, *, exclude: bool = False) -> tuple[Candidates, np.ndarray]:
+        """The tokens that may be drawn, and what their probabilities are in proportion to."""
+        config, tokens = self.config, filters.finite(scores)
         if self.mirostat is not None:
-            return self._by_mirostat(scores, self.mirostat)
+            temperature = self._temperature(tokens)
+            shares = filters.weights(tokens.logits, temperature)
+            kept = self.mirostat.kept(tokens.logits, temperature, shares, self._vocab_size)
+            return tokens.at(kept), shares[kept]
         if config.top_n_sigma > 0:
-            scores = _top_n_sigma(scores, config.top_n_sigma)
-        ids = largest(scores, config.top_k) if 0 < config.top_k < len(scores) else np.arange(len(scores))
-        ids = ids[scores[ids] > -np.inf]
+            tokens = filters.top_n_sigma(tokens, config.top_n_sigma)
+        if config.top_k > 0:
+            tokens = filters.top_k(tokens, config.top_k)
         if config.typical_p < 1:
-            ids = _typical(ids, scores[ids], config.typical_p)
+            tokens = filters.typical(tokens, config.typical_p)
         if config.top_p < 1:
-            ids = _top_p(ids, scores[ids], config.top_p)
+            tokens = filters.top_p(tokens, config.top_p)
         if config.min_p > 0:
-            kept = scores[ids]
-            ids = ids[kept >= kept.max() + np.float32(math.log(config.min_p))]
+            tokens = filters.min_p(tokens, config.min_p)
         if exclude:
-            ids = _without_top(ids, scores[ids], config.xtc_threshold)
-        return ids, _softmax(scores[ids], self._temperature(scores[ids]))
+            tokens = filters.without_top(tokens, config.xtc_threshold)
+        return tokens, filters.weights(tokens.logits, self._temperature(tokens))
 
-    def _by_mirostat(self, scores: np.ndarray, mirostat: Mirostat) -> tuple[np.ndarray, np.ndarray]:
-        ids = np.flatnonzero(scores > -np.inf)
-        ids = ids[np.argsort(-scores[ids], kind="stable")]
-        wide = scores[ids].astype(np.float64)
-        temperature = max(self._temperature(scores[ids]), np.finfo(np.float64).tiny)
-        with np.errstate(over="ignore"):
-            wide = np.maximum((wide - wide[0]) / temperature, np.finfo(np.float64).min / 2)
-        ids = ids[: mirostat.kept(wide, self._vocab_size)]
-        return ids, _softmax(scores[ids], temperature)
-
-    def _temperature(self, scores: np.ndarray) -> float:
-        """That of the draw among candidates whose logits are ``scores`` [N]: fixed, or by their entropy.
+    def _temperature(self, tokens: Candidates) -> float:
+        """That of the draw among ``tokens``: fixed, or by their entropy.
 
         Tokens at -inf are no candidates; llama.cpp counts them until a filter drops them.
         """
         config = self.config
-        if config.dynatemp_range == 0 or len(scores) < 2:
+        if config.dynatemp_range == 0 or len(tokens.logits) < 2:
             return config.temperature
         low, high = max(0.0, config.temperature - config.dynatemp_range), config.temperature + config.dynatemp_range
-        probs = _softmax(scores, 1.0)
-        probs = probs[probs > 0]
-        entropy = max(0.0, -float((probs * np.log(probs)).sum())) / math.log(len(scores))
-        return low + (high - low) * min(entropy, 1.0) ** config.dynatemp_exponent
+        return filters.temperature_by_entropy(tokens.logits, low, high, config.dynatemp_exponent)
 
 
 def apply_penalties(scores: np.ndarray, context: Sequence[int], config: SamplingConfig) -> np.ndarray:
@@ -192,67 +178,6 @@ def apply_penalties(scores: np.ndarray, context: Sequence[int], config: Sampling
     scores = scores.copy()
     scores[ids] = seen - (counts.astype(np.float32) * np.float32(config.frequency_penalty) + config.presence_penalty)
     return scores
-
-
-def largest(scores: np.ndarray, k: int) -> np.ndarray:
-    """Ids of the ``k`` largest of ``scores`` [V], best first, equal ones by id; 1 <= k <= V."""
-    edge = np.partition(scores, len(scores) - k)[len(scores) - k]
-    above = np.flatnonzero(scores > edge)
-    level = np.flatnonzero(scores == edge)[: k - len(above)]
-    return np.concatenate([above[np.argsort(-scores[above], kind="stable")], level])
-
-
-def _top_n_sigma(scores: np.ndarray, n: float) -> np.ndarray:
-    """``scores`` [V] with -inf for those more than ``n`` standard deviations below the largest (arXiv 2411.07641)."""
-    finite = scores[scores > -np.inf].astype(np.float64)
-    return np.where(scores < finite.max() - n * finite.std(), np.float32(-np.inf), scores)
-
-
-def _without_top(ids: np.ndarray, scores: np.ndarray, threshold: float) -> np.ndarray:
-    """XTC (exclude top choices): of the tokens of at least ``threshold`` only the least likely stays."""
-    above = np.flatnonzero(_softmax(scores, 1.0) >= threshold)
-    if len(above) < 2:
-        return ids
-    last = above[np.lexsort((ids[above], -scores[above]))[-1]]
-    return np.delete(ids, above[above != last])
-
-
-def _typical(ids: np.ndarray, scores: np.ndarray, p: float) -> np.ndarray:
-    """Locally typical sampling (arXiv 2202.00666): the tokens of a surprise nearest to the entropy, up to mass p."""
-    order = np.lexsort((ids, -scores))
-    ids, logs = ids[order], log_softmax(scores[order]).astype(np.float64)
-    probs = np.exp(logs)
-    entropy = -(probs * logs).sum()
-    nearest = np.argsort(np.abs(-logs - entropy), kind="stable")
-    kept = int(np.searchsorted(probs[nearest].cumsum(), p, side="right")) + 1
-    return ids[nearest[:kept]]
-
-
-def _top_p(ids: np.ndarray, scores: np.ndarray, p: float) -> np.ndarray:
-    """The likeliest tokens whose probabilities add up to ``p`` or more (arXiv 1904.09751), best first; at least one."""
-    probs = _softmax(scores, 1.0)
-    if len(ids) > 4 * _FIRST_GUESS:
-        # Equal scores must be cut by id, also where an earlier filter has put the ids into another order.
-        by_id = np.argsort(ids)
-        ids, scores, probs = ids[by_id], scores[by_id], probs[by_id]
-        guess = _FIRST_GUESS
-        order = largest(scores, guess)
-        while guess < len(ids) and probs[order].sum() < p:
-            guess = min(16 * guess, len(ids))
-            order = largest(scores, guess)
-    else:
-        order = np.lexsort((ids, -scores))
-    kept = int(np.searchsorted(probs[order].cumsum(), p, side="left")) + 1
-    return ids[order[:kept]]
-
-
-def _softmax(scores: np.ndarray, temperature: float) -> np.ndarray:
-    """Probabilities float64 of finite ``scores`` at a temperature however small; at 0 the largest, equal ones alike."""
-    if temperature == 0:
-        return (scores == scores.max()) / np.count_nonzero(scores == scores.max())
-    with np.errstate(over="ignore"):  # -inf is right: exp makes it 0
-        weights = np.exp((scores.astype(np.float64) - scores.max()) / temperature)
-    return weights / weights.sum()
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:

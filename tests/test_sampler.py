@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from slimrt.config import SamplingConfig
 from slimrt.errors import ComputeError, SettingError
 from slimrt.sampler import Sampler, apply_penalties, log_softmax, top_logprobs
+from slimrt.sampling.filters import draw
 from tests.drawn import distribution
 from tests.tolerance import EPS32, SLACK
 
@@ -131,6 +132,38 @@ def test_large_vocabulary_takes_the_same_tokens(spread: float, config: SamplingC
     expected = reference([float(x) for x in scores], [], config)
     assert set(ids.tolist()) == set(expected)
     assert abs(probs.sum() - 1) <= len(probs) * EPS32
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        SamplingConfig(temperature=1, top_k=40),
+        SamplingConfig(temperature=1, top_k=900),
+        SamplingConfig(temperature=1, top_p=0.4),
+        SamplingConfig(temperature=1, top_k=1000, top_p=0.3),
+    ],
+)
+def test_of_equal_logits_in_a_large_vocabulary_the_lowest_ids_stay(config: SamplingConfig) -> None:
+    scores = np.round(np.random.default_rng(4).standard_normal(20_000) * 2).astype(np.float32)
+    scores[::3] = -np.inf
+    ids, _ = distribution(Sampler(config, len(scores)), scores, [])
+    left = {id: float(score) for id, score in enumerate(scores) if score > -np.inf}
+    places = sorted(left)
+    assert set(ids.tolist()) == {places[at] for at in reference([left[id] for id in places], [], config)}
+
+
+@given(st.data())
+def test_a_draw_is_the_token_that_a_plain_running_sum_finds(data: st.DataObject) -> None:
+    count = data.draw(st.sampled_from([1, 2, 255, 256, 257, 3000]))
+    shares = np.random.default_rng(data.draw(st.integers(0, 99))).random(count, np.float32)
+    shares[data.draw(st.integers(0, count - 1)) :] *= data.draw(st.sampled_from([0.0, 1e-30, 1.0]))  # what underflows
+    shares[data.draw(st.integers(0, count - 1))] = 1
+    point = data.draw(st.one_of(st.sampled_from([0.0, 1 - 2**-53]), st.floats(0, 1, exclude_max=True)))
+    place, probability = draw(shares, point)
+    before, share, total = math.fsum(shares[:place]), float(shares[place]), math.fsum(shares)
+    near = count * 2**-52 * total  # what sums in float64 may be off
+    assert before - near <= point * total <= before + share + near
+    assert share > 0 and abs(probability - share / total) <= count * 2**-52
 
 
 def test_draws_follow_the_distribution() -> None:
