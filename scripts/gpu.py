@@ -6,11 +6,11 @@ Needs a Python with CuPy, NumPy, Numba, pytest and slimrt's dependencies; what i
 steps come in four groups, ``correctness``, ``operations``, ``prompts`` and ``tokens``, each short enough for a
 machine that is lent for minutes; ``docs/results/README.md`` has the order for one that is lent for fifteen in all.
 Each step runs in a process of its own within a time of its own and writes what it finds row by row, so a step that
-hangs, fails or is cut off costs nothing but its own rest. Checks share the card, measurements have it alone. Results
-go to ``--out`` (default: ``docs/results/gpu-<device>-<date>.json``) and are merged into what is there, so that
-``--only`` adds to an earlier run. ``--within`` bounds the whole call: what runs then is cut off with what it has
-found, what waits is not begun. ``--quick`` measures one prompt length and one context; ``--dry`` walks through all of
-it on the CPU's emulation, at tiny sizes.
+hangs, fails or is cut off costs nothing but its own rest; however the run ends, its steps end with it. Checks share the
+card, measurements have it alone. Results go to ``--out`` (default: ``docs/results/gpu-<device>-<date>.json``) and are
+merged into what is there, so that ``--only`` adds to an earlier run. ``--within`` bounds the whole call: what runs then
+is cut off with what it has found, what waits is not begun. ``--quick`` measures one prompt length and one context;
+``--dry`` walks through all of it on the CPU's emulation, at tiny sizes.
 """
 
 from __future__ import annotations
@@ -19,23 +19,25 @@ import argparse
 import json
 import math
 import os
-import re
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from importlib import import_module
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if sys.version_info < (3, 11):  # noqa: UP036  a lent machine's may be older
+    sys.exit(
+        f"Python {sys.version.split()[0]}: slimrt needs 3.11 or newer; run this with another one (python3.11, ...)"
+    )
 
-from scripts import gpu_layout
+from scripts import gpu_layout, gpu_processes
+from scripts.gpu_report import Report
 
 ROOT = gpu_layout.ROOT
 DRY_SECONDS = 240  # that a dry step may take, on however busy a machine
@@ -93,6 +95,7 @@ def run_step(name: str, out: Path | None, *, dry: bool, quick: bool) -> None:
 
         FakeCupy(pytest.MonkeyPatch())
     from scripts.gpu_sizes import DRY, FULL, QUICK
+    from slimrt.errors import DeviceError
 
     found: dict[str, Any] = {}
 
@@ -105,7 +108,10 @@ def run_step(name: str, out: Path | None, *, dry: bool, quick: bool) -> None:
 
     module, function = (CHECKS, name) if name == "smoke" else (STEPS[name].module, STEPS[name].function)
     step: Callable[..., None] = getattr(import_module(module), function)
-    step(note, DRY if dry else QUICK if quick else FULL)
+    try:
+        step(note, DRY if dry else QUICK if quick else FULL)
+    except DeviceError as error:
+        raise SystemExit(str(error)) from error
 
 
 def _plain(value: Any) -> Any:
@@ -117,84 +123,16 @@ def _plain(value: Any) -> Any:
 # -- all of them ------------------------------------------------------------------------------------------------------
 
 
-class Forked:
-    """A step of a dry run: a fork of this process, which imports once for all of them. A card's steps are processes
-    from scratch, for one that has touched a card cannot be forked."""
-
-    def __init__(self, work: Callable[[], None], log: BinaryIO) -> None:
-        self._status: int | None = None
-        self._pid = os.fork()
-        if self._pid:
-            return
-        status = 1
-        try:
-            os.dup2(log.fileno(), 1)
-            os.dup2(log.fileno(), 2)
-            work()
-            status = 0
-        except BaseException:  # SystemExit too: a step that fails says why with it
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(status)
-
-    def poll(self) -> int | None:
-        """The exit status, or None while it runs; as ``subprocess.Popen`` has it."""
-        if self._status is None:
-            pid, status = os.waitpid(self._pid, os.WNOHANG)
-            self._status = os.waitstatus_to_exitcode(status) if pid else None
-        return self._status
-
-    def wait(self) -> int:
-        if self._status is None:
-            self._status = os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
-        return self._status
-
-    def kill(self) -> None:
-        if self.poll() is None:
-            os.kill(self._pid, signal.SIGKILL)
-
-
 @dataclass
 class Running:
     """A step under way."""
 
     name: str
-    process: subprocess.Popen[bytes] | Forked
+    process: subprocess.Popen[bytes] | gpu_processes.Forked
     found: Path
     log: Path
     limit: float
     begun: float = field(default_factory=time.perf_counter)
-
-
-class Report:
-    """What ``--out`` holds: written after each change, merged into what an earlier run left there."""
-
-    def __init__(self, out: Path | None, *, dry: bool) -> None:
-        self._out, self.dry = out, dry
-        now = datetime.now(UTC).isoformat(timespec="seconds")
-        self.results: dict[str, Any] = {"date": now, "dry": dry, "steps": {}}
-        if out is not None and out.exists():
-            self.results["steps"] = json.loads(out.read_text())["steps"]
-
-    def put(self, name: str, step: Mapping[str, Any]) -> None:
-        self.results["steps"][name] = dict(step)
-        path = self.path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(self.results, indent=1) + "\n")
-        part.replace(path)
-
-    @property
-    def path(self) -> Path:
-        if self._out is not None:
-            return self._out
-        if self.dry:
-            return ROOT / "build" / "gpu-dry.json"
-        name = self.results["steps"].get("device", {}).get("results", {}).get("device_name", "unknown")
-        slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-        return ROOT / "docs" / "results" / f"gpu-{slug}-{self.results['date'][:10]}.json"
 
 
 def run_all(
@@ -207,27 +145,35 @@ def run_all(
     report, end = Report(out, dry=dry), time.perf_counter() + within
     waiting, running = list(names), list[Running]()
     ended: dict[str, str] = {}
+    processes = gpu_processes.Processes()
     with tempfile.TemporaryDirectory() as folder:
-        while waiting or running:
-            while waiting and _may_start(waiting[0], running, dry=dry):
-                running.append(_start(waiting.pop(0), Path(folder), dry=dry, quick=quick))
-            time.sleep(POLL_S)
-            if time.perf_counter() > end:
-                for step in running:
-                    step.limit = 0
-                ended |= dict.fromkeys(waiting, "not begun")
-                waiting.clear()
-            for step in list(running):
-                verdict = _look(step, report)
-                if verdict is None:
-                    continue
-                running.remove(step)
-                ended[step.name] = verdict
-                if step.name == "device" and verdict != "passed":
-                    print("no step can run without a GPU that works; on the CPU: python3 scripts/gpu.py --dry")
-                    for other in running:
-                        other.process.kill()
-                    return 1
+        try:
+            while waiting or running:
+                while waiting and _may_start(waiting[0], running, dry=dry):
+                    running.append(_start(waiting.pop(0), Path(folder), processes, dry=dry, quick=quick))
+                time.sleep(POLL_S)
+                if time.perf_counter() > end:
+                    for step in running:
+                        step.limit = 0
+                    ended |= dict.fromkeys(waiting, "not begun")
+                    waiting.clear()
+                for step in list(running):
+                    verdict = _look(step, report)
+                    if verdict is None:
+                        continue
+                    running.remove(step)
+                    ended[step.name] = verdict
+                    if step.name == "device" and verdict != "passed":
+                        print("no step can run without a GPU that works; on the CPU: python3 scripts/gpu.py --dry")
+                        return 1
+        except KeyboardInterrupt:
+            print("\ninterrupted; what was found is kept")
+            ended |= {step.name: _look(step, report) or "cut off" for step in running}
+            ended |= dict.fromkeys(waiting, "not begun")
+        finally:
+            for step in running:
+                gpu_processes.end(step.process)
+            processes.close()
     print("\n== results:", report.path)
     for verdict in dict.fromkeys(ended.values()):
         print(f"{verdict}: {', '.join(name for name, how in ended.items() if how == verdict)}")
@@ -241,19 +187,17 @@ def _may_start(name: str, running: Sequence[Running], *, dry: bool) -> bool:
     return not STEPS[name].alone and not any(STEPS[step.name].alone for step in running) and len(running) < limit
 
 
-def _start(name: str, folder: Path, *, dry: bool, quick: bool) -> Running:
+def _start(name: str, folder: Path, processes: gpu_processes.Processes, *, dry: bool, quick: bool) -> Running:
     found, log = folder / f"{name}.json", folder / f"{name}.log"
-    if dry:
-        _import_all()
-        os.chdir(ROOT)
-        with log.open("wb") as stream:
-            process = Forked(lambda: run_step(name, found, dry=True, quick=quick), stream)
-        return Running(name, process, found, log, DRY_SECONDS)
-    command = [sys.executable, __file__, "--step", name, "--out", str(found)]
-    command += ["--quick"] * quick
     with log.open("wb") as stream:
-        program = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream)
-    return Running(name, program, found, log, STEPS[name].seconds)
+        if dry:
+            _import_all()
+            os.chdir(ROOT)
+            forked = processes.fork(lambda: run_step(name, found, dry=True, quick=quick), stream)
+            return Running(name, forked, found, log, DRY_SECONDS)
+        command = [sys.executable, __file__, "--tied", "--step", name, "--out", str(found)]
+        program = processes.start([*command, *["--quick"] * quick], ROOT, stream)
+        return Running(name, program, found, log, STEPS[name].seconds)
 
 
 def _import_all() -> None:
@@ -268,9 +212,8 @@ def _look(step: Running, report: Report) -> str | None:
     took = time.perf_counter() - step.begun
     status = step.process.poll()
     late = status is None and took > step.limit
-    if late:
-        step.process.kill()
-        status = step.process.wait()
+    if late or status is not None:  # what it has started ends with it
+        status = gpu_processes.end(step.process)
     results = json.loads(step.found.read_text()) if step.found.exists() else {}
     row: dict[str, Any] = {"ended": "cut off", "seconds": round(took, 1), "results": results}
     if status is None:
@@ -305,18 +248,35 @@ def _named(part: str) -> list[str]:
     raise SystemExit(f"--only {part}: not a step or group; groups: {', '.join(GROUPS)}; steps: {', '.join(STEPS)}")
 
 
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not seconds > 0:  # NaN is not
+        raise SystemExit(f"--within {text}: must be a number of seconds above 0")
+    return seconds
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--dry", action="store_true", help="on the CPU emulation, at tiny sizes")
     parser.add_argument("--quick", action="store_true", help="measure one prompt length and one context only")
     parser.add_argument("--only", metavar="NAME[,NAME]", help=f"these steps or groups ({', '.join(GROUPS)})")
     parser.add_argument(
-        "--within", type=float, metavar="SECONDS", default=math.inf, help="what the call may take in all"
+        "--within", type=_seconds, metavar="SECONDS", default=math.inf, help="what the call may take in all"
     )
     parser.add_argument("--out", type=Path, help="where the results go, merged into what is there")
     parser.add_argument("--step", help=argparse.SUPPRESS)
+    parser.add_argument("--tied", action="store_true", help=argparse.SUPPRESS)  # a step of a run, which ends with it
     options = parser.parse_args()
     if options.step:
+        if options.tied:
+            gpu_processes.end_with_the_run()
         os.chdir(ROOT)
         run_step(options.step, options.out, dry=options.dry, quick=options.quick)
         return
@@ -325,6 +285,9 @@ def main() -> None:
         sys.exit(gpu_layout.remedy(missing))
     out = None if options.out is None else options.out.resolve()
     names, how = chosen(options.only), {"dry": options.dry, "quick": options.quick, "within": options.within}
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+            signal.signal(number, _interrupt)
     sys.exit(1 if run_all(names, out, **how) else 0)
 
 

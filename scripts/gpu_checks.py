@@ -29,6 +29,7 @@ from slimrt.engine import Engine
 from slimrt.errors import DeviceError
 from slimrt.models.llama import Llama
 from slimrt.ops.cuda.cupy_ops import CupyOps
+from slimrt.ops.cuda.device import probe
 from slimrt.ops.numpy.numpy_ops import NumpyOps
 from slimrt.prune.plan import PrunePlan, Stage
 from slimrt.prune.reach import SINK, first_row
@@ -107,6 +108,8 @@ def _pytest(note: Note, files: list[str], sizes: Sizes) -> None:
             if report.skipped and not any(reason in str(report.longrepr) for reason in ALLOWED_SKIPS):
                 self.unexpected.append(report.nodeid)
 
+    if sizes is not DRY:
+        probe()  # without a card one line says so, not each test
     count = Count()
     workers = ["-n", "4"] if sizes is not DRY and importlib.util.find_spec("xdist") else []
     status = pytest.main(

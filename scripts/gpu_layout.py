@@ -23,6 +23,17 @@ __all__ = ["ROOT", "install", "missing_packages", "remedy"]
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = {f"slimrt.{name}": ROOT / name for name in ("models", "convert", "kernels_cu")}
 FOR_TESTS = ("pytest", "hypothesis", "numba")  # beside the product's own dependencies
+REQUIRED = {  # what those need in turn: of a package that is not here, nothing else can tell
+    "cupy-cuda13x": ("cuda-pathfinder",),
+    "gguf": ("requests", "tqdm"),
+    "hypothesis": ("sortedcontainers",),
+    "jinja2": ("markupsafe",),
+    "markdown-it-py": ("mdurl",),
+    "numba": ("llvmlite",),
+    "pytest": ("iniconfig", "packaging", "pluggy", "pygments"),
+    "requests": ("certifi", "charset-normalizer", "idna", "urllib3"),
+    "rich": ("markdown-it-py", "pygments"),
+}
 
 
 class _Folders(MetaPathFinder):
@@ -49,10 +60,12 @@ def install() -> None:
 def missing_packages(*, cupy: bool) -> list[str]:
     """Distributions that the steps need and this Python lacks; ``cupy``: whether CuPy counts."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    needed = [re.split(r"[^\w.-]", entry, maxsplit=1)[0] for entry in project["dependencies"]]
-    absent = [name for name in [*needed, *FOR_TESTS] if not _present(name)]
+    needed = [re.split(r"[^\w.-]", entry, maxsplit=1)[0] for entry in project["dependencies"]] + list(FOR_TESTS)
+    for name in needed:  # grows meanwhile
+        needed += [other for other in REQUIRED.get(name, ()) if other not in needed]
+    absent = [name for name in needed if not _present(name)]
     if cupy and importlib.util.find_spec("cupy") is None:
-        absent.append("cupy-cuda13x")
+        absent += ["cupy-cuda13x", *(name for name in REQUIRED["cupy-cuda13x"] if not _present(name))]
     return absent
 
 

@@ -286,9 +286,9 @@ def newest(folder: Path) -> dict[str, Any] | None:
 
 
 def gpu_reports(folder: Path) -> list[dict[str, Any]]:
-    """All results of GPUs, dry runs' left out."""
+    """All results of GPUs; dry runs' left out, and those of runs that found nothing, for want of a GPU that works."""
     found = [json.loads(path.read_text()) for path in sorted(folder.glob("gpu-*.json"))]
-    return [results for results in found if not results["dry"]]
+    return [r for r in found if not r["dry"] and any(step["results"] for step in r["steps"].values())]
 
 
 def newest_of(folder: Path, kind: str) -> dict[str, Any] | None:

@@ -146,11 +146,11 @@ def test_only_names_steps_and_groups() -> None:
 def test_a_call_ends_within_its_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What runs is cut off with what it has found; what waits is not begun."""
 
-    def start(name: str, folder: Path, **_: bool) -> gpu.Running:
+    def start(name: str, folder: Path, *_: object, **__: bool) -> gpu.Running:
         found = folder / f"{name}.json"
         found.write_text('{"rows": [1]}')
         (folder / "log").touch()
-        sleep = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+        sleep = subprocess.Popen(["sleep", "60"], process_group=0)
         return gpu.Running(name, sleep, found, folder / "log", 60)
 
     monkeypatch.setattr(gpu, "_start", start)
@@ -237,8 +237,9 @@ def test_the_table() -> None:
 def test_dry_results_never_reach_the_table(tmp_path: Path) -> None:
     (tmp_path / "gpu-a.json").write_text(json.dumps({"dry": True, "date": "2031"}))
     assert newest(tmp_path) is None
-    (tmp_path / "gpu-b.json").write_text(json.dumps({"dry": False, "date": "2030"}))
-    assert newest(tmp_path) == {"dry": False, "date": "2030"}
+    real = {"dry": False, "date": "2030", "steps": {"device": {"results": {"about": "A card"}}}}
+    (tmp_path / "gpu-b.json").write_text(json.dumps(real))
+    assert newest(tmp_path) == real
 
 
 def test_the_script_on_a_copy_of_the_readme(tmp_path: Path) -> None:
