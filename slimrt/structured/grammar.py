@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from slimrt.errors import SettingError
+from slimrt.structured import closing
 from slimrt.structured.termination import ends
 
 __all__ = ["Grammar", "Schema", "grammar_of", "response_grammar"]
@@ -43,8 +44,11 @@ class Grammar:
             )
 
     @classmethod
-    def json_schema(cls, schema: Schema) -> Grammar:
+    def json_schema(cls, schema: Schema, *, closed: bool = True) -> Grammar:
         """JSON that is valid by ``schema``: a dict, a bool or JSON text.
+
+        ``closed``: an object that lists its properties gets no others, unless the schema says that it may
+        (``additionalProperties``); without it whatever is valid may be written, and a model that may go on often does.
 
         The answer is on one line, with ", " and ": " as separators and properties in the schema's order, unless the
         schema says otherwise under "x-guidance" (llguidance's options, such as {"whitespace_flexible": true}).
@@ -53,6 +57,8 @@ class Grammar:
         """
         try:
             value = json.loads(schema) if isinstance(schema, str) else schema
+            if closed and isinstance(value, Mapping):
+                value = closing.closed(value)
             text = json.dumps({} if value is True else value, ensure_ascii=False)
         except (TypeError, ValueError, RecursionError) as error:
             raise SettingError(f"schema {_short(schema)}: must be JSON: {_line(error)}") from None

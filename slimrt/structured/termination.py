@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from typing import Any
-from urllib.parse import unquote
+
+from slimrt.structured.pointer import target
 
 __all__ = ["ends"]
 
@@ -45,7 +46,7 @@ def ends(schema: Mapping[str, Any]) -> bool:
 def _needs(root: Mapping[str, Any], node: Mapping[str, Any]) -> Iterator[list[Any]]:
     """For an instance of ``node`` to be finite, of each of these lists one schema must have a finite instance."""
     if isinstance(node.get("$ref"), str):
-        yield [_target(root, node["$ref"])]
+        yield [target(root, node["$ref"])]
     for name in ("anyOf", "oneOf"):
         if isinstance(node.get(name), list):
             yield node[name]
@@ -61,19 +62,3 @@ def _needs(root: Mapping[str, Any], node: Mapping[str, Any]) -> Iterator[list[An
         yield from ([part] for part in first)
         if least > len(first) and "items" in node:
             yield [node["items"]]
-
-
-def _target(root: Any, reference: str) -> Any:
-    """What a pointer within the schema names; True (anything) for others, which the compiler judges."""
-    if not reference.startswith("#"):
-        return True
-    value = root
-    for part in unquote(reference[1:]).split("/")[1:]:
-        part = part.replace("~1", "/").replace("~0", "~")
-        if isinstance(value, Mapping) and part in value:
-            value = value[part]
-        elif isinstance(value, list) and part.isdecimal() and int(part) < len(value):
-            value = value[int(part)]
-        else:
-            return True
-    return value if reference == "#" or reference.startswith("#/") else True

@@ -9,21 +9,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from slimrt.errors import SettingError
+from slimrt.structured.closing import closed
 from slimrt.structured.grammar import Grammar
 
 __all__ = ["Choice", "Tool", "choice_of", "tools_of"]
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}", re.ASCII)
 _MOST = 128  # tools; so many OpenAI takes
-_COMBINED = (
-    "anyOf",
-    "oneOf",
-    "allOf",
-    "$ref",
-    "patternProperties",
-    "if",
-    "not",
-)  # which may ask for further properties
 # Formats that the grammar enforces (llguidance's list).
 _FORMATS = frozenset(
     ("date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri", "unknown")
@@ -69,11 +61,7 @@ class Tool:
     def arguments_schema(self) -> dict[str, Any]:
         """What the arguments are bound to: ``parameters``, without properties that it does not name unless it says
         that there may be some."""
-        schema = _without_unknown_formats(self.parameters)
-        named = schema.get("properties", {}).keys() >= set(schema.get("required") or ())
-        if named and "properties" in schema and not any(key in schema for key in _COMBINED):
-            schema.setdefault("additionalProperties", False)
-        return schema
+        return closed(_without_unknown_formats(self.parameters))
 
 
 @dataclass(frozen=True)
