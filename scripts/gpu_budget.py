@@ -45,8 +45,8 @@ def budget(note: Note, sizes: Sizes) -> None:
     def resident() -> dict[str, Any]:
         borrowed, wrong, block = caches[0]._borrower, 0, settings.block  # of the last talk
         assert borrowed is not None, "decode went layer by layer"
-        slots, tails = ops.to_host(borrowed.slots), borrowed.tails
-        for layer, lent in enumerate(borrowed.lent.layers):
+        slots, tails = ops.to_host(borrowed.tables.slots), borrowed.tails
+        for layer, lent in enumerate(borrowed.layers):
             held = ops.to_host(lent.store)
             for slot, number in enumerate(slots[layer].tolist()):
                 if number < tails[layer]:

@@ -301,7 +301,7 @@ class Bench:
         )
 
         decoder: Any = engine._decoder
-        stores = decoder._stores
+        stores = [context.cache.room(layer, 1) for layer in range(c.n_layers)]
         angles = decoder._device[decoder._angles_at :].view(np.float32).reshape(2, -1)
         start, length = decoder._word(0, 0), decoder._word(0, 1)
 

@@ -177,11 +177,16 @@ class OffloadedKVCache:
                 rows.settle()
 
     def _take_back(self) -> None:
-        """Before anybody looks at what the slots hold."""
+        """Before anybody looks at what the slots hold. Where an interrupt comes the rows stay on loan."""
+        if self._borrower is not None:
+            for rows, now in zip(self._layers, self._borrower.give_back(), strict=True):
+                rows.take_back(now)
+            self._no_loan()
+
+    def _no_loan(self) -> None:
         if self._borrower is not None:
             borrower, self._borrower = self._borrower, None
-            for rows, now in zip(self._layers, borrower.give_back(), strict=True):
-                rows.take_back(now)
+            borrower.let_go()
 
     # -- prefill ------------------------------------------------------------------------------------------------------
 
@@ -262,7 +267,10 @@ class OffloadedKVCache:
     def truncate(self, length: int) -> None:
         """Forget every row whose position is ``length`` or more; a failed copy surfaces in the next ``update``."""
         self._settle()
-        self._take_back()
+        if length:
+            self._take_back()
+        else:
+            self._no_loan()
         for rows in self._layers:
             if length:
                 rows.truncate(length)
@@ -352,6 +360,6 @@ class OffloadedKVCache:
     def close(self) -> None:
         """Wait for all copies and let go of the memory."""
         self._settle()
-        self._borrower = None
+        self._no_loan()
         for rows in self._layers:
             rows.close()

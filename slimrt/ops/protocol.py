@@ -344,7 +344,10 @@ class Borrower(Protocol):
     """Who chooses in the place of a cache."""
 
     def give_back(self) -> Sequence[TakenBack]:
-        """By layer, when all that was asked has been done."""
+        """By layer, when all that was asked has been done. It may be asked again until it is told to ``let_go``."""
+
+    def let_go(self) -> None:
+        """The rows are the cache's again, or gone: nothing of them may be held any more."""
 
 
 class Lender(Cache, Protocol):

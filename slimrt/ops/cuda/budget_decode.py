@@ -11,13 +11,14 @@ All blocks are compared, however long the context is: on a device that costs les
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Any, cast
 
 import numpy as np
 
-from slimrt.ops.cuda.decode import CapturedDecode
-from slimrt.ops.protocol import Array, Cache, Lender, Lent, Part, TakenBack
+from slimrt.ops.cuda.decode import CapturedDecode, places
+from slimrt.ops.protocol import Array, Cache, Lender, Lent, LentLayer, Part, TakenBack
 
 __all__ = ["BudgetedDecode"]
 
@@ -25,63 +26,62 @@ _START, _LENGTH, _UNITS, _STEP = range(4)  # words of a layer; those of choose.c
 _SCORES = ("token_max", "token_mass", "unit_softmax")  # by the kernels that count in device memory
 
 
+class _Tables:
+    """Where the kernels keep what they choose by; whoever borrows next uses it again, so that a graph over it serves
+    on."""
+
+    def __init__(self, ops: Any, layers: int, blocks: int, count: int) -> None:
+        """``count`` slots a layer, the tail's aside."""
+        self.shape = layers, blocks, count
+        self.wishes, self.scores = ops.empty((layers, blocks), np.float32), ops.empty((blocks,), np.float32)
+        self.slots, self.moved = (ops.empty((layers, n), np.int32) for n in (count + 1, 3))
+        self.source, self.target = ops.empty((count,), np.uint64), ops.empty((count,), np.int32)
+        self.homes: np.ndarray = ops.pinned((layers, blocks), np.uint64)  # the kernel reads a few of them from there
+
+
 class _Borrowed:
-    """What a cache has lent, on the device; the choices of its layers are here until it takes them back."""
+    """What a cache has lent; the choices of its layers are in ``tables`` until it takes them back. ``layers`` is then
+    empty. The cache holds it, the decoder does not: what a forgotten conversation has lent goes with it."""
 
-    wishes: Array
-    slots: Array
-    moved: Array
-    scores: Array
-    source: Array
-    target: Array
-    homes: np.ndarray
+    layers: Sequence[LentLayer]
 
-    def __init__(self, lent: Lent, ops: Any, former: _Borrowed | None) -> None:
-        """``former``, which has been given back: its memory is used again where that fits, so that a graph over it
-        serves on."""
+    def __init__(self, lent: Lent, ops: Any, tables: _Tables | None) -> None:
+        """``tables`` that nobody uses."""
         config, layers = lent.config, lent.layers
-        self.lent, self._ops = lent, ops
+        self.config, self.layers, self._ops = config, layers, ops
         self.count = config.slots - 1
-        blocks = -(-config.ctx // config.block)
-        shape = len(layers), blocks
-        if former is not None and (former.homes.shape, former.count) == (shape, self.count):
-            self.wishes, self.slots, self.moved, self.homes = former.wishes, former.slots, former.moved, former.homes
-            self.scores, self.source, self.target = former.scores, former.source, former.target
-        else:
-            self.wishes, self.scores = ops.empty(shape, np.float32), ops.empty((blocks,), np.float32)
-            self.slots, self.moved = (ops.empty((len(layers), n), np.int32) for n in (config.slots, 3))
-            self.source, self.target = ops.empty((self.count,), np.uint64), ops.empty((self.count,), np.int32)
-            self.homes = ops.pinned(shape, np.uint64)  # the kernel reads a few of them from there
+        shape = len(layers), -(-config.ctx // config.block)
+        fits = tables is not None and tables.shape == (*shape, self.count)
+        self.tables = tables if tables is not None and fits else _Tables(ops, *shape, self.count)
         wishes = np.zeros(shape, np.float32)
         for number, layer in enumerate(layers):
             wishes[number, : len(layer.wishes)] = layer.wishes
-        ops.load(self.wishes, wishes)
-        ops.load(self.slots, np.array([layer.slots for layer in layers], np.int32))
-        ops.load(self.moved, np.zeros((len(layers), 3), np.int32))
+        ops.load(self.tables.wishes, wishes)
+        ops.load(self.tables.slots, np.array([layer.slots for layer in layers], np.int32))
+        ops.load(self.tables.moved, np.zeros((len(layers), 3), np.int32))
         self.wished = [(len(layer.wishes), layer.wished_at) for layer in layers]
         self.tails = [int(layer.slots[-1]) for layer in layers]
         self._known = [0] * len(layers)
-        self.returned = False
         # So many of the tail's blocks must be there already, of which the tail itself is one, for nothing to move.
         shares = (1 + np.arange(self.count + 1)) / (1 + self.count)
         self.common = int(np.searchsorted(shares, config.overlap))
 
     def memory(self) -> list[Array]:
-        """All that a captured graph has the addresses of."""
-        return [self.slots, *(array for layer in self.lent.layers for array in (layer.store, layer.means()))]
+        """All that a captured graph has the addresses of, beside the tables."""
+        return [array for layer in self.layers for array in (layer.store, layer.means())]
 
     def learn_homes(self) -> None:
         """Where the host keeps blocks that it has got since the last time; no launch may be under way."""
-        for number, layer in enumerate(self.lent.layers):
-            first, count = self._known[number], min(len(layer.homes), self.homes.shape[1])
+        for number, layer in enumerate(self.layers):
+            first, count = self._known[number], min(len(layer.homes), self.tables.homes.shape[1])
             if first < count:
-                self.homes[number, first:count] = [home.ctypes.data for home in layer.homes[first:count]]
+                self.tables.homes[number, first:count] = [home.ctypes.data for home in layer.homes[first:count]]
                 self._known[number] = count
 
     def give_back(self) -> list[TakenBack]:
         """What was chosen, by layer."""
-        self.returned = True
-        slots, wishes, moved = (self._ops.to_host(x) for x in (self.slots, self.wishes, self.moved))
+        t = self.tables
+        slots, wishes, moved = (self._ops.to_host(x) for x in (t.slots, t.wishes, t.moved))
         return [
             TakenBack(
                 slots[number].astype(np.int64), wishes[number, :earlier].copy(), at,
@@ -90,19 +90,25 @@ class _Borrowed:
             for number, (earlier, at) in enumerate(self.wished)
         ]  # fmt: skip
 
+    def let_go(self) -> None:
+        """The cache has its rows back, or they are gone."""
+        self.layers = ()
+
 
 class BudgetedDecode(CapturedDecode):
     """See ``slimrt.ops.protocol.Decoder``; for caches under a budget. What one does not lend goes layer by layer."""
 
     _words = _STEP + 6
-    _borrowed: _Borrowed | None = None
+    _tables: _Tables | None = None
+    _captured_over: _Tables | None = None
+    _held: weakref.ref[_Borrowed] | None = None
 
     def step(self, parts: Sequence[Part]) -> tuple[np.ndarray, list[Array | None]]:
         """See ``CapturedDecode``."""
         (part,), ops, n_layers = parts, self._ops, self._model.config.n_layers
         (token,), position, middle = part.tokens, part.position, part.middle
         cache = cast(Lender, part.cache)  # the engine's, under a budget
-        with self._lock, ops.computing():
+        with ops.computing():
             borrowed = self._borrow(cache)
             if borrowed is None:
                 self._write_words(token, position, np.zeros((n_layers, self._words), np.int32))
@@ -122,6 +128,10 @@ class BudgetedDecode(CapturedDecode):
 
     # -- what the cache lends ---------------------------------------------------------------------------------------
 
+    @property
+    def _borrowed(self) -> _Borrowed | None:
+        return None if self._held is None else self._held()
+
     def _borrow(self, cache: Lender) -> _Borrowed | None:
         """What ``cache`` lends, with all that the host has of it."""
         borrowed = self._borrowed
@@ -129,8 +139,9 @@ class BudgetedDecode(CapturedDecode):
             lent = cache.lend(_SCORES)
             if lent is None:
                 return None
-            former = borrowed if borrowed is not None and borrowed.returned else None
-            borrowed = self._borrowed = _Borrowed(lent, self._ops, former)
+            free = borrowed is None or not borrowed.layers
+            borrowed = _Borrowed(lent, self._ops, self._tables if free else None)
+            self._tables, self._held = borrowed.tables, weakref.ref(borrowed)
             cache.lent_to(borrowed)
         cache.settled()
         borrowed.learn_homes()
@@ -138,18 +149,17 @@ class BudgetedDecode(CapturedDecode):
 
     def _is_stale(self, borrowed: _Borrowed) -> bool:
         """Whether what was lent lies elsewhere than when the graph was captured: means move when they grow."""
-        memory = borrowed.memory()
-        return len(memory) != len(self._stores) or any(a is not b for a, b in zip(memory, self._stores, strict=True))
+        return self._captured_over is not borrowed.tables or places(borrowed.memory()) != self._places
 
     def _capture(self, borrowed: _Borrowed) -> None:
         pool = None if self._graph is None else self._graph.pool
-        self._graph, self._stores = None, []  # its memory serves the next one
-        stores = [layer.store for layer in borrowed.lent.layers]
+        self._graph, self._places = None, []  # its memory serves the next one
+        stores = [layer.store for layer in borrowed.layers]
         self._graph = self._ops.capture(lambda: self._pass(stores), pool)
-        self._stores = borrowed.memory()
+        self._places, self._captured_over = places(borrowed.memory()), borrowed.tables
 
     def _layer_words(self, borrowed: _Borrowed, cache: Cache, *, choosing: bool) -> np.ndarray:
-        c, words = borrowed.lent.config, []
+        c, words = borrowed.config, []
         for number, tail in enumerate(borrowed.tails):
             held = cache.length(number)
             now = held // c.block
@@ -164,11 +174,11 @@ class BudgetedDecode(CapturedDecode):
         return np.array(words, np.int32)
 
     def _chooses(self, borrowed: _Borrowed, number: int, held: int) -> bool:
-        c = borrowed.lent.config
+        c = borrowed.config
         return held // c.block != borrowed.tails[number] or (held + number) % c.choose_every == 0
 
     def _note_choices(self, borrowed: _Borrowed, cache: Cache) -> None:
-        c = borrowed.lent.config
+        c = borrowed.config
         for number in range(len(borrowed.tails)):
             held = cache.length(number)
             if self._chooses(borrowed, number, held):
@@ -181,15 +191,15 @@ class BudgetedDecode(CapturedDecode):
         """The attention of the query ``q`` over the blocks that it wants, once they are in their slots."""
         c, ops, borrowed = self._model.config, self._ops, self._borrowed
         assert borrowed is not None
-        cache, layer = borrowed.lent.config, borrowed.lent.layers[number]
+        cache, layer, t = borrowed.config, borrowed.layers[number], borrowed.tables
         ops.score_captured(cache.score, q, layer.means(), cache.block // cache.unit, self._word(number, _UNITS),
-                           borrowed.scores)  # fmt: skip
-        moved = borrowed.moved[number]
+                           t.scores)  # fmt: skip
+        moved = t.moved[number]
         ops.choose_blocks(
-            self._word(number, _STEP, 6), borrowed.scores, borrowed.wishes[number], borrowed.slots[number],
-            borrowed.homes[number], borrowed.source, borrowed.target, moved, cache.sink_blocks, cache.local_blocks,
+            self._word(number, _STEP, 6), t.scores, t.wishes[number], t.slots[number], t.homes[number], t.source,
+            t.target, moved, cache.sink_blocks, cache.local_blocks,
         )  # fmt: skip
-        ops.bring_blocks(store, borrowed.source, borrowed.target, moved, cache.block)
+        ops.bring_blocks(store, t.source, t.target, moved, cache.block)
         splits = ops.splits(c.n_kv_heads, store.shape[2])
         length = self._word(number, _LENGTH)
         return ops.attend_one(q, store[0], store[1], length, ops.empty(q.shape), splits, cap=c.attention_cap)

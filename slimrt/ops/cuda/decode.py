@@ -8,21 +8,21 @@ room is made ahead, and the graph is captured again when that is used up.
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
 from slimrt.ops.protocol import Array, Cache, Part
 
-__all__ = ["CapturedDecode"]
+__all__ = ["CapturedDecode", "places"]
 
 _ROOM = 256  # tokens for which a captured graph serves before the cache has to grow
 
 
 class CapturedDecode:
-    """See ``slimrt.ops.protocol.Decoder``. It holds the graph of one cache. Callers in other threads wait."""
+    """See ``slimrt.ops.protocol.Decoder``. It holds the graph of one cache, and nothing of the cache itself: what that
+    gives back is free at once. Callers in other threads wait in ``ops.computing``, for there is one set of buffers."""
 
     _words = 3  # of each layer, that the host writes for a token: rows before it, rows with it, the first that it sees
 
@@ -39,9 +39,8 @@ class CapturedDecode:
         self._host = ops.pinned((size,), np.int32)
         self._host[:] = 0
         self._logits = ops.pinned((c.vocab_size,), np.float32)
-        self._stores: list[Array] = []
+        self._places: list[tuple[int, tuple[int, ...]]] = []  # of what the graph reads and writes beside its own memory
         self._graph: Any = None
-        self._lock = threading.Lock()
 
     most = 1  # what the graph does is for one token
 
@@ -49,7 +48,7 @@ class CapturedDecode:
         """Read one token; the logits [1, V] on the host, the hidden states [1, D] of layer ``middle`` on the device."""
         (part,), ops = parts, self._ops
         (token,), cache, position, middle = part.tokens, part.cache, part.position, part.middle
-        with self._lock, ops.computing():  # its buffers and states are those of one token
+        with ops.computing():
             self._write(cache, token, position)
             states = self._captured(cache).launch()
             for layer in range(self._model.config.n_layers):
@@ -61,14 +60,12 @@ class CapturedDecode:
     def _captured(self, cache: Cache) -> Any:
         """The graph for ``cache`` as it lies."""
         layers = range(self._model.config.n_layers)
-        stores = [cache.room(layer, 1) for layer in layers]
-        fresh = len(stores) != len(self._stores) or any(a is not b for a, b in zip(stores, self._stores, strict=True))
-        if fresh:
+        if places(cache.room(layer, 1) for layer in layers) != self._places:
             pool = None if self._graph is None else self._graph.pool
-            self._graph, self._stores = None, []  # its memory serves the next one
+            self._graph, self._places = None, []  # its memory serves the next one
             stores = [cache.room(layer, _ROOM) for layer in layers]
             self._graph = self._ops.capture(lambda: self._pass(stores), pool)
-            self._stores = stores
+            self._places = places(stores)
         return self._graph
 
     def _write(self, cache: Cache, token: int, position: int) -> None:
@@ -150,6 +147,11 @@ class CapturedDecode:
         how = {"start": self._word(number, 2) if c.window(number) else None, "cap": c.attention_cap}
         splits = ops.splits(c.n_kv_heads, store.shape[2])
         return ops.attend_one(q, store[0], store[1], self._word(number, 1), ops.empty(q.shape), splits, **how)
+
+
+def places(arrays: Iterable[Array]) -> list[tuple[int, tuple[int, ...]]]:
+    """Where ``arrays`` of one type lie on the device, and their shapes: a graph serves whatever lies so."""
+    return [(int(array.data.ptr), tuple(array.shape)) for array in arrays]
 
 
 def _first_seen(cache: Cache, layer: int, position: int, window: int) -> int:

@@ -89,8 +89,9 @@ class PinnedSlabs:
             return self._cupy.cuda.PinnedMemory(nbytes)
         except Exception as error:
             raise DeviceError(
-                f"{nbytes / 2**30:.1f} GiB of host memory cannot be pinned ({error}); lower ctx (--ctx), keep all rows "
-                "on the GPU (no kv_budget), or raise the limit of locked memory (ulimit -l)"
+                f"{nbytes / 2**20:,.1f} MiB of host memory cannot be pinned ({error}); lower ctx (--ctx), keep all "
+                "rows on the GPU (no kv_budget), raise the limit of locked memory (ulimit -l), or use device='cpu' "
+                "(--device cpu)"
             ) from error
 
     def _pointer(self, memory: Any, offset: int) -> Any:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -108,3 +110,110 @@ def test_fused_kernels_under_other_settings(
     assert np.abs(found - truth).max() <= SLACK * np.abs(half - truth).max()
     assert fake.graphs and "gemv_heads" in fake.launches and "choose_blocks" in fake.launches
     assert session.context.cache.transfers.bytes_to_device > 0  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("cache", [None, BUDGET], ids=["all rows", "budget"])
+def test_a_conversation_that_is_gone_leaves_no_rows_with_the_decoder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cache: CacheConfig | None
+) -> None:
+    """The plan counts one cache: the next prompt must not find the last one's beside its own."""
+    fake, file = FakeCupy(monkeypatch), tiny(tmp_path, type="Q8_0")
+    ops = CupyOps(budget_graphs=True)
+    engine = Engine(build(read_config(file), file, ops), ops, cache)
+    left = []
+    for closed in (True, False, True):
+        session = Session(engine, BUDGET.ctx)
+        session.prefill(ids(file, 170))
+        session.extend([7])
+        assert fake.graphs
+        rows, inside = session.context.cache.nbytes_device, fake.used
+        if closed:
+            session.context.cache.close()
+        del session
+        gc.collect()
+        assert inside - fake.used >= rows
+        left.append(fake.used)
+    assert len(set(left)) == 1
+
+
+def test_an_interrupt_while_rows_are_taken_back_leaves_them_on_loan(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Nor may another conversation get the tables while one is still asked what they hold."""
+    FakeCupy(monkeypatch)
+    file = tiny(tmp_path, type="Q8_0")
+    ops, found = CupyOps(budget_graphs=True), []
+    eager = dataclasses.replace(BUDGET, overlap=1.0, choose_every=1)
+    engine = Engine(build(read_config(file), file, ops), ops, eager)
+    to_host = CupyOps.to_host
+    for interrupted in (False, True):
+        session, other = (Session(engine, BUDGET.ctx) for _ in range(2))
+        for number, each in enumerate((session, other)):
+            each.prefill(ids(file, 170, number))
+        for token in (7, 8, 9):
+            session.extend([token])
+        cache: Any = session.context.cache
+        asked = 0
+
+        def broken(self: CupyOps, x: Any) -> np.ndarray:
+            nonlocal asked
+            asked += 1
+            if asked == 2:
+                raise KeyboardInterrupt
+            return to_host(self, x)
+
+        if interrupted:
+            monkeypatch.setattr(CupyOps, "to_host", broken)
+            with pytest.raises(KeyboardInterrupt):
+                _ = cache.fetched
+            monkeypatch.setattr(CupyOps, "to_host", to_host)
+        for each in (other, session):
+            each.extend([10])
+        found.append((session.logits, cache.rows(1)[0], cache._layers[1].slots))
+    assert all(np.array_equal(one, two) for one, two in zip(*found, strict=True))
+
+
+def test_rows_on_loan_that_are_forgotten_are_not_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A conversation whose GPU is lost can be forgotten and closed."""
+    fake, file = FakeCupy(monkeypatch), tiny(tmp_path, type="Q8_0")
+    ops = CupyOps(budget_graphs=True)
+    engine = Engine(build(read_config(file), file, ops), ops, BUDGET)
+    session = Session(engine, BUDGET.ctx)
+    session.prefill(ids(file, 170))
+    session.extend([7])
+    fake.lost = "cudaErrorIllegalAddress: an illegal memory access was encountered"
+    session.context.cache.truncate(0)
+    session.context.cache.close()
+
+
+def test_a_pass_in_which_another_conversation_decodes_waits_for_nobody(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Between the parts of a prompt others have their turn in the same thread, while a third waits for the GPU."""
+    FakeCupy(monkeypatch)
+    file, ops = tiny(tmp_path, type="Q8_0"), CupyOps()
+    engine = Engine(build(read_config(file), file, ops), ops)
+    one, other = (Session(engine, 64) for _ in range(2))
+    for session in (one, other):
+        session.prefill(ids(file, 20))
+    inside, waiting = threading.Event(), threading.Event()
+
+    def passing() -> None:
+        with ops.computing():
+            inside.set()
+            waiting.wait()
+            one.extend([5])
+
+    def decoding() -> None:
+        inside.wait()
+        other.extend([5])
+
+    threads = [threading.Thread(target=task, daemon=True) for task in (passing, decoding)]
+    for thread in threads:
+        thread.start()
+    threads[1].join(0.1)  # it has come to where it has to wait
+    waiting.set()
+    for thread in threads:
+        thread.join(20)
+    assert not any(thread.is_alive() for thread in threads)
+    assert np.array_equal(one.logits, other.logits)

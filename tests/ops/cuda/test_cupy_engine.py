@@ -350,7 +350,7 @@ def test_out_of_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     fake.room = None
     session.prefill(ids(file, 50))
     fake.pinnable = 1 << 10
-    with pytest.raises(DeviceError, match=r"GiB of host memory cannot be pinned .*ulimit"):
+    with pytest.raises(DeviceError, match=r"MiB of host memory cannot be pinned .*ulimit.*device='cpu'"):
         engine(file, CupyOps(), BUDGET)
 
 
