@@ -28,6 +28,7 @@ __all__ = [
 ]
 
 _MOST_BREAKERS = 64
+_MOST_PENALTY = 1e6
 RopeScaling = Literal["none", "linear", "yarn", "llama3", "longrope"]
 
 
@@ -275,11 +276,14 @@ class SamplingConfig:
         if len(breakers) > _MOST_BREAKERS:
             raise SettingError(f"dry_sequence_breakers: {len(breakers)} texts; at most {_MOST_BREAKERS} are searched")
         object.__setattr__(self, "dry_sequence_breakers", tuple(breakers))
-        _check(self.repeat_penalty, "repeat_penalty", 0, math.inf)
-        if not (math.isfinite(self.repeat_penalty) and self.repeat_penalty > 0):
-            raise SettingError(f"repeat_penalty {self.repeat_penalty!r}: must be above 0; 1 switches it off")
-        _check(self.presence_penalty, "presence_penalty", -math.inf, math.inf)
-        _check(self.frequency_penalty, "frequency_penalty", -math.inf, math.inf)
+        # Within these bounds logits stay finite in float32; past a thousand a penalty bans in any case.
+        _check(self.repeat_penalty, "repeat_penalty", 0, _MOST_PENALTY)
+        if self.repeat_penalty < 1 / _MOST_PENALTY:
+            raise SettingError(
+                f"repeat_penalty {self.repeat_penalty!r}: must be at least {1 / _MOST_PENALTY:g}; 1 switches it off"
+            )
+        _check(self.presence_penalty, "presence_penalty", -_MOST_PENALTY, _MOST_PENALTY)
+        _check(self.frequency_penalty, "frequency_penalty", -_MOST_PENALTY, _MOST_PENALTY)
         _check_whole(self.penalty_last_n, "penalty_last_n", -1)
         if not isinstance(self.logit_bias, Mapping):
             raise SettingError(f"logit_bias {self.logit_bias!r}: must be a dict of token id -> number")
@@ -291,7 +295,10 @@ class SamplingConfig:
 
 
 def _check(value: Any, name: str, low: float, high: float) -> None:
+    # No fractions and no whole numbers past a float's range: NumPy computes with neither.
     number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if number and isinstance(value, numbers.Rational):
+        number = isinstance(value, numbers.Integral) and abs(int(value)) <= 10**308
     if not number or math.isnan(value) or not low <= value <= high:
         raise SettingError(f"{name} {value!r}: must be a number {_range(low, high)}")
 

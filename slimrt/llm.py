@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self, Unpack, overload
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, Unpack, overload
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from slimrt.drafting.drawing import check_draft
 from slimrt.drafting.model import DraftModel, check_vocabulary
 from slimrt.embedding import Pooling, check_pooling, embedded, states_of
 from slimrt.engine import Engine
+from slimrt.errors import SettingError
 from slimrt.library.store import Library, library_folder
 from slimrt.load_options import Adapters, Draft, LoadOptions, Plan
 from slimrt.models import build
@@ -150,10 +151,18 @@ class LLM:
 
     def tokenize(self, text: str, special: bool = False) -> list[int]:
         """``text`` -> token ids, with the begin token if the model wants one; control tokens count if ``special``."""
+        if not isinstance(text, str):
+            raise SettingError(f"text of type {type(text).__name__}: must be a str; decode bytes first")
         return self.tokenizer.encode(text, special=special)
 
     def detokenize(self, ids: Sequence[int], special: bool = False) -> str:
         """Token ids -> text; control tokens are shown only if ``special``, incomplete UTF-8 becomes U+FFFD."""
+        if isinstance(ids, (str, bytes)) or not isinstance(ids, Iterable):
+            raise SettingError(f"ids {str(ids)[:40]!r}: must be a list of token ids")
+        ids = list(ids)
+        for id in ids:
+            if not is_whole(id):
+                raise SettingError(f"token id {str(id)[:40]!r}: must be a whole number")
         return self.tokenizer.decode(ids, special=special)
 
     def token_ids(self, prompt: Prompt, special: bool = False) -> list[int]:
@@ -182,8 +191,9 @@ class LLM:
         1 <= start <= len(ids), ContextError if the ids exceed the context.
         """
         ids = self.token_ids(ids)
+        blocks = self._continuation(ids, start, prune, decode)
         result, at = np.empty(max(0, len(ids) - start), np.float32), 0
-        for block in self._continuation(ids, start, prune, decode):
+        for block in blocks:
             result[at : at + len(block)] = token_logprobs(block, ids[start + at : start + at + len(block)])
             at += len(block)
         return result
@@ -196,6 +206,8 @@ class LLM:
         return np.concatenate(blocks) if blocks else np.empty((0, self.config.vocab_size), np.float32)
 
     def _continuation(self, ids: list[int], start: int, prune: Plan | None, decode: bool) -> Iterator[np.ndarray]:
+        if not is_whole(start):
+            raise SettingError(f"start {start!r}: must be a whole number, the index of the first token that is judged")
         plan = self._plan(prune)
         return continuation_logits(self._engine, self.ctx, ids, start, plan, asking=self.asking, decode=decode)
 
@@ -203,7 +215,7 @@ class LLM:
 
     def embed(
         self,
-        texts: Prompt | Sequence[Prompt],
+        texts: Prompt | Iterable[Prompt],
         *,
         pooling: Pooling = "mean",
         normalize: bool = True,
@@ -218,6 +230,8 @@ class LLM:
         SettingError for what is no text, ContextError for an empty text and one that exceeds the context.
         """
         check_pooling(pooling)
+        if isinstance(texts, Iterator):
+            texts = list(texts)  # it is gone through twice
         single = isinstance(texts, str) or not isinstance(texts, Iterable) or all(is_whole(item) for item in texts)
         prompts = [self.token_ids(text) for text in ([texts] if single else texts)]  # type: ignore[arg-type]
         for ids in prompts:
@@ -407,6 +421,12 @@ class LLM:
             self._session.release()
             self._engine.close()
         self.backend.ops.close()
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise SettingError(
+            "a loaded model cannot be pickled or copied; load it in the process that needs it (one file is mapped once "
+            "for all), and use session() for a conversation of its own"
+        )
 
     def __enter__(self) -> Self:
         return self

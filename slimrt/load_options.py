@@ -62,6 +62,10 @@ class LoadOptions:
             value = getattr(self, name)
             if value is not None and not (is_whole(value) and value >= 1):
                 raise SettingError(f"{name} {value!r}: must be a whole number, at least 1")
+        for name in ("ctx", "threads", "kv_budget"):  # NumPy's numbers are no JSON, and count with narrow types
+            value = getattr(self, name)
+            if is_whole(value):
+                object.__setattr__(self, name, int(value))
         check_overflow(self.overflow)
         if not isinstance(self.chat_template, (str, type(None))):
             raise SettingError(f"chat_template {str(self.chat_template)[:40]!r}: must be a Jinja template or a name")

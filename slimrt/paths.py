@@ -15,7 +15,10 @@ def user_path(path: str | os.PathLike[str]) -> Path:
     if not isinstance(path, (str, os.PathLike)):
         raise SettingError(f"path {path!r}: must be a text or a pathlib.Path")
     try:
+        os.fsencode(path)
         return Path(path).expanduser()
+    except UnicodeEncodeError as error:
+        raise SettingError(f"path {str(path)!r}: {error}; no file can be called so") from None
     except RuntimeError as error:
         raise SettingError(f"path {str(path)!r}: {error}; write the folder out") from None
 

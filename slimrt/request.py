@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, TypedDict, get_args
+
+import numpy as np
 
 from slimrt.config import Overflow, SamplingConfig, check_overflow, is_whole
 from slimrt.errors import SettingError
@@ -55,7 +57,7 @@ class GenerationRequest:
             raise SettingError(
                 f"draft {self.draft!r}: must be 'auto', 'lookup' or None; a draft model is named at load"
             )
-        if self.n_keep is not None and not (isinstance(self.n_keep, int) and self.n_keep >= 0):
+        if self.n_keep is not None and not (is_whole(self.n_keep) and self.n_keep >= 0):
             raise SettingError(f"n_keep {self.n_keep!r}: must be a whole number of tokens, at least 0")
         if self.max_tokens is not None and not (is_whole(self.max_tokens) and self.max_tokens >= 0):
             raise SettingError(
@@ -68,6 +70,15 @@ class GenerationRequest:
             )
         if self.grammar is not None and self.ignore_eos:
             raise SettingError("ignore_eos with a schema or grammar: an answer ends when it is whole; leave one out")
+        for name in ("max_tokens", "logprobs", "n_keep"):  # NumPy's numbers count with narrow types
+            value = getattr(self, name)
+            if value is not None:
+                object.__setattr__(self, name, int(value))
+        if not isinstance(self.ignore_eos, (bool, np.bool_)):
+            raise SettingError(f"ignore_eos {self.ignore_eos!r}: must be True or False")
+        for processor in self.processors:
+            if not callable(processor):
+                raise SettingError(f"logits_processors: {str(processor)[:40]!r} is none; each must be callable")
         for text in self.stop:
             if not isinstance(text, str) or not text:
                 raise SettingError(f"stop {text!r}: must be a text or a list of texts, none of them empty")
@@ -130,15 +141,18 @@ def request_from_options(overflow: Overflow, options: GenerateOptions) -> Genera
     }
     stop = options.get("stop")
     processors = options.get("logits_processors") or ()
-    if callable(processors):
+    if callable(processors) or not isinstance(processors, Iterable):
         raise SettingError("logits_processors: must be a list of callables; put the one into [ ]")
+    given: object = stop
+    if given is not None and (isinstance(given, bytes) or not isinstance(given, Iterable)):
+        raise SettingError(f"stop {stop!r}: must be a text or a list of texts, none of them empty")
     return GenerationRequest(
         max_tokens=options.get("max_tokens", 128),
         sampling=replace(SamplingConfig(), **sampling),  # type: ignore[arg-type]
         stop=(stop,) if isinstance(stop, str) else tuple(stop or ()),
         processors=tuple(processors),
         logprobs=options.get("logprobs"),
-        ignore_eos=options.get("ignore_eos", False),
+        ignore_eos=options.get("ignore_eos") or False,
         overflow=options.get("overflow") or overflow,
         n_keep=options.get("n_keep"),
         grammar=grammar_of(options.get("schema"), options.get("grammar")),

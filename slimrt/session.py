@@ -8,7 +8,7 @@ import dataclasses
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import numpy as np
 
@@ -327,6 +327,11 @@ class Session:
             self.truncate(length)
             self.logits = logits
 
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise SettingError(
+            "a session cannot be pickled or copied; fork() goes its own way from here, save() writes it to a file"
+        )
+
     def _check_further(self, ids: Sequence[int]) -> None:
         """Raise what reading ``ids`` behind all that was read would."""
         self._mend()
@@ -357,18 +362,31 @@ class Session:
         if rule is not None:
             self._choice = None
         self._undo = _Undo(len(self.tokens), rule is not None and rule.anew)
+        revision = self.revision
+
+        def told(done: int, total: int) -> None:
+            if progress is not None:
+                progress(done, total)
+            if self.revision != revision:  # by the same thread, which holds the lock
+                raise SettingError(
+                    "the progress callback read or forgot something in the session whose progress it was told; use a "
+                    "session of its own there"
+                )
+
         try:
             if rule is not None:
-                hidden, stages = self.engine.prefill(self.context, ids, rule, progress=progress, trace=trace)
+                hidden, stages = self.engine.prefill(self.context, ids, rule, progress=told, trace=trace)
                 logits = self.engine.logits(hidden)[0]
             elif len(ids) == 1:
                 logits = self.engine.decode_one_token(self.context, ids[0])
             else:
-                logits = self.engine.logits(self.engine.extend(self.context, ids, progress=progress))[0]
+                logits = self.engine.logits(self.engine.extend(self.context, ids, progress=told))[0]
             self.tokens.extend(ids)
             self.logits = logits
             self._undo = None
         except BaseException:
+            if self.revision != revision:
+                self._undo = _Undo(0)  # rows of two texts
             self._mend()
             raise
         return stages

@@ -7,6 +7,7 @@ import logging
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
+from typing import NoReturn
 
 from slimrt.context import Progress
 from slimrt.drafting.drawing import Guesses, check_draft
@@ -227,6 +228,9 @@ class CompletionStream:
     def completion(self) -> Completion:
         """The text so far, whole once the iteration has ended."""
         return self._writing.completion
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise SettingError("a stream cannot be pickled or copied; its completion, when it has ended, can")
 
     def finished(self) -> Completion:
         """Run to the end; returns the completion. Nobody else moves the session on meanwhile."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +45,7 @@ def llm(model: Path) -> slimrt.LLM:
         ([10**6], "prompt: item 0 is the token id 1000000; this model has ids 0 to"),
         ({"role": "user"}, "prompt of type dict"),
         (None, "prompt of type NoneType"),
+        ({1, 2}, "prompt of type set"),
         (7, "prompt of type int"),
     ],
 )
@@ -86,6 +90,16 @@ def test_ids_to_judge_are_checked(llm: slimrt.LLM, ids: list[int]) -> None:
         ({"max_tokens": 2.5}, "max_tokens 2.5: must be a whole number"),
         ({"logprobs": True}, "logprobs True: must be a whole number"),
         ({"stop": [1]}, "stop 1: must be a text or a list of texts"),
+        ({"stop": 5}, "stop 5: must be a text or a list of texts"),
+        ({"stop": b"x"}, "stop b'x': must be a text or a list of texts"),
+        ({"temperature": Fraction(1, 2)}, "temperature Fraction(1, 2): must be a number"),
+        ({"temperature": 10**400}, ": must be a number of at least 0"),
+        ({"presence_penalty": -1e300}, "presence_penalty -1e+300: must be a number from -1e+06 to 1e+06"),
+        ({"frequency_penalty": float("-inf")}, "frequency_penalty -inf: must be a number from"),
+        ({"repeat_penalty": 1e-300}, "repeat_penalty 1e-300: must be at least 1e-06; 1 switches it off"),
+        ({"ignore_eos": "no"}, "ignore_eos 'no': must be True or False"),
+        ({"logits_processors": [5]}, "logits_processors: '5' is none; each must be callable"),
+        ({"logits_processors": 5}, "logits_processors: must be a list of callables"),
         ({"stop": [""]}, "stop '': must be a text or a list of texts, none of them empty"),
         ({"logit_bias": [1]}, "logit_bias [1]: must be a dict"),
         ({"logits_processors": lambda ids, logits: logits}, "logits_processors: must be a list of callables"),
@@ -101,6 +115,55 @@ def test_options_that_cannot_be(llm: slimrt.LLM, options: dict[str, Any], said: 
         with pytest.raises(SettingError) as caught:
             call(**options)
         assert said in str(caught.value)
+
+
+def test_numbers_of_numpy_and_texts_from_a_generator_are_those(llm: slimrt.LLM, model: Path) -> None:
+    options: dict[str, Any] = {"max_tokens": np.int64(3), "logprobs": np.int8(2), "n_keep": np.int32(1)}
+    done, plain = llm.generate("a", **options), llm.generate("a", max_tokens=3, logprobs=2)
+    assert done.text == plain.text and done.logprobs == plain.logprobs
+    assert np.array_equal(llm.embed(text for text in ("a", "the")), llm.embed(["a", "the"]))
+    assert np.array_equal(llm.embed(iter([1, 2])), llm.embed([1, 2]))
+    small = slimrt.load(model, device="numpy", ctx=np.int64(128), kv_budget=np.int64(96))  # type: ignore[arg-type]
+    assert json.dumps([small.ctx, small.kv_budget]) == "[128, 96]"
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda llm: llm.tokenize(b"a"), "text of type bytes: must be a str; decode bytes first"),
+        (lambda llm: llm.tokenize(None), "text of type NoneType"),
+        (lambda llm: llm.detokenize(3), "ids '3': must be a list of token ids"),
+        (lambda llm: llm.detokenize([1.0]), "token id '1.0': must be a whole number"),
+        (lambda llm: llm.logprobs([1, 2, 3], 1.0), "start 1.0: must be a whole number"),
+        (lambda llm: llm.continuation_logits([1, 2, 3], None), "start None: must be a whole number"),
+        (lambda llm: llm.chat([{"role": "user", "content": None}]), "message 0 of the user has the content None"),
+        (lambda llm: llm.session().save("\ud800"), "no file can be called so"),
+        (copy.copy, "a loaded model cannot be pickled or copied; load it"),
+        (pickle.dumps, "a loaded model cannot be pickled or copied; load it"),
+        (lambda llm: copy.copy(llm.session()), "fork() goes its own way from here, save() writes it to a file"),
+        (lambda llm: copy.deepcopy(llm.session()), "a session cannot be pickled or copied"),
+        (lambda llm: copy.copy(llm.stream("a")), "a stream cannot be pickled or copied"),
+    ],
+)
+def test_calls_that_cannot_be(llm: slimrt.LLM, call: Callable[[slimrt.LLM], Any], said: str) -> None:
+    with pytest.raises(SettingError) as caught:
+        call(llm)
+    assert said in str(caught.value)
+
+
+def test_a_progress_callback_cannot_move_its_own_session_on(llm: slimrt.LLM) -> None:
+    wanted = llm.generate("the hello", max_tokens=4).text
+
+    def meddles(done: int, total: int) -> None:
+        llm.generate("world", max_tokens=1)
+
+    llm.reset()
+    with pytest.raises(SettingError, match="use a session of its own there"):
+        llm.generate("the hello", max_tokens=4, progress=meddles)
+    assert llm.generate("the hello", max_tokens=4).text == wanted
+    llm.reset()
+    free = llm.generate("the hello", max_tokens=4, progress=lambda *done: llm.session().prefill([1, 2]))
+    assert free.text == wanted
 
 
 def test_none_means_the_default(llm: slimrt.LLM) -> None:

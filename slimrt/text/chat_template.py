@@ -255,6 +255,8 @@ def _checked(number: int, message: Any) -> dict[str, Any]:
         raise SettingError(f"message {number} has the role {_short(repr(role))}; it must be a text such as 'user'")
     if "content" not in message and "tool_calls" not in message:
         raise SettingError(f"message {number} has the keys {_short(sorted(map(str, message)))}; 'content' is missing")
+    if content is None and role in ("user", "system"):
+        raise SettingError(f"message {number} of the {role} has the content None; it must be text")
     if isinstance(content, Sequence) and not isinstance(content, (str, bytes)):
         content = "\n".join(_part(number, part) for part in content)
     if content is not None and not isinstance(content, str):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any
 
 from slimrt.config import is_whole
@@ -13,7 +13,7 @@ __all__ = ["checked_ids"]
 
 def checked_ids(prompt: Any, vocab_size: int) -> list[int]:
     """A prompt that is no text, as a list of ids. Raises SettingError for what is no list of ids < ``vocab_size``."""
-    if isinstance(prompt, (bytes, bytearray, memoryview, Mapping)) or not hasattr(prompt, "__iter__"):
+    if isinstance(prompt, (bytes, bytearray, memoryview, Mapping, Set)) or not hasattr(prompt, "__iter__"):
         raise SettingError(
             f"prompt of type {type(prompt).__name__}: must be a text or a list of token ids; decode bytes first"
         )
