@@ -202,8 +202,14 @@ class LLM:
         self, ids: Sequence[int], start: int, *, prune: Plan | None = None, decode: bool = False
     ) -> np.ndarray:
         """The logits behind ``logprobs``: row i [V] predicts ids[start + i] -> float32 [len(ids) - start, V]."""
-        blocks = list(self._continuation(self.token_ids(ids), start, prune, decode))
+        blocks = list(self.continuation_blocks(ids, start, prune=prune, decode=decode))
         return np.concatenate(blocks) if blocks else np.empty((0, self.config.vocab_size), np.float32)
+
+    def continuation_blocks(
+        self, ids: Sequence[int], start: int, *, prune: Plan | None = None, decode: bool = False
+    ) -> Iterator[np.ndarray]:
+        """The rows of ``continuation_logits``, some hundred at a time."""
+        return self._continuation(self.token_ids(ids), start, prune, decode)
 
     def _continuation(self, ids: list[int], start: int, prune: Plan | None, decode: bool) -> Iterator[np.ndarray]:
         if not is_whole(start):

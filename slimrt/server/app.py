@@ -28,7 +28,9 @@ from slimrt.memory.resident import resident_bytes
 from slimrt.request import GenerationRequest
 from slimrt.server.anthropic import MessageReply, counted_tokens, message_prompt
 from slimrt.server.bodies import read_json
+from slimrt.server.callers import check_caller
 from slimrt.server.documents import document
+from slimrt.server.echo import Scored, prompt_logprobs
 from slimrt.server.embeddings import embeddings
 from slimrt.server.errors import ApiError
 from slimrt.server.fields import checked
@@ -145,10 +147,13 @@ class _Server:
         options, n = values["stream_options"] or {}, values["n"]
         work = []
         for number, ids in enumerate(prompts):
+            scored: Scored = []
+            if values["echo"] and values["logprobs"] is not None:
+                scored = await asyncio.to_thread(prompt_logprobs, self.llm, ids, values["logprobs"])
             reply = CompletionReply(
                 self.llm, len(ids), choices=n, usage=bool(options.get("include_usage")),
                 progress=bool(options.get("include_progress")), first=number * n,
-                echo=self.llm.detokenize(ids) if values["echo"] else "",
+                echo=self.llm.detokenize(ids) if values["echo"] else "", scored=scored,
             )  # fmt: skip
             work.append((reply, ids, asked, n))
         if values["stream"]:
@@ -327,6 +332,8 @@ def create_app(llm: LLM, limits: Limits | None = None) -> Starlette:
     async def guarded(request: Request, answer: Callable[[Request], Awaitable[Response]]) -> Response:
         path, anthropic = request.url.path, request.url.path.startswith("/v1/messages")
         try:
+            if path not in _OPEN:
+                check_caller(request, limits)
             if limits.key is not None and path not in _OPEN and not _has_key(request, limits.key):
                 raise ApiError(401, "a wrong or missing API key; send Authorization: Bearer KEY, or x-api-key")
             response = await answer(request)

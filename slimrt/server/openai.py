@@ -15,6 +15,7 @@ from slimrt.request import GenerationRequest
 from slimrt.results import FinishReason, TokenLogprob
 from slimrt.reuse import Reading
 from slimrt.server.calling import Reader, bound, calling_of
+from slimrt.server.echo import Scored
 from slimrt.server.errors import ApiError
 from slimrt.server.fields import Field, checked
 from slimrt.server.generation import (
@@ -338,14 +339,18 @@ class ChatReply(_Reply):
 
 
 class CompletionReply(_Reply):
-    """Answers of /v1/completions; ``first``: the number of this prompt's first choice, ``echo``: text before each."""
+    """Answers of /v1/completions; ``first``: the number of this prompt's first choice, ``echo``: text before each,
+    ``scored``: its tokens with their log-probabilities, where they are wanted."""
 
     kind = "text_completion"
 
-    def __init__(self, *given: Any, first: int = 0, echo: str = "", **named: Any) -> None:
+    def __init__(self, *given: Any, first: int = 0, echo: str = "", scored: Scored | None = None, **named: Any) -> None:
         super().__init__(*given, **named)
-        self._first, self._echo = first, echo
-        self._formats = [LogprobFormat(self._llm.tokenizer, len(echo)) for _ in self.texts]
+        self._first, self._echo, self._scored = first, echo, scored or []
+        self._formats = [self._format() for _ in self.texts]
+
+    def _format(self) -> LogprobFormat:
+        return LogprobFormat(self._llm.tokenizer, 0 if self._scored else len(self._echo))
 
     def _logprobs(self, index: int, entries: list[tuple[int, TokenLogprob]]) -> dict[str, Any]:
         return self._formats[index](entries)
@@ -356,7 +361,7 @@ class CompletionReply(_Reply):
             {
                 "index": self._first + index,
                 "text": self._echo + text,
-                "logprobs": LogprobFormat(self._llm.tokenizer, len(self._echo))(found) if logprobs else None,
+                "logprobs": self._format()([*self._scored, *found]) if logprobs else None,
                 "finish_reason": self.reasons[index],
             }
             for index, (text, found) in enumerate(zip(self.texts, self.entries, strict=True))
@@ -365,7 +370,8 @@ class CompletionReply(_Reply):
     def _begin(self) -> Iterator[dict[str, Any]]:
         if self._echo:
             for index in range(len(self.texts)):
-                yield self._chunk([self._delta(index, self._echo, None, None)])
+                found = self._formats[index](self._scored) if self._scored else None
+                yield self._chunk([self._delta(index, self._echo, found, None)])
 
     def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {**self._envelope, "object": self.kind, "choices": choices}
