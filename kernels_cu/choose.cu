@@ -82,7 +82,6 @@ choose_blocks(const int* step, float* scores, float* wishes, int* slots, const u
         if (greater < wanted && wanted <= greater + own) found[0] = 255 - thread, found[1] = wanted - greater;
         __syncthreads();
         prefix = prefix << 8 | unsigned(found[0]), wanted = found[1];
-        __syncthreads();
     }
     int equal = 0;
     for (int b = first; b < last; b++) equal += ordered(scores[b]) == prefix;
@@ -110,10 +109,9 @@ choose_blocks(const int* step, float* scores, float* wishes, int* slots, const u
     for (int slot = begin; slot < end; slot++)
         if (!kept[slots[slot]]) free[at++] = slot;
     if (thread == 0) moved[0] = leave.total, moved[1]++, moved[2] += leave.total, slots[count] = tail;
-    __syncthreads();
     int missing = 0;
     for (int b = first; b < last; b++) missing += kept[b] == 1;
-    at = sums_of(missing, scratch).before;
+    at = sums_of(missing, scratch).before;  // with a barrier, behind which `free` is whole and `slots` has been read
     for (int b = first; b < last; b++) {
         if (kept[b] != 1) continue;
         from[at] = homes[b], to[at] = free[at], slots[free[at]] = b, at++;

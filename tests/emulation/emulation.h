@@ -9,13 +9,14 @@
 // Arithmetic is CuPy's: float32 below the normal range is zero (-ftz=true), a product and a sum are rounded once (-fmad=true,
 // where the processor can). Under AddressSanitizer a load or store at an address that its type does not allow is an error.
 //
-// What it does not show: lanes that overtake one another between two loads (each runs to its next operation), which products
-// NVRTC chooses to join with a sum, the last bits of approximate functions (exp2_fast, __expf, rsqrtf, __fdividef), a store
+// What it does not show: lanes that overtake one another between two loads (each runs to its next operation; so a __syncwarp
+// beside an operation of the warp, which keeps its lanes in step or its stores in order, is missed by nothing here), "memory"
+// in an asm's list of what it changes, which products NVRTC chooses to join with a sum, the last bits of approximate functions (exp2_fast, __expf, rsqrtf, __fdividef), a store
 // that another block sees late, and time.
 //
 // Shared memory holds NaN (all bits set) when a block starts. cp.async is *eager* (it copies at once: what it must not
 // overwrite yet is lost) or *deferred* (it writes NaN, and copies when the thread waits for the group: what is read too
-// early is NaN).
+// early is NaN). What a lane has waited for ldmatrix may read behind a barrier only, for it reads it for other lanes.
 //
 // What does not depend on the kernel is only declared here and compiled once, in runtime.cpp and what it includes.
 #pragma once

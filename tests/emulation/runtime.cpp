@@ -262,10 +262,12 @@ extern "C" void __ubsan_handle_type_mismatch_v1(BadAddress* where, uintptr_t) {
 // -- emulation.h --------------------------------------------------------------------------------------------------------
 
 void __syncthreads() {
+    emulation::current().alone = false;
     emulation::current().state = emulation::State::at_barrier;
     emulation::yield();
 }
 void __syncwarp(unsigned) {
+    emulation::current().alone = false;
     emulation::collective([](void**) {}, nullptr);
 }
 unsigned __ballot_sync(unsigned, int predicate) {

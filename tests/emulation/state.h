@@ -76,6 +76,7 @@ struct Fiber : Thread {
     std::vector<Copy> copies;             // that it asked for, in order; of them `arrived` have been waited for
     std::vector<size_t> committed;        // by group not waited for: how many copies there are up to its end
     size_t arrived = 0;
+    bool alone = false;                   // copies have arrived, and no barrier has shown them to other lanes
     std::vector<size_t> landed;           // chunks of shared memory that arrived and were not fenced
     bool (*condition)(Fiber&) = nullptr;  // what a waiting fiber waits for
     void* subject = nullptr;

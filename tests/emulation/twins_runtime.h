@@ -98,9 +98,13 @@ namespace emulation {
 struct Matrices {
     unsigned* registers;
     const void* row;
+    bool alone;
 };
 template <bool TRANSPOSED>
 void load_matrices(void** lanes) {
+    for (int lane = 0; lane < 32; lane++)
+        if (static_cast<Matrices*>(lanes[lane])->alone)
+            fail("ldmatrix: a lane has waited for its copies, and no barrier came behind that: other lanes read them");
     for (int matrix = 0; matrix < 4; matrix++) {
         unsigned short values[8][8];
         unsigned banks = 0;  // groups of four, 16 bytes: the eight rows must lie in different ones, or they come in turn
@@ -121,18 +125,19 @@ void load_matrices(void** lanes) {
 
 void ldmatrix_x4(unsigned (&r)[4], const void* shared_row) {
     if (reinterpret_cast<uintptr_t>(shared_row) % 16) emulation::fail("ldmatrix: a row is not aligned to 16 bytes");
-    emulation::Matrices mine{r, shared_row};
+    emulation::Matrices mine{r, shared_row, emulation::current().alone};
     emulation::collective(emulation::load_matrices<false>, &mine);
 }
 void ldmatrix_x4_trans(unsigned (&r)[4], const void* shared_row) {
     if (reinterpret_cast<uintptr_t>(shared_row) % 16) emulation::fail("ldmatrix: a row is not aligned to 16 bytes");
-    emulation::Matrices mine{r, shared_row};
+    emulation::Matrices mine{r, shared_row, emulation::current().alone};
     emulation::collective(emulation::load_matrices<true>, &mine);
 }
 
 namespace emulation {
 static size_t chunk_of(const void* shared) { return size_t(static_cast<const char*>(shared) - machine.shared) / 16; }
 static void land(const Copy& copy) {
+    current().alone = true;
     if (inner.deferred) {
         if (copy.valid) std::memcpy(copy.shared, copy.global, 16);
         else std::memset(copy.shared, 0, 16);

@@ -44,8 +44,6 @@ REFILL = "__syncthreads();\n            load_{}(tile + 1);"
 @pytest.mark.parametrize(
     ("before", "after", "occurrence", "stages"),
     [
-        (ARRIVED, "cp_async_wait<1>();", 0, 2),  # reads keys that others have yet to wait for
-        (ARRIVED, "cp_async_wait<1>();", 1, 2),  # the same of values
         (ARRIVED, "cp_async_wait<2>(); __syncthreads();", 0, 2),  # waits for too little
         (ARRIVED, "cp_async_wait<2>(); __syncthreads();", 1, 1),
         (REFILL.format("keys"), "load_keys(tile + 1);", 0, 1),
@@ -56,6 +54,21 @@ def test_deferred_copies_show_what_is_read_too_early(before: str, after: str, oc
     with emulation_mode(deferred=True):
         assert np.isfinite(attend((SOURCES / PREFILL).read_text(), stages)).all()
         assert np.isnan(attend(broken(PREFILL, before, after, occurrence), stages)).any()
+
+
+@pytest.mark.parametrize("occurrence", [0, 1])
+def test_ldmatrix_reads_what_other_lanes_have_waited_for_behind_a_barrier(occurrence: int) -> None:
+    """In prefill a barrier of the block, keys' or values'; in decode that of a warp, whose lanes are in step here."""
+    with emulation_mode(deferred=bool(occurrence)):
+        with pytest.raises(EmulationError, match="no barrier came behind that"):
+            attend(broken(PREFILL, ARRIVED, "cp_async_wait<1>();", occurrence), 2)
+        code = broken("attention_decode.cu", "cp_async_wait<1>();\n        __syncwarp();", "cp_async_wait<1>();")
+        kernel = compiled(code, {"T": "f16", "DH": 64}).kernel("attention_decode")
+        q, k = half(noise((1, 1, 64))), half(noise((1, 32, 64)))
+        args = [q, k, k, np.uintp(0), np.array([32], np.int32), np.uintp(0), np.zeros((1, 1, 66), np.float32)]
+        sizes = [np.int32(n) for n in (1, 1, 32 * 64, 1)]
+        with pytest.raises(EmulationError, match="no barrier came behind that"):
+            kernel((1, 1), (128,), [*args, *sizes, np.uintp(0), np.float32(0)], shared_mem=512 * 64)
 
 
 @pytest.mark.parametrize("what", ["keys", "values"])

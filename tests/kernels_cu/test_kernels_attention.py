@@ -121,7 +121,14 @@ def test_prefill_survives_scores_far_apart() -> None:
         shared=128 * (64 + 128),
     )
     arrays = full(q), full(k), full(v)
-    assert_as_exact(full(out), attention(*arrays, None, "f16"), attention(*arrays, None))
+    naive, exact = (attention(*arrays, None, kind) for kind in ("f16", None))
+    assert_as_exact(full(out), naive, exact)
+    for splits in (1, 2):  # decode of the last row: the last warp, then the last split has the greatest
+        partial, last = np.full((1, splits, 66), np.nan, np.float32), np.empty_like(q[-1:])
+        args = [q[-1:], k, v, NULL, np.array([96], np.int32), NULL, partial, 1, 1, 96 * 64, 1, NULL, 0.0]
+        launch("attention_decode.cu", {"T": "f16", "DH": 64}, "attention_decode", (1, splits), 128, args, 512 * 64)
+        launch("attention_decode.cu", {"T": "f16", "DH": 64}, "attention_combine", (1,), 64, [partial, last, splits])
+        assert_as_exact(full(last), naive[-1:], exact[-1:])
 
 
 DECODE = [
@@ -132,7 +139,7 @@ DECODE = [
     (333, 16, 1, 128, 64, 4, "bf16", None),
     (70, 4, 4, 64, 16, 7, "f16", None),
     (700, 4, 2, 64, 16, 3, "f16", (0, 128)),
-    (600, 2, 2, 128, 0, 2, "f16", (192, 64)),
+    (640, 2, 2, 128, 0, 2, "f16", (192, 64)),  # the query is the last of a run
 ]
 
 

@@ -19,7 +19,7 @@ class Rows:
     def __init__(self, config: CacheConfig, tail: int, random: np.random.Generator) -> None:
         self.config, self.count = config, config.slots - 1
         self.homes = random.integers(1, 2**60, 700).astype(np.uint64)
-        self.wishes, self.earlier = np.full(700, np.nan, np.float32), 0
+        self.wishes, self.earlier = np.full(700, np.inf, np.float32), 0  # behind `earlier` none counts
         self.slots = np.append(random.permutation(choose(None, tail, config).complete), tail).astype(np.int32)
 
     def step(self, scores: Array, tail: int, overlap: float, decay: float) -> Array:
@@ -60,7 +60,7 @@ def test_choices_and_slots(slots: int, tail: int, sink: int, local: int) -> None
     config = CacheConfig(1 << 20, 16 * slots, sink_blocks=sink, local_blocks=local)
     rows, brought = Rows(config, tail, random), []
     for overlap, decay, grain in ((0.9, 0.0, 1e-4), (0.0, 0.85, 1e-4), (1.0, 0.85, 0.25), (0.9, 0.85, 1e-4)):
-        scores = np.round(random.random(tail) / grain).astype(np.float32) * np.float32(grain)
+        scores = np.round((random.random(tail) - 0.5) / grain).astype(np.float32) * np.float32(grain)
         scores[random.random(tail) < 0.3] = -np.inf
         brought.append(rows.step(scores, tail, overlap, decay))
     tail += 1  # a block is full: the choice is forced

@@ -22,8 +22,8 @@ def test_compact(width: int) -> None:
 @pytest.mark.parametrize(("tokens", "start"), [(1, 9), (7, 0), (3, 17)])
 def test_kv_append(tokens: int, start: int) -> None:
     kv_heads, dh, capacity = 3, 72, 20
-    joint = half(noise((tokens, 2 + 2 * kv_heads, dh)))
-    k, v = joint[:, 2 : 2 + kv_heads], joint[:, 2 + kv_heads :]
+    joint = half(noise((tokens, 3 + 2 * kv_heads, dh)))
+    k, v = joint[:, 2 : 2 + kv_heads], joint[:, 3 + kv_heads :]  # another head lies between them
     layer = half(noise((2, kv_heads, capacity, dh), 1))
     expected = layer.copy()
     expected[0, :, start : start + tokens], expected[1, :, start : start + tokens] = k.swapaxes(0, 1), v.swapaxes(0, 1)
