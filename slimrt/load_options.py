@@ -29,6 +29,7 @@ class Loaded(Protocol):
     def engine(self) -> Engine: ...
 
 
+_MOST_CTX = 2**31 - 1
 Plan: TypeAlias = "PrunePlan | str | Path"
 Adapters = Sequence[str | Path | tuple[str | Path, float]]
 Draft = str | Path | Loaded | None
@@ -62,6 +63,8 @@ class LoadOptions:
             value = getattr(self, name)
             if value is not None and not (is_whole(value) and value >= 1):
                 raise SettingError(f"{name} {value!r}: must be a whole number, at least 1")
+        if self.ctx is not None and self.ctx > _MOST_CTX:
+            raise SettingError(f"ctx {self.ctx:,}: must be at most {_MOST_CTX:,}; positions are numbers of 32 bits")
         for name in ("ctx", "threads", "kv_budget"):  # NumPy's numbers are no JSON, and count with narrow types
             value = getattr(self, name)
             if is_whole(value):

@@ -178,6 +178,7 @@ def test_none_means_the_default(llm: slimrt.LLM) -> None:
         ({"ctx": "8k"}, "ctx '8k': must be a whole number, at least 1"),
         ({"ctx": 0}, "ctx 0: must be a whole number"),
         ({"ctx": 2.5}, "ctx 2.5: must be a whole number"),
+        ({"ctx": 10**21}, "ctx 1,000,000,000,000,000,000,000: must be at most 2,147,483,647"),
         ({"threads": "2"}, "threads '2': must be a whole number"),
         ({"prune": 3}, "prune 3: must be off, auto, fast, a plan's file or a PrunePlan"),
         ({"prune": "~/no-such-plan.json"}, "there is no such file"),

@@ -82,6 +82,10 @@ class Size(click.ParamType):
             self.fail(str(error), param, ctx)
 
 
+def _seed(ctx: click.Context, param: click.Parameter, value: int | None) -> int | None:
+    return None if value == -1 else value  # as llama.cpp's programs write a fresh one
+
+
 class UserPath(click.ParamType):
     """A path, with ~ for the user's folder where the shell left it (as in --file=~/x)."""
 
@@ -291,7 +295,8 @@ def answer_options(max_tokens: int, repeat_penalty: float = 1.0) -> Decorator[An
                          help="A grammar that the answer matches: GBNF or Lark."),
             click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before TEXT; repeatable."),
             click.option("--temperature", type=float, default=0.0, show_default=True, help="0: the likeliest token."),
-            click.option("--seed", type=int, help="Same seed, same text.  [a fresh one]"),
+            click.option("--seed", type=click.IntRange(-1), callback=_seed,
+                         help="Same seed, same text; -1: a fresh one.  [-1]"),
             click.option("--top-k", type=int, default=0, help="Draw from the K likeliest tokens.  [0: off]"),
             click.option("--top-p", type=float, default=1.0, help="Draw from the likeliest mass P.  [1: off]"),
             click.option("--min-p", type=float, default=0.0, help="Least share of the top probability.  [0: off]"),
