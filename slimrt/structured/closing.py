@@ -11,24 +11,21 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
+from slimrt.structured.parts import DEFINITIONS, subschemas
 from slimrt.structured.pointer import target
 
 __all__ = ["closed"]
 
 _SAID = ("additionalProperties", "patternProperties", "unevaluatedProperties")
 _TOGETHER = ("allOf", "anyOf", "oneOf", "not", "if", "then", "else", "dependentSchemas", "$ref", "$dynamicRef")
-_NAMED = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")  # objects of schemas
-_INNER = ("items", "additionalProperties", "contains", "propertyNames", "not", "if", "then", "else",
-          "unevaluatedItems", "unevaluatedProperties")  # fmt: skip
-_LISTS = ("prefixItems", "anyOf", "oneOf", "allOf")
 _ABOUT = ("title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly", "type", "$schema",
           "$id", "$comment", "$defs", "definitions", "discriminator", "nullable")  # fmt: skip
 
 
 def closed(schema: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of ``schema`` with ``additionalProperties: false`` in every object that lists properties, requires no
-    other and says nothing about others, unless its parts are joined with others' (``allOf``, ``oneOf`` whose branches
-    are not told apart by a constant or a type, ``anyOf`` or ``$ref`` beside properties)."""
+    other and says nothing about others, unless its parts are joined with others' (``allOf``, ``oneOf``, ``anyOf`` or
+    ``$ref`` beside properties)."""
     root = copy.deepcopy(dict(schema))
     order: list[dict[str, Any]] = []
     joined: set[int] = set()
@@ -61,25 +58,17 @@ def _parts(root: dict[str, Any], node: dict[str, Any], within: bool) -> list[tup
     """The schemas of ``node``, each with whether it is joined with others."""
     together = [key for key in _TOGETHER if key in node]
     alone = len(together) == 1 and all(key in _ABOUT or key in together or key.startswith("x-") for key in node)
-    parts: list[tuple[Any, bool]] = []
-    for key, value in node.items():
-        definitions = key in ("$defs", "definitions")
-        apart = within and not definitions  # what is defined within something joined is joined where it is named
-        if key in together:
-            branches = value if isinstance(value, list) else [value]
-            one = len(branches) == 1 and key in ("anyOf", "oneOf", "allOf")
-            free = alone and (one or key in ("anyOf", "$ref") or (key == "oneOf" and _told_apart(root, branches)))
-            apart = within or not free
-        elif together and not alone and not definitions:
-            apart = True
-        if key == "$ref" and isinstance(value, str):
-            parts.append((target(root, value), apart))
-        elif key in _NAMED and isinstance(value, dict):
-            parts += [(part, apart) for part in value.values()]
-        elif key in _INNER:
-            parts.append((value, apart))
-        elif key in _LISTS and isinstance(value, list):
-            parts += [(part, apart) for part in value]
+    apart = {}
+    for key in node:
+        definitions = key in DEFINITIONS  # what is defined within something joined is joined where it is named
+        apart[key] = not definitions and (within or (bool(together) and not alone))
+    for key in together:
+        branches = node[key] if isinstance(node[key], list) else [node[key]]
+        one = len(branches) == 1 and key in ("anyOf", "oneOf", "allOf")
+        apart[key] = within or not (alone and (one or key in ("anyOf", "$ref")))
+    parts = [(part, apart[key]) for key, part in subschemas(node)]
+    if isinstance(node.get("$ref"), str):
+        parts.append((target(root, node["$ref"]), apart["$ref"]))
     return parts
 
 
@@ -97,34 +86,3 @@ def _lists_all(node: dict[str, Any]) -> bool:
         and isinstance(least, int)
         and least <= len(names)
     )
-
-
-def _told_apart(root: dict[str, Any], branches: list[Any]) -> bool:
-    """Whether no value is valid by two of ``branches``, by their types or by a constant that each requires."""
-    found = [_resolved(root, branch) for branch in branches]
-    kinds = [node.get("type") for node in found]
-    if all(isinstance(kind, str) for kind in kinds) and len(set(kinds)) == len(kinds) and "number" not in kinds:
-        return True
-    names = set.intersection(*(set(_constants(root, node)) for node in found)) if found else set()
-    return any(len({_constants(root, node)[name] for node in found}) == len(found) for name in names)
-
-
-def _constants(root: dict[str, Any], node: dict[str, Any]) -> dict[str, str]:
-    """The required properties that can only be one text, and that text."""
-    names, required = node.get("properties"), node.get("required")
-    result: dict[str, str] = {}
-    if isinstance(names, dict) and isinstance(required, list) and node.get("type") == "object":
-        for name in required:
-            value = _resolved(root, names.get(name)) if isinstance(name, str) else {}
-            only = value.get("enum", [value.get("const")])
-            if isinstance(only, list) and len(only) == 1 and isinstance(only[0], str):
-                result[name] = only[0]
-    return result
-
-
-def _resolved(root: dict[str, Any], node: Any) -> dict[str, Any]:
-    for _ in range(8):
-        if not isinstance(node, dict) or not isinstance(node.get("$ref"), str):
-            break
-        node = target(root, node["$ref"])
-    return node if isinstance(node, dict) else {}

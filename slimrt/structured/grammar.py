@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from slimrt.errors import SettingError
 from slimrt.structured import closing
+from slimrt.structured.plain import plain
 from slimrt.structured.termination import ends
 
 __all__ = ["Grammar", "Schema", "grammar_of", "response_grammar"]
@@ -57,8 +58,8 @@ class Grammar:
         """
         try:
             value = json.loads(schema) if isinstance(schema, str) else schema
-            if closed and isinstance(value, Mapping):
-                value = closing.closed(value)
+            if isinstance(value, Mapping):
+                value = closing.closed(plain(value)) if closed else plain(value)
             text = json.dumps({} if value is True else value, ensure_ascii=False)
         except (TypeError, ValueError, RecursionError) as error:
             raise SettingError(f"schema {_short(schema)}: must be JSON: {_line(error)}") from None

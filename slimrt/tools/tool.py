@@ -11,17 +11,12 @@ from typing import Any, Literal
 from slimrt.errors import SettingError
 from slimrt.structured.closing import closed
 from slimrt.structured.grammar import Grammar
+from slimrt.structured.plain import plain
 
 __all__ = ["Choice", "Tool", "choice_of", "tools_of"]
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}", re.ASCII)
 _MOST = 128  # tools; so many OpenAI takes
-# Formats that the grammar enforces (llguidance's list).
-_FORMATS = frozenset(
-    ("date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri", "unknown")
-)
-_NAMED = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")  # objects of schemas
-_INNER = ("items", "prefixItems", "additionalProperties", "anyOf", "oneOf", "allOf", "not", "if", "then", "else")
 
 
 @dataclass(frozen=True)
@@ -61,7 +56,7 @@ class Tool:
     def arguments_schema(self) -> dict[str, Any]:
         """What the arguments are bound to: ``parameters``, without properties that it does not name unless it says
         that there may be some."""
-        return closed(_without_unknown_formats(self.parameters))
+        return closed(plain(self.parameters))
 
 
 @dataclass(frozen=True)
@@ -154,26 +149,6 @@ def _object_schema(name: str, schema: Any) -> Mapping[str, Any]:
     except SettingError as error:
         raise SettingError(f"tool '{name}': {error}") from None
     return schema
-
-
-def _without_unknown_formats(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy in which a format that is not known says nothing, as JSON Schema has it: tools that programs describe have
-    some of their languages' own, such as int64."""
-    copied: dict[str, Any] = json.loads(json.dumps(schema))
-    left: list[Any] = [copied]
-    while left:
-        node = left.pop()
-        if isinstance(node, list):
-            left += node
-        elif isinstance(node, dict):
-            if isinstance(node.get("format"), str) and node["format"] not in _FORMATS:
-                del node["format"]
-            for key, value in node.items():
-                if key in _NAMED and isinstance(value, dict):
-                    left += value.values()
-                elif key in _INNER:
-                    left.append(value)
-    return copied
 
 
 def _short(value: Any) -> str:

@@ -9,6 +9,7 @@ import pytest
 
 from slimrt.structured.closing import closed
 from slimrt.structured.grammar import Grammar
+from slimrt.structured.plain import plain
 
 A = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
 B = {"type": "object", "properties": {"b": {"type": "integer"}}}
@@ -16,10 +17,6 @@ B = {"type": "object", "properties": {"b": {"type": "integer"}}}
 
 def shut(schema: dict[str, Any]) -> dict[str, Any]:
     return {**schema, "additionalProperties": False}
-
-
-def kind(name: str) -> dict[str, Any]:
-    return {"type": "object", "properties": {"kind": {"const": name}, "n": {}}, "required": ["kind"]}
 
 
 @pytest.mark.parametrize(
@@ -33,15 +30,15 @@ def kind(name: str) -> dict[str, Any]:
          {"$ref": "#/$defs/t", "$defs": {"t": shut({"properties": {"next": {"$ref": "#/$defs/t"}}})}}),
         ({"allOf": [A], "description": "as pydantic 1 wrote a reference"},
          {"allOf": [shut(A)], "description": "as pydantic 1 wrote a reference"}),
-        ({"oneOf": [kind("x"), kind("y")]}, {"oneOf": [shut(kind("x")), shut(kind("y"))]}),
-        ({"oneOf": [A, {"type": "string"}]}, {"oneOf": [shut(A), {"type": "string"}]}),
+        ({"oneOf": [A]}, {"oneOf": [shut(A)]}),
+        ({"$defs": {"d": A}, "allOf": [B, B], "properties": {"z": {"$ref": "#/$defs/d"}}},
+         {"$defs": {"d": A}, "allOf": [B, B], "properties": {"z": {"$ref": "#/$defs/d"}}}),
     ],
 )  # fmt: skip
 def test_who_lists_properties_means_these(schema: dict[str, Any], wanted: dict[str, Any]) -> None:
     before = json.dumps(schema)
     assert closed(schema) == wanted and json.dumps(schema) == before
-    assert json.loads(Grammar.json_schema(schema).text) == wanted
-    assert json.loads(Grammar.json_schema(schema, closed=False).text) == schema
+    assert closed(plain(schema)) == json.loads(Grammar.json_schema(schema).text)
 
 
 @pytest.mark.parametrize(

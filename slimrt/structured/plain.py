@@ -1,0 +1,46 @@
+"""A JSON schema said in the words that the grammar's compiler knows, with the same meaning."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from itertools import combinations
+from typing import Any
+
+from slimrt.structured.apart import apart
+from slimrt.structured.parts import subschemas
+
+__all__ = ["plain"]
+
+_MOST_BRANCHES = 200  # of a oneOf, which are compared in pairs
+# Formats that the grammar enforces (llguidance's list).
+_FORMATS = frozenset(
+    ("date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri", "unknown")
+)
+
+
+def plain(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of ``schema`` in which a format that is not known says nothing, as JSON Schema has it (programs have some
+    of their languages' own, such as int64 or password), and a ``oneOf`` no two branches of which can hold at once is an
+    ``anyOf``."""
+    root = copy.deepcopy(dict(schema))
+    order: list[dict[str, Any]] = []
+    left: list[Any] = [root]
+    while left:
+        node = left.pop()
+        if isinstance(node, dict):
+            order.append(node)
+            left += [part for _, part in subschemas(node)]
+    single = [node for node in order if "anyOf" not in node and _told_apart(root, node.get("oneOf"))]
+    for node in order:
+        if isinstance(node.get("format"), str) and node["format"] not in _FORMATS:
+            del node["format"]
+    for node in single:
+        node["anyOf"] = node.pop("oneOf")
+    return root
+
+
+def _told_apart(root: dict[str, Any], branches: Any) -> bool:
+    if not isinstance(branches, list) or not 1 <= len(branches) <= _MOST_BRANCHES:
+        return False
+    return all(apart(root, *pair) for pair in combinations(branches, 2))
