@@ -17,12 +17,18 @@ _MOST_BRANCHES = 200  # of a oneOf, which are compared in pairs
 _FORMATS = frozenset(
     ("date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri", "unknown")
 )
+# JSON Schema's own formats that it does not: a schema that asks for one is refused.
+_LACKING = frozenset(
+    ("idn-email", "idn-hostname", "iri", "iri-reference", "uri-reference", "uri-template", "json-pointer",
+     "relative-json-pointer", "regex")
+)  # fmt: skip
 
 
-def plain(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of ``schema`` in which a format that is not known says nothing, as JSON Schema has it (programs have some
-    of their languages' own, such as int64 or password), and a ``oneOf`` no two branches of which can hold at once is an
-    ``anyOf``."""
+def plain(schema: Mapping[str, Any], *, lenient: bool = False) -> dict[str, Any]:
+    """A copy of ``schema`` in which a format that JSON Schema does not know says nothing (programs have some of their
+    languages' own, such as int64 or password), and a ``oneOf`` no two branches of which can hold at once is an
+    ``anyOf``. ``lenient``: nor do JSON Schema's formats that the compiler lacks say anything."""
+    kept = _FORMATS if lenient else _FORMATS | _LACKING
     root = copy.deepcopy(dict(schema))
     order: list[dict[str, Any]] = []
     left: list[Any] = [root]
@@ -33,7 +39,7 @@ def plain(schema: Mapping[str, Any]) -> dict[str, Any]:
             left += [part for _, part in subschemas(node)]
     single = [node for node in order if "anyOf" not in node and _told_apart(root, node.get("oneOf"))]
     for node in order:
-        if isinstance(node.get("format"), str) and node["format"] not in _FORMATS:
+        if isinstance(node.get("format"), str) and node["format"] not in kept:
             del node["format"]
     for node in single:
         node["anyOf"] = node.pop("oneOf")

@@ -56,7 +56,7 @@ class Tool:
     def arguments_schema(self) -> dict[str, Any]:
         """What the arguments are bound to: ``parameters``, without properties that it does not name unless it says
         that there may be some."""
-        return closed(plain(self.parameters))
+        return closed(plain(self.parameters, lenient=True))
 
 
 @dataclass(frozen=True)
