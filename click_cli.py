@@ -5,11 +5,19 @@ Whatever is slow to import waits in its command: ``slimrt --help`` must not load
 
 from __future__ import annotations
 
-import click
+import signal
+import sys
+from pathlib import Path
 
-from slimrt import __version__
-from slimrt.terminal.commands import asking, bench, files, quality
-from slimrt.terminal.guard import GuardedGroup, standard_streams
+_COMMAND = __name__ == "__main__" or Path(sys.argv[0]).name.startswith("slimrt")
+if _COMMAND and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while modules are imported ends the command, without a word
+
+import click  # noqa: E402
+
+from slimrt import __version__  # noqa: E402
+from slimrt.terminal.commands import asking, bench, files, quality  # noqa: E402
+from slimrt.terminal.guard import GuardedGroup, standard_streams  # noqa: E402
 
 
 @click.group(
@@ -46,7 +54,14 @@ for command in (
 def main() -> None:
     """The console script."""
     standard_streams()
-    cli(prog_name="slimrt")
+    ends_quietly = signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+    if ends_quietly:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        cli(prog_name="slimrt")
+    finally:
+        if ends_quietly:  # all is said and done; the interpreter's own end shows tracebacks
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 if __name__ == "__main__":

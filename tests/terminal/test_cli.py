@@ -291,6 +291,12 @@ def test_ctrl_c_ends_with_130_and_no_traceback(tiny: Path) -> None:
     assert process.returncode == 130
 
 
+def test_ctrl_c_while_modules_are_imported_ends_without_a_word(tmp_path: Path) -> None:
+    (tmp_path / "click.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)\n")
+    result = shell("--help", env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert (result.returncode, result.stdout, result.stderr) == (-signal.SIGINT, b"", b"")
+
+
 @pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="needs a folder that may not be written")
 def test_an_unwritable_target_folder(tiny: Path, tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
