@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 import time
 from collections.abc import Callable
@@ -30,6 +31,25 @@ class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, scheduler: Scheduler, grace: float, say: Callable[[str], None]) -> None:
         super().__init__(config)
         self._scheduler, self._grace, self._say = scheduler, grace, say
+
+    def run(self, sockets: list[socket.socket] | None = None) -> None:
+        """Serve until told to stop; see ``run_server``."""
+        log = logging.getLogger("uvicorn.error")
+        log.addFilter(self._worth_telling)
+        try:
+            super().run(sockets)
+        finally:
+            log.removeFilter(self._worth_telling)
+
+    def _worth_telling(self, record: logging.LogRecord) -> bool:
+        """Not what being cut off looks like from within, where the server was told to stop: tracebacks of requests that
+        did not end in time, and of the server's own end."""
+        if not self.should_exit:
+            return True
+        cause = record.exc_info[1] if record.exc_info else None
+        text = record.getMessage()
+        cut = isinstance(cause, (asyncio.CancelledError, KeyboardInterrupt)) or "without completing response" in text
+        return not (cut or text.rstrip().endswith(("CancelledError", "KeyboardInterrupt")))
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Told to stop: nobody new is let in, and those who are in have their time."""

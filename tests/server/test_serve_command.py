@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,21 @@ def test_it_says_where_it_listens_and_lets_streams_end_when_it_is_told_to_stop(m
             assert re.fullmatch(r"note: stopping: (1 request has|2 requests have) 3 s to end\n", server.stderr.read())
         finally:
             server.kill()
+
+
+def test_a_second_ctrl_c_ends_at_once_without_a_traceback(model: Path) -> None:
+    command = [sys.executable, "-u", "-m", "click_cli", "serve", "-m", str(model), "--port", "0", "--device", "numpy"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None and server.stderr is not None
+        found = re.search(r":(\d+) ", server.stdout.readline())
+        assert found
+        with socket.create_connection(("127.0.0.1", int(found[1]))) as half:
+            half.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99\r\n\r\n{")
+            for _ in range(2):  # the second one within the time that requests have to end
+                time.sleep(0.3)
+                server.send_signal(signal.SIGINT)
+            assert server.wait(5) == 130
+        assert "Traceback" not in server.stderr.read()
 
 
 def test_what_cannot_be_served_is_one_line(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
