@@ -178,8 +178,8 @@ __device__ __forceinline__ float take_x(const FROM* x, const float* gain, float 
         square = 0.0f, most = 0.0f;
         for (int w = 0; w < WARPS; w++) square += scratch[0][w], most = fmaxf(most, scratch[1][w]);
         if constexpr (NORMED) factor = rsqrtf(square / width + eps);
-        if constexpr (SCALED) {  // 2^14 <= most * scale < 2^15, both powers of two normal numbers
-            const int exponent = max(15, min(254, int(__float_as_uint(most * factor) >> 23)));
+        if constexpr (SCALED) {  // 2^14 <= most * scale < 2^15 unless it is tiny; both powers of two are normal numbers
+            const int exponent = max(15, int(__float_as_uint(most * factor) >> 23));
             factor *= __uint_as_float(unsigned(268 - exponent) << 23);
             back = __uint_as_float(unsigned(exponent - 14) << 23);
         }

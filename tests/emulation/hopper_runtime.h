@@ -34,7 +34,13 @@ void mbarrier_init(unsigned long long* barrier, int count) {
 void mbarrier_arrive(unsigned long long* barrier) {
     auto& phases = *reinterpret_cast<emulation::Phases*>(barrier);
     if (phases.count == 0xffff) emulation::fail("mbarrier: used before it was initialised");
+    const unsigned place = unsigned(reinterpret_cast<char*>(barrier) - emulation::machine.shared) / 8 + phases.phase;
     if (!--phases.pending) phases.pending = phases.count, phases.phase++;
+    // At some of them whoever waits goes on before the thread does: what it should have done before it came is too late. At
+    // others it is the first, and gets ahead.
+    if ((place + emulation::inner.mood) * 2654435761u >> 31)
+        emulation::wait_until([](emulation::Fiber& fiber) { return emulation::inner.round - fiber.value >= 2; }, nullptr,
+                              emulation::inner.round);
 }
 bool mbarrier_try(unsigned long long* barrier, int parity) {
     const auto& phases = *reinterpret_cast<emulation::Phases*>(barrier);

@@ -160,6 +160,7 @@ static void run_block(size_t shared_bytes) {
         fiber.arrived = 0;
         m.free_stacks.push_back(m.threads - 1 - i);
     }
+    m.mood = m.random.below(1 << 16);
     std::vector<int> order(m.warps.size());
     for (size_t i = 0; i < order.size(); i++) order[i] = int(i);
     for (;;) {
@@ -172,11 +173,12 @@ static void run_block(size_t shared_bytes) {
             go_on(m.scheduler, first);  // comes back when no lane can go on
             if (m.error) return;
         }
+        m.round++;
         bool goes_on = false;  // by what a later warp did
         for (int i = 0; i < m.threads; i++) {
             Fiber& fiber = m.fibers[i];
             waiting += fiber.state == State::at_barrier, done += fiber.state == State::done;
-            goes_on |= fiber.state == State::waiting && fiber.condition(fiber);
+            goes_on |= fiber.state == State::waiting && (!fiber.subject || fiber.condition(fiber));  // null: it only rests
         }
         if (done == m.threads) {
             for (NamedBarrier& barrier : m.named)

@@ -111,6 +111,8 @@ struct Machine {
     int threads = 0;
     Random random;
     Turn turn;
+    unsigned round = 0;  // how often all warps had their turn
+    unsigned mood = 0;   // of a block: at which arrivals others come first
     char* stacks = nullptr;
     size_t stacks_held = 0;
     std::vector<int> free_stacks;

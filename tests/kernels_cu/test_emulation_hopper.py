@@ -120,6 +120,7 @@ ATTENTION = SOURCES / "attention_wgmma.cu"
     ("before", "after", "occurrence"),
     [
         ("wgmma_wait<1>();", "", 0),  # a softmax of scores that are not there
+        ("wgmma_wait<1>();\n", "release(keys_free, step); wgmma_wait<1>();\n", 0),  # keys are free while they are read
         ("wgmma_wait<0>();\n            settled(mixed);", "settled(mixed);", 0),  # new weights under a running product
         ("(chunk ^ (row & 7))", "(chunk ^ (row & 3))", 0),
         ("            fence_async_proxy();\n            if", "            if", 0),
