@@ -65,6 +65,41 @@ BUILTIN_TEMPLATES: Mapping[str, str] = {
         "{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
     ),
+    # ChatML with a system message where none is given.
+    "qwen": (
+        "{% if messages[0].role != 'system' %}"
+        "{{ '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}"
+        "{% endif %}"
+        "{% for message in messages %}"
+        "{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    ),
+    # Gemma has no system message: it goes before the question.
+    "gemma": (
+        "{{ bos_token }}"
+        "{% set ns = namespace(system='') %}"
+        "{% for message in messages %}"
+        "{% if message.role == 'system' %}{% set ns.system = message.content | trim + '\\n\\n' %}"
+        "{% elif message.role == 'user' %}"
+        "{{ '<start_of_turn>user\\n' + ns.system + message.content | trim + '<end_of_turn>\\n' }}"
+        "{% set ns.system = '' %}"
+        "{% elif message.role == 'assistant' %}"
+        "{{ '<start_of_turn>model\\n' + message.content | trim + '<end_of_turn>\\n' }}"
+        "{% else %}{{ raise_exception('role ' + message.role + '; gemma knows system, user and assistant') }}"
+        "{% endif %}"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}"
+    ),
+    "openchat": (
+        "{{ bos_token }}"
+        "{% for message in messages %}"
+        "{% if message.role == 'system' %}{{ message.content + '<|end_of_turn|>' }}"
+        "{% else %}{{ 'GPT4 Correct ' + message.role | capitalize + ': ' + message.content + '<|end_of_turn|>' }}"
+        "{% endif %}"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'GPT4 Correct Assistant:' }}{% endif %}"
+    ),
 }
 
 

@@ -112,7 +112,7 @@ def test_malformed_messages_are_refused(messages: Any, words: str) -> None:
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["llama2", "mistral"])
+@pytest.mark.parametrize("name", ["llama2", "mistral", "gemma"])
 def test_a_role_without_a_place_is_refused(name: str) -> None:
     with pytest.raises(SettingError, match="refuses these messages: role wizard"):
         ChatTemplate(name).render([{"role": "wizard", "content": "x"}])

@@ -11,8 +11,12 @@ import ctypes
 import json
 
 import llama_cpp
+from llama_cpp import llama_chat_format
 
-NAMES = {"chatml": "chatml", "llama3": "llama3", "mistral": "mistral-v3", "zephyr": "zephyr"}
+NAMES = {
+    "chatml": "chatml", "llama3": "llama3", "mistral": "mistral-v3", "zephyr": "zephyr", "gemma": "gemma",
+    "openchat": "openchat",
+}  # fmt: skip
 CONVERSATIONS = [
     [("user", "Hello")],
     [("system", "Be terse."), ("user", "Où?\nThere & here")],
@@ -29,11 +33,18 @@ def apply(name: str, conversation: list[tuple[str, str]]) -> str:
     return buffer.raw[:length].decode()
 
 
+def qwen(conversation: list[tuple[str, str]]) -> str:
+    """As llama-cpp-python's own ``chat_format`` of this name has it, which llama.cpp lacks."""
+    messages = [{"role": role, "content": content} for role, content in conversation]
+    return str(llama_chat_format.format_qwen(messages).prompt)
+
+
 def main() -> None:
     results = {
         ours: [{"messages": talk, "text": apply(theirs, talk)} for talk in CONVERSATIONS]
         for ours, theirs in NAMES.items()
     }
+    results["qwen"] = [{"messages": talk, "text": qwen(talk)} for talk in CONVERSATIONS]
     print(json.dumps({"llama_cpp_python": llama_cpp.__version__, "formats": results}, ensure_ascii=False, indent=1))
 
 
