@@ -57,18 +57,18 @@ class Step:
     alone: bool = True
 
 
-CHECKS, MEASURES = "scripts.gpu_checks", "scripts.gpu_measures"
+CHECKS, MODELS, MEASURES = "scripts.gpu_checks", "scripts.gpu_model_checks", "scripts.gpu_measures"
 STEPS: dict[str, Step] = {
     "device": Step(MEASURES, "device", "correctness", 60),
     "ptx": Step(CHECKS, "ptx", "correctness", 90, alone=False),
     "kernels": Step(CHECKS, "kernels", "correctness", 150, alone=False),
     "attention": Step(CHECKS, "attention", "correctness", 120, alone=False),
     "sizes": Step(CHECKS, "sizes", "correctness", 120, alone=False),
-    "engine": Step(CHECKS, "engine", "correctness", 120, alone=False),
-    "shapes": Step(CHECKS, "shapes", "correctness", 150, alone=False),
-    "model": Step(CHECKS, "model", "correctness", 120, alone=False),
-    "memory": Step(CHECKS, "memory", "correctness", 90),
-    "sanitizer": Step(CHECKS, "sanitizer", "correctness", 150, alone=False),
+    "engine": Step(MODELS, "engine", "correctness", 120, alone=False),
+    "shapes": Step(MODELS, "shapes", "correctness", 150, alone=False),
+    "model": Step(MODELS, "model", "correctness", 120, alone=False),
+    "memory": Step(MODELS, "memory", "correctness", 90),
+    "sanitizer": Step(MODELS, "sanitizer", "correctness", 150, alone=False),
     "bench": Step(MEASURES, "bench", "operations", 120),
     "peer_kernels": Step(MEASURES, "peer_kernels", "operations", 60),
     "ttft": Step(MEASURES, "ttft", "prompts", 180),
@@ -106,7 +106,7 @@ def run_step(name: str, out: Path | None, *, dry: bool, quick: bool) -> None:
             part.write_text(json.dumps(found, default=_plain))
             part.replace(out)  # a reader never sees half of it
 
-    module, function = (CHECKS, name) if name == "smoke" else (STEPS[name].module, STEPS[name].function)
+    module, function = (MODELS, name) if name == "smoke" else (STEPS[name].module, STEPS[name].function)
     step: Callable[..., None] = getattr(import_module(module), function)
     try:
         step(note, DRY if dry else QUICK if quick else FULL)

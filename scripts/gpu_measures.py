@@ -25,12 +25,14 @@ Note = Callable[..., None]
 
 
 def clock() -> dict[str, str]:
-    """The card's clocks, power and temperature as ``nvidia-smi`` tells them now; empty where it is missing."""
+    """The card's clocks, power and temperature as ``nvidia-smi`` tells them now; empty where it cannot."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return {}
     fields = "clocks.sm,clocks.mem,power.draw,temperature.gpu"
     done = subprocess.run([tool, f"--query-gpu={fields}", "--format=csv,noheader"], capture_output=True, text=True)
+    if done.returncode or not done.stdout:
+        return {}
     return dict(zip(fields.split(","), (part.strip() for part in done.stdout.splitlines()[0].split(",")), strict=False))
 
 
@@ -38,18 +40,24 @@ def device(note: Note, sizes: Sizes) -> None:
     """What GPU this is, and how fast it copies to and from page-locked host memory."""
     gpu = probe()
     note(device=vars(gpu), device_name=gpu.name, about=str(gpu), **clock())
-    ops = CupyOps(gpu)
+    for name, rates in links(CupyOps(gpu), sizes).items():
+        note(**{f"{name}_gb_s": float(np.median(rates)), f"{name}_gb_s_range": [min(rates), max(rates)]})
+
+
+def links(ops: CupyOps, sizes: Sizes) -> dict[str, list[float]]:
+    """GB/s of copies to (h2d) and from the device, of page-locked memory, five times."""
     there = ops.empty((sizes.copy_bytes,), np.uint8)
     here = ops.pinned((sizes.copy_bytes,), np.uint8)
     here[:] = 1
-    for name, pair in (("h2d_gb_s", (there, here)), ("d2h_gb_s", (here, there))):
-        rates = []
+    found: dict[str, list[float]] = {}
+    for name, pair in (("h2d", (there, here)), ("d2h", (here, there))):
         for _ in range(5):
             ops.observed = ([], [])
             ops.copy([pair], after=ops.mark())
             ops.finish()
-            rates.append(sizes.copy_bytes / ops.total(ops.observed[0]) / 1e9)
-        note(**{name: float(np.median(rates)), f"{name}_range": [min(rates), max(rates)]})
+            found.setdefault(name, []).append(sizes.copy_bytes / ops.total(ops.observed[0]) / 1e9)
+    ops.observed = None
+    return found
 
 
 def peaks(ops: Any, sizes: Sizes) -> Peaks:
@@ -150,7 +158,7 @@ def timeline(note: Note, sizes: Sizes) -> None:
             if warm:
                 rows.append({"plan": plan, "ttft_s": took, "layers_ms": trace.milliseconds()})
             session.context.cache.close()
-    note(length=len(ids), rows=rows)
+    note(length=len(ids), rows=rows, **clock())
 
 
 def peers(note: Note, sizes: Sizes) -> None:
@@ -171,7 +179,7 @@ def peers(note: Note, sizes: Sizes) -> None:
         try:
             rows.append({"length": length, **task(), **clock()})
         except Exception as error:
-            rows.append({"length": length, "error": str(error).splitlines()[0]})
+            rows.append({"length": length, "error": f"{type(error).__name__}: {error}"})
         note(rows=rows)
     _failed(rows)
 
@@ -212,13 +220,18 @@ def decode(note: Note, sizes: Sizes) -> None:
 def ring(note: Note, sizes: Sizes) -> None:
     """How much of the copies of a prompt under a KV budget hides behind compute, and the rate they reach."""
     cache = CacheConfig(sizes.ring_length + 16, sizes.budget)
-    engine = shaped.open_engine(CupyOps(), sizes.shape, sizes.measured_types[1], cache)
+    ops = CupyOps()
+    link = float(np.median(links(ops, sizes)["h2d"]))
+    engine = shaped.open_engine(ops, sizes.shape, sizes.measured_types[1], cache)
     rows: list[dict[str, Any]] = []
     for plan in sizes.plans:
         try:
             row = shaped.measure(engine, sizes.ring_length, plan, repeats=sizes.repeats)
             rate = row.bytes_moved / row.copy_s / 1e9 if row.copy_s else None
-            rows.append({**vars(row), "hidden_share": row.hidden_share, "copy_gb_s": rate, **clock()})
+            share = None if rate is None else rate / link
+            rows.append(
+                {**vars(row), "hidden_share": row.hidden_share, "copy_gb_s": rate, "link_share": share, **clock()}
+            )
         except Exception as error:
             rows.append({"plan": plan, "error": f"{type(error).__name__}: {error}"})
         note(rows=rows)

@@ -45,7 +45,7 @@ def attention(shape: str, length: int, repeats: int = 5) -> list[dict[str, Any]]
             row["seconds"] = statistics.median(times[1:])
             row["tflop_s"] = 2 * length * (length + 1) * c.n_heads * c.head_dim / row["seconds"] / 1e12
         except Exception as error:
-            row["unsupported"] = str(error).splitlines()[0]
+            row["unsupported"] = f"{type(error).__name__}: {error}".splitlines()[0]
         rows.append(row)
     return rows
 

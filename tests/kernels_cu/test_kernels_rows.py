@@ -46,6 +46,52 @@ def test_rope(heads: int, dh: int, half_width: int, kind: str) -> None:
     assert np.array_equal(x[:, heads:], rest)
 
 
+@pytest.mark.parametrize(("groups", "width", "kind"), [(3, 64, "f16"), (1, 1056, "f16"), (2, 128, "bf16")])
+@pytest.mark.parametrize("normed", [True, False])
+def test_norms_of_heads(groups: int, width: int, kind: str, normed: bool) -> None:
+    """By head and by row, in the first heads of wider rows; or only scaled. Small numbers, so that eps counts."""
+    tokens, eps, scale = 3, 1e-5, 0.37
+    x, gain = half(noise((tokens, groups + 1, width), 1, 0.01), kind), noise((width,), 2)
+    before = full(x[:, :groups]).astype(np.float64)
+    exact = scale * (before / np.sqrt((before * before).mean(axis=2, keepdims=True) + eps) * gain if normed else before)
+    rest = x[:, groups:].copy()
+    args = [x, gain if normed else np.uintp(0), eps, scale, width, (groups + 1) * width]
+    launch("norm_heads.cu", {"T": kind}, "norm_heads", (tokens, groups), 32 * min(8, -(-width // 128)), args)
+    assert_as_exact(full(x[:, :groups]), rounded(exact.astype(np.float32), kind), exact)
+    assert np.array_equal(x[:, groups:], rest)
+
+
+@pytest.mark.parametrize("normed", [True, False])
+def test_merge(normed: bool) -> None:
+    tokens, width, eps, scale = 3, 1060, 1e-5, 0.37
+    x, y, gain = noise((tokens, width), 1), noise((tokens, width), 2, 0.01), noise((width,), 3)
+    exact = x + scale * (norm64(y, gain, eps) if normed else y.astype(np.float64))
+    naive = x + np.float32(scale) * (OPS.rmsnorm(y, gain, eps) if normed else y)
+    launch("merge.cu", {}, "merge", (tokens,), 256, [x, y, gain if normed else np.uintp(0), width, eps, scale])
+    assert_as_exact(x, naive, exact)
+
+
+@pytest.mark.parametrize(("width", "kind"), [(8, "f16"), (2056, "f16"), (1536, "bf16")])
+def test_narrowing_and_biases(width: int, kind: str) -> None:
+    x, bias = noise((3, width), 1, 10), noise((width,), 2)
+    narrow = half(np.zeros_like(x), kind)
+    grid = (3, -(-width // 2048))
+    launch("elements.cu", {"T": kind}, "narrow", grid, 256, [x, narrow, width])
+    assert np.array_equal(narrow, half(x, kind))
+    shifted = narrow.copy()
+    launch("elements.cu", {"T": kind}, "shift", grid, 256, [shifted, bias, width])
+    assert np.array_equal(shifted, half(full(narrow) + bias, kind))
+
+
+def test_gelu() -> None:
+    x = half(noise((2, 2 * 72), 1, 4))
+    out = half(np.full((2, 72), np.nan, np.float32))
+    launch("swiglu.cu", {"T": "f16", "GELU": 1}, "swiglu", (2, 1), 256, [x, out, 72])
+    gate, up = np.split(full(x).astype(np.float64), 2, axis=1)
+    exact = gate / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3))) * up
+    assert_as_exact(full(out), rounded(OPS.geglu(full(x))), exact)
+
+
 @pytest.mark.parametrize(("tokens", "width", "kind"), [(1, 8, "f16"), (3, 2056, "f16"), (2, 1536, "bf16")])
 def test_swiglu(tokens: int, width: int, kind: str) -> None:
     x = noise((tokens, 2 * width), 1, 4)

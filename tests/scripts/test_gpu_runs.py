@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from scripts import gpu, gpu_layout, gpu_processes, gpu_report
+from scripts import gpu, gpu_layout, gpu_measures, gpu_processes, gpu_report
 from scripts.results_table import gpu_reports
 
 ROOT = Path(__file__).parents[2]
@@ -175,3 +175,13 @@ def test_what_packages_need_in_turn_is_named_as_well(monkeypatch: pytest.MonkeyP
     assert len(missing) == len(set(missing)) and {"pytest", "pluggy", "llvmlite", "mdurl"} <= set(missing)
     for name in missing:
         assert names(name) <= set(missing), name
+
+
+def test_clocks_that_the_drivers_tool_does_not_tell(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 'Failed to initialize NVML'\nexit 9\n")
+    tool.chmod(0o700)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert gpu_measures.clock() == {}
+    tool.write_text("#!/bin/sh\necho '1980 MHz, 3201 MHz, 70 W, 30'\n")
+    assert gpu_measures.clock()["clocks.sm"] == "1980 MHz"
