@@ -73,7 +73,7 @@ def ptx(note: Note, sizes: Sizes) -> None:
 def kernels(note: Note, sizes: Sizes) -> None:
     """Every kernel against NumPy, at the small sizes of the test suite."""
     files = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("test_kernels_*.py"))
-    _pytest(note, files if sizes is not DRY else [name for name in files if "rows" in name], sizes)
+    _pytest(note, files if sizes is not DRY else [name for name in files if "memory" in name], sizes)
 
 
 def _pytest(note: Note, files: list[str], sizes: Sizes) -> None:

@@ -294,6 +294,18 @@ def test_arrays_of_ended_copies_are_let_go(fake: FakeCupy) -> None:
     assert fake.used < before
 
 
+def test_arrays_of_copies_under_way_are_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever lets go of one gives its memory to the next allocation only when the copy has ended."""
+    FakeCupy(monkeypatch, copies="late")
+    ops, values = CupyOps(), np.arange(8, dtype=np.float16)
+    source, here = ops.upload(values), ops.pinned((8,))
+    ops.copy([(here, source)], after=ops.mark())
+    del source
+    gc.collect()
+    ops.finish()
+    assert np.array_equal(here, values)
+
+
 def test_a_graph_that_reads_what_it_has_not_written_shows(fake: FakeCupy) -> None:
     """Of the stand-in: what a launch or something dead left in the graph's memory must not serve the next one."""
     ops = CupyOps()
