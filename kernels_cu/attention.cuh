@@ -5,7 +5,8 @@
 // banks. Of rows of 96 every second begins half a line of banks further on: c ^ (r / 2 & 3) does the same.
 //
 // With WINDOWED `starts` says which key each query sees first (ascending; null: all). With CAPPED scores are capped softly:
-// cap * tanh(score / cap).
+// cap * tanh(score / cap). With PLACED, of attention_prefill and attention_wgmma, the query rows are not the last rows of the
+// context, but lie anywhere in it: `spans` has tiles of at most 64 rows that follow each other there. Reach is null then.
 #ifndef SLIMRT_ATTENTION_CUH
 #define SLIMRT_ATTENTION_CUH
 
@@ -102,6 +103,26 @@ __device__ __forceinline__ float quad_sum(float x) {
 __device__ __forceinline__ int first_seen(const int* starts, int token, int tokens) {
     return starts ? starts[max(0, min(token, tokens - 1))] : 0;
 }
+#endif
+
+#ifdef PLACED
+#define PLACED_ARGUMENT , const int* spans
+
+// `spans` [tiles + 1, 2]: each tile's first row in q, and the place of that row among the keys; ascending, and last the number
+// of rows. A block takes `count` tiles, those with most keys start first; a tile that fills up the last block has no rows.
+__device__ __forceinline__ const int* tiles_of_block(const int* spans, int count) {
+    return spans + 2 * count * (int(gridDim.y) - 1 - int(blockIdx.y));
+}
+
+// The last key that any row of a block's tiles sees.
+__device__ __forceinline__ int last_placed(const int* placed, int count) {
+    int last = 0;
+    for (int tile = 0; tile < count; tile++)
+        last = max(last, placed[2 * tile + 1] + placed[2 * tile + 2] - placed[2 * tile] - 1);
+    return last;
+}
+#else
+#define PLACED_ARGUMENT
 #endif
 
 // Raw products `scores` become those of capped scores. tanh by the exponential: its error, some 2^-22, is that of cap, which

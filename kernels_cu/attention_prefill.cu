@@ -3,7 +3,7 @@
 //
 //   q [T, H, DH] with q_stride from token to token; k, v [Hkv, N, DH] with kv_stride from head to head; out [T, H, DH]
 //   reach [Hkv] int32 or null; starts [T] int32 or null, cap: see attention.cuh. T, DH, TILE (64 or 128 query rows),
-//   STAGES (1 or 2), maybe WINDOWED (then reach is null) and CAPPED are macros.
+//   STAGES (1 or 2), maybe WINDOWED (then reach is null), CAPPED and PLACED are macros.
 //   grid (H, tiles), block 128, dynamic shared memory 2 * DH * (TILE + 128 * STAGES) bytes
 //
 // Four warps hold TILE / 4 query rows each and go through tiles of 64 keys; scores and weights never leave the registers.
@@ -21,7 +21,7 @@ constexpr int KEYS = 64, THREADS = 128, PARTS = TILE / 64;  // a warp holds PART
 
 extern "C" __global__ void __launch_bounds__(THREADS)
 attention_prefill(const T* q, const T* k, const T* v, T* out, const int* reach, int tokens, int keys, int heads, int kv_heads,
-                  int q_stride, int kv_stride, const int* starts, float cap) {
+                  int q_stride, int kv_stride, const int* starts, float cap PLACED_ARGUMENT) {
     DYNAMIC_SHARED(T, queries);
     T* const key_tiles = queries + TILE * DH;
     T* const value_tiles = key_tiles + STAGES * KEYS * DH;
@@ -29,12 +29,19 @@ attention_prefill(const T* q, const T* k, const T* v, T* out, const int* reach, 
     // By a shuffle the compiler knows that all lanes have the same: what follows from it stays in uniform registers.
     const int lane = threadIdx.x % 32, warp = __shfl_sync(FULL_WARP, int(threadIdx.x) / 32, 0);
     const int head = blockIdx.x, kv_head = head / (heads / kv_heads);
-    const int offset = keys - tokens, first_query = ((keys - 1) / TILE - int(blockIdx.y)) * TILE;
-    const int my_first = first_query + 16 * PARTS * warp, my_last = my_first + 16 * PARTS - 1;
+#ifdef PLACED
+    const int* const placed = tiles_of_block(spans, PARTS);
+    const int* const mine = placed + 2 * (warp * PARTS / 4);
+    const int my_first = mine[1] + 16 * PARTS * (warp % (4 / PARTS)), offset = mine[1] - mine[0], end = mine[2];
+    const int first_query = placed[1], last = last_placed(placed, PARTS);
+#else
+    const int offset = keys - tokens, first_query = ((keys - 1) / TILE - int(blockIdx.y)) * TILE, end = tokens;
+    const int my_first = first_query + 16 * PARTS * warp, last = min(first_query + TILE, keys) - 1;
+#endif
+    const int my_last = my_first + 16 * PARTS - 1;
 
     const long long head_at = (long long)kv_head * kv_stride;
 #ifdef WINDOWED
-    const int last = min(first_query + TILE, keys) - 1;
     const int lowest = first_seen(starts, first_query - offset, tokens) / KEYS * KEYS;
     const int tiles = (last - lowest) / KEYS + 1;
     auto first_key = [=](int tile) { return lowest + tile * KEYS; };
@@ -45,7 +52,7 @@ attention_prefill(const T* q, const T* k, const T* v, T* out, const int* reach, 
         for (int half = 0; half < 2; half++)
             starting[p][half] = first_seen(starts, my_first + 16 * p + lane / 4 + 8 * half - offset, tokens);
 #else
-    const int first = first_row(reach, kv_head, first_query), last = min(first_query + TILE, keys) - 1;
+    const int first = first_row(reach, kv_head, first_query);
     const int tiles = last / KEYS - first / KEYS + 1 + (first > 0);
     const int jump = first ? first - KEYS : 0;  // from the sink to the window
     auto first_key = [=](int tile) { return tile == 0 ? 0 : jump + tile * KEYS; };
@@ -67,7 +74,14 @@ attention_prefill(const T* q, const T* k, const T* v, T* out, const int* reach, 
 #else
     for (int p = 0; p < PARTS; p++) peak[p][0] = peak[p][1] = -FLOAT_INFINITY;
 #endif
+#ifdef PLACED
+#pragma unroll
+    for (int part = 0; part < PARTS; part++)
+        load_tile<64, THREADS>(queries + part * 64 * DH, q + (long long)head * DH, q_stride, placed[2 * part],
+                               placed[2 * part + 2]);
+#else
     load_tile<TILE, THREADS>(queries, q + (long long)head * DH, q_stride, first_query - offset, tokens);
+#endif
     load_keys(0);
     load_values(0);
 
@@ -168,7 +182,7 @@ attention_prefill(const T* q, const T* k, const T* v, T* out, const int* reach, 
         for (int half = 0; half < 2; half++) {
             const float factor = 1.0f / quad_sum(total[p][half]);
             const int token = my_first + 16 * p + lane / 4 + 8 * half - offset;
-            if (unsigned(token) >= unsigned(tokens)) continue;
+            if (unsigned(token) >= unsigned(end)) continue;
             T* row = out + ((long long)token * heads + head) * DH + 2 * (lane % 4);
 #pragma unroll
             for (int d = 0; d < DH / 8; d++)

@@ -2,7 +2,7 @@
 //
 //   q [T, H, DH] with q_stride from token to token; k, v [Hkv, N, DH] with kv_stride from head to head; out [T, H, DH]
 //   reach [Hkv] int32 or null; starts [T] int32 or null, cap: see attention.cuh. T, DH (64 or 128), STAGES (1 to 3), maybe
-//   WINDOWED (then reach is null) and CAPPED are macros.
+//   WINDOWED (then reach is null), CAPPED and PLACED are macros.
 //   grid (H, tiles of 128 rows), block 384, dynamic shared memory 2 * DH * (128 + 256 * STAGES) + 1152 bytes
 //
 // The first warpgroup loads, by cp.async, two warps keys and two warps values, each through STAGES tiles of 128 keys with a
@@ -38,7 +38,7 @@ __device__ __forceinline__ void load_lines(T* tile, const T* from, long long str
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 attention_wgmma(const T* q, const T* k, const T* v, T* out, const int* reach, int tokens, int keys, int heads, int kv_heads,
-                int q_stride, int kv_stride, const int* starts, float cap) {
+                int q_stride, int kv_stride, const int* starts, float cap PLACED_ARGUMENT) {
     DYNAMIC_SHARED(T, memory);
     T* const queries = memory + (-shared_address(memory) & 1023) / sizeof(T);
     T* const key_tiles = queries + ROWS * DH;
@@ -49,9 +49,13 @@ attention_wgmma(const T* q, const T* k, const T* v, T* out, const int* reach, in
 
     const int lane = threadIdx.x % 32, warp = __shfl_sync(FULL_WARP, int(threadIdx.x) / 32, 0);
     const int head = blockIdx.x, kv_head = head / (heads / kv_heads);
+#ifdef PLACED
+    const int* const placed = tiles_of_block(spans, MEMBERS);
+    const int offset = placed[1] - placed[0], first_query = placed[1], last = last_placed(placed, MEMBERS);
+#else
     const int offset = keys - tokens, first_query = ((keys - 1) / ROWS - int(blockIdx.y)) * ROWS;  // the heaviest first
-
     const int last = min(first_query + ROWS, keys) - 1;
+#endif
 #ifdef WINDOWED
     const int lowest = first_seen(starts, first_query - offset, tokens), tiles = (last - lowest) / KEYS + 1;
     auto first_key = [=](int step) { return lowest + (tiles - 1 - step) * KEYS; };
@@ -113,8 +117,13 @@ attention_wgmma(const T* q, const T* k, const T* v, T* out, const int* reach, in
         more_registers<240>();
         const int member = warp / 4 - 1, thread = threadIdx.x % 128;
         T* const my_queries = queries + member * 64 * LINE;
-        const int my_first = first_query + 64 * member, my_row = my_first + 16 * (warp % 4) + lane / 4;
-        const int my_token = my_first - offset;
+#ifdef PLACED
+        const int my_token = placed[2 * member], my_first = placed[2 * member + 1], offset = my_first - my_token;
+        const int tokens = placed[2 * member + 2];  // up to the next tile
+#else
+        const int my_first = first_query + 64 * member, my_token = my_first - offset;
+#endif
+        const int my_row = my_first + 16 * (warp % 4) + lane / 4;
 #ifdef WINDOWED
         const int starting[2] = {first_seen(starts, my_row - offset, tokens), first_seen(starts, my_row + 8 - offset, tokens)};
         const int highest_start = first_seen(starts, my_token + 63, tokens);

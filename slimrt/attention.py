@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -36,13 +35,15 @@ class Attention:
         keys: Array,
         values: Array,
         held: np.ndarray,
+        places: np.ndarray | None = None,
     ) -> Array:
-        """Attention of the last rows of a layer, those under a plan's windows apart from those that see everything; in
-        a layer with a window of its own each row sees the keys at the last positions up to its own.
+        """Attention of the last rows of a layer, or of those at ``places`` [T] among the keys, the rows under a plan's
+        windows apart from those that see everything; in a layer with a window of its own each row sees the keys at the
+        last positions up to its own.
 
-        A row's place is its position, not its number among the keys: decode under a budget is given some of them only.
+        Windows go by a row's position, not by its place: decode under a budget is given some of the keys only.
         """
-        how: dict[str, Any] = {}
+        how: dict[str, Any] = {} if places is None else {"places": places}
         if window := self._model.config.window(layer):
             how["first"] = np.searchsorted(held, positions[len(positions) - len(q) :] - window + 1)
         how |= self.softmax(layer)
@@ -52,14 +53,12 @@ class Attention:
         if layer in windows.reach:
             limited = int(np.searchsorted(positions[len(positions) - len(q) :], windows.rows))
         if limited == 0:
-            return self._in_parts(q, keys, values, how=how)
-        before = keys.shape[1] - len(q)  # under windows all rows of the layer are there
-        result = self._ops.empty(q.shape)
-        read = slice(0, before + limited)
-        reach = windows.reach[layer]
-        self._in_parts(q[:limited], keys[:, read], values[:, read], result[:limited], reach, how)
+            return self._in_parts(q, keys, values, how)
+        result = self._ops.empty(q.shape)  # under windows all rows of the layer are there
+        near, far = slice(0, limited), slice(limited, len(q))
+        self._in_parts(*_seen(near, q, keys, values, how), out=result[near], reach=windows.reach[layer])
         if limited < len(q):
-            self._in_parts(q[limited:], keys, values, result[limited:], how=how)
+            self._in_parts(*_seen(far, q, keys, values, how), out=result[far])
         return result
 
     def softmax(self, layer: int) -> dict[str, Any]:
@@ -73,19 +72,18 @@ class Attention:
         q: Array,
         keys: Array,
         values: Array,
+        how: Mapping[str, Any],
         out: Array | None = None,
         reach: Reach = None,
-        how: Mapping[str, Any] = MappingProxyType({}),
     ) -> Array:
         """``ops.attend``, some rows at a time where others wait for their turn between them."""
-        result, before = out, keys.shape[1] - len(q)
+        result = out
         for some in self.parts.slices("attention", len(q)):
             if some.stop - some.start == len(q):
                 return self._ops.attend(q, keys, values, out, reach=reach, **how)
             result = self._ops.empty(q.shape) if result is None else result
-            seen = slice(0, before + some.stop)  # causal: none of these rows looks farther
-            own = how if "first" not in how else {**how, "first": how["first"][some]}
-            self._ops.attend(q[some], keys[:, seen], values[:, seen], result[some], reach=reach, **own)
+            rows, seen, seen_values, own = _seen(some, q, keys, values, how)
+            self._ops.attend(rows, seen, seen_values, result[some], reach=reach, **own)
         return result
 
     def scores(
@@ -117,3 +115,13 @@ class Attention:
             places.append(first)
         scores, by = wanted(groups, rivals(rule, len(groups[0][0][0, 0]), rows))
         return scores, np.where(by < 0, -1, np.concatenate(places)[by])
+
+
+def _seen(
+    some: slice, q: Array, keys: Array, values: Array, how: Mapping[str, Any]
+) -> tuple[Array, Array, Array, dict[str, Any]]:
+    """Of the rows of ``q`` those in ``some``, with keys and values up to the last one's own, and ``how`` they look."""
+    places = how.get("places")
+    stop = keys.shape[1] - len(q) + some.stop if places is None else int(places[some.stop - 1]) + 1
+    own = {name: value[some] if name in ("places", "first") else value for name, value in how.items()}
+    return q[some], keys[:, :stop], values[:, :stop], own

@@ -169,33 +169,44 @@ class Engine:
         for number, packed in enumerate(model.layers):
             layer = model.unpacked(packed) if len(x) >= ops.unpack_rows else packed
             first = len(x) - wanted if number == len(model.layers) - 1 else 0
-            ours = True  # x, to be overwritten
             look = None if trace is None else functools.partial(trace.attention, number)
-            x, q, keys = self._pass.attended(
-                cache, schedule, layer, number, x, positions, turns, first=first, exact=exact, look=look
-            )
-            if context.boundary is not None and number == context.boundary.layer:
-                context.boundary.append(x, q.first)
-                if schedule.anew:
+            boundary = context.boundary if context.boundary and context.boundary.layer == number else None
+            if number in cut_at or (boundary and schedule.anew):
+                q, held = self._pass.keyed(cache, schedule, layer, number, x, positions, turns, look=look)
+                if boundary:
                     cache.clear(number + 1)
-                if schedule.anew and context.boundary.length > len(x):
-                    x, positions = context.boundary.rows(), np.arange(context.boundary.length)
-                    turns, ours = model.rope(positions), False
-                    if number not in cut_at:  # x will be overwritten; the boundary's rows must stay
-                        x = ops.take(x, positions)
-            elif number in schedule.moves:
-                states = BoundaryStates(number, self.config.d_model)
-                states.append(x, q.first)
-                context.boundary = states
-            if number in cut_at:
-                scores, by = self.attention.scores(context, schedule, number, q, keys, positions)
-                rows, why = select_rows(schedule, cut_at[number], scores, len(x))
-                kept.append(Kept(positions[rows], why))
-                if trace:
-                    trace.cut(number, positions, scores, rows, by)
-                x, positions = self._pass.kept(x, rows) if ours else ops.take(x, rows), positions[rows]
+                    boundary.append(x, q.first, attended=False)
+                    positions = np.arange(boundary.length)
+                rows = np.arange(len(positions))
+                if number in cut_at:
+                    scores, by = self.attention.scores(context, schedule, number, q, held.keys, positions)
+                    rows, why = select_rows(schedule, cut_at[number], scores, len(positions))
+                    kept.append(Kept(positions[rows], why))
+                    if trace:
+                        trace.cut(number, positions, scores, rows, by)
+                del q
+                # What leaves need not attend; what a question before this one chose has done so.
+                attend = functools.partial(self._pass.attended_some, schedule, layer, number, held=held)
+                if boundary:
+                    del x
+                    late = boundary.waiting(rows)
+                    if len(late):
+                        boundary.put(late, attend(ops.take(boundary.rows(), late), late, positions[late]))
+                    x, positions = ops.take(boundary.rows(), rows), positions[rows]
+                else:
+                    positions = positions[rows]
+                    x = attend(self._pass.kept(x, rows), rows, positions)
                 turns = model.rope(positions)
-            del q, keys
+                del held, attend
+            else:
+                x, q, _ = self._pass.attended(
+                    cache, schedule, layer, number, x, positions, turns, first=first, exact=exact, look=look
+                )
+                if number in schedule.moves:
+                    boundary = context.boundary = BoundaryStates(number, self.config.d_model)
+                if boundary:
+                    boundary.append(x, q.first)
+                del q
             cache.attended(number)
             x = self._pass.fed(layer, x)
             del layer  # a scratch copy of its weights goes before the next layer's is made

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,7 +16,15 @@ from slimrt.prune.asked import HEAD
 from slimrt.prune.schedule import Schedule
 from slimrt.row_blocks import STEP, Queries, row_blocks, rows_at_a_time
 
-__all__ = ["LayerPass"]
+__all__ = ["Layer", "LayerPass"]
+
+
+class Layer(NamedTuple):
+    """What rows of a layer attend to: keys and values [Hkv, N, Dh] and the positions [N] of their rows."""
+
+    keys: Array
+    values: Array
+    positions: np.ndarray
 
 
 class LayerPass:
@@ -64,8 +72,7 @@ class LayerPass:
             keys, values, held = cache.update(number, k, v, positions[block], q, exact=exact)
             attention = self._attention.attend(windows, number, q, positions[block], keys, values, held)
             x[block] = self._projected(layer, x[block], attention)
-            begin = q[:HEAD].copy() if begin is None else begin
-            end = (q if end is None else np.concatenate([end, q]))[-schedule.fresh_rows :].copy()
+            begin, end = _ends(begin, end, q, schedule.fresh_rows)
         return x, Queries(begin, end, len(x)), keys
 
     def _with_all_queries(
@@ -83,14 +90,7 @@ class LayerPass:
     ) -> tuple[Array, Queries, Array]:
         """``attended`` where all keys, values and queries must be there before a row attends: the last layer, whose
         result is wanted of few rows, a cache that takes a layer's rows in one piece, and where somebody looks."""
-        gathered: list[Array] = []
-        for block in self._blocks(len(x)):
-            results = self._qkv(layer, x[block], _some(turns, block), positions[block])
-            if not gathered:
-                gathered = [self._ops.empty((len(x), *result.shape[1:]), result.dtype) for result in results]
-            for whole, result in zip(gathered, results, strict=True):
-                whole[block] = result
-        q, k, v = gathered
+        q, k, v = self._all_qkv(layer, x, turns, positions)
         keys, values, held = cache.update(number, k, v, positions, q, exact=exact)
         x, q = x[first:], q[first:]
         if look:
@@ -104,6 +104,61 @@ class LayerPass:
             )  # fmt: skip
             x[block] = self._projected(layer, x[block], attention)
         return x, Queries(q, q, len(q)), keys
+
+    def keyed(
+        self,
+        cache: Cache,
+        schedule: Schedule,
+        layer: Any,
+        number: int,
+        x: Array,
+        positions: np.ndarray,
+        turns: Turns,
+        *,
+        look: Callable[[Array, Array], None] | None = None,
+    ) -> tuple[Queries, Layer]:
+        """Keys and values of x [T, D] in layer ``number`` go to the cache, and no row attends yet -> queries of the
+        rows, at least those that a cut or a further question wants, and what rows of the layer attend to.
+
+        ``look`` is shown all queries and the keys.
+        """
+        blocks = self._blocks(len(x))
+        if len(blocks) == 1 or look or cache.room(number, len(x)) is None:
+            q, k, v = self._all_qkv(layer, x, turns, positions)
+            held = Layer(*cache.update(number, k, v, positions, q, exact=True))
+            if look:
+                look(q, held.keys)
+            return Queries(q, q, len(q)), held
+        begin = end = None
+        for block in blocks:
+            q, k, v = self._qkv(layer, x[block], _some(turns, block), positions[block])
+            held = Layer(*cache.update(number, k, v, positions[block], q, exact=True))
+            begin, end = _ends(begin, end, q, schedule.fresh_rows)
+        return Queries(begin, end, len(x)), held
+
+    def attended_some(
+        self,
+        schedule: Schedule,
+        layer: Any,
+        number: int,
+        x: Array,
+        places: np.ndarray,
+        positions: np.ndarray,
+        held: Layer,
+    ) -> Array:
+        """x [M, D], the rows at ``places`` [M] of what layer ``number`` holds, after attention and projection, with the
+        bits that ``attended`` gives all of them; x may be overwritten. Their queries are made once more."""
+        blocks, turns = self._blocks(len(x)), self._model.rope(positions)
+        for block in blocks:
+            q, _, _ = self._qkv(layer, x[block], _some(turns, block), positions[block])
+            attention = self._attention.attend(
+                schedule.windows, number, q, positions[block], held.keys, held.values, held.positions, places[block]
+            )
+            result = self._projected(layer, x[block], attention)
+            if len(blocks) == 1:
+                return result
+            x[block] = result
+        return x
 
     def kept(self, x: Array, rows: np.ndarray) -> Array:
         """x[rows], ascending; in blocks they move forward in the memory of x."""
@@ -132,6 +187,19 @@ class LayerPass:
         q, k, v = self._parts.each("qkv", work, len(x))
         return self._model.grown(q, positions), k, v
 
+    def _all_qkv(self, layer: Any, x: Array, turns: Turns, positions: np.ndarray) -> list[Array]:
+        """Queries, keys and values of all rows, computed in blocks."""
+        blocks, gathered = self._blocks(len(x)), list[Array]()
+        for block in blocks:
+            results = self._qkv(layer, x[block], _some(turns, block), positions[block])
+            if len(blocks) == 1:
+                return list(results)
+            if not gathered:
+                gathered = [self._ops.empty((len(x), *result.shape[1:]), result.dtype) for result in results]
+            for whole, result in zip(gathered, results, strict=True):
+                whole[block] = result
+        return gathered
+
     def _projected(self, layer: Any, x: Array, attention: Array) -> Array:
         return self._parts.each("project", lambda some: self._model.project(layer, x[some], attention[some]), len(x))
 
@@ -140,6 +208,14 @@ class LayerPass:
 
     def _blocks(self, rows: int) -> list[slice]:
         return [slice(0, rows)] if self._block_rows is None else row_blocks(rows, self._block_rows)
+
+
+def _ends(begin: Array | None, end: Array | None, q: Array, last: int) -> tuple[Array, Array]:
+    """Copies of the first ``HEAD`` and of the ``last`` queries so far, with those of ``q`` [n, H, Dh]."""
+    return (
+        q[:HEAD].copy() if begin is None else begin,
+        (q if end is None else np.concatenate([end, q]))[-last:].copy(),
+    )
 
 
 def _some(turns: Turns, rows: slice) -> Turns:

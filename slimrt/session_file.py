@@ -3,7 +3,7 @@
 Layout, all numbers little-endian:
 
     magic      8 bytes  "SLIMRTS\\n"
-    version    u32      2
+    version    u32      3
     length     u32      bytes of the header
     header     UTF-8 JSON: "model" (fingerprint), "ctx", "rope", "plan", "system", "messages", "tokens" (how many),
                "rows" (how many each layer holds), "boundary" (the layer of the hidden states, or null),
@@ -12,7 +12,8 @@ Layout, all numbers little-endian:
     digest     32 bytes, SHA-256 of all of the above
     arrays     each its raw elements, then their SHA-256 (32 bytes):
                tokens int32 [N]; of every layer keys, values float32 [Hkv, n, Dh] and positions int64 [n];
-               boundary states float32 [N, D] and queries float32 [first, H, Dh] if there is a boundary;
+               boundary states float32 [N, D], uint8 [N] (1: behind the attention, 0: before it) and queries float32
+               [first, H, Dh] if there is a boundary;
                logits float32 [V] if there are any
 
 The header and the model give the size of every array, so the file's size is known before anything of it is allocated;
@@ -58,7 +59,7 @@ __all__ = [
 ]
 
 MAGIC = b"SLIMRTS\n"
-VERSION = 2
+VERSION = 3
 _PREFIX = struct.Struct("<8sII")
 _DIGEST = 32
 _MAX_HEADER = 1 << 26  # bytes; the messages of a million tokens take about 5 MB
@@ -180,6 +181,7 @@ def _arrays(session: Session) -> Iterator[np.ndarray]:
         yield np.ascontiguousarray(positions, "<i8")
     if context.boundary is not None:
         yield np.ascontiguousarray(session.engine.ops.to_host(context.boundary.rows()), "<f4")
+        yield np.ascontiguousarray(context.boundary.attended, np.uint8)
         if context.boundary.first_length:
             yield np.ascontiguousarray(session.engine.ops.floats(context.boundary.first_queries()), "<f4")
     if session.logits is not None:
@@ -278,12 +280,15 @@ class _Reader:
             restore_layer(engine.ops, context.cache, layer, keys, values, positions)
         if context.boundary is not None:
             states = self._array("<f4", (tokens, c.d_model), "the boundary states")
+            attended = self._array("u1", (tokens,), "which of them are behind the attention")
+            if tokens and attended.max() > 1:
+                raise self._broken("which boundary states are behind the attention must be 0 or 1 of each")
             queries = None
             if header["first"]:
                 shape = (header["first"], c.n_heads, c.head_dim)
                 first = self._array("<f4", shape, "the first queries")
                 queries = placed(engine.ops, first, engine.ops.empty((0,)).dtype)
-            context.boundary.append(placed(engine.ops, states), queries)
+            context.boundary.append(placed(engine.ops, states), queries, attended=attended != 0)
         return self._array("<f4", (c.vocab_size,), "the logits") if header["logits"] else None
 
     def _broken(self, what: str) -> DamagedFileError:
@@ -374,7 +379,7 @@ class _Reader:
         for rows in header["rows"]:
             expected += rows * (2 * 4 * c.n_kv_heads * c.head_dim + 8) + 3 * _DIGEST
         if header["boundary"] is not None:
-            expected += 4 * tokens * c.d_model + _DIGEST
+            expected += 4 * tokens * c.d_model + tokens + 2 * _DIGEST
         if header["first"]:
             expected += 4 * header["first"] * c.n_heads * c.head_dim + _DIGEST
         if header["logits"]:

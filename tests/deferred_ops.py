@@ -72,11 +72,17 @@ class DeferredOps(NumpyOps):
         return any(np.may_share_memory(array, pinned) for pinned in self._pinned)
 
     def attend(
-        self, q: np.ndarray, k: np.ndarray, v: np.ndarray, out: np.ndarray | None = None, reach: Reach = None
+        self,
+        q: np.ndarray,
+        k: np.ndarray,
+        v: np.ndarray,
+        out: np.ndarray | None = None,
+        reach: Reach = None,
+        **how: Any,
     ) -> np.ndarray:
         self.time += 1
         self._attended = [*self._attended[-64:], (k, self.time), (v, self.time)]
-        return super().attend(q, k, v, out, reach)
+        return super().attend(q, k, v, out, reach, **how)
 
     def copy(self, pairs: Pairs, after: DeferredFence | None = None) -> DeferredFence:  # type: ignore[override]
         pairs = list(pairs)
@@ -132,9 +138,15 @@ class ForgetfulOps(DeferredOps):
             fence.run()
 
     def attend(
-        self, q: np.ndarray, k: np.ndarray, v: np.ndarray, out: np.ndarray | None = None, reach: Reach = None
+        self,
+        q: np.ndarray,
+        k: np.ndarray,
+        v: np.ndarray,
+        out: np.ndarray | None = None,
+        reach: Reach = None,
+        **how: Any,
     ) -> np.ndarray:
-        result = super().attend(q, k, v, out, reach)
+        result = super().attend(q, k, v, out, reach, **how)
         for time, fence in self._late:
             if time <= self.time:
                 fence.run()

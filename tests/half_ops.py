@@ -66,14 +66,15 @@ class HalfOps(NumpyOps):
         return self._half(super().unit_means(k, unit))
 
     def attend(  # type: ignore[override]
-        self, q: Any, k: Any, v: Any, out: Any = None, reach: Reach = None, *, first: Any = None, cap: float = 0.0,
-        precise: bool = False,
+        self, q: Any, k: Any, v: Any, out: Any = None, reach: Reach = None, *, places: Any = None, first: Any = None,
+        cap: float = 0.0, precise: bool = False,
     ) -> np.ndarray:  # fmt: skip
         assert reach is None or not any(reach)
         tokens, heads, width = q.shape
         kv_heads, keys, _ = k.shape
         result = np.empty_like(q)
-        later = np.arange(keys)[None, :] > (keys - tokens + np.arange(tokens))[:, None]
+        places = np.arange(keys - tokens, keys) if places is None else places
+        later = np.arange(keys)[None, :] > places[:, None]
         if first is not None:
             later |= np.arange(keys)[None, :] < np.asarray(first)[:, None]
         for head in range(heads):

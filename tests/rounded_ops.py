@@ -91,15 +91,16 @@ class RoundedOps(NumpyOps):
         return q, k.astype(np.float16), v.astype(np.float16)
 
     def attend(  # type: ignore[override]
-        self, q: Any, k: Any, v: Any, out: Any = None, reach: Reach = None, *, first: Any = None, cap: float = 0.0,
-        precise: bool = False, sinks: Any = None,
+        self, q: Any, k: Any, v: Any, out: Any = None, reach: Reach = None, *, places: Any = None, first: Any = None,
+        cap: float = 0.0, precise: bool = False, sinks: Any = None,
     ) -> np.ndarray:  # fmt: skip
         assert reach is None or not any(reach)
         tokens, heads, width = q.shape
         kv_heads, keys, _ = k.shape
         rounded = bfloat16 if self.bf16 and tokens > 1 and not precise else np.float32
         result = np.empty_like(q) if out is None else out
-        later = np.arange(keys)[None, :] > (keys - tokens + np.arange(tokens))[:, None]
+        places = np.arange(keys - tokens, keys) if places is None else places
+        later = np.arange(keys)[None, :] > places[:, None]
         if first is not None:
             later |= np.arange(keys)[None, :] < np.asarray(first)[:, None]
         for head in range(heads):

@@ -2,15 +2,15 @@
 
 Layout, all numbers little-endian:
 
-    magic      8 bytes  "SLIMRTL\\n"
+    magic      8 bytes  "SLIMRTL2"
     length     u32      bytes of the header
     header     UTF-8 JSON, see ``Header``
     digest     32 bytes, SHA-256 of all of the above
     tokens     int32 [N]
     arrays     of layers 0 .. layers - 1 keys, then values [Hkv, N, Dh], in the type that the backend keeps; boundary
-               states float32 [N, D] and queries float32 [first, H, Dh] if there is a boundary; where what a plan's
-               cuts chose is kept, of each layer behind the boundary keys, values [Hkv, rows, Dh] and positions int32
-               [rows], and the logits float32 [V] after the prompt
+               states float32 [N, D], uint8 [N] (1: behind the attention, 0: before it) and queries float32 [first, H,
+               Dh] if there is a boundary; where what a plan's cuts chose is kept, of each layer behind the boundary
+               keys, values [Hkv, rows, Dh] and positions int32 [rows], and the logits float32 [V] after the prompt
     each of them followed by its SHA-256 (32 bytes)
 
 Elements are kept as the backend has them, so what is read back is bit for bit what was there.
@@ -38,7 +38,7 @@ from slimrt.prune.schedule import Windows
 
 __all__ = ["DamagedEntryError", "Header", "read_context", "read_header", "read_tokens", "write_entry"]
 
-MAGIC = b"SLIMRTL\n"
+MAGIC = b"SLIMRTL2"
 _LENGTH = struct.Struct("<I")
 _DIGEST = 32
 _MAX_HEADER = 1 << 20
@@ -114,6 +114,7 @@ def _arrays(
     if header.boundary is not None:
         assert context.boundary is not None
         yield np.ascontiguousarray(host(context.boundary.rows()[:n]), "<f4")
+        yield np.ascontiguousarray(context.boundary.attended[:n], np.uint8)
         if header.first:
             queries = engine.ops.floats(context.boundary.first_queries()[: header.first])
             yield np.ascontiguousarray(queries, "<f4")
@@ -170,11 +171,12 @@ def read_context(
         if header.boundary is not None:
             assert context.boundary is not None
             states = placed(ops, _array(file, "<f4", (n, c.d_model)))
+            attended = _array(file, "u1", (n,)) != 0
             queries = None
             if header.first:
                 found = _array(file, "<f4", (header.first, c.n_heads, c.head_dim))
                 queries = placed(ops, found, ops.empty((0,)).dtype)
-            context.boundary.append(states, queries)
+            context.boundary.append(states, queries, attended=attended)
         logits = _chosen(file, header, engine, context) if chosen else None
     except BaseException:
         context.cache.close()

@@ -178,9 +178,11 @@ class Ops(MemoryOps, RowOps, Protocol):
 
     def attend(
         self, q: Array, k: Array, v: Array, out: Array | None = ..., reach: Reach = ...,
-        *, first: np.ndarray | None = ..., cap: float = ..., precise: bool = ..., sinks: Array | None = ...,
+        *, places: np.ndarray | None = ..., first: np.ndarray | None = ..., cap: float = ..., precise: bool = ...,
+        sinks: Array | None = ...,
     ) -> Array:  # fmt: skip
-        """Causal attention by index: q [T, H, Dh], k and v [Hkv, N, Dh] -> [T, H, Dh]. Row t sees no key before
+        """Causal attention by index: q [T, H, Dh], k and v [Hkv, N, Dh] -> [T, H, Dh]. The queries are those of the
+        rows at ``places`` [T], ascending (None: the last), and see the keys up to their own; row t sees no key before
         ``first[t]``, scores are capped softly at ``cap`` (0: not). ``precise``: keys are large, so none of the factors
         may be rounded to fewer bits than float16 has. ``sinks`` [H]: a score more in each head's softmax, of no
         value."""

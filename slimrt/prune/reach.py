@@ -10,7 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = ["RUN", "SINK", "Reach", "first_row", "keys_read"]
+import numpy as np
+
+__all__ = ["RUN", "SINK", "Reach", "first_row", "keys_read", "runs", "tiles"]
 
 RUN = 128
 SINK = 64
@@ -22,6 +24,21 @@ def first_row(reach: int, row: int) -> int:
     """The first row that query ``row`` reads besides the sink; 0 where it reads everything up to itself."""
     first = row // RUN * RUN - reach
     return first if reach and first > SINK else 0
+
+
+def tiles(places: np.ndarray) -> list[slice]:
+    """Rows at ``places`` [T] of a context, ascending, as tiles: rows that follow each other in one run."""
+    return _slices((np.diff(places, prepend=-2) != 1) | (places % RUN == 0))
+
+
+def runs(places: np.ndarray) -> list[slice]:
+    """Rows at ``places`` [T] of a context, ascending, as slices of rows that follow each other."""
+    return _slices(np.diff(places, prepend=-2) != 1)
+
+
+def _slices(begins: np.ndarray) -> list[slice]:
+    ends = np.flatnonzero(begins)
+    return [slice(low, high) for low, high in zip(ends.tolist(), [*ends[1:].tolist(), len(begins)], strict=True)]
 
 
 def keys_read(reach: int, rows: int) -> int:

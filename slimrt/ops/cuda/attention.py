@@ -11,14 +11,15 @@ import numpy as np
 from slimrt.errors import DeviceError
 from slimrt.ops.cuda.checked import Checked
 from slimrt.ops.cuda.memory import Fence
-from slimrt.ops.cuda.prefill import prefill_kernel
-from slimrt.prune.reach import Reach
+from slimrt.ops.cuda.prefill import PrefillKernel, prefill_kernel
+from slimrt.prune.reach import Reach, runs
 
 __all__ = ["MAX_GROUP", "Attending"]
 
 Array = Any  # of CuPy
 
 MAX_GROUP = 16  # query heads of one KV head that the decode kernel takes
+_TILE_ROWS = 64  # of queries, that the kernels of prefill take at any place
 _SPLIT_KEYS = 128  # that one block of the decode kernel should have at least
 
 
@@ -42,10 +43,11 @@ class Attending(Checked):
 
     def attend(
         self, q: Array, k: Array, v: Array, out: Array | None = None, reach: Reach = None,
-        *, first: np.ndarray | None = None, cap: float = 0.0, precise: bool = False, sinks: Array | None = None,
+        *, places: np.ndarray | None = None, first: np.ndarray | None = None, cap: float = 0.0, precise: bool = False,
+        sinks: Array | None = None,
     ) -> Array:  # fmt: skip
-        """Causal grouped-query attention by index: query row t sees key rows 0 .. N-T+t, within the heads' ``reach`` or
-        from ``first[t]`` (ascending) on. ``cap``: scores are cap * tanh(score / cap).
+        """Causal grouped-query attention by index: query row t sees key rows 0 .. N-T+t, or 0 .. places[t] (ascending),
+        within the heads' ``reach`` or from ``first[t]`` (ascending) on. ``cap``: scores are cap * tanh(score / cap).
 
         q [T, H, Dh], k and v [Hkv, N, Dh] of one stride -> [T, H, Dh]. ``precise`` changes nothing: all is of one
         element.
@@ -64,6 +66,15 @@ class Attending(Checked):
         if out is None:
             out = self.empty(q.shape)
         self.check("attend", out, self.dtype, (tokens, heads, width))
+        if places is not None and np.array_equal(places, np.arange(keys - tokens, keys)):
+            places = None
+        if places is not None and (tokens == 1 or first is not None or cap or (reach is not None and any(reach))):
+            # The kernels have no places for these: a launch for each run of rows, of which they are the last.
+            for some in runs(places):
+                seen = slice(0, int(places[some.stop - 1]) + 1)
+                own = None if first is None else first[some]
+                self.attend(q[some], k[:, seen], v[:, seen], out[some], reach, first=own, cap=cap)
+            return out
         if tokens == 1 and heads // kv_heads <= MAX_GROUP:
             read = keys if first is None else keys - int(first[0])
             start = None if first is None else self._count(int(first[0]))
@@ -71,12 +82,32 @@ class Attending(Checked):
                 q, k, v, self._count(keys), out, self.splits(kv_heads, read), self._reach(reach), start, cap
             )
         kernel = prefill_kernel(self.device, width, wgmma=self._wgmma)
+        if places is not None:
+            return self._attend_placed(kernel, q, k, v, out, places)
         grid = (heads, (keys - 1) // kernel.rows - (keys - tokens) // kernel.rows + 1)
         self.kernels.launch(
             kernel.source, kernel.source, grid, kernel.threads,
             q, k, v, out, self._reach(reach), tokens, keys, heads, kv_heads,
             self.stride("attend", q), self.stride("attend", k), self._starts(first), float(cap),
             shared=kernel.shared(width), T=self.half_type, DH=width, **kernel.macros(), **_limited(first, cap),
+        )  # fmt: skip
+        return out
+
+    def _attend_placed(
+        self, kernel: PrefillKernel, q: Array, k: Array, v: Array, out: Array, places: np.ndarray
+    ) -> Array:
+        """``attend`` of rows at ``places`` [T], in tiles of up to 64 that follow each other."""
+        tokens, heads, width = q.shape
+        kv_heads, keys, _ = k.shape
+        count = kernel.rows // _TILE_ROWS  # tiles that a block takes
+        begins = [at for some in runs(places) for at in range(some.start, some.stop, _TILE_ROWS)]
+        spans = [(at, int(places[at])) for at in begins]
+        spans += [(tokens, spans[-1][1])] * (-len(spans) % count + 1)
+        self.kernels.launch(
+            kernel.source, kernel.source, (heads, (len(spans) - 1) // count), kernel.threads,
+            q, k, v, out, None, tokens, keys, heads, kv_heads, self.stride("attend", q), self.stride("attend", k),
+            None, 0.0, self.upload(np.array(spans, np.int32)),
+            shared=kernel.shared(width), T=self.half_type, DH=width, PLACED=1, **kernel.macros(),
         )  # fmt: skip
         return out
 

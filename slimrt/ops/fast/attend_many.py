@@ -12,7 +12,7 @@ from slimrt.ops.fast.features import Features
 from slimrt.ops.fast.flash import KEY_BLOCK, flash_kernel, pack_kernel, tile_scratch
 from slimrt.ops.fast.products import shape_of
 from slimrt.ops.fast.team import Program, address
-from slimrt.prune.reach import RUN, first_row
+from slimrt.prune.reach import first_row, tiles
 
 __all__ = ["attend"]
 
@@ -21,7 +21,8 @@ _LOG2_E = 1.4426950408889634
 
 def attend(
     ops: Any, features: Features, q: np.ndarray, k: np.ndarray, v: np.ndarray, reach: Sequence[int],
-    first: np.ndarray | None = None, cap: float = 0.0, sinks: np.ndarray | None = None,
+    places: np.ndarray | None = None, first: np.ndarray | None = None, cap: float = 0.0,
+    sinks: np.ndarray | None = None,
 ) -> np.ndarray:  # fmt: skip
     """Causal grouped-query attention by index, as ``NumpyOps.attend``: q f32 [T, H, Dh] -> [T, H, Dh].
 
@@ -31,7 +32,8 @@ def attend(
     tokens, heads, width = q.shape
     kv_heads, keys, _ = k.shape
     shape = shape_of(features)
-    offset, blocks, padded = keys - tokens, -(-keys // KEY_BLOCK), shape.padded(width)
+    blocks, padded = -(-keys // KEY_BLOCK), shape.padded(width)
+    places = np.arange(keys - tokens, keys) if places is None else places
     out = np.empty(q.shape, np.float32)
     element = shape.element_bytes
     packed = np.empty(2 * kv_heads * blocks * KEY_BLOCK * padded * element + 64, np.uint8)
@@ -39,11 +41,12 @@ def attend(
     value_panels = key_panels + kv_heads * blocks * KEY_BLOCK * padded * element
     program = Program()
     scratch, stride = ops.thread_scratch(program, tile_scratch(features, heads // kv_heads, width))
-    starts = [0, *range(RUN - offset % RUN, tokens, RUN)]
-    tiles = np.array(
+    items = np.array(
         [
-            (lo, min(lo + RUN - (offset + lo) % RUN, tokens) - lo, head, first_row(reach[head], offset + lo))
-            for lo in reversed(starts)  # the longest first
+            (some.start, some.stop - some.start, head, first_row(reach[head], place), place)
+            for some, place in reversed(
+                [(some, int(places[some.start])) for some in tiles(places)]
+            )  # the longest first
             for head in range(kv_heads)
         ],
         np.int64,
@@ -55,8 +58,8 @@ def attend(
     )  # fmt: skip
     lowest = None if first is None else np.maximum(first, 0).astype(np.int64)
     program.add(
-        flash_kernel(features, first is not None, cap), len(tiles),
-        address(tiles), address(q), heads, kv_heads, width, padded, keys, tokens, key_panels, value_panels, blocks,
+        flash_kernel(features, first is not None, cap), len(items),
+        address(items), address(q), heads, kv_heads, width, padded, key_panels, value_panels, blocks,
         _LOG2_E / math.sqrt(width), address(out), scratch, stride, 0 if lowest is None else address(lowest),
         0 if sinks is None else address(sinks),
     )  # fmt: skip

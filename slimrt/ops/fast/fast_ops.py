@@ -327,10 +327,13 @@ class FastOps(NumpyOps):
 
     def attend(
         self, q: Array, k: Array, v: Array, out: Array | None = None, reach: Reach = None,
-        *, first: np.ndarray | None = None, cap: float = 0.0, precise: bool = False, sinks: Array | None = None,
+        *, places: np.ndarray | None = None, first: np.ndarray | None = None, cap: float = 0.0, precise: bool = False,
+        sinks: Array | None = None,
     ) -> Array:  # fmt: skip
         """See ``NumpyOps``; k and v float16, the rows of a head follow each other. Many rows are multiplied in bfloat16
         where the processor does that, but for ``precise`` ones."""
+        if len(q) == 1 and places is not None:
+            k, v, places = k[:, : int(places[0]) + 1], v[:, : int(places[0]) + 1], None
         if len(q) == 1 and q.shape[2] % 16 == 0:
             if first is not None:  # one query sees a run of keys
                 assert reach is None
@@ -339,7 +342,8 @@ class FastOps(NumpyOps):
         else:
             features = self.features.without("bf16") if precise else self.features
             k, v = _rows_together(k), _rows_together(v)
-            result = attend_many.attend(self, features, _plain(q), k, v, reach or [0] * len(k), first, cap, sinks)
+            reach = reach or [0] * len(k)
+            result = attend_many.attend(self, features, _plain(q), k, v, reach, places, first, cap, sinks)
         if out is None:
             return result
         out[...] = result

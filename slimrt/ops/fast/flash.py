@@ -199,12 +199,12 @@ def tile_scratch(features: Features, group: int, head_dim: int) -> int:
 @cache
 def flash_kernel(features: Features, lowest: bool = False, cap: float = 0.0) -> Kernel:
     """One tile of queries of one KV head. ``cap``: scores are capped softly; ``lowest``: each row has a first key of
-    its own (15), and none before it is read.
+    its own (13), and none before it is read.
 
-    0 tiles: int64 [items, 4] of (first token, tokens, KV head, first row it reads besides the sink or 0),
-    1 q float32 [T, H, Dh], 2 H, 3 Hkv, 4 Dh, 5 Dh padded, 6 N, 7 T, 8 panels of keys, 9 of values, 10 blocks of keys,
-    11 log2(e) / sqrt(Dh), 12 out float32 [T, H, Dh], 13 scratch, 14 bytes of it for each thread, 15 the first key that
-    each row sees int64 [T], or 0, 16 sinks float32 [H] (in the scores' own unit), or 0
+    0 tiles: int64 [items, 5] of (first token, tokens, KV head, first row it reads besides the sink or 0, the first
+    token's place among the keys), 1 q float32 [T, H, Dh], 2 H, 3 Hkv, 4 Dh, 5 Dh padded, 6 panels of keys, 7 of values,
+    8 blocks of keys, 9 log2(e) / sqrt(Dh), 10 out float32 [T, H, Dh], 11 scratch, 12 bytes of it for each thread,
+    13 the first key that each row sees int64 [T], or 0, 14 sinks float32 [H] (in the scores' own unit), or 0
     """
     shape = shape_of(features)
     words = elements(features, shape)
@@ -268,18 +268,18 @@ def flash_kernel(features: Features, lowest: bool = False, cap: float = 0.0) -> 
         store_scalar(totals + 4 * r, float32(load_scalar(float32, totals + 4 * r) + sum_lanes(total)))
 
     def flash(item, thread, args):
-        tile = argument(args, 0) + item * 32
+        tile = argument(args, 0) + item * 40
         token, tokens, head, first = argument(tile, 0), argument(tile, 1), argument(tile, 2), argument(tile, 3)
         heads, kv_heads, head_dim, padded = argument(args, 2), argument(args, 3), argument(args, 4), argument(args, 5)
-        offset = argument(args, 6) - argument(args, 7)
-        blocks, scale = argument(args, 10), argument_float(args, 11)
+        offset = argument(tile, 4) - token
+        blocks, scale = argument(args, 8), argument_float(args, 9)
         group = heads // kv_heads
         rows = tokens * group
         whole = (rows + height - 1) // height * height
         key_bytes, value_bytes = padded * 16 * width, blocks * KEY_BLOCK * 16 * width
-        keys = argument(args, 8) + head * blocks * (KEY_BLOCK // 16) * key_bytes
-        values = argument(args, 9) + head * (padded // 16) * value_bytes
-        queries = argument(args, 13) + thread * argument(args, 14)
+        keys = argument(args, 6) + head * blocks * (KEY_BLOCK // 16) * key_bytes
+        values = argument(args, 7) + head * (padded // 16) * value_bytes
+        queries = argument(args, 11) + thread * argument(args, 12)
         mixed = queries + whole * padded * width
         peaks = mixed + whole * padded * 4
         totals = peaks + whole * 4
@@ -300,7 +300,7 @@ def flash_kernel(features: Features, lowest: bool = False, cap: float = 0.0) -> 
             start = block * KEY_BLOCK
             stop = start + KEY_BLOCK
             if lowest:
-                if stop <= argument(argument(args, 15), token):
+                if stop <= argument(argument(args, 13), token):
                     continue
             elif start >= SINK and stop <= first:
                 continue
@@ -326,7 +326,7 @@ def flash_kernel(features: Features, lowest: bool = False, cap: float = 0.0) -> 
                     position = min(offset + token + (r + i) // group, last)
                     lower = first if skips else 0
                     if lowest:
-                        lower = argument(argument(args, 15), position - offset)
+                        lower = argument(argument(args, 13), position - offset)
                     softmax(
                         scores, weights, count, position, start, lower, masked, scale,
                         peaks + 4 * r, totals + 4 * r, i, mixed + (r + i) * padded * 4, padded,
@@ -336,14 +336,14 @@ def flash_kernel(features: Features, lowest: bool = False, cap: float = 0.0) -> 
                     count, mixed + r * padded * 4, padded * 4,
                 )  # fmt: skip
         end()
-        out = argument(args, 12) + (token * heads + head * group) * head_dim * 4
+        out = argument(args, 10) + (token * heads + head * group) * head_dim * 4
         for r in range(rows):
             place = out + (r // group * heads + r % group) * head_dim * 4
             at = mixed + r * padded * 4
             total = load_scalar(float32, totals + 4 * r)
-            if argument(args, 16) != 0:
+            if argument(args, 14) != 0:
                 # A sink so far above all keys that the power is infinite leaves nothing to them.
-                sink = load_scalar(float32, argument(args, 16) + (head * group + r % group) * 4)
+                sink = load_scalar(float32, argument(args, 14) + (head * group + r % group) * 4)
                 total += float32(2.0 ** float32(sink * float32(_LOG2_E) - load_scalar(float32, peaks + 4 * r)))
             share = float32(1.0) / total
             d = 0

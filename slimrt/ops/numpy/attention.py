@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from slimrt.ops.numpy.workers import Workers
-from slimrt.prune.reach import RUN, SINK, Reach, first_row
+from slimrt.prune.reach import RUN, SINK, Reach, first_row, tiles
 
 __all__ = ["FEW_ROWS", "KEY_TILE", "MASKED_SCORES", "QUERY_TILE", "NumpyAttention"]
 
@@ -29,9 +29,10 @@ class NumpyAttention:
 
     def attend(
         self, q: Array, k: Array, v: Array, out: Array | None = None, reach: Reach = None,
-        *, first: np.ndarray | None = None, cap: float = 0.0, precise: bool = False, sinks: Array | None = None,
+        *, places: np.ndarray | None = None, first: np.ndarray | None = None, cap: float = 0.0, precise: bool = False,
+        sinks: Array | None = None,
     ) -> Array:  # fmt: skip
-        """Causal grouped-query attention by index: query row t sees key rows 0 .. N-T+t.
+        """Causal grouped-query attention by index: query row t sees key rows 0 .. N-T+t, or 0 .. places[t].
 
         q [T, H, Dh], k and v [Hkv, N, Dh], query head h reads KV head h // (H/Hkv) -> [T, H, Dh]. After pruning rows
         are not contiguous in position, but they keep their order, so an index-causal mask is right. ``reach``: how far
@@ -43,10 +44,10 @@ class NumpyAttention:
         if out is None:
             out = np.empty(q.shape, np.float32)
         if first is not None or cap or sinks is not None:
-            self._attend_masked(q, k, v, out, reach or [0] * len(k), first, cap, sinks)
+            self._attend_masked(q, k, v, out, reach or [0] * len(k), places, first, cap, sinks)
             return out
-        if q.shape[0] > FEW_ROWS:
-            self._attend_tiles(q, k, v, out, reach or [0] * len(k))
+        if q.shape[0] > FEW_ROWS or places is not None:
+            self._attend_tiles(q, k, v, out, reach or [0] * len(k), places)
         elif reach and any(reach):
             group = q.shape[1] // len(k)
             for head, rows in enumerate(reach):
@@ -94,8 +95,8 @@ class NumpyAttention:
         out[...] = result.reshape(kv_heads, tokens, group, width).transpose(1, 0, 2, 3).reshape(tokens, heads, width)
 
     def _attend_masked(
-        self, q: Array, k: Array, v: Array, out: Array, reach: Sequence[int], first: np.ndarray | None, cap: float,
-        sinks: Array | None = None,
+        self, q: Array, k: Array, v: Array, out: Array, reach: Sequence[int], rows: np.ndarray | None,
+        first: np.ndarray | None, cap: float, sinks: Array | None = None,
     ) -> None:  # fmt: skip
         """The rule in plain lines, a KV head and some rows at a time: mask, cap, softmax."""
         tokens, heads, width = q.shape
@@ -107,7 +108,7 @@ class NumpyAttention:
         def some(job: tuple[int, int]) -> None:
             lo, head = job
             at = slice(lo, min(lo + step, tokens))
-            places = np.arange(keys - tokens + at.start, keys - tokens + at.stop)
+            places = np.arange(keys - tokens + at.start, keys - tokens + at.stop) if rows is None else rows[at]
             start, stop = int(lowest[at].min()), int(places[-1]) + 1
             key = np.arange(start, stop)[None, :]
             begins = np.array([first_row(reach[head], int(place)) for place in places])[:, None]
@@ -133,7 +134,9 @@ class NumpyAttention:
 
         self._workers.map(some, [(lo, head) for lo in range(0, tokens, step) for head in range(kv_heads)])
 
-    def _attend_tiles(self, q: Array, k: Array, v: Array, out: Array, reach: Sequence[int]) -> None:
+    def _attend_tiles(
+        self, q: Array, k: Array, v: Array, out: Array, reach: Sequence[int], places: np.ndarray | None = None
+    ) -> None:
         """Prefill: tiles of QUERY_TILE tokens x KEY_TILE keys, all tiles of one query tile on one thread.
 
         Instead of a running maximum (FlashAttention, arXiv 2205.14135) each row uses the maximum of its diagonal tile
@@ -144,15 +147,15 @@ class NumpyAttention:
         tokens, heads, width = q.shape
         kv_heads, keys, _ = k.shape
         group = heads // kv_heads
-        offset = keys - tokens
+        places = np.arange(keys - tokens, keys) if places is None else places
         scale = np.float32(1 / math.sqrt(width))
         extended = np.ones((kv_heads, keys, width + 1), np.float32)
         extended[..., :width] = k
         ones = np.ones(KEY_TILE, np.float32)
 
-        def tile(job: tuple[int, int]) -> None:
-            lo, head = job
-            hi = min(lo + QUERY_TILE - (offset + lo) % QUERY_TILE, tokens)
+        def tile(job: tuple[slice, int]) -> None:
+            lo, hi, head = job[0].start, job[0].stop, job[1]
+            begin, end = int(places[lo]), int(places[lo]) + hi - lo
             rows = (hi - lo) * group
             queries = np.empty((rows, width + 1), np.float32)
             np.multiply(
@@ -160,10 +163,10 @@ class NumpyAttention:
                 scale,
                 out=queries.reshape(hi - lo, group, width + 1)[..., :width],
             )
-            first = first_row(reach[head], offset + lo)
-            diagonal = max(first, (offset + lo) // KEY_TILE * KEY_TILE)
-            scores = queries[:, :width] @ k[head, diagonal : offset + hi].T
-            seen = np.arange(diagonal, offset + hi)[None, :] <= np.arange(offset + lo, offset + hi)[:, None]
+            first = first_row(reach[head], begin)
+            diagonal = max(first, begin // KEY_TILE * KEY_TILE)
+            scores = queries[:, :width] @ k[head, diagonal:end].T
+            seen = np.arange(diagonal, end)[None, :] <= np.arange(begin, end)[:, None]
             scores.reshape(hi - lo, group, -1)[
                 ~np.broadcast_to(seen[:, None], (hi - lo, group, seen.shape[1]))
             ] = -np.inf
@@ -171,7 +174,7 @@ class NumpyAttention:
             np.negative(peak, out=queries[:, width])
             scores -= peak[:, None]
             np.exp(scores, out=scores)
-            mixed = scores @ v[head, diagonal : offset + hi]
+            mixed = scores @ v[head, diagonal:end]
             total = scores.sum(axis=1)
             scores = np.empty((rows, KEY_TILE), np.float32)
             part = np.empty((rows, width), np.float32)
@@ -188,8 +191,7 @@ class NumpyAttention:
             out[lo:hi, head * group : (head + 1) * group] = mixed.reshape(hi - lo, group, width)
 
         # Tiles are cut from the first row of the context on, so the first of a prompt that continues one may be short.
-        starts = [0, *range(QUERY_TILE - offset % QUERY_TILE, tokens, QUERY_TILE)]
-        self._workers.map(tile, [(lo, head) for lo in reversed(starts) for head in range(kv_heads)])
+        self._workers.map(tile, [(some, head) for some in reversed(tiles(places)) for head in range(kv_heads)])
 
 
 def _key_tiles(first: int, end: int) -> list[tuple[int, int]]:
