@@ -6,7 +6,8 @@
 //
 // With WINDOWED `starts` says which key each query sees first (ascending; null: all). With CAPPED scores are capped softly:
 // cap * tanh(score / cap). With PLACED, of attention_prefill and attention_wgmma, the query rows are not the last rows of the
-// context, but lie anywhere in it: `spans` has tiles of at most 64 rows that follow each other there. Reach is null then.
+// context, but lie anywhere in it: `spans` has tiles of at most 64 rows that follow each other there. Reach is null then, and
+// neither of the others is given.
 #ifndef SLIMRT_ATTENTION_CUH
 #define SLIMRT_ATTENTION_CUH
 

@@ -3,7 +3,7 @@
 //
 //   q [T, H, DH] with q_stride from token to token; k, v [Hkv, N, DH] with kv_stride from head to head; out [T, H, DH]
 //   reach [Hkv] int32 or null; starts [T] int32 or null, cap: see attention.cuh. T, DH, TILE (64 or 128 query rows),
-//   STAGES (1 or 2), maybe WINDOWED (then reach is null), CAPPED and PLACED are macros.
+//   STAGES (1 or 2), maybe WINDOWED (then reach is null) and CAPPED, or PLACED are macros.
 //   grid (H, tiles), block 128, dynamic shared memory 2 * DH * (TILE + 128 * STAGES) bytes
 //
 // Four warps hold TILE / 4 query rows each and go through tiles of 64 keys; scores and weights never leave the registers.

@@ -2,7 +2,7 @@
 //
 //   q [T, H, DH] with q_stride from token to token; k, v [Hkv, N, DH] with kv_stride from head to head; out [T, H, DH]
 //   reach [Hkv] int32 or null; starts [T] int32 or null, cap: see attention.cuh. T, DH (64 or 128), STAGES (1 to 3), maybe
-//   WINDOWED (then reach is null), CAPPED and PLACED are macros.
+//   WINDOWED (then reach is null) and CAPPED, or PLACED are macros.
 //   grid (H, tiles of 128 rows), block 384, dynamic shared memory 2 * DH * (128 + 256 * STAGES) + 1152 bytes
 //
 // The first warpgroup loads, by cp.async, two warps keys and two warps values, each through STAGES tiles of 128 keys with a
@@ -51,7 +51,7 @@ attention_wgmma(const T* q, const T* k, const T* v, T* out, const int* reach, in
     const int head = blockIdx.x, kv_head = head / (heads / kv_heads);
 #ifdef PLACED
     const int* const placed = tiles_of_block(spans, MEMBERS);
-    const int offset = placed[1] - placed[0], first_query = placed[1], last = last_placed(placed, MEMBERS);
+    const int first_query = placed[1], last = last_placed(placed, MEMBERS);
 #else
     const int offset = keys - tokens, first_query = ((keys - 1) / ROWS - int(blockIdx.y)) * ROWS;  // the heaviest first
     const int last = min(first_query + ROWS, keys) - 1;

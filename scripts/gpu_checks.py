@@ -121,6 +121,9 @@ def attention(note: Note, sizes: Sizes) -> None:
             reach = tuple(0 if head % 4 == 0 else RUN_ROWS * (1 + head % 3) for head in range(kv_heads))
             checks.run(f"{name}, windows", lambda w=width, k=keys, r=rows, reach=reach: _prefill(
                 ops, heads, kv_heads, w, k, r, sizes.sampled_rows, reach))  # fmt: skip
+        if rows == keys:
+            checks.run(f"{name}, every fourth block of queries", lambda w=width, k=keys: _prefill(
+                ops, heads, kv_heads, w, k, k, sizes.sampled_rows, some=True))  # fmt: skip
         checks.run(f"attention_decode x {keys}, Dh {width}", lambda w=width, k=keys: _prefill(
             ops, heads, kv_heads, w, k, 1, 1))  # fmt: skip
     for width, keys, window, cap in sizes.windowed:
@@ -163,17 +166,23 @@ def all_written(x: Array) -> bool:
 
 def _prefill(
     ops: Any, heads: int, kv_heads: int, width: int, keys: int, rows: int, samples: int, reach: Any = None,
-    window: int = 0, cap: float = 0.0,
+    window: int = 0, cap: float = 0.0, some: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
+    """``some``: of the queries every fourth block of 64 and the last row."""
+    places = np.arange(keys - rows, keys)
+    if some:
+        places = places[(places // 64 % 4 == 1) | (places == keys - 1)]
+        rows = len(places)
     q, layer = bits((rows, heads, width), 2, 1), bits((2, kv_heads, keys, width), -1, 2)
     with ops.computing():
         there, out = ops.upload(layer), ops.upload(np.full(q.shape, np.nan, np.float16))
-        first = np.maximum(0, np.arange(keys - rows, keys) + 1 - window) if window else None
-        got = ops.to_host(ops.attend(ops.upload(q), there[0], there[1], out, reach=reach, first=first, cap=cap))
+        first = np.maximum(0, places + 1 - window) if window else None
+        how = {"places": places} if some else {}
+        got = ops.to_host(ops.attend(ops.upload(q), there[0], there[1], out, reach=reach, first=first, cap=cap, **how))
     edges = [row for row in (0, 1, 63, 64, 127, 128, rows - 2, rows - 1) if 0 <= row < rows]
     drawn = np.random.default_rng(3).integers(0, rows, samples)
     picked = np.unique([*edges, *drawn])[: samples + len(edges)]
-    at = picked + keys - rows
+    at = places[picked]
     exact, naive = _attention_rows(q[picked], layer[0], layer[1], at, reach, window, cap)
     found = judged(got[picked], naive, exact)
     return found | {"ok": found["ok"] and all_written(got), "all_written": all_written(got), "sampled": len(picked)}

@@ -191,8 +191,8 @@ class Engine:
                     del x
                     late = boundary.waiting(rows)
                     if len(late):
-                        boundary.put(late, attend(ops.take(boundary.rows(), late), late, positions[late]))
-                    x, positions = ops.take(boundary.rows(), rows), positions[rows]
+                        boundary.put(late, attend(boundary.before(ops, late), late, positions[late]))
+                    x, positions = boundary.behind(ops, rows), positions[rows]
                 else:
                     positions = positions[rows]
                     x = attend(self._pass.kept(x, rows), rows, positions)

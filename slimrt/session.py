@@ -16,6 +16,7 @@ from slimrt.config import context_advice
 from slimrt.context import Context, Kept, Progress, Trace
 from slimrt.engine import Engine
 from slimrt.errors import ContextError, SettingError, TokenizerError
+from slimrt.kv.boundary import BoundaryStates
 from slimrt.ops.forks import after_fork
 from slimrt.ops.protocol import Fetched
 from slimrt.prune.asked import Asked
@@ -29,10 +30,11 @@ Other = TypeVar("Other", bound="Session")
 @dataclass(frozen=True)
 class _Undo:
     """What is left of a call that does not end: its first ``length`` tokens; ``cut``: it may have cleared the stages
-    behind the first cut."""
+    behind the first cut. ``marks``: of which states at the boundary, and which of them had attended."""
 
     length: int
     cut: bool = False
+    marks: tuple[BoundaryStates, np.ndarray] | None = None
 
 
 class Session:
@@ -361,7 +363,9 @@ class Session:
         stages: tuple[Kept, ...] = ()
         if rule is not None:
             self._choice = None
-        self._undo = _Undo(len(self.tokens), rule is not None and rule.anew)
+        states = self.context.boundary
+        marks = None if rule is None or states is None else (states, states.marks())
+        self._undo = _Undo(len(self.tokens), rule is not None and rule.anew, marks)
         revision = self.revision
 
         def told(done: int, total: int) -> None:
@@ -399,6 +403,8 @@ class Session:
         length = undo.length if self.context.cache.intact else 0
         del self.tokens[length:]
         self.logits = None
+        if undo.marks is not None:  # what a question chose that was not read is not to be told from what none did
+            undo.marks[0].reset(undo.marks[1])
         self.context.truncate(length)
         if self._choice is not None and length < self._choice.length:
             self._choice = None

@@ -180,7 +180,7 @@ def _arrays(session: Session) -> Iterator[np.ndarray]:
         yield np.ascontiguousarray(session.engine.ops.floats(values), "<f4")
         yield np.ascontiguousarray(positions, "<i8")
     if context.boundary is not None:
-        yield np.ascontiguousarray(session.engine.ops.to_host(context.boundary.rows()), "<f4")
+        yield np.ascontiguousarray(context.boundary.on_host(session.engine.ops, len(session.tokens)), "<f4")
         yield np.ascontiguousarray(context.boundary.attended, np.uint8)
         if context.boundary.first_length:
             yield np.ascontiguousarray(session.engine.ops.floats(context.boundary.first_queries()), "<f4")
@@ -288,7 +288,9 @@ class _Reader:
                 shape = (header["first"], c.n_heads, c.head_dim)
                 first = self._array("<f4", shape, "the first queries")
                 queries = placed(engine.ops, first, engine.ops.empty((0,)).dtype)
-            context.boundary.append(placed(engine.ops, states), queries, attended=attended != 0)
+            there = attended != 0
+            before, behind = (placed(engine.ops, states[some]) for some in (~there, there))
+            context.boundary.restore(before, behind, there, queries)
         return self._array("<f4", (c.vocab_size,), "the logits") if header["logits"] else None
 
     def _broken(self, what: str) -> DamagedFileError:

@@ -52,7 +52,11 @@ def held(s: Conversation) -> list[np.ndarray]:
     """All that the model remembers."""
     arrays = [array for layer in range(s.engine.config.n_layers) for array in s.context.cache.rows(layer)]
     assert s.logits is not None
-    return [*arrays, s.context.boundary.rows(), s.logits] if s.context.boundary else [*arrays, s.logits]
+    return (
+        [*arrays, s.context.boundary.on_host(s.engine.ops, len(s.tokens)), s.logits]
+        if s.context.boundary
+        else [*arrays, s.logits]
+    )
 
 
 def assert_same_logits(llm: slimrt.LLM, one: Conversation, other: Conversation, ids: list[int]) -> None:

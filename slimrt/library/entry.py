@@ -113,7 +113,7 @@ def _arrays(
         yield np.ascontiguousarray(host(values[:, :n]), header.dtype)
     if header.boundary is not None:
         assert context.boundary is not None
-        yield np.ascontiguousarray(host(context.boundary.rows()[:n]), "<f4")
+        yield np.ascontiguousarray(context.boundary.on_host(engine.ops, n), "<f4")
         yield np.ascontiguousarray(context.boundary.attended[:n], np.uint8)
         if header.first:
             queries = engine.ops.floats(context.boundary.first_queries()[: header.first])
@@ -170,13 +170,14 @@ def read_context(
             restore_layer(ops, context.cache, layer, keys, values, positions)
         if header.boundary is not None:
             assert context.boundary is not None
-            states = placed(ops, _array(file, "<f4", (n, c.d_model)))
+            states = _array(file, "<f4", (n, c.d_model))
             attended = _array(file, "u1", (n,)) != 0
             queries = None
             if header.first:
                 found = _array(file, "<f4", (header.first, c.n_heads, c.head_dim))
                 queries = placed(ops, found, ops.empty((0,)).dtype)
-            context.boundary.append(states, queries, attended=attended)
+            before, behind = (placed(ops, states[some]) for some in (~attended, attended))
+            context.boundary.restore(before, behind, attended, queries)
         logits = _chosen(file, header, engine, context) if chosen else None
     except BaseException:
         context.cache.close()

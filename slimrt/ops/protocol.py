@@ -203,7 +203,7 @@ class Ops(MemoryOps, RowOps, Protocol):
         """x[:, columns]."""
 
     def take(self, x: Array, rows: np.ndarray) -> Array:
-        """x[rows]; rows ascending."""
+        """x[rows], a copy."""
 
 
 class StreamingOps(Ops, Protocol):

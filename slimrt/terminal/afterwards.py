@@ -36,7 +36,7 @@ def read_on(llm: LLM, session: Session) -> bool:
     library = llm.engine.library
     if sys.platform != "linux" or llm.backend.ops.name == "cuda" or library is None or not session.incomplete:
         return False
-    free, needed = available_memory(), llm.memory.kv + 2 * llm.memory.boundary + llm.memory.scratch
+    free, needed = available_memory(), llm.memory.kv + 3 * llm.memory.boundary + llm.memory.scratch
     if free is not None and _OF_FREE * needed > free:
         return False
     if not library.books() or library.has_whole(llm.engine, session.tokens, session.context.windows):

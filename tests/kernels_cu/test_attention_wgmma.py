@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.kernel_cases import NULL, Array, assert_as_exact, full, half, launch, mode, needs_compiler, noise
-from tests.kernels_cu.test_kernels_attention import PREFILL, attention, inputs, starts_of
+from tests.kernels_cu.test_kernels_attention import PREFILL, anywhere, attention, inputs, starts_of
 
 __all__ = ["mode"]
 pytestmark = needs_compiler
@@ -21,7 +21,7 @@ CASES = [
 
 def run(
     q: Array, k: Array, v: Array, keys: int, kind: str, reach: tuple[int, ...] | None = None,
-    starts: object = NULL, cap: float = 0.0, **macros: int,
+    starts: object = NULL, cap: float = 0.0, spans: Array | None = None, **macros: int,
 ) -> Array:  # fmt: skip
     """q [T, H, Dh], which may be a part of wider rows, over the first ``keys`` rows of k and v [Hkv, N, Dh]."""
     (tokens, heads, dh), macros = q.shape, {"STAGES": 2, **macros}
@@ -30,11 +30,12 @@ def run(
         "attention_wgmma.cu",
         {"T": kind, "DH": dh, **macros},
         "attention_wgmma",
-        (heads, (keys - 1) // 128 - (keys - tokens) // 128 + 1),
+        (heads, (keys - 1) // 128 - (keys - tokens) // 128 + 1 if spans is None else len(spans) // 2),
         384,
         [
             *(q, k, v, out, NULL if reach is None else np.array(reach, np.int32)),
             *(tokens, keys, heads, len(k), q.strides[0] // 2, k[0].size, starts, cap),
+            *([] if spans is None else [spans]),
         ],
         shared=2 * dh * (128 + 256 * macros["STAGES"]) + 1152,
     )
@@ -58,6 +59,15 @@ def test_prefill(
     out = run(joint[:, :heads], k, v, keys, kind, reach, **macros)
     arrays = full(q), full(k[:, :keys]), full(v[:, :keys])
     assert_as_exact(out, attention(*arrays, reach, kind), attention(*arrays, reach))
+
+
+@pytest.mark.parametrize(("kind", "dh"), [("f16", 64), ("bf16", 128)])
+def test_tiles_of_rows_anywhere(kind: str, dh: int) -> None:
+    """With the bits that a pass of all rows gives them."""
+    q, k, v = inputs(520, 520, 2, 1, dh, kind, spare=5)
+    places, spans = anywhere(2)
+    found = run(q[places], k, v, 520, kind, spans=spans, PLACED=1)
+    assert np.array_equal(found, run(q, k, v, 520, kind)[places])
 
 
 @pytest.mark.parametrize(("tokens", "keys", "window"), [(300, 300, 40), (130, 700, 333), (70, 70, 0)])

@@ -80,6 +80,8 @@ def cases(architecture: str) -> list[Case]:
             if kind == "f16":  # of windows, and of windows and caps, each in one width
                 windowed = {**macros, "WINDOWED": 1} if dh in (96, 128) else {**macros, "WINDOWED": 1, "CAPPED": 1}
                 result.append(("attention_prefill.cu", windowed, 128, shared, registers, attends))
+                if dh == 128:
+                    result.append(("attention_prefill.cu", {**macros, "PLACED": 1}, 128, shared, registers, attends))
     for type_ in TYPES:
         result.append(("embed.cu", {"TYPE": type_}, 256, 0, 64, ()))
         if type_ in CELLS:
@@ -107,7 +109,7 @@ def hopper_cases() -> list[Case]:
     """What is compiled for sm_90a alone, as PrefillKernel has it."""
     result: list[Case] = []
     for kind, dh, more in (
-        ("f16", 128, {"WINDOWED": 1, "CAPPED": 1}), ("bf16", 64, {}),
+        ("f16", 128, {"WINDOWED": 1, "CAPPED": 1}), ("bf16", 64, {}), ("f16", 128, {"PLACED": 1}),
         *((("bf16", 128, {}), ("f16", 64, {}), ("f16", 128, {}), ("f16", 128, {"WINDOWED": 1})) if EVERYTHING else ()),
     ):  # fmt: skip
         product = "F32.BF16" if kind == "bf16" else "F32"

@@ -104,6 +104,38 @@ def test_prefill(
     assert_as_exact(full(out), attention(*arrays, reach, kind), attention(*arrays, reach))
 
 
+def anywhere(per_block: int) -> tuple[Array, Array]:
+    """Places among 520 keys, and ``spans`` of their tiles: far apart, ragged, two within one tile of keys, and one
+    alone in a block of ``per_block``."""
+    tiles = [(0, 64), (64, 10), (200, 64), (264, 64), (511, 1)]
+    places = np.concatenate([np.arange(first, first + count) for first, count in tiles])
+    begins = np.cumsum([0, *(count for _, count in tiles)]).tolist()
+    spans = [(begin, first) for begin, (first, _) in zip(begins, tiles, strict=False)]
+    spans += [(len(places), 511)] * (-len(tiles) % per_block + 1)
+    return places, np.array(spans, np.int32)
+
+
+@pytest.mark.parametrize(("tile", "stages", "dh"), [(64, 1, 64), (128, 2, 128)])
+def test_tiles_of_rows_anywhere(tile: int, stages: int, dh: int) -> None:
+    """With the bits that a pass of all rows gives them."""
+    q, k, v = inputs(520, 520, 2, 1, dh, "f16", spare=5)
+    places, spans = anywhere(tile // 64)
+    results = []
+    for rows, blocks, more, how in (
+        (q, -(-520 // tile), [], {}),
+        (q[places], (len(spans) - 1) * 64 // tile, [spans], {"PLACED": 1}),
+    ):
+        out = half(np.full(rows.shape, np.nan, np.float32))
+        launch(
+            "attention_prefill.cu", {"T": "f16", "DH": dh, "TILE": tile, "STAGES": stages, **how}, "attention_prefill",
+            (2, blocks), 128,
+            [rows, k, v, out, NULL, len(rows), 520, 2, 1, 2 * dh, k[0].size, NULL, 0.0, *more],
+            shared=2 * dh * (tile + 128 * stages),
+        )  # fmt: skip
+        results.append(full(out))
+    assert np.array_equal(results[1], results[0][places])
+
+
 def test_prefill_survives_scores_far_apart() -> None:
     """Scores of thousands that grow with every key: the running maximum moves all the time, nothing may overflow."""
     q, k, v = noise((96, 1, 64), 1), noise((1, 96, 64), 2), noise((1, 96, 64), 3)

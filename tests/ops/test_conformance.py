@@ -6,14 +6,16 @@ against NumPy in float32. Where a result must be the same whatever the precision
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from slimrt.config import CacheConfig
 from slimrt.engine import Engine
+from slimrt.kv.restore import placed
 from slimrt.models import build, read_config
 from slimrt.ops.backend import fast_features
 from slimrt.ops.numpy.numpy_ops import NumpyOps
@@ -22,6 +24,7 @@ from slimrt.prune.plan import PrunePlan, Stage
 from slimrt.session import Session
 from slimrt.weights.gguf import GGUFFile
 from tests.tiny_gguf import write_tiny_llama
+from tests.tolerance import EPS32
 
 SLACK = 3  # they round in the same places; the order of sums differs
 CUT = PrunePlan((Stage(0, 0.5), Stage(1, 0.25)), block=16, query_window=8)
@@ -117,6 +120,35 @@ def test_logits(case: Callable[[GGUFFile, Ops], Rows], file: GGUFFile, backends:
     ops, naive = backends
     truth, unit, found = (np.stack(case(file, one)) for one in (NumpyOps(1), naive, ops))
     assert np.abs(found - truth).max() <= SLACK * np.abs(unit - truth).max()
+
+
+PLACES = {
+    "blocks": (range(64), range(128, 256), range(300, 330)),
+    "anywhere": (range(3, 5), range(70, 141), range(250, 310)),
+}
+
+
+@pytest.mark.parametrize("how", [{}, {"reach": (64, 0)}, {"first": 40}], ids=str)
+@pytest.mark.parametrize("where", PLACES.values(), ids=PLACES)
+def test_rows_that_attend_without_the_others_do_as_among_all(
+    where: Sequence[range], how: dict[str, Any], backends: tuple[Ops, NumpyOps]
+) -> None:
+    ops, rng, places = backends[0], np.random.default_rng(3), np.concatenate([np.array(part) for part in where])
+    q, k, v = (rng.standard_normal(shape).astype(np.float32) for shape in ((330, 4, 64), (2, 330, 64), (2, 330, 64)))
+    some = dict(how)
+    if "first" in how:  # a window of so many keys
+        how = {"first": np.maximum(0, np.arange(330) - how["first"])}
+        some = {"first": how["first"][places]}
+    with ops.computing():
+        keys, values = (placed(ops, x, ops.kv_type) for x in (k, v))
+        queries, few = (placed(ops, x, ops.empty((0,)).dtype) for x in (q, q[places]))
+        found = ops.floats(ops.attend(few, keys, values, places=places, **some))
+        expected = ops.floats(ops.attend(queries, keys, values, **how))[places]
+    # The kernels give a row the same bits in any company, the GPU's but for windows by row, whose tiles begin with the
+    # first key of their first row; a BLAS library sums in an order that depends on it.
+    unit = EPS32 if type(ops) is NumpyOps else 2**-10 if not isinstance(ops, NumpyOps) and "first" in how else 0
+    off = SLACK * unit * np.abs(v).max()
+    assert np.abs(found - expected).max() <= off
 
 
 def test_a_plan_that_keeps_all_is_the_dense_run(file: GGUFFile, backends: tuple[Ops, NumpyOps]) -> None:

@@ -7,6 +7,7 @@ import json
 import pydoc_data.topics
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,11 +16,15 @@ from hypothesis import strategies as st
 
 import slimrt
 from slimrt import PrunePlan, Stage, Window
+from slimrt.engine import Engine
 from slimrt.errors import SettingError
+from slimrt.models import build, read_config
+from slimrt.ops.numpy.numpy_ops import NumpyOps
 from slimrt.prune.asked import ASKED
 from slimrt.prune.presets import choose_plan, fingerprint, preset_path
 from slimrt.prune.schedule import Cut, Schedule, schedule
 from slimrt.prune.select import select_rows
+from slimrt.weights.gguf import GGUFFile
 from tests.tiny_gguf import write_tiny_llama
 
 HALVES = PrunePlan(stages=(Stage(4, 0.5), Stage(7, 0.25)), block=32)
@@ -69,6 +74,37 @@ def test_kept_tokens_and_bytes(small: slimrt.LLM, document: list[int]) -> None:
     assert (first, second) == (10 * 32 + ragged, 5 * 32 + ragged)
     rows = 5 * len(document) + 3 * first + 2 * second
     assert result.timings.kv_bytes_device == rows * small.engine.kv_bytes_per_token // small.config.n_layers
+
+
+class _Attending(NumpyOps):
+    """Notes where the rows lie that attend without the others of their layer."""
+
+    def __init__(self) -> None:
+        super().__init__(1)
+        self.places: list[np.ndarray] = []
+
+    def attend(self, *args: Any, places: np.ndarray | None = None, **how: Any) -> np.ndarray:
+        if places is not None:
+            self.places.append(places)
+        return super().attend(*args, places=places, **how)
+
+
+def test_at_a_cut_only_what_goes_on_attends(small_model: Path, document: list[int]) -> None:
+    """And at the first one for another question, what the question before it did not choose."""
+    file, ops = GGUFFile(small_model), _Attending()
+    engine = Engine(build(read_config(file), file, ops), ops)
+    plan = PrunePlan((Stage(1, 0.4), Stage(2, 0.2)), block=16, query_window=8)
+    context, attended, held = engine.new_context(1), set[int](), 0
+    for tokens in (document[:300], document[400:450]):
+        held += len(tokens)
+        ops.places.clear()
+        _, kept = engine.prefill(context, tokens, schedule(plan, held))
+        late = np.setdiff1d(kept[0].positions, list(attended))
+        assert np.array_equal(np.concatenate(ops.places[:-1]), late) and 0 < len(late) < len(kept[0].positions) + 1
+        assert np.array_equal(kept[0].positions[ops.places[-1]], kept[1].positions)
+        attended |= set(kept[0].positions.tolist())
+        assert context.boundary is not None and set(np.flatnonzero(context.boundary.attended).tolist()) == attended
+    assert len(late) < len(kept[0].positions)  # some were chosen twice
 
 
 def test_rope_positions_stay(small: slimrt.LLM, document: list[int]) -> None:

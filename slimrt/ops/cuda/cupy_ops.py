@@ -333,7 +333,7 @@ class CupyOps(FewRows, Attending, InPlaceLayer):
         return self._cupy.ascontiguousarray(x[:, self.upload(columns)])
 
     def take(self, x: Array, rows: np.ndarray) -> Array:
-        """x[rows]: the rows that go on, float32 [M, D]; rows ascending."""
+        """x[rows]: the rows that go on, float32 [M, D]."""
         self.check("take", x, np.float32, (None, None))
         out = self.empty((len(rows), x.shape[1]), np.float32)
         picked = self.upload(rows.astype(np.int32))

@@ -266,5 +266,5 @@ class NumpyOps(NumpyMemory, NumpyAttention, LayerOps):
         return x.take(columns, axis=1)
 
     def take(self, x: Array, rows: Array) -> Array:
-        """x[rows]: the rows that go on; rows ascending."""
+        """x[rows]: the rows that go on, a copy."""
         return x[rows]

@@ -214,7 +214,7 @@ def test_rows_in_several_chunks_are_the_same(monkeypatch: pytest.MonkeyPatch, tm
 
 def test_a_plan_that_keeps_all_is_the_dense_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     FakeCupy(monkeypatch)
-    file = tiny(tmp_path, type="Q4_0")
+    file = tiny(tmp_path, type="Q4_0", n_layers=3)
     tokens = ids(file, 140)
     one = engine(file, CupyOps())
     dense, pruned = Session(one, 512), Session(one, 512)
