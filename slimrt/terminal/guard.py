@@ -8,6 +8,7 @@ import re
 import shutil
 import sys
 import textwrap
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import IO, Any, NoReturn
@@ -175,9 +176,12 @@ def _warnings_as_notes() -> Iterator[None]:
     logger.addHandler(handler)
     before = waited_for.level
     waited_for.setLevel(logging.INFO)
+    shown = warnings.showwarning
+    warnings.showwarning = lambda message, *where: note(" ".join(str(message).split()))
     try:
         yield
     finally:
+        warnings.showwarning = shown
         logger.removeHandler(handler)
         waited_for.setLevel(before)
 

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -276,6 +277,16 @@ def test_a_closed_pipe_is_quiet(tiny: Path) -> None:
             "generate", "hello", "-n", 30, "-m", tiny, stdout=closed, stderr=subprocess.PIPE, capture_output=False
         )
     assert (result.returncode, result.stderr) == (141, b"")
+
+
+def test_warnings_are_notes(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def warns(*args: Any, **options: Any) -> None:
+        warnings.warn("kernels cannot be kept here", stacklevel=1)
+
+    monkeypatch.setattr("slimrt.terminal.generate.generate", warns)
+    monkeypatch.setattr(warnings, "filters", [("default", None, Warning, None, 0)])
+    result = run("generate", "hello", "-m", tiny)
+    assert (result.exit_code, result.stderr) == (0, "note: kernels cannot be kept here\n")
 
 
 def test_ctrl_c_ends_with_130_and_no_traceback(tiny: Path) -> None:
