@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Iterator
 from typing import Any
 
+from slimrt.errors import SlimrtError
 from slimrt.llm import LLM
 from slimrt.request import GenerationRequest
 from slimrt.reuse import Reading
@@ -121,7 +122,18 @@ def _turns(role: str, content: Any, where: str) -> list[dict[str, Any]]:
 def counted_tokens(llm: LLM, data: Any) -> dict[str, int]:
     """What /v1/messages/count_tokens answers. Raises ApiError."""
     values = checked(COUNT, data)
-    return {"input_tokens": len(chat_ids(llm, _messages(values), _calling(llm, values)))}
+    return {"input_tokens": len(_ids(llm, values, _calling(llm, values)))}
+
+
+def _ids(llm: LLM, values: dict[str, Any], calling: Calling | None) -> list[int]:
+    """The prompt. A last message of the assistant is the beginning of the answer, which goes on from there."""
+    *before, last = messages = _messages(values)
+    begins = last["role"] == "assistant" and "tool_calls" not in last and any(one["role"] == "user" for one in before)
+    ids = chat_ids(llm, before if begins else messages, calling)
+    try:
+        return ids + llm.tokenizer.encode_within(last["content"]) if begins else ids
+    except SlimrtError as error:
+        raise ApiError(400, f"messages: {error}") from None
 
 
 def message_prompt(llm: LLM, data: Any) -> tuple[dict[str, Any], list[int], GenerationRequest, Calling | None]:
@@ -131,7 +143,7 @@ def message_prompt(llm: LLM, data: Any) -> tuple[dict[str, Any], list[int], Gene
     if not all(isinstance(stop, str) and stop for stop in stops):
         raise ApiError(400, "stop_sequences: each must be a text, and not empty")
     calling = _calling(llm, values)
-    ids = chat_ids(llm, _messages(values), calling)
+    ids = _ids(llm, values, calling)
     request = generation_request(llm, values, max_tokens=values["max_tokens"], stop=tuple(stops))
     return values, ids, bound(request, calling), calling
 

@@ -24,10 +24,12 @@ def check_caller(request: Request, limits: Limits) -> None:
     if "*" in limits.origins:
         return
     origin, host = request.headers.get("origin"), request.headers.get("host", "")
-    if origin is not None and origin not in limits.origins and urlsplit(origin).netloc.lower() != host.lower():
+    own = origin is None or origin in limits.origins or _parts(origin)[0] == host.lower()
+    # A browser says so itself where a proxy gave the request another host; no page can.
+    if not own and request.headers.get("sec-fetch-site") != "same-origin":
         raise ApiError(403, f"web pages of {origin[:100]} may not ask this server; --cors {origin[:100]} lets them")
     if limits.key is None and _is_loopback((request.scope.get("server") or ("",))[0]):
-        name = urlsplit(f"//{host}").hostname or ""
+        name = _parts(f"//{host}")[1]
         if not _is_local(name) and name not in _names(limits.origins):
             raise ApiError(
                 403, f"the host {name[:100]!r} is not this machine's; ask for 127.0.0.1 or localhost, or start the "
@@ -35,8 +37,17 @@ def check_caller(request: Request, limits: Limits) -> None:
             )  # fmt: skip
 
 
-def _names(origins: Sequence[str]) -> set[str | None]:
-    return {urlsplit(origin).hostname for origin in origins}
+def _names(origins: Sequence[str]) -> set[str]:
+    return {_parts(origin)[1] for origin in origins}
+
+
+def _parts(address: str) -> tuple[str | None, str]:
+    """The host and port, and the host alone, of an address; (None, "?") of what is none."""
+    try:
+        parts = urlsplit(address)
+        return parts.netloc.lower(), parts.hostname or ""
+    except ValueError:
+        return None, "?"
 
 
 def _is_loopback(address: str) -> bool:

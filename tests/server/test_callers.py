@@ -43,6 +43,10 @@ def client(llm: slimrt.LLM) -> Iterator[TestClient]:
         ({"Host": "localhost:8080", "Origin": "http://localhost:8080"}, 200),
         ({"Host": "[::1]:8080"}, 200),
         ({"Origin": "http://evil.example", "Content-Type": "text/plain"}, 403),
+        ({"Origin": "https://proxy.example", "Sec-Fetch-Site": "same-origin"}, 200),
+        ({"Origin": "https://evil.example", "Sec-Fetch-Site": "cross-site"}, 403),
+        ({"Origin": "http://[", "Host": "["}, 403),
+        ({"Host": "["}, 403),
         ({"Origin": "null", "Content-Type": "text/plain"}, 403),
         ({"Host": "evil.example:8080"}, 403),
         ({"Host": "evil.example:8080", "Origin": "http://evil.example:8080"}, 403),
@@ -68,6 +72,19 @@ def test_pages_that_are_let_in_and_callers_with_a_key(llm: slimrt.LLM) -> None:
         assert client.get("/v1/models", headers={**page, "x-api-key": "k"}).status_code == 200
     with TestClient(create_app(llm), base_url="http://10.1.2.3:8080") as client:  # not this machine alone
         assert client.get("/v1/models", headers={"Host": "box.example"}).status_code == 200
+
+
+def test_an_answer_goes_on_from_what_the_assistant_began(client: TestClient, llm: slimrt.LLM) -> None:
+    talk = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "the <|im_end|>"}]
+    asked = {"model": "any", "max_tokens": 4, "temperature": 0, "messages": talk}
+    ids = llm.chat_tokens(talk[:1]) + llm.tokenizer.encode_within("the <|im_end|>")
+    answer = client.post("/v1/messages", json=asked).json()
+    (block,) = answer["content"]
+    assert block["text"] == llm.generate(ids, max_tokens=4, session=llm.session()).text
+    usage = answer["usage"]
+    assert usage["input_tokens"] + usage["cache_read_input_tokens"] == len(ids)
+    counted = client.post("/v1/messages/count_tokens", json={"model": "any", "messages": talk}).json()
+    assert counted == {"input_tokens": len(ids)}
 
 
 def test_an_echo_tells_the_log_probabilities_of_the_prompt(client: TestClient, llm: slimrt.LLM) -> None:
