@@ -23,8 +23,8 @@ def check_caller(request: Request, limits: Limits) -> None:
     """
     if "*" in limits.origins:
         return
-    origin, host = request.headers.get("origin"), request.headers.get("host", "")
-    own = origin is None or origin in limits.origins or _parts(origin)[0] == host.lower()
+    origin, host = request.headers.get("origin", ""), request.headers.get("host", "")
+    own = not origin or origin in limits.origins or _parts(origin)[0] == host.lower()
     # A browser says so itself where a proxy gave the request another host; no page can.
     if not own and request.headers.get("sec-fetch-site") != "same-origin":
         raise ApiError(403, f"web pages of {origin[:100]} may not ask this server; --cors {origin[:100]} lets them")
