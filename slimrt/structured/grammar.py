@@ -61,6 +61,8 @@ class Grammar:
             if isinstance(value, Mapping):
                 value = closing.closed(plain(value)) if closed else plain(value)
             text = json.dumps({} if value is True else value, ensure_ascii=False)
+        except SettingError:
+            raise
         except (TypeError, ValueError, RecursionError) as error:
             raise SettingError(f"schema {_short(schema)}: must be JSON: {_line(error)}") from None
         if value is False:

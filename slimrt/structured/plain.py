@@ -7,11 +7,14 @@ from collections.abc import Mapping
 from itertools import combinations
 from typing import Any
 
+from slimrt.config import is_whole
 from slimrt.structured.apart import apart
+from slimrt.structured.large import bound_within, check_kept
 from slimrt.structured.parts import subschemas
 
 __all__ = ["plain"]
 
+_BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
 _MOST_BRANCHES = 200  # of a oneOf, which are compared in pairs
 # Formats that the grammar enforces (llguidance's list).
 _FORMATS = frozenset(
@@ -26,8 +29,11 @@ _LACKING = frozenset(
 
 def plain(schema: Mapping[str, Any], *, lenient: bool = False) -> dict[str, Any]:
     """A copy of ``schema`` in which a format that JSON Schema does not know says nothing (programs have some of their
-    languages' own, such as int64 or password), and a ``oneOf`` no two branches of which can hold at once is an
-    ``anyOf``. ``lenient``: nor do JSON Schema's formats that the compiler lacks say anything."""
+    languages' own, such as int64 or password), a ``oneOf`` no two branches of which can hold at once is an ``anyOf``,
+    and bounds past 2^53 are moved inwards to numbers that the compiler keeps. ``lenient``: nor do JSON Schema's formats
+    that the compiler lacks say anything.
+
+    Raises SettingError for numbers that would be written as others."""
     kept = _FORMATS if lenient else _FORMATS | _LACKING
     root = copy.deepcopy(dict(schema))
     order: list[dict[str, Any]] = []
@@ -41,6 +47,11 @@ def plain(schema: Mapping[str, Any], *, lenient: bool = False) -> dict[str, Any]
     for node in order:
         if isinstance(node.get("format"), str) and node["format"] not in kept:
             del node["format"]
+        for name in _BOUNDS:
+            if is_whole(node.get(name)):
+                node[name] = bound_within(name, node[name])
+        for name in ("const", "enum"):
+            check_kept(node.get(name))
     for node in single:
         node["anyOf"] = node.pop("oneOf")
     return root

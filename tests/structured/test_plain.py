@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from slimrt.errors import SettingError
 from slimrt.structured.apart import apart
 from slimrt.structured.grammar import Grammar
 from slimrt.structured.plain import plain
@@ -58,6 +59,31 @@ def test_branches_that_may_hold_at_once_stay(branches: list[Any]) -> None:
     schema = {"oneOf": branches, "$defs": DEFS}
     assert plain(schema) == schema
     assert not apart(schema, *branches) and not apart(schema, *reversed(branches))
+
+
+@pytest.mark.parametrize(
+    ("schema", "wanted"),
+    [
+        ({"minimum": 2**53 + 1, "maximum": 2**53 + 3}, {"minimum": 2**53 + 2, "maximum": 2**53 + 2}),
+        ({"minimum": -(2**53) - 3, "maximum": -(2**53) - 1}, {"minimum": -(2**53) - 2, "maximum": -(2**53) - 2}),
+        ({"minimum": 0, "maximum": 2**64 - 1}, {"minimum": 0, "maximum": 2**63 - 1024}),
+        ({"exclusiveMinimum": -(2**70)}, {"exclusiveMinimum": -(2**63)}),
+        ({"minimum": 1.5, "maximum": 1e300}, {"minimum": 1.5, "maximum": 1e300}),
+        ({"const": 2**60}, {"const": 2**60}),
+    ],
+)  # fmt: skip
+def test_large_bounds_let_nothing_invalid_in(schema: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """The compiler counts in float64: 2^53 would be let in by a minimum of 2^53 + 1."""
+    assert plain(schema) == wanted
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [{"const": 2**53 + 1}, {"enum": ["a", [{"b": 2**60 + 1}]]}, {"const": 2**70}, {"minimum": 2**63}],
+)  # fmt: skip
+def test_numbers_that_would_be_written_as_others_are_refused(schema: dict[str, Any]) -> None:
+    with pytest.raises(SettingError, match="ask for a string of digits instead"):
+        Grammar.json_schema({"properties": {"id": schema}})
 
 
 def test_formats_that_nobody_knows_say_nothing() -> None:
