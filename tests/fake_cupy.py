@@ -318,6 +318,7 @@ class Stream:
 
     def begin_capture(self) -> None:
         assert self is not FakeCupy.running.null, "the legacy stream cannot be captured"
+        assert not self.queue.pending, "what was to run before the capture has not been waited for"
         self.queue.recording = []
 
     def end_capture(self) -> Graph:
@@ -475,6 +476,9 @@ def set_attribute(ptr: int, attribute: int, value: int) -> None:
 
 
 class MemoryPool:
+    def __init__(self) -> None:
+        FakeCupy.running.pools += 1
+
     def malloc(self, nbytes: int) -> None:
         raise AssertionError("only ever handed to using_allocator")
 
@@ -507,7 +511,7 @@ class FakeCupy:
     ) -> None:
         self.copies, self.compute, self.room, self.pinnable, self.fail_at = copies, compute, room, pinnable, fail_at
         self.lost: str | None = None
-        self.used = self.pinned_bytes = self.pinned_calls = self.copy_count = self.graphs = 0
+        self.used = self.pinned_bytes = self.pinned_calls = self.copy_count = self.graphs = self.pools = 0
         self.pinned: list[np.ndarray] = []
         self.launches: list[str] = []
         self.streams: list[Stream] = []

@@ -154,6 +154,44 @@ def test_gate_and_up_of_different_types(fake: FakeCupy) -> None:
         stages("F16", 200000, 100 << 10)
 
 
+@needs_compiler
+@pytest.mark.parametrize("rows", [1, 3, 20])
+def test_parts_of_different_types(fake: FakeCupy, rows: int) -> None:
+    """Each part of a weight finds its own columns of bias, residual and result."""
+    ops, naive, random = CupyOps(), HalfOps(), np.random.default_rng(rows)
+    parts = [random_tensor(kind, kind, (n, 64), random) for kind, n in (("Q4_0", 32), ("Q8_0", 48), ("F16", 16))]
+    weight, plain = ops.weight(*parts), naive.weight(*parts)
+    x = random.standard_normal((rows, 64)).astype(np.float16)
+    bias, stream = (random.standard_normal(shape, np.float32) for shape in (96, (rows, 96)))
+    dense = np.concatenate([dequantize(part) for part in parts]).astype(np.float64)
+    exact = x.astype(np.float64) @ dense.T + bias
+    there, shift = ops.upload(x), ops.upload(bias)
+    for name, found, half_found in (
+        ("linear", ops.linear(there, weight, shift), naive.linear(x.astype(np.float32), plain, bias)),
+        ("wide_linear", ops.wide_linear(there, weight, shift), naive.linear(x.astype(np.float32), plain, bias)),
+    ):
+        assert np.abs(ops.to_host(found) - exact).max() <= SLACK * np.abs(half_found - exact).max(), name
+    added = ops.to_host(ops.add_linear(ops.upload(stream), there, weight, shift))
+    assert np.abs(added - exact - stream).max() <= SLACK * np.abs(half_found - exact).max()
+
+
+@needs_compiler
+def test_one_query_in_a_window(fake: FakeCupy) -> None:
+    """Layer by layer: the number of keys, and of the first that is seen, lie in memory, however many there are."""
+    ops, random = CupyOps(), np.random.default_rng(1)
+    for number in (0, 4095, 4096, 9000):
+        assert ops.to_host(ops._count(number)).tolist() == [number]
+    for rows in ([0, 3], [1, 3], [1, 3]):
+        assert ops.to_host(ops._starts(np.array(rows))).tolist() == rows
+    q, k, v = (random.standard_normal(shape).astype(np.float16) for shape in ((1, 2, 64), (1, 200, 64), (1, 200, 64)))
+    first = np.array([150])
+    found = ops.to_host(ops.attend(ops.upload(q), ops.upload(k), ops.upload(v), first=first))
+    exact, naive = (
+        backend.attend(*(x.astype(np.float32) for x in (q, k, v)), first=first) for backend in (NumpyOps(), HalfOps())
+    )
+    assert np.abs(found - exact).max() <= SLACK * np.abs(naive - exact).max()
+
+
 def test_a_kernel_that_does_not_compile(monkeypatch: pytest.MonkeyPatch, fake: FakeCupy) -> None:
     kernels = Kernels(fake.module)
 
@@ -232,21 +270,27 @@ def test_copies_in_every_layout(monkeypatch: pytest.MonkeyPatch, late: bool) -> 
     back = ops.copy([(here, there)], after=ops.mark())
     strided = ops.pinned((6, 2, 4))
     ops.wait(ops.copy([(strided, there.transpose(1, 0, 2)[:, :, 4:])], after=back))
+    part = ops.empty((2, 6, 4))
+    ops.wait(ops.copy([(part, here[:, :, 4:])], after=back))  # packed on the host, once that is filled
     turned = ops.empty((6, 2, 8))
     ops.wait(ops.copy([(turned.transpose(1, 0, 2), values.astype(np.float32))], after=ops.mark()))  # converted
     ops.finish()
     assert np.array_equal(here, values) and np.array_equal(strided, values.transpose(1, 0, 2)[:, :, 4:])
     assert np.array_equal(ops.to_host(turned), values.transpose(1, 0, 2))
+    assert np.array_equal(ops.to_host(part), values[:, :, 4:])
 
 
 def test_results_are_read_behind_compute_whatever_stream_the_caller_is_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    fake = FakeCupy(monkeypatch, compute="late")
+    fake = FakeCupy(monkeypatch, copies="late", compute="late")
     ops, elsewhere = CupyOps(), fake.module.cuda.Stream(non_blocking=True)
     x = ops.upload(np.ones(4, np.float32))
     with ops.computing():
         x[...] = ops.upload(np.full(4, 2, np.float32))
     with elsewhere:
         assert np.array_equal(ops.to_host(x), np.full(4, 2))
+        with ops.computing():
+            x[...] = ops.upload(np.full(4, 3, np.float32))
+        assert np.array_equal(ops.to_host(x), np.full(4, 3))
 
 
 def test_a_failed_copy_leaves_out_what_comes_after_it(fake: FakeCupy) -> None:
@@ -279,7 +323,9 @@ def test_pinned_slabs_are_exact_and_used_again(fake: FakeCupy) -> None:
     del view
     gc.collect()
     assert slabs.take((48,), np.float16).ctypes.data == address
-    slabs.reserve(96, 1)
+    before = fake.pinned_bytes
+    slabs.reserve(96, 3)
+    assert fake.pinned_bytes == before + 96  # two lie ready
     assert slabs.take((0, 4), np.float16).shape == (0, 4)
 
 
@@ -296,14 +342,36 @@ def test_arrays_of_ended_copies_are_let_go(fake: FakeCupy) -> None:
 
 def test_arrays_of_copies_under_way_are_held(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever lets go of one gives its memory to the next allocation only when the copy has ended."""
-    FakeCupy(monkeypatch, copies="late")
+    FakeCupy(monkeypatch, copies="late", compute="late")
     ops, values = CupyOps(), np.arange(8, dtype=np.float16)
     source, here = ops.upload(values), ops.pinned((8,))
-    ops.copy([(here, source)], after=ops.mark())
+    fence = ops.copy([(here, source)], after=ops.mark())
     del source
     gc.collect()
+    ops.copied(ops.upload(values))
+    mark = ops.mark()
+    assert not fence.done() and not mark.done()
     ops.finish()
-    assert np.array_equal(here, values)
+    assert fence.done() and mark.done() and np.array_equal(here, values)
+
+
+@needs_compiler
+@pytest.mark.parametrize("copies", ["early", "late"])
+def test_blocks_come_when_their_slots_are_free_and_are_held(monkeypatch: pytest.MonkeyPatch, copies: str) -> None:
+    FakeCupy(monkeypatch, copies=copies, compute="late")
+    ops = CupyOps()
+    block = ops.pinned((2, 1, 16, 64))
+    block[...] = 1
+    layer = ops.upload(np.zeros((2, 1, 32, 64), np.float16))
+    before = ops.copied(layer)  # has yet to read the slot
+    fence = ops.fetch_blocks(layer, [(1, block)], ops.mark())
+    del block
+    gc.collect()
+    ops.pinned((2, 1, 16, 64))[...] = 5
+    ops.wait(fence)
+    ops.finish()
+    assert not ops.to_host(before).any()
+    assert (ops.to_host(layer)[:, :, 16:] == 1).all() and not ops.to_host(layer)[:, :, :16].any()
 
 
 def test_a_graph_that_reads_what_it_has_not_written_shows(fake: FakeCupy) -> None:
