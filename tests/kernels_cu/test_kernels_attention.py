@@ -140,7 +140,7 @@ def test_prefill_survives_scores_far_apart() -> None:
     """Scores of thousands that grow with every key: the running maximum moves all the time, nothing may overflow."""
     q, k, v = noise((96, 1, 64), 1), noise((1, 96, 64), 2), noise((1, 96, 64), 3)
     q[..., 0] = 120
-    k[..., 0] = 200 + np.arange(96) / 8
+    k[..., 0] = 200 + np.arange(96) / 2
     q, k, v = half(q), half(k), half(v)
     out = np.empty_like(q)
     launch(
@@ -155,12 +155,12 @@ def test_prefill_survives_scores_far_apart() -> None:
     arrays = full(q), full(k), full(v)
     naive, exact = (attention(*arrays, None, kind) for kind in ("f16", None))
     assert_as_exact(full(out), naive, exact)
-    for splits in (1, 2):  # decode of the last row: the last warp, then the last split has the greatest
-        partial, last = np.full((1, splits, 66), np.nan, np.float32), np.empty_like(q[-1:])
-        args = [q[-1:], k, v, NULL, np.array([96], np.int32), NULL, partial, 1, 1, 96 * 64, 1, NULL, 0.0]
+    for splits, row in ((1, 63), (2, 95)):  # decode: the last warp, then the last split has the greatest
+        partial, last = np.full((1, splits, 66), np.nan, np.float32), np.empty_like(q[:1])
+        args = [q[row : row + 1], k, v, NULL, np.array([row + 1], np.int32), NULL, partial, 1, 1, 96 * 64, 1, NULL, 0.0]
         launch("attention_decode.cu", {"T": "f16", "DH": 64}, "attention_decode", (1, splits), 128, args, 512 * 64)
         launch("attention_decode.cu", {"T": "f16", "DH": 64}, "attention_combine", (1,), 64, [partial, last, splits])
-        assert_as_exact(full(last), naive[-1:], exact[-1:])
+        assert_as_exact(full(last), naive[row : row + 1], exact[row : row + 1])
 
 
 DECODE = [
