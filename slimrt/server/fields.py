@@ -85,7 +85,7 @@ def _is(value: Any, kind: str) -> bool:
 def _kind(value: Any) -> str:
     if value is None:
         return "null"
-    return next((kind for kind in _NAMES if _is(value, kind)), "number")
+    return next((kind for kind in _NAMES if _is(value, kind)), "number past all range")
 
 
 def schema(fields: Mapping[str, Field]) -> dict[str, Any]:

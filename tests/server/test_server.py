@@ -271,6 +271,8 @@ def test_what_is_too_long_too_large_elsewhere_or_without_a_key(client: TestClien
         assert answer.status_code == 400 and answer.json()["error"]["code"] == "context_length_exceeded"
         assert "2048" in answer.json()["error"]["message"] and "tokens" in answer.json()["error"]["message"]
     assert client.post("/v1/chat/completions", content=b" " * 200_001).status_code == 413
+    endless = client.post("/v1/completions", content='{"prompt": "a", "temperature": 1e999}')
+    assert "'temperature' is of type number past all range" in endless.json()["error"]["message"]
     assert client.get("/v1/nothing").status_code == 404 and client.get("/v1/completions").status_code == 405
     assert "access-control-allow-origin" not in client.get("/health", headers={"Origin": "http://x"}).headers
     with TestClient(create_app(llm, Limits(key="secret", origins=("http://x",)))) as guarded:
