@@ -9,6 +9,7 @@ The meaning is that of llama.cpp's ``src/llama-sampler.cpp``; ``slimrt.sampling`
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -23,6 +24,8 @@ from slimrt.sampling.filters import Candidates, largest
 from slimrt.sampling.mirostat import Mirostat
 
 __all__ = ["Bound", "LogitsProcessor", "Sampler", "apply_penalties", "log_softmax", "top_logprobs"]
+
+_LARGEST = float(np.finfo(np.float32).max)  # that can be added to a logit
 
 LogitsProcessor = Callable[[np.ndarray, np.ndarray], np.ndarray]
 """(ids so far [N] int32, logits [V] float32) -> logits [V]; it may change the array that it is given."""
@@ -65,9 +68,11 @@ class Sampler:
         for token, bias in config.logit_bias.items():
             if not isinstance(token, (int, np.integer)) or not 0 <= token < vocab_size:
                 raise SettingError(f"logit_bias for token {token!r}: ids lie in 0..{vocab_size - 1}")
-            if not isinstance(bias, (int, float)) or math.isnan(bias) or bias == math.inf:
+            number = isinstance(bias, numbers.Real) and not isinstance(bias, bool)
+            if not number or not (abs(bias) <= _LARGEST or bias == -math.inf):
                 raise SettingError(
-                    f"logit_bias {bias!r} of token {token}: must be a number below infinity; -inf bans a token"
+                    f"logit_bias {bias!r} of token {token}: must be a number from -{_LARGEST:g} to {_LARGEST:g}, or "
+                    "-inf, which bans a token"
                 )
         self._bias_ids = np.fromiter(config.logit_bias.keys(), np.int64)
         self._bias = np.fromiter(config.logit_bias.values(), np.float32)

@@ -193,6 +193,7 @@ def test_greedy_is_the_likeliest_token_after_penalties() -> None:
     assert Sampler(SamplingConfig(repeat_penalty=2), 3)(scores, [1]) == 2
     assert Sampler(SamplingConfig(presence_penalty=1.5), 3)(scores, [1]) == 2
     assert Sampler(SamplingConfig(logit_bias={0: 5.0}), 3)(scores, []) == 0
+    assert Sampler(SamplingConfig(logit_bias={0: np.float32(5)}), 3)(scores, []) == 0  # type: ignore[dict-item]
     assert Sampler(SamplingConfig(top_k=1, temperature=1), 3)(scores, []) == 1
 
 
@@ -273,6 +274,8 @@ def test_banned_tokens_are_never_drawn() -> None:
         (SamplingConfig(seed="x"), "seed 'x'"),  # type: ignore[arg-type]
         (SamplingConfig(logit_bias={5: 1.0}), "token 5"),
         (SamplingConfig(logit_bias={0: math.nan}), "nan"),
+        (SamplingConfig(logit_bias={0: 1e39}), r"1e\+39 of token 0: must be a number from -3.40282e\+38"),
+        (SamplingConfig(logit_bias={0: 10**400}), "of token 0: must be a number"),
     ],
 )
 def test_bad_settings_are_refused(config: SamplingConfig, words: str) -> None:
