@@ -29,9 +29,13 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 
 def pytest_collection_finish() -> None:
-    """What importing and collecting made stays: the garbage collector need not look through it again and again."""
+    """What importing and collecting made stays: the garbage collector need not look through it again and again.
+
+    And less often through the rest: tests build models and compile kernels, most of which is no garbage yet.
+    """
     gc.collect()
     gc.freeze()
+    gc.set_threshold(5_000, 10, 10)
 
 
 def pytest_configure(config: pytest.Config) -> None:
