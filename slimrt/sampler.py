@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -65,7 +65,8 @@ class Sampler:
             raise SettingError(f"seed {seed!r}: must be a whole number from 0, or None for a fresh one")
         self._rng = np.random.Generator(np.random.PCG64(seed))
         self._vocab_size = vocab_size
-        for token, bias in config.logit_bias.items():
+        biases: Mapping[Any, Any] = config.logit_bias
+        for token, bias in biases.items():
             if not isinstance(token, (int, np.integer)) or not 0 <= token < vocab_size:
                 raise SettingError(f"logit_bias for token {token!r}: ids lie in 0..{vocab_size - 1}")
             number = isinstance(bias, numbers.Real) and not isinstance(bias, bool)

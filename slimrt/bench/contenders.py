@@ -21,12 +21,13 @@ __all__ = ["Contender", "Measurement", "Setup", "check_installed", "open_contend
 @dataclass(frozen=True)
 class Setup:
     """How a contender is loaded: the same for all. ``ctx`` tokens, ``threads`` cores, and for slimrt ``kv_budget``, the
-    resident rows of a layer (None: all)."""
+    resident rows of a layer (None: all), and the ``device`` that computes, as ``slimrt.load`` takes it."""
 
     model: str
     ctx: int
     threads: int
     kv_budget: int | None = None
+    device: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,9 @@ class Slimrt:
     def __init__(self, setup: Setup) -> None:
         import slimrt
 
-        self._llm = slimrt.load(setup.model, ctx=setup.ctx, threads=setup.threads, kv_budget=setup.kv_budget)
+        self._llm = slimrt.load(
+            setup.model, ctx=setup.ctx, device=setup.device, threads=setup.threads, kv_budget=setup.kv_budget
+        )
 
     def measure(
         self, ids: Sequence[int], decode_tokens: int, plan: str, further: Sequence[Sequence[int]] = ()

@@ -252,6 +252,7 @@ def run(
     follow_up: int = 0,
     questions: int = 1,
     kv_budget: int | None = None,
+    device: str = "auto",
 ) -> BenchResult:
     """Measure prompts of ``lengths`` tokens under each of ``plans``, and in each program of ``vs`` ("llama_cpp", or
     "llama_cpp_best" on the model requantised to bfloat16, "openvino").
@@ -259,8 +260,9 @@ def run(
     All read the same token ids: ``text``, or by default Python's own documentation, repeated where it is too short.
     Each program has its own process and its own copy of the model; for each length and repeat they take turns, so that
     a machine that slows down slows all. Nothing is reused between runs. ``follow_up``: tokens of each of ``questions``
-    further questions on the same context. ``kv_budget``: rows of each layer's cache that stay resident (slimrt only).
-    Prompts may exceed the trained context: speed is what is measured.
+    further questions on the same context. ``kv_budget``: rows of each layer's cache that stay resident, and ``device``:
+    what computes, as ``slimrt.load`` takes it (slimrt only). Prompts may exceed the trained context: speed is what is
+    measured.
 
     Raises SettingError for values out of range or a program that is not installed; ModelFileError for an unusable
     model; ComputeError if a program fails. The processes are spawned, so a script must call this under
@@ -299,6 +301,7 @@ def run(
         "follow_up": follow_up,
         "questions": questions,
         "kv_budget": kv_budget,
+        "device": device,
         "text": "given" if text is not None else "pydoc_data.topics",
     }
     config = read_config(file)
@@ -310,7 +313,7 @@ def run(
     turns = [("slimrt", plan, f"slimrt {plan}") for plan in plans] + [(program, "off", program) for program in vs]
     rows = []
     done, total = 0, len(lengths) * repeats * len(turns)
-    setup = Setup(str(file.path), ctx, threads, kv_budget)
+    setup = Setup(str(file.path), ctx, threads, kv_budget, device)
     with contextlib.ExitStack() as stack:
         processes = {name: stack.enter_context(ContenderProcess(name, setup)) for name in ("slimrt", *vs)}
         for name, plan, _ in turns:

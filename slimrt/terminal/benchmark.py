@@ -42,6 +42,7 @@ class BenchSettings:
     follow_up: int
     questions: int
     kv_budget: int | None
+    device: str
     threads: int | None
     text: Path | None
     png: Path | None
@@ -74,6 +75,7 @@ def bench_ttft(model: str | None, settings: BenchSettings, *, as_json: bool) -> 
             follow_up=settings.follow_up,
             questions=settings.questions,
             kv_budget=settings.kv_budget,
+            device=settings.device,
         )
     if settings.png is not None:
         from slimrt.bench.plot import save_png
@@ -87,8 +89,10 @@ def bench_library(model: str | None, settings: BenchSettings, *, as_json: bool) 
     from slimrt.bench.library import measure_library
     from slimrt.ops.numpy.workers import available_cores
 
-    if settings.vs or settings.kv_budget or settings.png:
-        raise SettingError("--library: measures slimrt alone, without a budget or a picture; leave the others out")
+    if settings.vs or settings.kv_budget or settings.png or settings.device != "auto":
+        raise SettingError(
+            "--library: measures slimrt alone, as it is loaded by default and without a picture; leave the others out"
+        )
     _check_outputs(settings)
     text = None if settings.text is None else read_document(settings.text)
     path, threads = find_model(model), settings.threads or available_cores()

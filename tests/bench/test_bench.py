@@ -118,7 +118,8 @@ def test_the_table_fits_a_terminal_of_80_columns(result: BenchResult) -> None:
 
 
 def test_several_further_questions(model: Path) -> None:
-    found = run(model, (64,), 1, ("off",), (), 1, 1, "hello the world", follow_up=8, questions=3)
+    found = run(model, (64,), 1, ("off",), (), 1, 1, "hello the world", follow_up=8, questions=3, device="numpy")
+    assert found.environment["backend"]["name"] == "numpy"
     (row,) = found.rows
     assert len(row.runs[0].further_s) == 3
     assert row.waiting_s == doubles(row.ttft_s + sum(row.runs[0].further_s))

@@ -111,6 +111,7 @@ def serve_clients(
     help="How many of them, one after the other.",
 )
 @kv_budget_option
+@device_option
 @threads_option
 @file_option("Text of the prompts.  [Python's documentation]")
 @click.option("--png", type=user_path, metavar="FILE.png", help="Draw time to first token over prompt length.")
