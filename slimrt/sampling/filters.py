@@ -89,12 +89,15 @@ def _at_least(keys: np.ndarray, k: int) -> np.ndarray:
     """
     size = len(keys) // (16 * k)  # so many groups that hardly two of the ``k`` meet in one
     if size < 2:
-        edge = np.partition(keys, len(keys) - k)[len(keys) - k]
-    else:
-        groups = len(keys) // size
-        peaks = keys[: size * groups].reshape(size, groups).max(axis=0)
-        edge = np.partition(peaks, groups - k)[groups - k]
-    return np.flatnonzero(keys >= edge)
+        return np.flatnonzero(keys >= np.partition(keys, len(keys) - k)[len(keys) - k])
+    groups = len(keys) // size
+    whole = size * groups
+    table = keys[:whole].reshape(size, groups)
+    peaks = table.max(axis=0)
+    edge = np.partition(peaks, groups - k)[groups - k]
+    columns = np.flatnonzero(peaks >= edge)  # all others are below it
+    rows, at = np.nonzero(table[:, columns] >= edge)
+    return np.concatenate([rows * groups + columns[at], whole + np.flatnonzero(keys[whole:] >= edge)])
 
 
 def _holding(mass: float, keys: np.ndarray, weights: np.ndarray) -> np.ndarray:
