@@ -46,7 +46,8 @@ def orchard(browser: Any, path: Path) -> None:
         for row in range(220)
     )
     page = browser.new_page()
-    page.set_content(f"<h1>Orchard report</h1>{rows}")
+    # A heading of its own: what the library keeps of a document that was read before is not cut again.
+    page.set_content(f"<h1>Orchard report of {time.ctime()}</h1>{rows}")
     page.pdf(path=path)
     page.close()
 
