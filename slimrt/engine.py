@@ -191,12 +191,13 @@ class Engine:
                     del x
                     late = boundary.waiting(rows)
                     if len(late):
-                        boundary.put(late, attend(boundary.before(ops, late), late, positions[late]))
-                    x, positions = boundary.behind(ops, rows), positions[rows]
-                else:
-                    positions = positions[rows]
-                    x = attend(self._pass.kept(x, rows), rows, positions)
+                        at = positions[late]
+                        boundary.put(late, attend(boundary.before(ops, late), late, at, model.rope(at)))
+                    x = boundary.behind(ops, rows)
+                positions = positions[rows]
                 turns = model.rope(positions)
+                if not boundary:
+                    x = attend(self._pass.kept(x, rows), rows, positions, turns)
                 del held, attend
             else:
                 x, q, _ = self._pass.attended(

@@ -144,11 +144,12 @@ class LayerPass:
         x: Array,
         places: np.ndarray,
         positions: np.ndarray,
+        turns: Turns,
         held: Layer,
     ) -> Array:
         """x [M, D], the rows at ``places`` [M] of what layer ``number`` holds, after attention and projection, with the
         bits that ``attended`` gives all of them; x may be overwritten. Their queries are made once more."""
-        blocks, turns = self._blocks(len(x)), self._model.rope(positions)
+        blocks = self._blocks(len(x))
         for block in blocks:
             q, _, _ = self._qkv(layer, x[block], _some(turns, block), positions[block])
             attention = self._attention.attend(

@@ -12,6 +12,7 @@ from slimrt.context import Context, Kept
 from slimrt.kv.cache import KVCache
 from slimrt.prune.asked import ASKED, Asked
 from slimrt.prune.plan import PrunePlan
+from slimrt.prune.reach import contiguous
 from slimrt.prune.schedule import Schedule, schedule
 
 __all__ = ["Choice", "Held", "LastCut", "Reading", "common_prefix"]
@@ -196,8 +197,7 @@ def common_prefix(a: Sequence[int] | np.ndarray, b: Sequence[int] | np.ndarray) 
 
 def _runs(positions: np.ndarray) -> tuple[tuple[int, int], ...]:
     """Rising ``positions`` as runs (first, behind the last)."""
-    breaks = np.flatnonzero(np.diff(positions) != 1) + 1
-    return tuple((int(run[0]), int(run[-1]) + 1) for run in np.split(positions, breaks) if len(run))
+    return tuple((int(positions[some][0]), int(positions[some][-1]) + 1) for some in contiguous(positions))
 
 
 def _doubts(rule: Schedule, stages: Sequence[Kept]) -> tuple[str, ...]:

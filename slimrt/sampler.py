@@ -20,12 +20,10 @@ from slimrt.errors import ComputeError, SettingError
 from slimrt.results import TokenLogprob
 from slimrt.sampling import filters
 from slimrt.sampling.dry import Breakers, penalise_repetition
-from slimrt.sampling.filters import Candidates, largest
+from slimrt.sampling.filters import LARGEST, Candidates, largest
 from slimrt.sampling.mirostat import Mirostat
 
 __all__ = ["Bound", "LogitsProcessor", "Sampler", "apply_penalties", "log_softmax", "top_logprobs"]
-
-_LARGEST = float(np.finfo(np.float32).max)  # that can be added to a logit
 
 LogitsProcessor = Callable[[np.ndarray, np.ndarray], np.ndarray]
 """(ids so far [N] int32, logits [V] float32) -> logits [V]; it may change the array that it is given."""
@@ -70,9 +68,9 @@ class Sampler:
             if not isinstance(token, (int, np.integer)) or not 0 <= token < vocab_size:
                 raise SettingError(f"logit_bias for token {token!r}: ids lie in 0..{vocab_size - 1}")
             number = isinstance(bias, numbers.Real) and not isinstance(bias, bool)
-            if not number or not (abs(bias) <= _LARGEST or bias == -math.inf):
+            if not number or not (abs(bias) <= LARGEST or bias == -math.inf):
                 raise SettingError(
-                    f"logit_bias {bias!r} of token {token}: must be a number from -{_LARGEST:g} to {_LARGEST:g}, or "
+                    f"logit_bias {bias!r} of token {token}: must be a number from -{LARGEST:g} to {LARGEST:g}, or "
                     "-inf, which bans a token"
                 )
         self._bias_ids = np.fromiter(config.logit_bias.keys(), np.int64)

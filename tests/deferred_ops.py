@@ -137,16 +137,8 @@ class ForgetfulOps(DeferredOps):
         else:
             fence.run()
 
-    def attend(
-        self,
-        q: np.ndarray,
-        k: np.ndarray,
-        v: np.ndarray,
-        out: np.ndarray | None = None,
-        reach: Reach = None,
-        **how: Any,
-    ) -> np.ndarray:
-        result = super().attend(q, k, v, out, reach, **how)
+    def attend(self, *args: Any, **how: Any) -> np.ndarray:
+        result = super().attend(*args, **how)
         for time, fence in self._late:
             if time <= self.time:
                 fence.run()

@@ -24,7 +24,7 @@ _DENSE_BLOCK = 64  # how finely a prompt is shown that no plan divides
 
 @dataclass(frozen=True)
 class CutReport:
-    """A cut: after ``layer``'s attention ``tokens_after`` of ``tokens_before`` went on, and so with the blocks."""
+    """A cut: at ``layer``'s attention ``tokens_after`` of ``tokens_before`` went on, and so with the blocks."""
 
     layer: int
     tokens_before: int
@@ -110,7 +110,7 @@ class Explanation:
         return sum(layer.kv_host for layer in self.layers)
 
     def spans(self) -> tuple[Span, ...]:
-        """The layers between cuts; a cut comes after its layer's attention, so that layer counts to those before."""
+        """The layers between cuts; a cut's layer has keys and values of all, so it counts to those before."""
         starts = [0, *(cut.layer + 1 for cut in self.cuts)]
         spans = []
         for first, end in zip(starts, [*starts[1:], len(self.layers)], strict=True):

@@ -13,7 +13,7 @@ __all__ = ["CutTrace", "PrefillTrace"]
 
 @dataclass(frozen=True)
 class CutTrace:
-    """One cut, after the attention of ``layer``.
+    """One cut, at the attention of ``layer``.
 
     ``positions`` [N]: the tokens that were active, by their place in the prompt. ``scores`` [B]: those of their blocks.
     ``kept`` [K]: the places in the prompt of those that went on. ``by`` [B]: the places of the tokens that wanted the

@@ -24,7 +24,8 @@ _MAX_PLAN_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Stage:
-    """One cut: after the attention of ``layer``, ``keep`` prompt tokens go on (a fraction if float, a count if int)."""
+    """One cut: once ``layer`` has keys and values of all, ``keep`` prompt tokens go on (a fraction if float, a count if
+    int); the others do not attend there."""
 
     layer: int
     keep: float | int

@@ -8,11 +8,12 @@ the context, so that a whole tile of queries reads the same keys and a prompt re
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
 
-__all__ = ["RUN", "SINK", "Reach", "first_row", "keys_read", "runs", "tiles"]
+__all__ = ["RUN", "SINK", "Reach", "contiguous", "first_row", "keys_read", "tiles"]
 
 RUN = 128
 SINK = 64
@@ -27,18 +28,18 @@ def first_row(reach: int, row: int) -> int:
 
 
 def tiles(places: np.ndarray) -> list[slice]:
-    """Rows at ``places`` [T] of a context, ascending, as tiles: rows that follow each other in one run."""
+    """Rows at ``places`` [T] of a context, ascending, as tiles: contiguous rows of one run of ``RUN``."""
     return _slices((np.diff(places, prepend=-2) != 1) | (places % RUN == 0))
 
 
-def runs(places: np.ndarray) -> list[slice]:
+def contiguous(places: np.ndarray) -> list[slice]:
     """Rows at ``places`` [T] of a context, ascending, as slices of rows that follow each other."""
     return _slices(np.diff(places, prepend=-2) != 1)
 
 
 def _slices(begins: np.ndarray) -> list[slice]:
-    ends = np.flatnonzero(begins)
-    return [slice(low, high) for low, high in zip(ends.tolist(), [*ends[1:].tolist(), len(begins)], strict=True)]
+    edges = [*np.flatnonzero(begins).tolist(), len(begins)]
+    return [slice(low, high) for low, high in itertools.pairwise(edges)]
 
 
 def keys_read(reach: int, rows: int) -> int:

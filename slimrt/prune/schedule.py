@@ -15,8 +15,8 @@ __all__ = ["DENSE", "Cut", "Schedule", "Windows", "schedule"]
 
 @dataclass(frozen=True)
 class Cut:
-    """A stage of a plan for a prompt of known length: after ``layer``'s attention ``blocks`` blocks go on, and as many
-    as ``most`` where it is in doubt which (0: never more)."""
+    """A stage of a plan for a prompt of known length: once ``layer`` has keys and values of all, ``blocks`` blocks go
+    on, and as many as ``most`` where it is in doubt which (0: never more)."""
 
     layer: int
     blocks: int
@@ -42,7 +42,7 @@ class Windows:
 class Schedule:
     """How one prompt is read: all that the layer loop needs to know of the rule.
 
-    ``cuts``: the layers after whose attention blocks of the prompt leave, chosen as ``plan`` says; none: every token
+    ``cuts``: the layers at whose attention blocks of the prompt leave, chosen as ``plan`` says; none: every token
     passes every layer. ``windows``: how far back attention looks before the first cut. ``boundary``: the layer whose
     hidden states are kept for another question; that of the first stage also while a prompt is too short for a cut, as
     it may grow. ``why_dense``: in words, why a plan that could cut or limit something leaves this prompt whole.

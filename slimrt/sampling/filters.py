@@ -12,13 +12,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-__all__ = ["Candidates", "draw", "largest", "min_p", "temperature_by_entropy", "top_k", "top_n_sigma", "top_p"]
-__all__ += ["typical", "weights", "without_top"]
+__all__ = [
+    "LARGEST", "Candidates", "draw", "finite", "largest", "min_p", "temperature_by_entropy", "top_k", "top_n_sigma",
+    "top_p", "typical", "weights", "without_top",
+]  # fmt: skip
 
 _FIRST_GUESS = 256  # a probability mass nearly always lies on so many tokens
 _GUESSES = 16  # times as many, where it does not
 _BLOCK = 256  # tokens whose weights are summed first: a running sum over all of them is ten times slower
-_LARGEST = float(np.finfo(np.float32).max)
+LARGEST = float(np.finfo(np.float32).max)  # number of a logit
 
 
 class Candidates(NamedTuple):
@@ -53,17 +55,17 @@ def weights(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
     below = logits - peak
     if temperature != 1:
         with np.errstate(over="ignore"):  # -inf is right: exp makes it 0
-            below *= np.float32(min(1 / temperature, _LARGEST))
+            below *= np.float32(min(1 / temperature, LARGEST))
     return np.exp(below, out=below)
 
 
-def draw(weights: np.ndarray, point: float) -> tuple[int, float]:
-    """The place among ``weights`` [N] where their running sum passes ``point``, in [0, 1), of all; its probability."""
-    sums = np.add.reduceat(weights, np.arange(0, len(weights), _BLOCK), dtype=np.float64).cumsum()
+def draw(shares: np.ndarray, point: float) -> tuple[int, float]:
+    """The place among ``shares`` [N] where their running sum passes ``point``, in [0, 1), of all; its probability."""
+    sums = np.add.reduceat(shares, np.arange(0, len(shares), _BLOCK), dtype=np.float64).cumsum()
     block, left = _passing(sums, point * sums[-1])
-    some = weights[block * _BLOCK : (block + 1) * _BLOCK]
+    some = shares[block * _BLOCK : (block + 1) * _BLOCK]
     place = block * _BLOCK + _passing(some.cumsum(dtype=np.float64), left)[0]
-    return place, float(weights[place] / sums[-1])
+    return place, float(shares[place] / sums[-1])
 
 
 def _passing(sums: np.ndarray, target: float) -> tuple[int, float]:
@@ -100,13 +102,13 @@ def _at_least(keys: np.ndarray, k: int) -> np.ndarray:
     return np.concatenate([rows * groups + columns[at], whole + np.flatnonzero(keys[whole:] >= edge)])
 
 
-def _holding(mass: float, keys: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Places, ascending, of so many of the largest ``keys`` [N], with all that equal them, that their ``weights``
+def _holding(mass: float, keys: np.ndarray, shares: np.ndarray) -> np.ndarray:
+    """Places, ascending, of so many of the largest ``keys`` [N], with all that equal them, that their ``shares``
     add up to more than ``mass``; all, where all of them do not."""
     guess = _FIRST_GUESS
     while guess < len(keys):
         places = _at_least(keys, guess)
-        if weights[places].sum(dtype=np.float64) > mass:
+        if shares[places].sum(dtype=np.float64) > mass:
             return places
         guess *= _GUESSES
     return np.arange(len(keys))

@@ -12,7 +12,7 @@ from slimrt.errors import DeviceError
 from slimrt.ops.cuda.checked import Checked
 from slimrt.ops.cuda.memory import Fence
 from slimrt.ops.cuda.prefill import PrefillKernel, prefill_kernel
-from slimrt.prune.reach import Reach, runs
+from slimrt.prune.reach import Reach, contiguous
 
 __all__ = ["MAX_GROUP", "Attending"]
 
@@ -70,7 +70,7 @@ class Attending(Checked):
             places = None
         if places is not None and (tokens == 1 or first is not None or cap or (reach is not None and any(reach))):
             # The kernels have no places for these: a launch for each run of rows, of which they are the last.
-            for some in runs(places):
+            for some in contiguous(places):
                 seen = slice(0, int(places[some.stop - 1]) + 1)
                 own = None if first is None else first[some]
                 self.attend(q[some], k[:, seen], v[:, seen], out[some], reach, first=own, cap=cap)
@@ -100,7 +100,7 @@ class Attending(Checked):
         tokens, heads, width = q.shape
         kv_heads, keys, _ = k.shape
         count = kernel.rows // _TILE_ROWS  # tiles that a block takes
-        begins = [at for some in runs(places) for at in range(some.start, some.stop, _TILE_ROWS)]
+        begins = [at for some in contiguous(places) for at in range(some.start, some.stop, _TILE_ROWS)]
         spans = [(at, int(places[at])) for at in begins]
         spans += [(tokens, spans[-1][1])] * (-len(spans) % count + 1)
         self.kernels.launch(
